@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Make .venv: a CPython >= 3.11 with the hashed requirements and the three distributions from this tree. Quick when nothing changed.
+# usage: hack/setup.sh        (make setup)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+say() { printf '[setup] %s\n' "$*"; }
+
+python=${PYTHON:-}
+for candidate in python3.11 python3.12 python3; do
+  [ -n "$python" ] && break
+  "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && python=$candidate
+done
+[ -n "$python" ] || { say "no CPython 3.11 or 3.12 found: install one, or set PYTHON to its path"; exit 2; }
+python=$("$python" -c 'import sys; print(sys.executable)')
+
+key=$(cat requirements/dev.txt ./*/pyproject.toml <(echo "$python $PWD") | sha256sum | cut -c1-16)
+[ "$(cat .venv/.key 2>/dev/null)" = "$key" ] && { say "the environment is up to date"; exit 0; }
+
+if ! ldconfig -p | grep -q libnuma.so.1; then
+  say "libnuma1 is missing (vLLM on CPU needs it)"
+  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || { say "install it: apt-get install libnuma1"; exit 2; }
+  apt-get update -qq && apt-get install -y -qq libnuma1 >/dev/null
+fi
+
+if command -v uv >/dev/null; then uv=uv; else
+  say "uv is missing: installing it beside the environment"
+  "$python" -m venv .venv-uv && .venv-uv/bin/python -m pip install -q uv && uv=.venv-uv/bin/uv
+fi
+
+start=$SECONDS
+say "installing the requirements (about 2 GB the first time)"
+"$uv" venv -q --clear --python "$python" .venv
+"$uv" pip install -q --python .venv/bin/python --no-deps --require-hashes -r requirements/dev.txt
+"$uv" pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e api -e operator -e worker
+echo "$key" > .venv/.key
+say "done in $((SECONDS - start)) s"
