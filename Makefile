@@ -1,0 +1,56 @@
+# The same verbs here and in CI. `make` prints them.
+SHELL := bash
+PY := .venv/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help setup lock fmt lint types contracts generate verify test test-fast test-cluster cluster-up cluster-down demo bench clean
+
+help: ## print this
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+setup: ## make .venv from the hashed requirements (quick when nothing changed)
+	@hack/setup.sh
+
+lock: ## compile requirements/*.txt anew
+	hack/lock.sh
+
+fmt: setup ## format and sort imports
+	$(PY) -m ruff check --fix -q . && $(PY) -m ruff format -q .
+
+lint: setup ## ruff
+	$(PY) -m ruff check .
+
+types: setup ## mypy strict
+	$(PY) -m mypy api/rlhf_api operator/rlhf_operator worker/rlhf_worker hack
+
+contracts: setup ## import contracts (who may import whom)
+	.venv/bin/lint-imports --no-cache
+
+generate: setup ## CRD, RBAC, manifests and reference pages from their one source
+	$(PY) -m hack.generate
+
+verify: lint types contracts generate ## everything that needs no test run; fails on any diff of generated files
+	git diff --exit-code
+
+test-fast: setup ## pure tests: seconds
+	$(PY) -m pytest -q tests/api tests/control tests/charts tests/worker -m "not ray and not vllm and not cluster"
+
+test-cluster: setup ## the real API server and kubelet, tiny jobs to Succeeded
+	$(PY) -m pytest -q tests/cluster
+
+test: verify ## everything, from nothing
+	$(PY) -m pytest -q tests
+
+cluster-up: setup ## a single-node Kubernetes on this machine (CLUSTER=embedded|kind|current)
+	$(PY) -m hack.cluster up
+
+cluster-down: ## and away with it
+	$(PY) -m hack.cluster down
+
+demo: setup ## from nothing to Succeeded: SmolLM2 learns arithmetic, watched live
+	$(PY) -m hack.demo
+
+bench: setup ## the figures of docs/benchmarks.md
+	$(PY) -m hack.bench
+
+clean: cluster-down ## remove the environment too
+	rm -rf .venv .venv-uv

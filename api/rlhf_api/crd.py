@@ -1,0 +1,147 @@
+"""models -> CustomResourceDefinition. `python -m rlhf_api.crd` prints it.
+
+pydantic's JSON schema is turned into a structural schema: $refs inlined, "or null" folded, titles dropped, the defaults of
+nested objects made explicit (so that the API server fills them in), CEL rules hung where `rules.py` says.
+"""
+
+import sys
+from typing import Any
+
+import yaml
+
+from rlhf_api import GROUP, KIND, PLURAL, VERSION
+from rlhf_api.job import RLHFJobSpec
+from rlhf_api.rules import RULES, Rule, immutable
+from rlhf_api.status import RLHFJobStatus
+
+Schema = dict[str, Any]
+KEEP = ("type", "description", "enum", "default", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "pattern", "format", "required")
+# The API server's CEL cost estimate needs a bound on every string and list that a rule walks.
+STRING_MAX, LIST_MAX = 1024, 256
+
+COLUMNS = (
+    ("Phase", "string", ".status.phase", 0), ("Reason", "string", ".status.reason", 0), ("Step", "string", ".status.progress.display", 0),
+    ("Reward", "string", ".status.progress.reward", 0), ("Tok/s", "string", ".status.progress.tokensPerSecond", 0),
+    ("ETA", "string", ".status.progress.eta", 0), ("Restarts", "integer", ".status.restarts.total", 0),
+    ("GPUs", "integer", ".status.gpus", 0), ("Age", "date", ".metadata.creationTimestamp", 0),
+    ("Queue", "string", ".status.queue", 1), ("Cluster", "string", ".status.clusterName", 1),
+    ("Checkpoint", "string", ".status.progress.checkpoint.path", 1), ("Mode", "string", ".status.mode", 1),
+)
+
+
+def structural(node: Schema, defs: Schema) -> Schema:
+    """One node of pydantic's schema as a node of a structural schema."""
+    node = _resolve(node, defs)
+    out = {key: node[key] for key in KEEP if key in node and node[key] is not None}
+    out.update({key: value for key, value in node.items() if key.startswith("x-kubernetes-")})
+    _bounds(node, out)
+    if "properties" in node:
+        out["properties"] = {name: structural(child, defs) for name, child in node["properties"].items()}
+        out["required"] = sorted(node.get("required", [])) or None
+    elif node.get("type") == "object":
+        _free(node, out, defs)
+    if "items" in node:
+        out["items"] = structural(node["items"], defs)
+    return {key: value for key, value in out.items() if value is not None}
+
+
+def _resolve(node: Schema, defs: Schema) -> Schema:
+    """Follow a $ref and fold `X or null` to X; a field's own description and default win over its type's."""
+    own = {key: value for key, value in node.items() if key not in ("$ref", "anyOf", "allOf")}
+    if "anyOf" in node:
+        (inner,) = [option for option in node["anyOf"] if option.get("type") != "null"]
+        return {**_resolve(inner, defs), **own}
+    if "$ref" in node:
+        return {**_resolve(defs[node["$ref"].removeprefix("#/$defs/")], defs), **own}
+    if "const" in node:
+        return {**own, "enum": [node["const"]]}
+    return node
+
+
+def _bounds(node: Schema, out: Schema) -> None:
+    """exclusive* is a boolean beside minimum/maximum in a CRD; strings and lists get an upper bound."""
+    for side, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if side in node:
+            out[bound], out[side] = node[side], True
+    if node.get("type") == "string" and "enum" not in node and "format" not in node:
+        out.setdefault("maxLength", STRING_MAX)
+    if node.get("type") == "array":
+        out.setdefault("maxItems", LIST_MAX)
+
+
+def _free(node: Schema, out: Schema, defs: Schema) -> None:
+    """A mapping: of one type, or of anything."""
+    values = node.get("additionalProperties")
+    if isinstance(values, dict) and values:
+        out["additionalProperties"] = structural(values, defs)
+    else:
+        out["x-kubernetes-preserve-unknown-fields"] = True
+
+
+def _nested_defaults(node: Schema) -> None:
+    """An object whose fields all have defaults defaults to {}, so that the API server writes the inner ones."""
+    for name, child in node.get("properties", {}).items():
+        _nested_defaults(child)
+        if child.get("type") == "object" and "properties" in child and "default" not in child \
+                and name not in node.get("required", []) and not child.get("required"):
+            child["default"] = {}
+    if "items" in node:
+        _nested_defaults(node["items"])
+
+
+def _schema(model: type[RLHFJobSpec] | type[RLHFJobStatus]) -> Schema:
+    raw = model.model_json_schema(by_alias=True)
+    return structural(raw, raw.get("$defs", {}))
+
+
+OPTIONAL_OBJECTS = {"jsonl", "parquet", "dataset", "reasoningGym", "queue"}
+
+
+def _spec_schema() -> Schema:
+    schema = _schema(RLHFJobSpec)
+    _nested_defaults(schema)
+    for holder in (schema, schema["properties"]["data"]):
+        for name in OPTIONAL_OBJECTS & set(holder["properties"]):
+            holder["properties"][name].pop("default", None)
+    return schema
+
+
+def _place(root: Schema, rule: Rule) -> None:
+    node = root
+    for part in rule.path.split(".") if rule.path else []:
+        node = node["properties"][part.removesuffix("[]")]
+        node = node["items"] if part.endswith("[]") else node
+    node.setdefault("x-kubernetes-validations", []).append({"rule": rule.cel, "message": rule.message})
+
+
+def job_schema() -> Schema:
+    spec = _spec_schema()
+    root: Schema = {
+        "type": "object", "required": ["spec"],
+        "description": "One RLHF training run.",
+        "properties": {
+            "apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"},
+            "spec": spec, "status": _schema(RLHFJobStatus),
+        },
+    }
+    for rule in (*RULES, *immutable(list(spec["properties"]))):
+        _place(root, rule)
+    return root
+
+
+def crd() -> dict[str, Any]:
+    """The CustomResourceDefinition as a plain object."""
+    columns = [{"name": n, "type": t, "jsonPath": p, **({"priority": w} if w else {})} for n, t, p, w in COLUMNS]
+    version = {
+        "name": VERSION, "served": True, "storage": True, "subresources": {"status": {}},
+        "additionalPrinterColumns": columns, "schema": {"openAPIV3Schema": job_schema()},
+    }
+    names = {"plural": PLURAL, "singular": "rlhfjob", "kind": KIND, "listKind": f"{KIND}List", "shortNames": ["rlhf"], "categories": ["all"]}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": {"name": f"{PLURAL}.{GROUP}"},
+        "spec": {"group": GROUP, "scope": "Namespaced", "names": names, "versions": [version]},
+    }
+
+
+if __name__ == "__main__":
+    yaml.safe_dump(crd(), sys.stdout, sort_keys=False, width=160)

@@ -1,0 +1,218 @@
+"""RLHFJobSpec: what a user may ask for. The one source of the CRD's schema, defaults and reference page.
+
+Every field carries its description here; `crd.py` prints the schema, `rules.py` holds the checks that span fields.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+from rlhf_api.base import Model
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Path = Annotated[str, Field(min_length=1, max_length=4096)]
+FreeObject = dict[str, Any]
+
+
+class PlacementMode(StrEnum):
+    COLOCATED = "Colocated"
+    SEPARATED = "Separated"
+
+
+class ModelSpec(Model):
+    path: Path = Field(description="Hub id, or a directory inside the pods (a mounted volume) with a Hugging Face checkpoint.")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of the engine's weights and of the trainer's matrix products. The trainer's own weights are float32.")
+    trust_remote_code: bool = Field(False, description="Run python code that comes with the checkpoint.")
+
+
+class KLSpec(Model):
+    coefficient: NonNegativeFloat = Field(0.0, description="Weight of the KL term against the reference model. 0 loads no reference model.")
+    estimator: Literal["k1", "k2", "k3"] = Field("k3", description="k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d, with d = log pi - log pi_ref.")
+    place: Literal["loss", "reward"] = Field("loss", description="Add the term to the loss (GRPO), or subtract it from the token rewards.")
+
+
+class AlgorithmSpec(Model):
+    name: Literal["grpo"] = Field("grpo", description="grpo: group-relative advantages (arXiv 2402.03300).")
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="Lower clip of the policy ratio: 1 - clipLow.")
+    clip_high: Annotated[float, Field(gt=0, lt=10)] = Field(0.2, description="Upper clip of the policy ratio: 1 + clipHigh.")
+    kl: KLSpec = Field(default_factory=KLSpec, description="KL penalty against the model as it was before training.")
+
+
+class JsonlData(Model):
+    path: Path = Field(description="File inside the pods, one JSON object a line.")
+
+
+class ParquetData(Model):
+    path: Path = Field(description="File or directory of Parquet files inside the pods.")
+
+
+class HubData(Model):
+    path: Path = Field(description="Hub id, or a directory inside the pods that datasets.load_dataset or load_from_disk reads.")
+    name: str | None = Field(None, max_length=256, description="Configuration of the dataset.")
+    split: str = Field("train", max_length=256, description="Split to train on.")
+
+
+class ReasoningGymData(Model):
+    task: Annotated[str, Field(min_length=1, max_length=128)] = Field(description="Name of a reasoning-gym task, such as basic_arithmetic.")
+    size: PositiveInt = Field(1000, description="Number of problems made from the seed.")
+    config: FreeObject = Field(default_factory=dict, description="Options of the task, passed to reasoning_gym.create_dataset.")
+
+
+class DataSpec(Model):
+    """Exactly one source: jsonl, parquet, dataset or reasoningGym."""
+
+    jsonl: JsonlData | None = Field(None, description="Prompts from a JSON lines file.")
+    parquet: ParquetData | None = Field(None, description="Prompts from Parquet.")
+    dataset: HubData | None = Field(None, description="Prompts from a Hugging Face dataset.")
+    reasoning_gym: ReasoningGymData | None = Field(None, description="Problems and verifiers of a reasoning-gym task.")
+    prompt_field: str = Field("prompt", max_length=256, description="Column with the prompt: a string, or a list of chat messages. reasoningGym fills it itself.")
+    system_prompt: str | None = Field(None, max_length=16384, description="System message put before every prompt (chat template only).")
+    chat_template: bool = Field(True, description="Render prompts by the tokenizer's chat template, where it has one.")
+    max_prompt_tokens: PositiveInt = Field(1024, description="A longer prompt is an error that names its row.")
+    seed: int = Field(0, ge=0, description="Seed of the shuffle of every epoch (and of reasoningGym's problems).")
+
+
+class RewardSpec(Model):
+    name: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")] = Field(description="Name in metrics; unique in the list.")
+    type: Literal["python", "http"] = Field(description="python: a function in a subprocess. http: a service.")
+    weight: float = Field(1.0, description="Factor of this reward in the sum.")
+    function: str | None = Field(None, max_length=512, description="python: module:function, importable in the image. Called as f(prompt=..., completion=..., **row) -> float.")
+    code: str | None = Field(None, max_length=65536, description="python: source text that defines reward(prompt, completion, **row) -> float.")
+    url: str | None = Field(None, max_length=2048, pattern=r"^https?://.+", description='http: POST {"samples": [{"prompt", "completion", ...row}]} -> {"rewards": [float, ...]}.')
+    timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(30.0, description="Deadline of one call: of one sample for python, of one batch for http.")
+    workers: Annotated[int, Field(ge=1, le=256)] = Field(2, description="python: subprocesses. http: concurrent requests.")
+    retries: Annotated[int, Field(ge=0, le=20)] = Field(2, description="Further tries of a failed sample, before the run stops with the reward's error.")
+
+
+class RolloutSpec(Model):
+    engines: PositiveInt = Field(1, description="Number of vLLM engines.")
+    tensor_parallel_size: PositiveInt = Field(1, description="GPUs of one engine.")
+    prompts_per_step: PositiveInt = Field(64, description="Prompts drawn for one step.")
+    samples_per_prompt: Annotated[int, Field(ge=2)] = Field(8, description="Completions of one prompt: the group of GRPO.")
+    max_tokens: PositiveInt = Field(512, description="Most tokens of one completion.")
+    temperature: Annotated[float, Field(gt=0, le=10)] = Field(1.0, description="Sampling temperature; the trainer's log probabilities use the same.")
+    seed: int | None = Field(None, ge=0, description="Seed of the engines' sampling. Unset: drawn from the job's seed.")
+    deadline_seconds: Annotated[float, Field(gt=0)] = Field(1800.0, description="Deadline for generating one step's batch.")
+    engine_args: FreeObject = Field(default_factory=dict, description="Further vLLM engine arguments by their python names, such as max_model_len.")
+
+
+class TrainerSpec(Model):
+    gpus: PositiveInt = Field(1, description="FSDP ranks, one GPU (or fraction of one) each.")
+    steps: PositiveInt = Field(description="Training steps; one step is one batch of promptsPerStep x samplesPerPrompt.")
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(1e-6, description="Learning rate of AdamW after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Optimizer updates of linear warm-up.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay.")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient norm is clipped to this.")
+    updates_per_step: PositiveInt = Field(1, description="Optimizer updates a step: the batch is split into as many parts.")
+    tokens_per_micro_batch: PositiveInt = Field(8192, description="Token budget of one packed micro-batch on one rank.")
+    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass.")
+    seed: int = Field(0, ge=0, description="Seed of the job.")
+
+
+class Fractions(Model):
+    trainer: Annotated[float, Field(gt=0, le=1)] = Field(0.4, description="Share of each GPU for a trainer rank.")
+    rollout: Annotated[float, Field(gt=0, le=1)] = Field(0.4, description="Share of each GPU for an engine rank; also its share of the GPU's memory.")
+
+
+class PlacementSpec(Model):
+    mode: PlacementMode = Field(PlacementMode.COLOCATED, description="Colocated: trainer and engines share every GPU. Separated: each has its own.")
+    gpus_per_node: PositiveInt = Field(8, description="GPUs of one node: the most that one pod asks for.")
+    fractions: Fractions = Field(default_factory=Fractions, description="Shares of a GPU when Colocated.")
+    resource_name: str = Field("nvidia.com/gpu", min_length=1, max_length=253, description="Extended resource that stands for one GPU.")
+
+
+class WeightSyncSpec(Model):
+    backend: Literal["auto", "nccl", "ipc", "gloo"] = Field("auto", description="auto: ipc when Colocated on GPU, nccl when Separated on GPU, gloo on CPU.")
+    verify: bool = Field(True, description="Prove after the first sync, and every verifyEverySteps, that the engines hold the trainer's weights.")
+    verify_every_steps: PositiveInt = Field(50, description="Steps between two proofs.")
+    deadline_seconds: Annotated[float, Field(gt=0)] = Field(300.0, description="Deadline of one sync; past it the run stops and resumes from its checkpoint.")
+
+
+class CheckpointSpec(Model):
+    path: Annotated[str, Field(min_length=2, max_length=4096, pattern=r"^/.+")] = Field("/checkpoints", description="Directory inside the trainer pods. Mount a volume there (pods.trainer.volumes) to keep it past the cluster.")
+    every_steps: PositiveInt = Field(20, description="Steps between two checkpoints; the last step is always saved.")
+    keep: PositiveInt = Field(3, description="Newest checkpoints kept.")
+    export: bool = Field(True, description="Write the final model as a Hugging Face checkpoint to <path>/export.")
+
+
+class CleanupSpec(Model):
+    on_success: Literal["Delete", "Keep"] = Field("Delete", description="What becomes of the RayCluster after success.")
+    on_failure: Literal["Delete", "Keep"] = Field("Delete", description="What becomes of the RayCluster after failure.")
+
+
+class RunPolicySpec(Model):
+    backoff_limit: int = Field(6, ge=0, description="Driver restarts without a finished step in between before the job fails.")
+    active_deadline_seconds: PositiveInt | None = Field(None, description="Longest time from the first Running to the end; suspended time is not counted.")
+    provisioning_deadline_seconds: PositiveInt = Field(3600, description="Longest time from the creation of the RayCluster to all of its pods ready; queued time is not counted.")
+    stall_timeout_seconds: PositiveInt = Field(3600, description="Longest time without a finished step (or any report) while Running.")
+    ttl_seconds_after_finished: int | None = Field(None, ge=0, description="Delete the RLHFJob this long after its end.")
+    cleanup: CleanupSpec = Field(default_factory=CleanupSpec, description="What becomes of the RayCluster at the end.")
+
+
+class QueueSpec(Model):
+    name: Annotated[str, Field(min_length=1, max_length=253)] = Field(description="Kueue LocalQueue in the job's namespace.")
+
+
+class PodOverrides(Model):
+    """Additions to one kind of pod. Fields that are not listed go into the PodSpec as they are."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="allow", frozen=True, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
+
+    labels: dict[str, str] = Field(default_factory=dict, description="Labels of the pods.")
+    annotations: dict[str, str] = Field(default_factory=dict, description="Annotations of the pods.")
+    env: list[FreeObject] = Field(default_factory=list, max_length=256, description="Environment of Ray's container (and the driver's, in the head).")
+    env_from: list[FreeObject] = Field(default_factory=list, max_length=64, description="Environment from ConfigMaps and Secrets.")
+    volumes: list[FreeObject] = Field(default_factory=list, max_length=64, description="Volumes of the pods.")
+    volume_mounts: list[FreeObject] = Field(default_factory=list, max_length=64, description="Mounts in Ray's container (and the driver's, in the head).")
+    resources: FreeObject = Field(default_factory=dict, description="Requests and limits of Ray's container. GPUs are added by the operator.")
+
+
+class PodsSpec(Model):
+    head: PodOverrides = Field(default_factory=PodOverrides, description="The pod of Ray's head and of the driver. Holds no GPU.")
+    trainer: PodOverrides = Field(default_factory=PodOverrides, description="Pods of the trainer; when Colocated, of trainer and engines.")
+    rollout: PodOverrides = Field(default_factory=PodOverrides, description="Pods of the engines when Separated.")
+
+
+class RLHFJobSpec(Model):
+    image: Annotated[str, Field(min_length=1, max_length=1024)] = Field(description="Worker image.")
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field("IfNotPresent", description="As in a container.")
+    model: ModelSpec = Field(description="The model to train.")
+    algorithm: AlgorithmSpec = Field(default_factory=AlgorithmSpec, description="The algorithm and its numbers.")
+    data: DataSpec = Field(description="Where prompts come from.")
+    rewards: list[RewardSpec] = Field(min_length=1, max_length=16, description="Rewards; their weighted sum is what is maximised.")
+    rollout: RolloutSpec = Field(default_factory=RolloutSpec, description="Generation by vLLM.")
+    trainer: TrainerSpec = Field(description="Training by FSDP2.")
+    placement: PlacementSpec = Field(default_factory=PlacementSpec, description="Which roles share which GPUs.")
+    weight_sync: WeightSyncSpec = Field(default_factory=WeightSyncSpec, description="How new weights reach the engines.")
+    checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec, description="Where and how often the run is saved.")
+    run_policy: RunPolicySpec = Field(default_factory=RunPolicySpec, description="Retries, deadlines, cleanup.")
+    queue: QueueSpec | None = Field(None, description="Queue that admits the job.")
+    suspend: bool = Field(False, description="Save, then release every pod. Set back to false to resume.")
+    pods: PodsSpec = Field(default_factory=PodsSpec, description="Additions to the pods. Changes take effect when the RayCluster is next created.")
+
+
+class ObjectMeta(Model):
+    """The part of an object's metadata that decisions need."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
+
+    name: str
+    namespace: str = "default"
+    uid: str = ""
+    generation: int = 0
+    resource_version: str = ""
+    creation_timestamp: str | None = None
+    deletion_timestamp: str | None = None
+
+
+class RLHFJob(Model):
+    """A parsed RLHFJob. `status` is kept raw: only its record and progress are read back, by whoever needs them."""
+
+    api_version: str = "rlhf.dev/v1alpha1"
+    kind: Literal["RLHFJob"] = "RLHFJob"
+    metadata: ObjectMeta
+    spec: RLHFJobSpec
+    status: FreeObject = Field(default_factory=dict)

@@ -1,0 +1,75 @@
+"""The planner: which pods there are, and which role has which GPU. Pure. The operator makes pods from it, the worker actors.
+
+A *slot* is one GPU, counted from 0. Slots are dense by pod: the slots of one pod follow each other, so an engine whose slots
+are consecutive lies on one node.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlhf_api.base import Model
+from rlhf_api.job import PlacementMode, RLHFJobSpec
+
+GroupName = Literal["trainer", "rollout"]
+
+
+class PodGroup(Model):
+    """`pods` equal pods with `gpus_per_pod` GPUs each; its slots start at `first_slot`."""
+
+    name: GroupName
+    pods: int
+    gpus_per_pod: int
+    first_slot: int
+
+    @property
+    def slots(self) -> range:
+        return range(self.first_slot, self.first_slot + self.pods * self.gpus_per_pod)
+
+    @property
+    def ray_resource(self) -> str:
+        """The Ray resource, one a GPU, that ties a slot to a pod of this group."""
+        return f"rlhf-{self.name}"
+
+
+class Placement(Model):
+    mode: PlacementMode
+    resource_name: str
+    groups: list[PodGroup]
+    trainer_slots: list[int] = Field(description="Slot of each FSDP rank.")
+    trainer_fraction: float
+    engine_slots: list[list[int]] = Field(description="Slots of each engine's tensor-parallel ranks.")
+    engine_fraction: float
+
+    @property
+    def gpus(self) -> int:
+        return sum(group.pods * group.gpus_per_pod for group in self.groups)
+
+    def group_of(self, slot: int) -> PodGroup:
+        return next(group for group in self.groups if slot in group.slots)
+
+
+def _group(name: GroupName, gpus: int, most: int, first_slot: int) -> PodGroup:
+    """`gpus` GPUs in as few equal pods of at most `most` GPUs as there can be; the rules made sure that it divides."""
+    pods = -(-gpus // most)
+    return PodGroup(name=name, pods=pods, gpus_per_pod=gpus // pods, first_slot=first_slot)
+
+
+def plan_placement(spec: RLHFJobSpec) -> Placement:
+    """Roles to slots. The spec must have passed `rules.violations`."""
+    rollout, trainer, placement = spec.rollout, spec.trainer, spec.placement
+    size, colocated = rollout.tensor_parallel_size, placement.mode is PlacementMode.COLOCATED
+    groups = [_group("trainer", trainer.gpus, placement.gpus_per_node, 0)]
+    if not colocated:
+        most = placement.gpus_per_node // size * size
+        groups.append(_group("rollout", rollout.engines * size, most, trainer.gpus))
+    first = 0 if colocated else trainer.gpus
+    return Placement(
+        mode=placement.mode,
+        resource_name=placement.resource_name,
+        groups=groups,
+        trainer_slots=list(range(trainer.gpus)),
+        trainer_fraction=placement.fractions.trainer if colocated else 1.0,
+        engine_slots=[list(range(first + e * size, first + (e + 1) * size)) for e in range(rollout.engines)],
+        engine_fraction=placement.fractions.rollout if colocated else 1.0,
+    )

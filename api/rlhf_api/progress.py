@@ -1,0 +1,59 @@
+"""Progress: what the driver tells of the run, server-side-applied to `status.progress` of its own job.
+
+Numbers that people read are strings with few digits: a status that changes in the ninth digit is a write without news.
+"""
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+from rlhf_api.base import Model
+
+DRIVER_FIELD_MANAGER = "rlhf-driver"
+RUN_CONFIG_PATH = "/etc/rlhf/run.yaml"
+HEARTBEAT_SECONDS = 10.0
+
+# Exit codes of the driver. Everything else is retried.
+EXIT_OK = 0
+EXIT_BAD_SPEC = 64
+EXIT_BAD_DATA = 65
+
+
+class Sync(Model):
+    """The last weight sync."""
+
+    version: int = Field(description="Version that every engine holds: optimizer steps since the base model.")
+    seconds: str = Field(description="Time of the last sync, pause and resume included.")
+    backend: str
+    verified_version: int | None = Field(None, description="Last version whose delivery was proven.")
+    error: str | None = Field(None, max_length=1024)
+
+
+class Saved(Model):
+    """The newest whole checkpoint."""
+
+    step: int
+    path: str
+    time: str = Field(json_schema_extra={"format": "date-time"})
+
+
+class Progress(Model):
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
+
+    state: Literal["Starting", "Training", "Draining", "Drained", "Done"] = Field("Starting", description="Drained: saved and idle, the pods may go.")
+    detail: str = Field("", max_length=1024, description="What the driver is doing, in words.")
+    step: int = Field(0, description="Finished training steps.")
+    total_steps: int = 0
+    display: str = Field("", description="step/totalSteps, for the column.")
+    resumed_from_step: int | None = Field(None, description="Step of the checkpoint that this driver started from.")
+    step_time: str | None = Field(None, description="When the last step finished.", json_schema_extra={"format": "date-time"})
+    report_time: str | None = Field(None, description="When this report was made.", json_schema_extra={"format": "date-time"})
+    reward: str | None = Field(None, description="Mean reward of the last step's samples.")
+    kl: str | None = Field(None, description="Mean KL to the reference model, per token.")
+    mismatch: str | None = Field(None, description="Mean |log pi_trainer - log pi_engine| per token.")
+    tokens_per_second: str | None = Field(None, description="Generated tokens of the last step over the whole step's time.")
+    eta_seconds: int | None = None
+    eta: str | None = Field(None, description="etaSeconds in words, for the column.")
+    sync: Sync | None = None
+    checkpoint: Saved | None = None

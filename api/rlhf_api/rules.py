@@ -1,0 +1,159 @@
+"""Rules that span fields, each once: the CEL that the API server runs, and the same in python for `rlhf_worker local` and the operator.
+
+A rule's `path` is where in the RLHFJob its CEL hangs (a dotted path of schema properties, `[]` for list items, "" for the
+root); `cel` sees that value as `self`. `check` gets the whole job and returns the complaints. tests/api holds one bad spec a
+rule, and sends it to both.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from rlhf_api.job import PlacementMode, RewardSpec, RLHFJob
+
+NAME_PATTERN = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
+NAME_MAX = 40
+# Fields that may change while the job lives. Everything else would need another RayCluster, or another run.
+MUTABLE = ("runPolicy", "suspend", "pods")
+SOURCES = ("jsonl", "parquet", "dataset", "reasoning_gym")
+
+Check = Callable[[RLHFJob], Iterator[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    path: str
+    cel: str
+    message: str
+    field: str
+    check: Check | None = None  # None: a transition rule, which only the API server can judge
+
+
+def _gpus(job: RLHFJob) -> Iterator[str]:
+    rollout, trainer = job.spec.rollout, job.spec.trainer
+    engine_gpus = rollout.engines * rollout.tensor_parallel_size
+    if job.spec.placement.mode is PlacementMode.COLOCATED and engine_gpus != trainer.gpus:
+        yield f"rollout.engines x rollout.tensorParallelSize is {engine_gpus}, trainer.gpus is {trainer.gpus}"
+
+
+def _fractions(job: RLHFJob) -> Iterator[str]:
+    shares = job.spec.placement.fractions
+    if job.spec.placement.mode is PlacementMode.COLOCATED and shares.trainer + shares.rollout > 1:
+        yield f"{shares.trainer} + {shares.rollout} > 1"
+
+
+def _tensor_parallel(job: RLHFJob) -> Iterator[str]:
+    if job.spec.rollout.tensor_parallel_size > job.spec.placement.gpus_per_node:
+        yield f"{job.spec.rollout.tensor_parallel_size} > {job.spec.placement.gpus_per_node}"
+
+
+def _whole_nodes(job: RLHFJob) -> Iterator[str]:
+    gpus, node = job.spec.trainer.gpus, job.spec.placement.gpus_per_node
+    if gpus > node and gpus % node:
+        yield f"trainer.gpus is {gpus}, placement.gpusPerNode is {node}"
+
+
+def _whole_engines(job: RLHFJob) -> Iterator[str]:
+    size, node = job.spec.rollout.tensor_parallel_size, job.spec.placement.gpus_per_node
+    engines, per_node = job.spec.rollout.engines, node // size
+    colocated_span = job.spec.placement.mode is PlacementMode.COLOCATED and engines > per_node and node % size
+    separated_span = job.spec.placement.mode is PlacementMode.SEPARATED and per_node and engines > per_node and engines % per_node
+    if colocated_span or separated_span:
+        yield f"{engines} engines of {size} GPUs, {node} GPUs a node"
+
+
+def _batch(job: RLHFJob) -> Iterator[str]:
+    samples = job.spec.rollout.prompts_per_step * job.spec.rollout.samples_per_prompt
+    parts = job.spec.trainer.gpus * job.spec.trainer.updates_per_step
+    if samples < parts:
+        yield f"{samples} samples for {parts} parts"
+
+
+def _one_source(job: RLHFJob) -> Iterator[str]:
+    named = [name for name in SOURCES if getattr(job.spec.data, name) is not None]
+    if len(named) != 1:
+        yield f"{len(named)} are set"
+
+
+def _each_reward(complaint: Callable[[RewardSpec], str]) -> Check:
+    def check(job: RLHFJob) -> Iterator[str]:
+        for reward in job.spec.rewards:
+            if text := complaint(reward):
+                yield f"rewards[{reward.name}]: {text}"
+
+    return check
+
+
+def _python_reward(reward: RewardSpec) -> str:
+    if reward.type != "python" or (reward.function is None) != (reward.code is None):
+        return ""
+    return "both are set" if reward.code else "neither is set"
+
+
+def _http_reward(reward: RewardSpec) -> str:
+    return "url is missing" if reward.type == "http" and reward.url is None else ""
+
+
+def _reward_names(job: RLHFJob) -> Iterator[str]:
+    names = [reward.name for reward in job.spec.rewards]
+    if len(set(names)) != len(names):
+        yield f"names are {', '.join(names)}"
+
+
+def _backend(job: RLHFJob) -> Iterator[str]:
+    backend, mode = job.spec.weight_sync.backend, job.spec.placement.mode
+    if (backend, mode) in {("ipc", PlacementMode.SEPARATED), ("nccl", PlacementMode.COLOCATED)}:
+        yield f"backend is {backend}, mode is {mode}"
+
+
+def _name(job: RLHFJob) -> Iterator[str]:
+    if len(job.metadata.name) > NAME_MAX or not re.match(NAME_PATTERN, job.metadata.name):
+        yield f"it is {job.metadata.name!r} with {len(job.metadata.name)} characters"
+
+
+COLOCATED = "self.placement.mode != 'Colocated' || "
+SEPARATED = "self.placement.mode != 'Separated' || "
+
+RULES = (
+    Rule("", f"self.metadata.name.size() <= {NAME_MAX} && self.metadata.name.matches('{NAME_PATTERN}')",
+         f"must start with a letter and have at most {NAME_MAX} characters of a-z, 0-9 and -: names of pods and Services are made from it", "metadata.name", _name),
+    Rule("spec", COLOCATED + "self.rollout.engines * self.rollout.tensorParallelSize == self.trainer.gpus",
+         "Colocated needs rollout.engines x rollout.tensorParallelSize == trainer.gpus: change one of the three, or set placement.mode to Separated", "trainer.gpus", _gpus),
+    Rule("spec", COLOCATED + "self.placement.fractions.trainer + self.placement.fractions.rollout <= 1.0",
+         "the fractions of one GPU must sum to at most 1: lower fractions.trainer or fractions.rollout", "placement.fractions", _fractions),
+    Rule("spec", "self.rollout.tensorParallelSize <= self.placement.gpusPerNode",
+         "an engine must fit on one node: lower rollout.tensorParallelSize or raise placement.gpusPerNode", "rollout.tensorParallelSize", _tensor_parallel),
+    Rule("spec", "self.trainer.gpus <= self.placement.gpusPerNode || self.trainer.gpus % self.placement.gpusPerNode == 0",
+         "a trainer of more than one node must fill whole nodes: make trainer.gpus a multiple of placement.gpusPerNode", "trainer.gpus", _whole_nodes),
+    Rule("spec", "self.rollout.tensorParallelSize > self.placement.gpusPerNode"
+         " || self.rollout.engines <= self.placement.gpusPerNode / self.rollout.tensorParallelSize"
+         " || (self.placement.mode == 'Colocated' ? self.placement.gpusPerNode % self.rollout.tensorParallelSize == 0"
+         " : self.rollout.engines % (self.placement.gpusPerNode / self.rollout.tensorParallelSize) == 0)",
+         "engines on more than one node must fill whole nodes: change rollout.engines, rollout.tensorParallelSize or placement.gpusPerNode", "rollout.engines", _whole_engines),
+    Rule("spec", "self.rollout.promptsPerStep * self.rollout.samplesPerPrompt >= self.trainer.gpus * self.trainer.updatesPerStep",
+         "a step's batch must hold a sample for each rank and update: raise rollout.promptsPerStep or lower trainer.updatesPerStep", "rollout.promptsPerStep", _batch),
+    Rule("spec", "!(self.weightSync.backend == 'ipc' && self.placement.mode == 'Separated') && !(self.weightSync.backend == 'nccl' && self.placement.mode == 'Colocated')",
+         "ipc needs Colocated (one GPU's memory, shared), nccl needs Separated (one rank a GPU): use auto", "weightSync.backend", _backend),
+    Rule("spec.data", "[has(self.jsonl), has(self.parquet), has(self.dataset), has(self.reasoningGym)].filter(x, x).size() == 1",
+         "set exactly one of jsonl, parquet, dataset and reasoningGym", "data", _one_source),
+    Rule("spec.rewards", "self.all(r, self.exists_one(other, other.name == r.name))", "names must be unique", "rewards", _reward_names),
+    Rule("spec.rewards[]", "self.type != 'python' || has(self.function) != has(self.code)",
+         "a python reward needs exactly one of function and code", "rewards", _each_reward(_python_reward)),
+    Rule("spec.rewards[]", "self.type != 'http' || has(self.url)", "an http reward needs url", "rewards", _each_reward(_http_reward)),
+)
+
+
+def immutable(fields: list[str]) -> list[Rule]:
+    """One transition rule a spec field that has no `MUTABLE` entry; absent fields may neither appear nor vanish."""
+    return [
+        Rule("spec", f"has(self.{f}) == has(oldSelf.{f}) && (!has(self.{f}) || self.{f} == oldSelf.{f})",
+             f"{f} cannot change while the job lives: delete the RLHFJob and create it anew", f)
+        for f in fields if f not in MUTABLE
+    ]
+
+
+def violations(job: RLHFJob) -> list[str]:
+    """Every rule that the job breaks, as `spec.field: what to do (what is there)`; empty when none."""
+    found = [(rule, text) for rule in RULES if rule.check for text in rule.check(job)]
+    return [f"{'' if rule.field.startswith('metadata') else 'spec.'}{rule.field}: {rule.message} ({text})" for rule, text in found]
+
