@@ -94,16 +94,23 @@ def _schema(model: type[RLHFJobSpec] | type[RLHFJobStatus]) -> Schema:
     return structural(raw, raw.get("$defs", {}))
 
 
-OPTIONAL_OBJECTS = {"jsonl", "parquet", "dataset", "reasoningGym", "queue"}
-
-
 def _spec_schema() -> Schema:
     schema = _schema(RLHFJobSpec)
     _nested_defaults(schema)
-    for holder in (schema, schema["properties"]["data"]):
-        for name in OPTIONAL_OBJECTS & set(holder["properties"]):
-            holder["properties"][name].pop("default", None)
     return schema
+
+
+def _status_schema() -> Schema:
+    """Without defaults: a status holds what was observed, and the API server observes nothing."""
+    schema = _schema(RLHFJobStatus)
+    _drop_defaults(schema)
+    return schema
+
+
+def _drop_defaults(node: Schema) -> None:
+    node.pop("default", None)
+    for child in (*node.get("properties", {}).values(), *([node["items"]] if "items" in node else [])):
+        _drop_defaults(child)
 
 
 def _place(root: Schema, rule: Rule) -> None:
@@ -121,7 +128,7 @@ def job_schema() -> Schema:
         "description": "One RLHF training run.",
         "properties": {
             "apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"},
-            "spec": spec, "status": _schema(RLHFJobStatus),
+            "spec": spec, "status": _status_schema(),
         },
     }
     for rule in (*RULES, *immutable(list(spec["properties"]))):
@@ -143,5 +150,16 @@ def crd() -> dict[str, Any]:
     }
 
 
+class _Plain(yaml.SafeDumper):
+    """Writes a repeated value twice instead of an anchor, which few tools and no reader expect in a manifest."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def crd_yaml() -> str:
+    return yaml.dump(crd(), Dumper=_Plain, sort_keys=False, width=160)
+
+
 if __name__ == "__main__":
-    yaml.safe_dump(crd(), sys.stdout, sort_keys=False, width=160)
+    sys.stdout.write(crd_yaml())

@@ -211,7 +211,7 @@ class ObjectMeta(Model):
 class RLHFJob(Model):
     """A parsed RLHFJob. `status` is kept raw: only its record and progress are read back, by whoever needs them."""
 
-    api_version: str = "rlhf.dev/v1alpha1"
+    api_version: Literal["rlhf.dev/v1alpha1"] = "rlhf.dev/v1alpha1"
     kind: Literal["RLHFJob"] = "RLHFJob"
     metadata: ObjectMeta
     spec: RLHFJobSpec

@@ -21,7 +21,7 @@ class InvalidJob(Exception):
 def parse_job(raw: dict[str, Any]) -> RLHFJob:
     """Schema first, then the rules that span fields. Raises InvalidJob."""
     try:
-        job = RLHFJob.model_validate({key: raw[key] for key in ("apiVersion", "kind", "metadata", "spec", "status") if key in raw})
+        job = RLHFJob.model_validate({key: raw[key] for key in ("apiVersion", "kind", "metadata", "spec", "status") if key in raw}, by_alias=True, by_name=False)
     except ValidationError as error:
         raise InvalidJob([_problem(list(e["loc"]), e["type"], e["msg"]) for e in error.errors()]) from None
     if problems := violations(job):

@@ -25,17 +25,17 @@ class Sync(Model):
 
     version: int = Field(description="Version that every engine holds: optimizer steps since the base model.")
     seconds: str = Field(description="Time of the last sync, pause and resume included.")
-    backend: str
+    backend: str = Field(description="Way that the weights took.")
     verified_version: int | None = Field(None, description="Last version whose delivery was proven.")
-    error: str | None = Field(None, max_length=1024)
+    error: str | None = Field(None, max_length=1024, description="Why the last sync failed; absent when it did not.")
 
 
 class Saved(Model):
     """The newest whole checkpoint."""
 
-    step: int
-    path: str
-    time: str = Field(json_schema_extra={"format": "date-time"})
+    step: int = Field(description="Step after which it was made.")
+    path: str = Field(max_length=4096, description="Directory, inside the trainer pods.")
+    time: str = Field(description="When it was whole.", json_schema_extra={"format": "date-time"})
 
 
 class Progress(Model):
@@ -44,7 +44,7 @@ class Progress(Model):
     state: Literal["Starting", "Training", "Draining", "Drained", "Done"] = Field("Starting", description="Drained: saved and idle, the pods may go.")
     detail: str = Field("", max_length=1024, description="What the driver is doing, in words.")
     step: int = Field(0, description="Finished training steps.")
-    total_steps: int = 0
+    total_steps: int = Field(0, description="trainer.steps.")
     display: str = Field("", description="step/totalSteps, for the column.")
     resumed_from_step: int | None = Field(None, description="Step of the checkpoint that this driver started from.")
     step_time: str | None = Field(None, description="When the last step finished.", json_schema_extra={"format": "date-time"})
@@ -53,7 +53,7 @@ class Progress(Model):
     kl: str | None = Field(None, description="Mean KL to the reference model, per token.")
     mismatch: str | None = Field(None, description="Mean |log pi_trainer - log pi_engine| per token.")
     tokens_per_second: str | None = Field(None, description="Generated tokens of the last step over the whole step's time.")
-    eta_seconds: int | None = None
+    eta_seconds: int | None = Field(None, description="Seconds to the last step at the present pace.")
     eta: str | None = Field(None, description="etaSeconds in words, for the column.")
-    sync: Sync | None = None
-    checkpoint: Saved | None = None
+    sync: Sync | None = Field(None, description="The last weight sync.")
+    checkpoint: Saved | None = Field(None, description="The newest whole checkpoint.")

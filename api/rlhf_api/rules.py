@@ -56,9 +56,8 @@ def _whole_nodes(job: RLHFJob) -> Iterator[str]:
 def _whole_engines(job: RLHFJob) -> Iterator[str]:
     size, node = job.spec.rollout.tensor_parallel_size, job.spec.placement.gpus_per_node
     engines, per_node = job.spec.rollout.engines, node // size
-    colocated_span = job.spec.placement.mode is PlacementMode.COLOCATED and engines > per_node and node % size
-    separated_span = job.spec.placement.mode is PlacementMode.SEPARATED and per_node and engines > per_node and engines % per_node
-    if colocated_span or separated_span:
+    rest = node % size if job.spec.placement.mode is PlacementMode.COLOCATED else engines % max(per_node, 1)
+    if 0 < per_node < engines and rest:
         yield f"{engines} engines of {size} GPUs, {node} GPUs a node"
 
 
@@ -87,7 +86,7 @@ def _each_reward(complaint: Callable[[RewardSpec], str]) -> Check:
 def _python_reward(reward: RewardSpec) -> str:
     if reward.type != "python" or (reward.function is None) != (reward.code is None):
         return ""
-    return "both are set" if reward.code else "neither is set"
+    return "both are set" if reward.code is not None else "neither is set"
 
 
 def _http_reward(reward: RewardSpec) -> str:
@@ -107,7 +106,7 @@ def _backend(job: RLHFJob) -> Iterator[str]:
 
 
 def _name(job: RLHFJob) -> Iterator[str]:
-    if len(job.metadata.name) > NAME_MAX or not re.match(NAME_PATTERN, job.metadata.name):
+    if len(job.metadata.name) > NAME_MAX or not re.fullmatch(NAME_PATTERN, job.metadata.name):
         yield f"it is {job.metadata.name!r} with {len(job.metadata.name)} characters"
 
 

@@ -1,0 +1,86 @@
+"""Specs for the tests: the smallest valid one, and one that breaks each rule and no other."""
+
+import copy
+from typing import Any
+
+from rlhf_api.rules import RULES, Rule
+
+Object = dict[str, Any]
+
+
+def minimal_spec() -> Object:
+    """Only what has no default."""
+    return {
+        "image": "rlhf-worker:dev",
+        "model": {"path": "some/model"},
+        "data": {"jsonl": {"path": "/data/prompts.jsonl"}},
+        "rewards": [{"name": "exact", "type": "python", "function": "package.module:score"}],
+        "trainer": {"steps": 10},
+    }
+
+
+def a_job(name: str = "sample", **changes: Any) -> Object:
+    """An RLHFJob of the minimal spec. A change is named by its path with `__` for a dot: `trainer__gpus=2`; None removes."""
+    job: Object = {
+        "apiVersion": "rlhf.dev/v1alpha1",
+        "kind": "RLHFJob",
+        "metadata": {"name": name, "namespace": "default"},
+        "spec": minimal_spec(),
+    }
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        node = job["spec"]
+        for part in parents:
+            node = node.setdefault(part, {})
+        if value is None:
+            node.pop(last)
+        else:
+            node[last] = copy.deepcopy(value)
+    return job
+
+
+def rule(cel_part: str) -> Rule:
+    """The one rule whose CEL holds this text."""
+    (found,) = [rule for rule in RULES if cel_part in rule.cel]
+    return found
+
+
+PYTHON: Object = {"name": "a", "type": "python", "function": "m:f"}
+
+# (a part of the rule's CEL, a job that breaks it and nothing else)
+BROKEN: list[tuple[str, Object]] = [
+    ("self.metadata.name", a_job("a" * 41)),
+    ("self.metadata.name", a_job("1st")),
+    ("self.metadata.name", a_job("with.dot")),
+    ("== self.trainer.gpus", a_job(rollout__engines=2)),
+    ("== self.trainer.gpus", a_job(trainer__gpus=4, rollout__engines=1, rollout__tensorParallelSize=2)),
+    ("fractions", a_job(placement__fractions={"trainer": 0.6, "rollout": 0.5})),
+    ("self.rollout.tensorParallelSize <=", a_job(placement__gpusPerNode=2, rollout__tensorParallelSize=4, trainer__gpus=4)),
+    ("self.trainer.gpus <=", a_job(placement__mode="Separated", placement__gpusPerNode=4, trainer__gpus=6)),
+    ("self.rollout.engines <=", a_job(placement__mode="Separated", placement__gpusPerNode=4, rollout__engines=5)),
+    ("self.rollout.engines <=", a_job(placement__gpusPerNode=4, rollout__engines=4, rollout__tensorParallelSize=3, trainer__gpus=12)),
+    ("promptsPerStep", a_job(rollout__promptsPerStep=1, rollout__samplesPerPrompt=2, trainer__updatesPerStep=3)),
+    ("'ipc'", a_job(weightSync__backend="ipc", placement__mode="Separated")),
+    ("'ipc'", a_job(weightSync__backend="nccl")),
+    ("has(self.jsonl)", a_job(data={"chatTemplate": True})),
+    ("has(self.jsonl)", a_job(data__parquet={"path": "/data/prompts.parquet"})),
+    ("exists_one", a_job(rewards=[PYTHON, PYTHON])),
+    ("has(self.function)", a_job(rewards=[{"name": "a", "type": "python"}])),
+    ("has(self.function)", a_job(rewards=[{**PYTHON, "code": "def reward(prompt, completion, **row): return 0.0"}])),
+    ("has(self.url)", a_job(rewards=[{"name": "a", "type": "http"}])),
+]
+
+# (a changed field of a living job, its new value): each refused by a transition rule.
+FROZEN: list[tuple[str, Any]] = [
+    ("image", "rlhf-worker:other"),
+    ("model", {"path": "another/model"}),
+    ("algorithm", {"clipHigh": 0.3}),
+    ("data", {"jsonl": {"path": "/data/other.jsonl"}}),
+    ("rewards", [{**PYTHON, "name": "other"}]),
+    ("rollout", {"engineArgs": {"max_model_len": 512}}),
+    ("trainer", {"steps": 11}),
+    ("placement", {"mode": "Separated"}),
+    ("weightSync", {"verify": False}),
+    ("checkpoint", {"everySteps": 1}),
+    ("queue", {"name": "team-a"}),
+]

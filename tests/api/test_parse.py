@@ -1,0 +1,99 @@
+"""From text to a job or a list of problems, and from a job to a run config and back."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_api.parse import InvalidJob, load_job, parse_job
+from rlhf_api.run import RunConfig, resolve
+from tests.api.specs import a_job
+
+
+def problems(raw: dict[str, Any]) -> list[str]:
+    with pytest.raises(InvalidJob) as caught:
+        parse_job(raw)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "word"),
+    [
+        ({"trainer__learninRate": 1e-6}, "spec.trainer.learninRate", "unknown field"),
+        ({"trainer__learning_rate": 1e-6}, "spec.trainer.learning_rate", "unknown field"),
+        ({"data__jsonl__pth": "x"}, "spec.data.jsonl.pth", "unknown field"),
+        ({"algorithm__name": "gripo"}, "spec.algorithm.name", "grpo"),
+        ({"placement__mode": "Shared"}, "spec.placement.mode", "Colocated"),
+        ({"image": None}, "spec.image", "required"),
+        ({"image": ""}, "spec.image", "at least 1 character"),
+        ({"trainer__steps": 0}, "spec.trainer.steps", "greater than or equal to 1"),
+        ({"rewards": []}, "spec.rewards", "at least 1 item"),
+        ({"rewards": [{"name": "Bad_Name", "type": "python", "function": "m:f"}]}, "spec.rewards[0].name", "match"),
+        ({"rewards": [{"name": "a", "type": "http", "url": "ftp://x"}]}, "spec.rewards[0].url", "match"),
+        ({"checkpoint__path": "relative"}, "spec.checkpoint.path", "match"),
+    ],
+)
+def test_a_problem_names_its_field(changes: dict[str, Any], field: str, word: str) -> None:
+    (problem,) = problems(a_job(**changes))
+    assert problem.startswith(f"{field}: ")
+    assert word in problem
+
+
+def test_all_problems_are_told_at_once() -> None:
+    assert len(problems(a_job(trainer__oops=1, rollout__oops=1, image=None))) == 3
+
+
+@pytest.mark.parametrize(("key", "value"), [("apiVersion", "rlhf.dev/v2"), ("kind", "RayJob")])
+def test_another_kind_or_version_is_refused(key: str, value: str) -> None:
+    (problem,) = problems({**a_job(), key: value})
+    assert problem.startswith(f"{key}: ")
+
+
+def test_broken_rules_are_problems() -> None:
+    (problem,) = problems(a_job(rollout__engines=2))
+    assert problem.startswith("spec.trainer.gpus: ")
+
+
+def test_metadata_and_status_may_hold_what_the_api_server_adds() -> None:
+    raw = a_job()
+    raw["metadata"] |= {"uid": "u", "managedFields": [], "resourceVersion": "7"}
+    raw["status"] = {"phase": "Running", "future": 1}
+    job = parse_job(raw)
+    assert (job.metadata.uid, job.metadata.resource_version, job.status["future"]) == ("u", "7", 1)
+
+
+def test_pod_overrides_keep_unknown_fields() -> None:
+    job = parse_job(a_job(pods__trainer={"nodeSelector": {"gpu": "h200"}, "env": [{"name": "A", "value": "1"}]}))
+    assert job.spec.pods.trainer.to_dict()["nodeSelector"] == {"gpu": "h200"}
+
+
+def load(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(InvalidJob) as caught:
+        load_job(path)
+    return str(caught.value)
+
+
+def test_files_that_hold_no_single_job(tmp_path: Path) -> None:
+    assert "not YAML" in load(tmp_path, "a: [")
+    assert "holds 0 RLHFJobs" in load(tmp_path, "kind: Pod\n")
+    assert "holds 2 RLHFJobs" in load(tmp_path, "kind: RLHFJob\n---\nkind: RLHFJob\n")
+    assert "holds 0 RLHFJobs" in load(tmp_path, "just text\n")
+    with pytest.raises(InvalidJob, match=r"absent\.yaml: No such file"):
+        load_job(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"placement__mode": "Separated", "rollout__engineArgs": {"max_model_len": 64, "quantization": None}}]
+)
+def test_a_run_config_survives_its_file(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = resolve(parse_job(a_job(**changes)))
+    path = tmp_path / "run.yaml"
+    path.write_text(config.dump())
+    assert RunConfig.read(path) == config
+
+
+def test_the_sampling_seed_falls_back_to_the_jobs() -> None:
+    assert resolve(parse_job(a_job(trainer__seed=7))).sampling_seed == 7
+    assert resolve(parse_job(a_job(trainer__seed=7, rollout__seed=0))).sampling_seed == 0
