@@ -1,0 +1,271 @@
+"""Prompts: rows from a file, a dataset or reasoning-gym, and the sampler that draws, renders and tokenises them.
+
+The order is a function of seed and epoch alone, so a sampler's whole state is two numbers (and a digest that notices other data).
+"""
+
+import difflib
+import hashlib
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rlhf_api.job import DataSpec, HubData, JsonlData, ParquetData, ReasoningGymData
+
+from rlhf_worker.errors import BadData, BadSpec
+from rlhf_worker.experience import Prompt
+
+Row = dict[str, Any]
+DIGEST_ROWS = 16
+
+
+class Rows(Protocol):
+    """A table by row number."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Row: ...
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that rendering needs."""
+
+    @property
+    def chat_template(self) -> Any: ...
+    def apply_chat_template(self, conversation: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
+    def encode(self, text: str, *, add_special_tokens: bool) -> Any: ...
+
+
+class PromptSource:
+    """The rows of `data`, opened once; `place(row)` says where a row is, for error messages.
+
+    Raises BadData for what cannot be read, is empty or lacks the prompt column, BadSpec for a reasoning-gym task that does not exist.
+    """
+
+    def __init__(self, spec: DataSpec) -> None:
+        self.name, self.rows = _open(spec)
+        self.prompt_field = "question" if spec.reasoning_gym else spec.prompt_field
+        if len(self.rows) == 0:
+            raise BadData(f"{self.name}: there are no rows: give at least one prompt")
+        self._prompt(0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def place(self, row: int) -> str:
+        return f"{self.name}, row {row}" if not isinstance(self.rows, _JsonLines) else self.rows.place(row)
+
+    def _prompt(self, row: int) -> tuple[Any, Row]:
+        fields = self.rows[row]
+        prompt = fields.get(self.prompt_field)
+        if prompt is None:
+            raise BadData(f"{self.place(row)}: no {self.prompt_field!r} among {', '.join(map(repr, fields))}: set data.promptField to the prompt's column")
+        if not (isinstance(prompt, str) and prompt.strip()) and not _is_chat(prompt):
+            raise BadData(f"{self.place(row)}: {self.prompt_field!r} must be text or a list of chat messages, and not empty: it is {prompt!r:.80}")
+        return prompt, fields
+
+    def read(self, row: int) -> tuple[str | list[dict[str, Any]], Row]:
+        """The prompt of a row, and what rewards get: its columns, with the prompt under `prompt`. Raises BadData."""
+        prompt, fields = self._prompt(row)
+        return prompt, {**{key: value for key, value in fields.items() if key != "completion"}, "prompt": prompt}
+
+    def digest(self) -> str:
+        """A short mark of the data: its size and some of its prompts."""
+        step = max(1, len(self) // DIGEST_ROWS)
+        prompts = [self._prompt(row)[0] for row in range(0, len(self), step)]
+        return hashlib.sha256(json.dumps([len(self), prompts], default=str).encode()).hexdigest()[:16]
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+
+
+def _open(spec: DataSpec) -> tuple[str, Rows]:
+    if spec.jsonl:
+        return f"data.jsonl {spec.jsonl.path}", _JsonLines(spec.jsonl)
+    if spec.parquet:
+        return f"data.parquet {spec.parquet.path}", _Parquet(spec.parquet)
+    if spec.dataset:
+        return f"data.dataset {spec.dataset.path}", _dataset(spec.dataset)
+    if spec.reasoning_gym:
+        return f"data.reasoningGym {spec.reasoning_gym.task}", _ReasoningGym(spec.reasoning_gym, spec.seed)
+    raise BadSpec("data: set exactly one of jsonl, parquet, dataset and reasoningGym")
+
+
+class _JsonLines:
+    """A JSON lines file, read whole, so that a broken line is found before the run begins. Blank lines are skipped."""
+
+    def __init__(self, spec: JsonlData) -> None:
+        self._path = Path(spec.path)
+        self._rows: list[Row] = []
+        self._lines: list[int] = []
+        for number, line in enumerate(_lines(self._path), 1):
+            if line.strip():
+                self._rows.append(self._parse(number, line))
+                self._lines.append(number)
+
+    def _parse(self, number: int, line: bytes) -> Row:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise BadData(f"data.jsonl: {self._path}, line {number}: not JSON: {error}: correct or remove the line") from None
+        if not isinstance(row, dict):
+            raise BadData(f"data.jsonl: {self._path}, line {number}: must be an object, such as {{\"prompt\": \"...\"}}, not {line[:40]!r}")
+        return row
+
+    def place(self, row: int) -> str:
+        return f"data.jsonl: {self._path}, line {self._lines[row]}"
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int, /) -> Row:
+        return self._rows[index]
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise BadData(f"data.jsonl.path: {path}: {error.strerror}: is the volume mounted in the pods that read it?") from None
+
+
+class _Parquet:
+    """A Parquet file, or a directory of them in the order of their names, in memory as one Arrow table."""
+
+    def __init__(self, spec: ParquetData) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not Path(spec.path).exists():
+            raise BadData(f"data.parquet.path: {spec.path}: No such file or directory: is the volume mounted in the pods that read it?")
+        try:
+            self._table = pq.read_table(spec.path)
+        except (pa.ArrowException, OSError) as error:
+            raise BadData(f"data.parquet.path: {spec.path}: {error}") from None
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, index: int, /) -> Row:
+        row: Row = self._table.slice(index, 1).to_pylist()[0]
+        return row
+
+
+def _dataset(spec: HubData) -> Rows:
+    """A Hugging Face dataset: what `save_to_disk` wrote, or what `load_dataset` reads. An unreachable hub stays OSError: it may come back."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        rows: Rows = _load_dataset(spec)
+    except (DatasetNotFoundError, FileNotFoundError, NotADirectoryError, ValueError, KeyError) as error:
+        raise BadData(f"data.dataset: {spec.path} (name {spec.name}, split {spec.split}): {error}: correct path, name or split") from None
+    return rows
+
+
+def _load_dataset(spec: HubData) -> Any:
+    from datasets import load_dataset, load_from_disk
+
+    path = Path(spec.path)
+    if (path / "dataset_dict.json").exists():
+        return load_from_disk(spec.path)[spec.split]
+    if (path / "state.json").exists():
+        return load_from_disk(spec.path)
+    return load_dataset(spec.path, spec.name, split=spec.split)
+
+
+class _ReasoningGym:
+    """Problems of a reasoning-gym task. Each row carries what the task's own verifier needs (rewards/reasoning_gym.py)."""
+
+    def __init__(self, spec: ReasoningGymData, seed: int) -> None:
+        from reasoning_gym.factory import DATASETS, create_dataset
+
+        if spec.task not in DATASETS:
+            close = difflib.get_close_matches(spec.task, DATASETS, n=3, cutoff=0.5)
+            raise BadSpec(f"data.reasoningGym.task: there is no {spec.task!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+        try:
+            self._problems = create_dataset(spec.task, seed=seed, size=spec.size, **spec.config)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise BadSpec(f"data.reasoningGym.config: {spec.task} refuses {spec.config}: {error}") from None
+        self._verifier = {"task": spec.task, "config": spec.config}
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def __getitem__(self, index: int, /) -> Row:
+        return {**self._problems[index], "verifier": self._verifier}
+
+
+class PromptSampler:
+    """Draws prompts: every row once an epoch, in an order made from seed and epoch."""
+
+    def __init__(self, source: PromptSource, tokenizer: Tokenizer, spec: DataSpec, state: Mapping[str, Any] | None = None) -> None:
+        self._source, self._tokenizer, self._spec = source, tokenizer, spec
+        self._chat = spec.chat_template and tokenizer.chat_template is not None
+        if spec.system_prompt and not self._chat:
+            raise BadSpec("data.systemPrompt needs a chat template: remove it, or set data.chatTemplate with a tokenizer that has one")
+        self._digest = source.digest()
+        self._drawn = 0
+        self._order: tuple[int, list[int]] = (-1, [])
+        if state is not None:
+            self.restore(state)
+
+    def next(self, count: int) -> list[Prompt]:
+        """The next `count` prompts, over as many epochs as they take. Raises BadData; then none is consumed."""
+        prompts = [self._draw(index) for index in range(self._drawn, self._drawn + count)]
+        self._drawn += count
+        return prompts
+
+    def check(self, count: int) -> None:
+        """Render the next `count` prompts (each row at most once) without consuming them: a run's bad row fails it at its start."""
+        for index in range(self._drawn, self._drawn + min(count, len(self._source))):
+            self._draw(index)
+
+    def state(self) -> dict[str, Any]:
+        epoch, position = divmod(self._drawn, len(self._source))
+        return {"epoch": epoch, "position": position, "data": self._digest, "seed": self._spec.seed}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state()` was taken. Raises BadData if the data or the seed is another."""
+        if (state["data"], state["seed"]) != (self._digest, self._spec.seed):
+            raise BadData(f"{self._source.name}: the checkpoint was made with other data or another data.seed: restore them, or start with an empty checkpoint.path")
+        self._drawn = state["epoch"] * len(self._source) + state["position"]
+
+    def _draw(self, index: int) -> Prompt:
+        epoch, position = divmod(index, len(self._source))
+        row = self._permutation(epoch)[position]
+        prompt, fields = self._source.read(row)
+        text, token_ids = self._render(row, prompt)
+        if len(token_ids) > self._spec.max_prompt_tokens:
+            raise BadData(
+                f"{self._source.place(row)}: the prompt has {len(token_ids)} tokens, data.maxPromptTokens is {self._spec.max_prompt_tokens}: shorten it or raise the limit"
+            )
+        return Prompt(uid=f"{epoch}:{row}", epoch=epoch, row=row, token_ids=token_ids, text=text, fields=fields)
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if self._order[0] != epoch:
+            order = list(range(len(self._source)))
+            random.Random(f"{self._spec.seed}:{epoch}").shuffle(order)
+            self._order = (epoch, order)
+        return self._order[1]
+
+    def _render(self, row: int, prompt: str | list[dict[str, Any]]) -> tuple[str, list[int]]:
+        if self._chat:
+            text = self._apply_template(row, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+        elif isinstance(prompt, str):
+            text = prompt
+        else:
+            raise BadData(f"{self._source.place(row)}: a list of chat messages needs data.chatTemplate and a tokenizer with a chat template")
+        token_ids = list(self._tokenizer.encode(text, add_special_tokens=not self._chat))
+        if not token_ids:
+            raise BadData(f"{self._source.place(row)}: the prompt has no tokens")
+        return text, token_ids
+
+    def _apply_template(self, row: int, messages: list[dict[str, Any]]) -> str:
+        from jinja2 import TemplateError
+
+        system = [{"role": "system", "content": self._spec.system_prompt}] if self._spec.system_prompt else []
+        try:
+            return str(self._tokenizer.apply_chat_template([*system, *messages], tokenize=False, add_generation_prompt=True))
+        except (TemplateError, TypeError) as error:
+            raise BadData(f"{self._source.place(row)}: the chat template refuses the messages: {error}") from None
