@@ -28,9 +28,10 @@ if command -v uv >/dev/null; then uv=uv; else
 fi
 
 start=$SECONDS
+# Compiled now: the containers of the embedded cluster see this environment read-only and would compile it at every import.
 say "installing the requirements (about 2 GB the first time)"
 "$uv" venv -q --clear --python "$python" .venv
-"$uv" pip install -q --python .venv/bin/python --no-deps --require-hashes -r requirements/dev.txt
+"$uv" pip install -q --python .venv/bin/python --compile-bytecode --no-deps --require-hashes -r requirements/dev.txt
 "$uv" pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e api -e operator -e worker
 echo "$key" > .venv/.key
 say "done in $((SECONDS - start)) s"

