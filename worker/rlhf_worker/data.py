@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf_api.job import DataSpec, HubData, JsonlData, ParquetData, ReasoningGymData
-
 from rlhf_worker.errors import BadData, BadSpec
 from rlhf_worker.experience import Prompt
 
@@ -212,14 +211,15 @@ class PromptSampler:
 
     def next(self, count: int) -> list[Prompt]:
         """The next `count` prompts, over as many epochs as they take. Raises BadData; then none is consumed."""
-        prompts = [self._draw(index) for index in range(self._drawn, self._drawn + count)]
+        prompts = [self._prompt(*self._locate(index)) for index in range(self._drawn, self._drawn + count)]
         self._drawn += count
         return prompts
 
     def check(self, count: int) -> None:
-        """Render the next `count` prompts (each row at most once) without consuming them: a run's bad row fails it at its start."""
-        for index in range(self._drawn, self._drawn + min(count, len(self._source))):
-            self._draw(index)
+        """Render the rows of the next `count` prompts, each once, without consuming them: a run's bad row fails it at its start."""
+        ahead = range(self._drawn, self._drawn + min(count, 2 * len(self._source)))  # two epochs hold one whole
+        for row in sorted({self._locate(index)[1] for index in ahead}):
+            self._prompt(0, row)
 
     def state(self) -> dict[str, Any]:
         epoch, position = divmod(self._drawn, len(self._source))
@@ -231,9 +231,12 @@ class PromptSampler:
             raise BadData(f"{self._source.name}: the checkpoint was made with other data or another data.seed: restore them, or start with an empty checkpoint.path")
         self._drawn = state["epoch"] * len(self._source) + state["position"]
 
-    def _draw(self, index: int) -> Prompt:
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Epoch and row of the run's prompt `index`."""
         epoch, position = divmod(index, len(self._source))
-        row = self._permutation(epoch)[position]
+        return epoch, self._permutation(epoch)[position]
+
+    def _prompt(self, epoch: int, row: int) -> Prompt:
         prompt, fields = self._source.read(row)
         text, token_ids = self._render(row, prompt)
         if len(token_ids) > self._spec.max_prompt_tokens:

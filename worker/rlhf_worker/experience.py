@@ -7,6 +7,7 @@ Every step is deterministic in its input. Padding does not exist here; it is the
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -107,7 +108,7 @@ def _train_sequence(sample: Sample, advantage: float, size: int) -> TrainSequenc
 def chunks(items: Sequence[T], count: int) -> list[list[T]]:
     """`items` in `count` runs whose sizes differ by at most one: a step's samples by optimizer update."""
     cuts = [len(items) * i // count for i in range(count + 1)]
-    return [list(items[start:end]) for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [list(items[start:end]) for start, end in pairwise(cuts)]
 
 
 def split(sequences: Sequence[TrainSequence], parts: int) -> list[list[TrainSequence]]:

@@ -33,15 +33,15 @@ class Telemetry:
 
     def __init__(self, directory: Path, first_step: int = 0) -> None:
         self.directory = directory
-        self._writer = SummaryWriter(str(directory), purge_step=first_step)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(directory), purge_step=first_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 def dump_rollouts(directory: Path, step: int, scored: Sequence[ScoredSample]) -> Path:

@@ -1,0 +1,119 @@
+"""A subprocess that calls one reward function: `python -m rlhf_worker.rewards.child FD`, FD one end of a socket pair.
+
+Messages are a 4 byte length and a body. The parent sends pickles (first what to load, then the arguments of one call each) and
+gets one JSON object for each: {"value": float} or {"error": text}. What the function prints goes to standard error. When
+the parent is gone, so is the child, also in the middle of a call.
+"""
+
+import builtins
+import importlib
+import json
+import linecache
+import numbers
+import os
+import pickle
+import queue
+import socket
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+HEADER = struct.Struct(">I")
+ERROR_LIMIT = 2000  # characters of a traceback's tail
+
+Function = Callable[..., Any]
+
+
+def receive(connection: socket.socket, deadline: float | None = None) -> bytes:
+    """One message. Raises EOFError when the other side is gone, TimeoutError at the deadline (of time.monotonic)."""
+    return _exactly(connection, HEADER.unpack(_exactly(connection, HEADER.size, deadline))[0], deadline)
+
+
+def _exactly(connection: socket.socket, size: int, deadline: float | None) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        connection.settimeout(None if deadline is None else max(0.001, deadline - time.monotonic()))
+        part = connection.recv(min(size - len(data), 1 << 20))
+        if not part:
+            raise EOFError("the other side is gone")
+        data += part
+    return bytes(data)
+
+
+def send(connection: socket.socket, body: bytes) -> None:
+    connection.sendall(HEADER.pack(len(body)) + body)
+
+
+def load(function: str | None, code: str | None, name: str) -> Function:
+    """The function of a RewardSpec: `module:name`, or the `reward` that `code` defines. Raises whatever the import raises, or LookupError."""
+    if code is not None:
+        return _from_code(code, f"<rewards[{name}].code>")
+    module, _, attribute = (function or "").partition(":")
+    found: Function | None = getattr(importlib.import_module(module), attribute, None)
+    if not callable(found):
+        raise LookupError(f"module {module} has no function {attribute!r}: rewards[{name}].function must be module:function")
+    return found
+
+
+def _from_code(code: str, filename: str) -> Function:
+    linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)  # so that tracebacks show the line
+    namespace: dict[str, Any] = {"__name__": "rlhf_reward", "__builtins__": builtins}
+    exec(compile(code, filename, "exec"), namespace)
+    found: Function | None = namespace.get("reward")
+    if not callable(found):
+        raise LookupError(f"{filename} defines no function reward(prompt, completion, **row)")
+    return found
+
+
+def call(function: Function, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The answer to one call. Also SystemExit is only an error of this sample."""
+    try:
+        value = function(**arguments)
+    except BaseException:
+        return {"error": tail()}
+    if not isinstance(value, numbers.Real):
+        return {"error": f"returned {value!r:.200} of type {type(value).__name__}, a number is needed"}
+    return {"value": float(value)}
+
+
+def tail() -> str:
+    """The end of the current exception's traceback, without this file's frames."""
+    error = sys.exception()
+    assert error is not None, "called where no exception is handled"
+    trace = traceback.TracebackException.from_exception(error)
+    trace.stack = traceback.StackSummary.from_list([f for f in trace.stack if f.filename != __file__])
+    return "".join(trace.format())[-ERROR_LIMIT:].strip()
+
+
+def _listen(connection: socket.socket, requests: "queue.Queue[bytes]") -> None:
+    try:
+        while True:
+            requests.put(receive(connection))
+    except (EOFError, OSError):
+        os._exit(0)
+
+
+def _loaded(spec: dict[str, Any]) -> tuple[Function | None, dict[str, Any]]:
+    try:
+        return load(**spec), {"value": 0.0}
+    except BaseException:
+        return None, {"error": tail()}
+
+
+def main() -> None:
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    requests: queue.Queue[bytes] = queue.Queue()
+    threading.Thread(target=_listen, args=(connection, requests), daemon=True).start()
+    function, answer = _loaded(pickle.loads(requests.get()))
+    send(connection, json.dumps(answer).encode())
+    while function is not None:
+        answer = call(function, pickle.loads(requests.get()))
+        send(connection, json.dumps(answer).encode())
+
+
+if __name__ == "__main__":
+    main()
