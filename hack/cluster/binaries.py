@@ -57,10 +57,24 @@ def _clients(cfg: s.Settings) -> list[tuple[str, str]]:
         _kubernetes(cfg, ("kubectl",))
         made.append(("kubectl", s.KUBERNETES))
     if not shutil.which("helm"):
-        flags = ("-ldflags", f"-s -w -X helm.sh/helm/v4/internal/version.version={s.HELM}")
-        _modules(cfg, "helm.sh/helm/v4", s.HELM, ("helm",), flags)
+        _helm(cfg)
         made.append(("helm", s.HELM))
     return made
+
+
+def helm(cfg: s.Settings) -> Path:
+    """Helm alone, for those who need no cluster: this machine's own, else the one of the cache, built where it is missing."""
+    if own := shutil.which("helm"):
+        return Path(own)
+    (cfg.cache / "bin").mkdir(parents=True, exist_ok=True)
+    with _lock(cfg.cache / "lock"):
+        _helm(cfg)
+    return cached(cfg, "helm", s.HELM)
+
+
+def _helm(cfg: s.Settings) -> None:
+    flags = ("-ldflags", f"-s -w -X helm.sh/helm/v4/internal/version.version={s.HELM}")
+    _modules(cfg, "helm.sh/helm/v4", s.HELM, ("helm",), flags)
 
 
 def _link(link: Path, target: Path) -> None:

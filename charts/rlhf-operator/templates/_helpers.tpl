@@ -1,0 +1,27 @@
+{{- define "rlhf.name" -}}
+{{ .Release.Name | trunc 52 | trimSuffix "-" }}
+{{- end }}
+
+{{- /* Cluster-wide names hold the namespace, so that two namespaced releases of one name do not meet. */ -}}
+{{- define "rlhf.clusterName" -}}
+{{ printf "%s-%s" .Release.Namespace (include "rlhf.name" .) }}
+{{- end }}
+
+{{- define "rlhf.selector" -}}
+app.kubernetes.io/name: rlhf-operator
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{- define "rlhf.labels" -}}
+{{ include "rlhf.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
+{{- end }}
+
+{{- define "rlhf.serviceAccount" -}}
+{{- $name := .Values.serviceAccount.name | default (ternary (include "rlhf.name" .) "" .Values.serviceAccount.create) -}}
+{{- if not $name }}{{ fail "serviceAccount.name is empty: name the existing ServiceAccount, or set serviceAccount.create to true" }}{{ end -}}
+{{- if hasSuffix "-driver" $name }}{{ fail (printf "the operator's ServiceAccount would be named %s: names that end in -driver belong to the jobs' drivers, and driverPolicy would refuse its status writes; set serviceAccount.name" $name) }}{{ end -}}
+{{ $name }}
+{{- end }}
