@@ -7,59 +7,24 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from hack.cluster import settings
+from hack.kubectl import Kube, Object, kube
 
 CLUSTER_IMPOSSIBLE = 3  # exit code of `hack.cluster up` where this machine lacks what a cluster needs
 NODE_DIRECTORY = "/var/lib/rlhf"
 MODEL = "models/smollm2-135m-instruct"
 SAMPLE = Path("manifests/samples/smollm2-colocated.yaml")
-OPERATOR_NAMESPACE = "rlhf-system"
 FINISHED = {"Complete": 0, "Failed": 1}
 HEADER = f"{'TIME':>6}  {'PHASE':<12} {'REASON':<22} {'STEP':>7} {'REWARD':>8} {'TOK/S':>8} {'WEIGHTS':>7}  DETAIL"
-
-Object = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Kube:
-    """kubectl and helm against one cluster."""
-
-    kubectl: str
-    helm: str
-    environment: dict[str, str]
-
-    def run(self, *arguments: str) -> str:
-        return subprocess.run([self.kubectl, *arguments], env=self.environment, check=True, capture_output=True, text=True).stdout
-
-    def find(self, *arguments: str) -> Object | None:
-        done = subprocess.run([self.kubectl, "get", *arguments, "-o", "json"], env=self.environment, check=False, capture_output=True, text=True)
-        return json.loads(done.stdout) if done.returncode == 0 else None
-
-    def install_operator(self) -> None:
-        command = [self.helm, "upgrade", "--install", "rlhf-operator", "charts/rlhf-operator", "--namespace", OPERATOR_NAMESPACE,
-                   "--create-namespace", "--set", "image.repository=rlhf-operator,image.tag=dev", "--wait", "--timeout", "3m"]
-        subprocess.run(command, env=self.environment, check=True, stdout=subprocess.DEVNULL)
-
-
-def kube(cfg: settings.Settings) -> Kube:
-    """The embedded cluster's tools, or, with CLUSTER=kind|current, the machine's own."""
-    embedded = os.environ.get("CLUSTER", "embedded") == "embedded"
-    path = f"{cfg.bin}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, **({"KUBECONFIG": str(cfg.kubeconfig)} if embedded else {})}
-    return Kube(shutil.which("kubectl", path=path) or "kubectl", shutil.which("helm", path=path) or "helm", environment)
 
 
 def step(title: str, action: Callable[[], object]) -> None:
