@@ -17,8 +17,8 @@ SAMPLES = CLONE / "manifests" / "samples"
 
 def sample(file: str, name: str, namespace: str, **changes: Any) -> Object:
     """A sample manifest under another name, with its own checkpoint directory. Changes as in tests/api/specs.py."""
-    (job,) = [d for d in yaml.safe_load_all((SAMPLES / file).read_text()) if d and d["kind"] == "RLHFJob"]
-    job = copy.deepcopy(job)
+    (found,) = [d for d in yaml.safe_load_all((SAMPLES / file).read_text()) if d and d["kind"] == "RLHFJob"]
+    job: Object = copy.deepcopy(found)
     job["metadata"] = {"name": name, "namespace": namespace}
     changes.setdefault("checkpoint__path", f"/var/lib/rlhf/checkpoints/{namespace}-{name}")
     for path, value in changes.items():
