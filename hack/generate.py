@@ -61,9 +61,9 @@ def helm() -> str:
     return str(binaries.helm(settings.from_environment()))
 
 
-def render(*arguments: str) -> list[Object]:
+def render(*arguments: str, release: str = "rlhf-operator") -> list[Object]:
     """The chart's objects. Raises subprocess.CalledProcessError with Helm's words in stderr."""
-    command = [helm(), "template", "rlhf-operator", str(CHART), "--namespace", NAMESPACE, "--kube-version", "1.36.0", *arguments]
+    command = [helm(), "template", release, str(CHART), "--namespace", NAMESPACE, "--kube-version", "1.36.0", *arguments]
     rendered = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return [one for one in yaml.safe_load_all(rendered) if one]
 
@@ -71,7 +71,9 @@ def render(*arguments: str) -> list[Object]:
 def without_helm(one: Object) -> Object:
     """An object as kustomize installs it: without the labels that say that Helm owns it."""
     labels = one["metadata"].get("labels", {})
-    one["metadata"]["labels"] = {key: value for key, value in labels.items() if key not in ("helm.sh/chart", "app.kubernetes.io/managed-by")}
+    one["metadata"]["labels"] = {
+        key: value for key, value in labels.items() if key not in ("helm.sh/chart", "app.kubernetes.io/managed-by")
+    }
     return one
 
 
@@ -108,14 +110,18 @@ def write(files: dict[Path, str]) -> None:
         path.write_text(text)
 
 
-def main() -> None:
+def chart_copies() -> dict[Path, str]:
+    """What the chart takes from the code: the CRD and the operator's rules."""
     rules = operator_rules()
-    write({
+    return {
         CHART / "files/crd.yaml": NOTE + dump(chart_crd()),
         CHART / "files/rules.yaml": NOTE + dump([rule for rule in rules if not is_lease(rule)]),
         CHART / "files/lease-rules.yaml": NOTE + dump([rule for rule in rules if is_lease(rule)]),
-        ROOT / "docs/reference.md": reference(),
-    })  # fmt: skip
+    }
+
+
+def main() -> None:
+    write({**chart_copies(), ROOT / "docs/reference.md": reference()})
     for folder in ("crd", "rbac", "operator", "default"):
         shutil.rmtree(MANIFESTS / folder, ignore_errors=True)
     write(manifests(render("--set", "crds.install=false")))

@@ -1,0 +1,180 @@
+"""The chart as Helm renders it: what it installs, what it refuses. No cluster."""
+
+import subprocess
+from typing import Any
+
+import pytest
+
+from hack import generate
+from hack.generate import render
+from rlhf_api.crd import crd
+
+Object = dict[str, Any]
+CLUSTER_WIDE = {"ClusterRole", "ClusterRoleBinding"}
+
+
+def sets(*pairs: str) -> list[str]:
+    return [word for pair in pairs for word in ("--set", pair)]
+
+
+def one(objects: list[Object], kind: str, name: str = "") -> Object:
+    (found,) = [o for o in objects if o["kind"] == kind and (not name or o["metadata"]["name"] == name)]
+    return found
+
+
+def refusal(*pairs: str) -> str:
+    """What Helm says when it does not render."""
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        render(*sets(*pairs))
+    return str(caught.value.stderr)
+
+
+@pytest.fixture(scope="module")
+def objects() -> list[Object]:
+    return render()
+
+
+@pytest.fixture(scope="module")
+def pod(objects: list[Object]) -> Object:
+    spec: Object = one(objects, "Deployment")["spec"]["template"]["spec"]
+    return spec
+
+
+@pytest.fixture(scope="module")
+def container(pod: Object) -> Object:
+    (only,) = pod["containers"]
+    return dict(only)
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        ("replicas=2", ["replicas"]),
+        ("image.pullPolicy=Sometimes", ["pullPolicy", "IfNotPresent"]),
+        ("image.repository=", ["repository"]),
+        ("image.tagg=1", ["tagg"]),
+        ("crds.install=maybe", ["install", "boolean"]),
+        ("watchNamespace=Team_A", ["watchNamespace"]),
+        ("log.level=loud", ["level", "warning"]),
+        ("metrics.serviceMonitor.interval=soon", ["interval"]),
+        ("env[0].value=x", ["env", "name"]),
+        ("podLabels.a.b=c", ["podLabels", "string"]),
+        ("serviceAccount.name=team-driver", ["team-driver", "serviceAccount.name"]),
+        ("serviceAccount.create=false", ["serviceAccount.name is empty"]),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_name(pair: str, words: list[str]) -> None:
+    said = refusal(pair)
+    assert [word for word in words if word not in said] == []
+
+
+def test_a_monitor_without_its_service_is_refused() -> None:
+    assert "needs metrics.service.enabled" in refusal("metrics.serviceMonitor.enabled=true", "metrics.service.enabled=false")
+
+
+def test_a_release_named_like_a_driver_is_refused() -> None:
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        render(release="x-driver")
+    assert "belong to the jobs' drivers" in caught.value.stderr
+
+
+def test_the_crd_is_the_generated_one_and_stays(objects: list[Object]) -> None:
+    installed = one(objects, "CustomResourceDefinition")
+    assert installed["metadata"].pop("annotations") == {"helm.sh/resource-policy": "keep"}
+    assert installed == crd()
+
+
+def test_the_crd_can_be_left_out() -> None:
+    assert "CustomResourceDefinition" not in {o["kind"] for o in render(*sets("crds.install=false"))}
+
+
+def test_one_replica_replaced_never_doubled(objects: list[Object]) -> None:
+    spec = one(objects, "Deployment")["spec"]
+    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+
+
+def test_the_operator_runs_as_nobody_on_a_read_only_root(pod: Object, container: Object) -> None:
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["runAsUser"] >= 10000
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def test_the_operator_is_probed_and_bounded(container: Object) -> None:
+    assert {probe["httpGet"]["path"] for key, probe in container.items() if key.endswith("Probe")} == {"/livez"}
+    assert {"startupProbe", "livenessProbe", "readinessProbe"} <= set(container)
+    assert container["resources"]["requests"]["memory"] == "128Mi"
+    assert container["resources"]["limits"]["memory"]
+    assert container["command"] == ["python", "-m", "rlhf_operator"]
+    assert container["imagePullPolicy"] == "IfNotPresent"
+
+
+def test_the_selectors_find_the_pod(objects: list[Object]) -> None:
+    deployment = one(objects, "Deployment")
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    assert deployment["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert one(objects, "Service")["spec"]["selector"].items() <= labels.items()
+
+
+def test_pod_labels_cannot_break_the_selector() -> None:
+    template = one(render(*sets("podLabels.team=a", "podLabels.app\\.kubernetes\\.io/name=other")), "Deployment")["spec"]["template"]
+    assert template["metadata"]["labels"]["app.kubernetes.io/name"] == "rlhf-operator"
+    assert template["metadata"]["labels"]["team"] == "a"
+
+
+def test_every_binding_names_a_role_and_an_account_that_exist(objects: list[Object]) -> None:
+    account = one(objects, "ServiceAccount")["metadata"]
+    for binding in (o for o in objects if o["kind"].endswith("RoleBinding")):
+        one(objects, binding["roleRef"]["kind"], binding["roleRef"]["name"])
+        assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account["name"], "namespace": account["namespace"]}]
+
+
+def test_the_operator_has_no_wildcard_and_reads_no_secrets(objects: list[Object]) -> None:
+    rules = [rule for o in objects if o["kind"] in {"Role", "ClusterRole"} for rule in o["rules"]]
+    assert [rule for rule in rules if "*" in rule["verbs"] + rule["resources"] + rule["apiGroups"]] == []
+    assert [rule for rule in rules if "secrets" in rule["resources"]] == []
+
+
+def test_one_namespace_needs_no_cluster_role() -> None:
+    objects = render(*sets("watchNamespace=team-a"))
+    assert not CLUSTER_WIDE & {o["kind"] for o in objects}
+    assert {o["metadata"]["namespace"] for o in objects if o["kind"] == "Role"} == {"team-a", generate.NAMESPACE}
+    binding = one(objects, "ValidatingAdmissionPolicyBinding")
+    assert binding["spec"]["matchResources"]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "team-a"}
+
+
+def test_both_modes_have_the_same_rules(objects: list[Object]) -> None:
+    (wide,) = [o for o in objects if o["kind"] == "ClusterRole" and o["metadata"]["name"].endswith("rlhf-operator")]
+    (narrow,) = [o for o in render(*sets("watchNamespace=team-a")) if o["kind"] == "Role" and o["metadata"]["namespace"] == "team-a"]
+    assert wide["rules"] == narrow["rules"]
+
+
+def test_users_get_their_rights_by_aggregation_and_never_the_status(objects: list[Object]) -> None:
+    roles = {o["metadata"]["name"].rpartition("-")[2]: o for o in objects if o["kind"] == "ClusterRole"}
+    aggregated = {
+        name: {label.rpartition("-")[2] for label in role["metadata"]["labels"] if "aggregate-to" in label} for name, role in roles.items()
+    }
+    assert aggregated["view"] == {"view", "edit", "admin"}
+    assert aggregated["edit"] == {"edit", "admin"}
+    assert [rule["resources"] for rule in roles["edit"]["rules"]] == [["rlhfjobs"]]
+    assert roles["view"]["rules"][0]["verbs"] == ["get", "list", "watch"]
+
+
+def test_the_policy_binds_drivers_only_and_denies(objects: list[Object]) -> None:
+    policy, binding = one(objects, "ValidatingAdmissionPolicy"), one(objects, "ValidatingAdmissionPolicyBinding")
+    assert binding["spec"]["policyName"] == policy["metadata"]["name"]
+    assert binding["spec"]["validationActions"] == ["Deny"]
+    assert "-driver$" in policy["spec"]["matchConditions"][0]["expression"]
+    assert policy["spec"]["failurePolicy"] == "Fail"
+
+
+def test_a_monitor_selects_the_service() -> None:
+    objects = render(*sets("metrics.serviceMonitor.enabled=true", "metrics.serviceMonitor.labels.release=prometheus"))
+    monitor, service = one(objects, "ServiceMonitor"), one(objects, "Service")
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert monitor["spec"]["endpoints"][0]["port"] == service["spec"]["ports"][0]["name"]
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
