@@ -1,0 +1,36 @@
+"""Names, labels and paths that the operator gives to things; the worker, the chart and the tests rely on them."""
+
+from rlhf_api import GROUP
+
+JOB_LABEL = f"{GROUP}/job"
+ROLE_LABEL = f"{GROUP}/role"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+WORKLOAD_UID_LABEL = "kueue.x-k8s.io/job-uid"
+RAY_GROUP_LABEL = "ray.io/group"
+
+HEAD = "head"
+TRAINER = "trainer"
+ROLLOUT = "rollout"
+
+RAY_CONTAINER = "ray"
+DRIVER_CONTAINER = "driver"
+
+
+def cluster_name(job: str, number: int) -> str:
+    """The job's n-th RayCluster, counted from 1. At most 40 + 1 + digits characters; KubeRay takes 53."""
+    return f"{job}-{number}"
+
+
+def cluster_number(job: str, cluster: str) -> int | None:
+    """The inverse of `cluster_name`; None for a name that is not one of the job's."""
+    prefix, _, digits = cluster.rpartition("-")
+    return int(digits) if prefix == job and digits.isdigit() else None
+
+
+def run_config_name(job: str) -> str:
+    return f"{job}-run"
+
+
+def driver_account_name(job: str) -> str:
+    """Of the ServiceAccount, the Role and the RoleBinding."""
+    return f"{job}-driver"
