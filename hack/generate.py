@@ -53,7 +53,7 @@ def operator_rules() -> list[Object]:
 
 def is_lease(rule: Object) -> bool:
     """Leases are only needed in the operator's own namespace."""
-    return rule["apiGroups"] == ["coordination.k8s.io"]
+    return bool(rule["apiGroups"] == ["coordination.k8s.io"])
 
 
 def helm() -> str:

@@ -28,7 +28,7 @@ def type_of(node: Schema) -> str:
         return f"list of {type_of(node['items'])}"
     if node["type"] == "object" and "properties" not in node:
         return f"map of {type_of(node['additionalProperties'])}" if "additionalProperties" in node else "any object"
-    return node["type"] + bounds(node)
+    return f"{node['type']}{bounds(node)}"
 
 
 def bounds(node: Schema) -> str:
