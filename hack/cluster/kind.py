@@ -22,7 +22,10 @@ def up(cfg: Settings) -> None:
         _declare_gpus(cfg)
     for image, dockerfile in _DOCKERFILES.items():
         with step(f"image {image}"):
-            output(["docker", "build", "--tag", image, "--file", str(cfg.clone / dockerfile), str(cfg.clone)], "see the message of docker build")
+            output(
+                ["docker", "build", "--tag", image, "--file", str(cfg.clone / dockerfile), str(cfg.clone)],
+                "see the message of docker build",
+            )
             output(["kind", "load", "docker-image", image, "--name", cfg.name], "see the message of kind load")
     with step(f"KubeRay {KUBERAY}"):
         _install_kuberay(cfg)
@@ -56,9 +59,9 @@ def _exists(cfg: Settings) -> bool:
 
 def _make_cluster(cfg: Settings) -> None:
     if _exists(cfg):
-        output(["kind", "export", "kubeconfig", "--name", cfg.name, "--kubeconfig", cfg.kubeconfig], "see the message of kind")
+        output(["kind", "export", "kubeconfig", "--name", cfg.name, "--kubeconfig", str(cfg.kubeconfig)], "see the message of kind")
     else:
-        make = ["kind", "create", "cluster", "--name", cfg.name, "--kubeconfig", cfg.kubeconfig, "--wait", "180s"]
+        make = ["kind", "create", "cluster", "--name", cfg.name, "--kubeconfig", str(cfg.kubeconfig), "--wait", "180s"]
         output(make, "see the message of kind")
 
 

@@ -76,9 +76,13 @@ def _python_homes(venv: Path) -> list[Path]:
 
 
 def base_spec(default: dict[str, Any], binds: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """The runtime's default specification with the binds added. ``bind``, not ``rbind``: no submount may be pinned."""
+    """The runtime's default specification with the binds added. ``bind``, not ``rbind``: no submount may be pinned.
+
+    Its limit of 1,024 open files is dropped, so containers inherit the supervisor's, which is the machine's highest.
+    """
     mounts = [{"destination": there, "type": "bind", "source": here, "options": ["bind", "ro", "nosuid", "nodev"]} for here, there in binds]
-    return {**default, "mounts": [*default["mounts"], *mounts]}
+    process = {key: value for key, value in default["process"].items() if key != "rlimits"}
+    return {**default, "process": process, "mounts": [*default["mounts"], *mounts]}
 
 
 def archive(image: Image) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -47,6 +48,8 @@ def main(state: Path) -> None:
     plan: dict[str, Any] = json.loads((state / "plan.json").read_text())
     _mounts(state)
     _network(plan["node"], plan["host"])
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     parts = [_part(plain) for plain in plan["components"]]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # ends the namespace
     while True:

@@ -253,7 +253,7 @@ def _event(api: Api, cluster: Object, kind: str, reason: str, action: str, note:
     event = {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
-        "metadata": {"generateName": f"{meta['name'][:200]}.", "namespace": meta["namespace"]},
+        "metadata": {"generateName": f"{meta['name'][:200]}-", "namespace": meta["namespace"]},
         "eventTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "reportingController": "raycluster-controller",
         "reportingInstance": "kuberay-standin",

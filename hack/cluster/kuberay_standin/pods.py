@@ -218,10 +218,8 @@ def _wait_for_head(cluster: Object, group: dict[str, Any], address: str) -> Obje
     """The init container that holds a worker back until the head's GCS answers."""
     ray = deepcopy(group["template"]["spec"]["containers"][0])
     target = f"{address}:{head_port(cluster)}"
-    script = (
-        f'until (exec 3<>"/dev/tcp/{target.replace(":", "/")}") 2>/dev/null; do sleep 0.5; done; '
-        f"until ray health-check --address {target}; do echo waiting for the GCS at {target}; sleep 1; done"
-    )
+    # KubeRay runs `ray health-check` here, which costs seconds of this container's 0.2 CPU to say what the open port says.
+    script = f'until (exec 3<>"/dev/tcp/{target.replace(":", "/")}") 2>/dev/null; do sleep 0.5; done'
     quantity = {"cpu": "200m", "memory": "256Mi"}
     container = {
         "name": "wait-gcs-ready",
