@@ -31,8 +31,8 @@ SERVICE_ACCOUNTS = Kind("", "v1", "serviceaccounts", "ServiceAccount", ("get", "
 ROLES = Kind("rbac.authorization.k8s.io", "v1", "roles", "Role", ("get", "create", "patch"))
 ROLE_BINDINGS = Kind("rbac.authorization.k8s.io", "v1", "rolebindings", "RoleBinding", ("get", "create", "patch"))
 EVENTS = Kind("", "v1", "events", "Event", ("list", "create"))
-LOCAL_QUEUES = Kind("kueue.x-k8s.io", "v1beta1", "localqueues", "LocalQueue", ("get",))
-WORKLOADS = Kind("kueue.x-k8s.io", "v1beta1", "workloads", "Workload", ("list",))
+LOCAL_QUEUES = Kind("kueue.x-k8s.io", "v1beta2", "localqueues", "LocalQueue", ("get",))
+WORKLOADS = Kind("kueue.x-k8s.io", "v1beta2", "workloads", "Workload", ("list",))
 LEASES = Kind("coordination.k8s.io", "v1", "leases", "Lease", ("get", "create", "update", "patch"))
 CRDS = Kind("apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition", ("list", "watch"))
 

@@ -30,7 +30,7 @@ def _queue(f: Facts) -> Verdict | None:
     if queue is None or asked is None:
         return None
     if not queue.installed:
-        return no("MissingReference", f"spec.queue.name: Kueue is not installed in this cluster, so there is no queue {asked.name!r}: install Kueue, or delete the job and create it without spec.queue")
+        return no("MissingReference", f"spec.queue.name: this cluster has no Kueue (0.15 or later), so there is no queue {asked.name!r}: install it, or delete the job and create it without spec.queue")
     if not queue.found:
         return no("MissingReference", f"spec.queue.name: there is no LocalQueue {asked.name!r} in namespace {f.job.meta.namespace}: create it, or name one that exists in a new job")
     return None

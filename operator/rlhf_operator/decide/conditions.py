@@ -10,6 +10,7 @@ from rlhf_api.status import ConditionType, FailureClass
 from rlhf_operator.clock import moment
 from rlhf_operator.decide import acceptance, deadlines, readiness
 from rlhf_operator.decide.facts import Facts
+from rlhf_operator.decide.restarts import CLUSTER_DELETED
 from rlhf_operator.decide.verdict import Verdict, no, unknown, yes
 
 STOPPED_REASONS = {
@@ -21,11 +22,12 @@ QUEUE_REACTS_SECONDS = 60
 
 
 def conditions(f: Facts) -> dict[ConditionType, Verdict]:
+    """Of a job that does not parse only its acceptance can be judged; the rest stays as it was last told."""
     if f.job.parsed is None:
-        table: dict[ConditionType, Callable[[Facts], Verdict | None]] = {ConditionType.ACCEPTED: acceptance.accepted, ConditionType.FAILED: _failed}
-    else:
-        table = TABLE
-    return {kind: verdict for kind, tell in table.items() if (verdict := tell(f))}
+        last = {c.type: Verdict(c.status, c.reason, c.message) for c in f.job.status.conditions}
+        ended = {ConditionType.FAILED: failed} if (failed := _failed(f)) else {}
+        return {**last, ConditionType.ACCEPTED: acceptance.accepted(f), **ended}
+    return {kind: verdict for kind, tell in TABLE.items() if (verdict := tell(f))}
 
 
 def _quota_reserved(f: Facts) -> Verdict | None:
@@ -67,12 +69,13 @@ def _running(f: Facts) -> Verdict:
 
 
 def _failed_run(f: Facts) -> Verdict | None:
-    """A failure of this cluster after which training has not begun again."""
+    """A failure of this cluster, or the loss of the one before, after which training has not begun again."""
     failure = f.record.last_failure
     failed_at, made_at = moment(failure.time if failure else None), moment(f.record.cluster_created_at)
-    if failure is None or failed_at is None or (made_at and failed_at < made_at and failure.reason != "ClusterDeleted"):
+    if failure is None or failed_at is None:
         return None
-    return no(STOPPED_REASONS[failure.failure_class], failure.message)
+    of_this_cluster = made_at is not None and failed_at >= made_at
+    return no(STOPPED_REASONS[failure.failure_class], failure.message) if of_this_cluster or failure.reason == CLUSTER_DELETED else None
 
 
 def _progressing(f: Facts) -> Verdict:

@@ -43,7 +43,7 @@ def _number(f: Facts) -> Record:
     if f.record.clusters == 0:
         starts = acceptance.accepted(f).status == "True" and not f.spec.suspend
         return f.record.model_copy(update={"clusters": 1}) if starts else f.record
-    if f.record.cluster_uid is None:
+    if f.record.cluster_uid is None or not f.observed.kuberay:
         return f.record
     if f.cluster is None:
         return _next_cluster(f if f.spec.suspend else f.knowing(restarts.lose_cluster(f)))

@@ -17,6 +17,7 @@ from rlhf_operator.names import DRIVER_CONTAINER, HEAD
 from rlhf_operator.observed import Pod, Termination
 
 POD = "pod"
+CLUSTER_DELETED = "ClusterDeleted"
 WORDS_MAX = 4096
 # A container's end and its consequence carry the kubelet's whole seconds, in either order.
 SLACK = timedelta(seconds=5)
@@ -51,7 +52,7 @@ def charge(f: Facts) -> Record:
 
 def lose_cluster(f: Facts) -> Record:
     """The RayCluster itself is gone, and nobody asked us."""
-    failure = Failure(failure_class=FailureClass.HEAD_LOST, reason="ClusterDeleted", message="the RayCluster was deleted", time=stamp(f.now))
+    failure = Failure(failure_class=FailureClass.HEAD_LOST, reason=CLUSTER_DELETED, message="the RayCluster was deleted", time=stamp(f.now))
     return _add(f, failure)
 
 
