@@ -5,10 +5,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 compile() { # OUT ARGS...: one requirement file, the workspace's own packages left out (they are installed from the tree)
   local out=requirements/$1; shift
-  uv pip compile "$@" --quiet --python-version 3.11 --python-platform x86_64-manylinux_2_35 --generate-hashes \
+  uv pip compile "$@" --quiet --python-version "${PYTHON_VERSION:-3.11}" --python-platform x86_64-manylinux_2_35 --generate-hashes \
     --no-header --no-annotate --no-emit-index-url --no-emit-find-links --no-emit-package rlhf-api --output-file "$out"
   echo "$out: $(grep -c == "$out") packages"
 }
 compile operator.txt operator/pyproject.toml
 compile worker-cpu.txt worker/pyproject.toml --extra cpu
 compile dev.txt pyproject.toml api/pyproject.toml operator/pyproject.toml worker/pyproject.toml --group dev --extra cpu
+compile build.txt - <<< 'hatchling>=1.27'
+# For the image on top of vLLM's own: its Python, and the ordinary packages without the overrides of the CPU environment.
+PYTHON_VERSION=3.12 compile worker-gpu.txt worker/pyproject.toml --extra gpu --no-config
