@@ -71,7 +71,7 @@ class PromptSource:
     def digest(self) -> str:
         """A short mark of the data: its size and some of its prompts."""
         step = max(1, len(self) // DIGEST_ROWS)
-        prompts = [self._prompt(row)[0] for row in range(0, len(self), step)]
+        prompts = [self.rows[row].get(self.prompt_field) for row in range(0, len(self), step)]
         return hashlib.sha256(json.dumps([len(self), prompts], default=str).encode()).hexdigest()[:16]
 
 

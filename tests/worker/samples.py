@@ -1,0 +1,34 @@
+"""Small prompts, samples and sequences for tests."""
+
+import random
+from typing import Any
+
+from rlhf_worker.experience import Prompt, Sample, ScoredSample, TrainSequence
+
+
+def a_prompt(row: int = 0, length: int = 3, **fields: Any) -> Prompt:
+    return Prompt(uid=f"0:{row}", epoch=0, row=row, token_ids=[10 + i for i in range(length)], text=f"prompt {row}", fields=fields)
+
+
+def a_sample(row: int = 0, text: str = "yes", tokens: int = 2, **fields: Any) -> Sample:
+    return Sample(
+        prompt=a_prompt(row, **fields), token_ids=[50 + i for i in range(tokens)], logprobs=[-0.5] * tokens, text=text,
+        finish_reason="stop", weight_version=0,
+    )
+
+
+def scored(sample: Sample, reward: float = 1.0) -> ScoredSample:
+    return ScoredSample(sample=sample, reward=reward, parts={"only": reward})
+
+
+def sequences(lengths: list[tuple[int, int]], seed: int = 0, vocabulary: int = 23) -> list[TrainSequence]:
+    """One sequence of random content a (prompt tokens, completion tokens); weights as of one update of all of them."""
+    rng = random.Random(seed)
+    return [
+        TrainSequence(
+            token_ids=[rng.randrange(vocabulary) for _ in range(prompt + completion)], prompt_length=prompt,
+            rollout_logprobs=[-rng.random() * 3 for _ in range(completion)], advantages=[rng.uniform(-2, 2) for _ in range(completion)],
+            loss_weight=1.0 / (len(lengths) * max(1, completion)),
+        )
+        for prompt, completion in lengths
+    ]
