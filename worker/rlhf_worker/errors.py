@@ -1,4 +1,4 @@
-"""How a run ends when its input is wrong. Everything else is retried by the kubelet in place."""
+"""How a run ends when its input is wrong, and the named failures that the kubelet retries in place."""
 
 
 class BadSpec(Exception):
@@ -7,3 +7,23 @@ class BadSpec(Exception):
 
 class BadData(Exception):
     """Data or a checkpoint is wrong (exit 65, never retried). The message names the place and the fix."""
+
+
+class PlacementFailed(Exception):
+    """Ray lacks what the placement asks for, or roles sit on other GPUs than planned."""
+
+
+class DeadlineExceeded(Exception):
+    """A call into the cluster did not come back in the time that the spec gives it."""
+
+
+class SyncMismatch(Exception):
+    """The engines do not hold the trainer's weights after a sync."""
+
+
+class Diverged(Exception):
+    """Loss or gradient is not finite. The message says where the batch was dumped."""
+
+
+class RewardFailed(Exception):
+    """A reward gave no value for a sample, in any of its tries. The message names the reward, the prompt and the reward's own error."""

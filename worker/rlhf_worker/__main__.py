@@ -1,0 +1,46 @@
+"""python -m rlhf_worker run|local|import-gguf: see run.py first."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+# Ray's default of 60 s is most of a driver's recovery from a lost head (read at import).
+os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(prog="rlhf_worker", description="The runtime of an RLHFJob.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="drive a run in a cluster (the driver container)")
+    run.add_argument("config", type=Path, help="run.yaml")
+    local = commands.add_parser("local", help="run an RLHFJob on this machine, without Kubernetes")
+    local.add_argument("manifest", type=Path)
+    local.add_argument("--steps", type=int, help="instead of spec.trainer.steps")
+    local.add_argument("--checkpoint", type=Path, metavar="DIR", help="instead of spec.checkpoint.path; the run resumes from a checkpoint in it")
+    local.add_argument("--model", metavar="PATH", help="instead of spec.model.path")
+    local.add_argument("--verbose", action="store_true", help="show what the actors print")
+    gguf = commands.add_parser("import-gguf", help="turn a GGUF file into a bfloat16 Hugging Face checkpoint")
+    gguf.add_argument("file", type=Path)
+    gguf.add_argument("directory", type=Path)
+    return _dispatch(parser.parse_args(arguments))
+
+
+def _dispatch(given: argparse.Namespace) -> int:
+    from rlhf_worker.run import guarded, run
+
+    if given.command == "run":
+        return run(given.config)
+    if given.command == "local":
+        from rlhf_worker.local import Overrides, local
+
+        overrides = Overrides(steps=given.steps, checkpoint=given.checkpoint, model=given.model)
+        return guarded(lambda: local(given.manifest, overrides, given.verbose))
+    from rlhf_worker.gguf import import_gguf
+
+    return guarded(lambda: import_gguf(given.file, given.directory))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""One vLLM engine as a Ray actor: token ids in; token ids, their log probabilities and text out.
+
+vLLM is imported after the environment is set, because it reads it at import.
+"""
+
+import asyncio
+import difflib
+import hashlib
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from rlhf_api.run import RunConfig
+
+from rlhf_worker.errors import BadSpec, DeadlineExceeded
+from rlhf_worker.model import context_length, load_config, require_path
+from rlhf_worker.placement import Seat
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+CPU_KV_CACHE_BYTES = 256 << 20
+# Arguments that the worker sets itself: another value would break the run, so it is refused.
+RESERVED = {
+    "model": "spec.model.path", "dtype": "spec.model.dtype", "trust_remote_code": "spec.model.trustRemoteCode",
+    "tensor_parallel_size": "spec.rollout.tensorParallelSize", "weight_transfer_config": "spec.weightSync.backend",
+    "distributed_executor_backend": "spec.rollout.tensorParallelSize", "logprobs_mode": "nothing: the loss needs processed_logprobs",
+    "data_parallel_size": "spec.rollout.engines", "pipeline_parallel_size": "spec.rollout.tensorParallelSize",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    token_ids: list[int]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+    finish_reason: str  # "stop" | "length"
+    weight_version: int
+
+
+def request_seed(seed: int, step: int, uid: str, index: int) -> int:
+    """The same sample gets the same seed in every run and after every resume. 63 bits."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{uid}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def needed_context(config: RunConfig) -> int:
+    return config.data.max_prompt_tokens + config.rollout.max_tokens
+
+
+def check_engine_args(config: RunConfig) -> None:
+    """What can be said without vLLM and without the model. Raises BadSpec."""
+    args, need = config.rollout.engine_args, needed_context(config)
+    for name in args:
+        if name in RESERVED:
+            raise BadSpec(f"spec.rollout.engineArgs.{name}: the worker sets it itself; use {RESERVED[name]}")
+    given = args.get("max_model_len")
+    if given is not None and given < need:
+        raise BadSpec(
+            f"spec.rollout.engineArgs.max_model_len is {given}, but data.maxPromptTokens ({config.data.max_prompt_tokens}) + "
+            f"rollout.maxTokens ({config.rollout.max_tokens}) is {need}: raise it, or lower one of the two"
+        )
+
+
+def check_context(config: RunConfig, context: int | None) -> None:
+    """The model must have positions for a whole sample. Raises BadSpec."""
+    if context is not None and context < needed_context(config) and not config.rollout.engine_args.get("hf_overrides"):
+        raise BadSpec(
+            f"spec.data.maxPromptTokens ({config.data.max_prompt_tokens}) + spec.rollout.maxTokens ({config.rollout.max_tokens}) is "
+            f"{needed_context(config)}, but the model at spec.model.path has a context of {context}: lower one of the two"
+        )
+
+
+def check_known(args: dict[str, Any], known: set[str], version: str) -> None:
+    """Raises BadSpec for an argument that vLLM does not have."""
+    for name in args:
+        if name not in known:
+            close = ", ".join(difflib.get_close_matches(name, sorted(known), 3))
+            raise BadSpec(f"spec.rollout.engineArgs.{name}: vLLM {version} has no such argument{f'; close to it: {close}' if close else ''}")
+
+
+class Engine:
+    """Created in its bundle by `placement`; `start` does the work, so that a failure is the call's and not the actor's."""
+
+    def __init__(self, config: RunConfig, index: int, device: str, bundles: list[int], threads: int) -> None:
+        self.config = config
+        self.index = index
+        self.device = device
+        self.bundles = bundles
+        self.threads = threads
+        self.version = 0
+        self.llm: AsyncLLM | None = None
+        self._requests = 0
+
+    async def start(self, backend: str) -> str:
+        """Load the model into vLLM. Returns vLLM's version. Raises BadSpec."""
+        check_engine_args(self.config)
+        require_path(self.config.model)
+        check_context(self.config, context_length(load_config(self.config.model)))
+        self._environment()
+        import vllm
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        check_known(self.config.rollout.engine_args, {f.name for f in fields(AsyncEngineArgs)}, vllm.__version__)
+        self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args(backend)))
+        return str(vllm.__version__)
+
+    def _environment(self) -> None:
+        env = {
+            "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+            # Functions and CUDA IPC handles travel from this actor to its own worker processes, and nowhere else.
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+            "VLLM_RAY_PER_WORKER_GPUS": str(self.config.placement.engine_fraction),
+            "VLLM_RAY_BUNDLE_INDICES": ",".join(map(str, self.bundles)),
+        }
+        if self.device == "cpu":
+            env |= {
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(self.threads), "TORCHDYNAMO_DISABLE": "1",
+                # Lets vLLM keep its one worker in the engine process: the threads are not bound, so it needs none of its own.
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            }
+        os.environ.update(env)
+        if len(self.bundles) > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES"):
+            # This actor holds no GPU, its workers do; an empty list would hide them from vLLM's view of the machine.
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+
+    def _engine_args(self, backend: str) -> dict[str, Any]:
+        config, ranks = self.config, len(self.bundles)
+        args: dict[str, Any] = {
+            "max_model_len": needed_context(config), "seed": config.sampling_seed, "disable_log_stats": True,
+            "gpu_memory_utilization": 0.9 * config.placement.engine_fraction,
+        }
+        if self.device == "cpu":
+            args |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True}
+        args |= config.rollout.engine_args
+        return args | {
+            "model": str(Path(config.model.path).expanduser()) if config.model.path.startswith("~") else config.model.path,
+            "dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code, "tensor_parallel_size": ranks,
+            "distributed_executor_backend": self._executor(), "logprobs_mode": "processed_logprobs", "weight_transfer_config": {"backend": backend},
+        }
+
+    def _executor(self) -> Any:
+        if len(self.bundles) == 1:
+            return "uni"
+        if self.device == "cpu":
+            from rlhf_worker.actors.cpu_executor import CPURayExecutor
+
+            return CPURayExecutor
+        return "ray"
+
+    def _running(self) -> "AsyncLLM":
+        if self.llm is None:
+            raise RuntimeError(f"engine {self.index} was used before start()")
+        return self.llm
+
+    async def seats(self) -> list[Seat]:
+        """Where each tensor-parallel rank runs."""
+        if self.device == "cpu" and len(self.bundles) == 1:
+            return [Seat.here("cpu")]
+        found: list[Seat] = await self._running().collective_rpc(_worker_seat)
+        return found
+
+    async def generate(self, requests: list[Request], deadline_seconds: float) -> list[Completion]:
+        """One completion a request, in order. Raises DeadlineExceeded.
+
+        All requests wait in the queue before the first is scheduled, so that the same requests make the same batches, and on
+        one machine the same bits, whatever the timing.
+        """
+        llm = self._running()
+        await llm.pause_generation(mode="keep", clear_cache=False)
+        tasks = [asyncio.create_task(self._one(request)) for request in requests]
+        try:
+            await asyncio.sleep(0)  # let every task hand its request over
+            await llm.resume_generation()
+            async with asyncio.timeout(deadline_seconds):
+                return list(await asyncio.gather(*tasks))
+        except TimeoutError:
+            done = sum(task.done() for task in tasks)
+            raise DeadlineExceeded(
+                f"engine {self.index} finished {done} of {len(tasks)} completions in spec.rollout.deadlineSeconds ({deadline_seconds:g} s)"
+            ) from None
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _sampling(self, request: Request) -> "SamplingParams":
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        rollout = self.config.rollout
+        return SamplingParams(
+            temperature=rollout.temperature, top_p=1.0, top_k=0, seed=request.seed, max_tokens=rollout.max_tokens, logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    async def _one(self, request: Request) -> Completion:
+        output = (await self._final(request.token_ids, self._sampling(request))).outputs[0]
+        if output.finish_reason not in ("stop", "length") or output.logprobs is None:
+            raise RuntimeError(f"engine {self.index}: a completion ended as {output.finish_reason!r}")
+        logprobs = [by_token[token].logprob for token, by_token in zip(output.token_ids, output.logprobs, strict=True)]
+        return Completion(list(output.token_ids), logprobs, output.text, output.finish_reason, self.version)
+
+    async def _final(self, token_ids: list[int], params: "SamplingParams") -> "RequestOutput":
+        from vllm.inputs import TokensPrompt
+
+        self._requests += 1
+        final = None
+        async for final in self._running().generate(TokensPrompt(prompt_token_ids=token_ids), params, f"{self.index}-{self._requests}"):
+            pass
+        if final is None:
+            raise RuntimeError(f"engine {self.index}: a request came back without output")
+        return final
+
+    async def probe(self, token_ids: list[int]) -> list[float]:
+        """Log probability of each token after the first, at temperature 1: what the delivery check compares."""
+        from vllm import SamplingParams
+
+        output = await self._final(token_ids, SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, seed=0))
+        if output.prompt_logprobs is None:
+            raise RuntimeError(f"engine {self.index}: vLLM gave no prompt log probabilities")
+        pairs = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
+        return [by_token[token].logprob for token, by_token in pairs if by_token is not None]
+
+    async def digests(self) -> list[dict[str, str]]:
+        """SHA-256 of every parameter of each tensor-parallel rank, by vLLM's names."""
+        ranks = await self._running().compute_weight_checksums()
+        return [{name.rsplit(":", 1)[1]: digest for name, digest in rank.items()} for rank in ranks]
+
+    async def layout(self) -> tuple[list[dict[str, tuple[int, ...]]], dict[str, list[str]]]:
+        """Shapes of every rank's parameters, and vLLM's fused modules with the checkpoint's in each (qkv_proj: q_proj, k_proj, v_proj)."""
+        ranks = await self._running().collective_rpc(_layout)
+        return [shapes for shapes, _ in ranks], ranks[0][1]
+
+    async def pause(self) -> None:
+        await self._running().pause_generation(mode="keep", clear_cache=False)
+
+    async def adopt(self, version: int) -> None:
+        """The new weights are in place: forget what the old ones computed, and count from the new version."""
+        llm = self._running()
+        await llm.reset_prefix_cache(reset_running_requests=True)
+        await llm.update_weight_version(str(version))
+        self.version = version
+
+    async def resume(self) -> None:
+        await self._running().resume_generation()
+
+    async def sleep(self) -> None:
+        """Give the GPU's memory back while the trainer works: weights go to the host, the KV cache is dropped."""
+        await self._running().sleep(level=1)
+
+    async def wake(self, tags: list[str]) -> None:
+        await self._running().wake_up(tags)
+
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._running().init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def start_weight_update(self) -> None:
+        await self._running().start_weight_update()
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._running().update_weights(WeightTransferUpdateRequest(update_info=update_info))
+
+    async def finish_weight_update(self) -> None:
+        await self._running().finish_weight_update()
+
+    async def close(self) -> None:
+        if self.llm is not None:
+            self.llm.shutdown()
+            self.llm = None
+
+
+def _worker_seat(worker: Any) -> Seat:
+    """Runs in a vLLM worker process."""
+    if worker.device.type == "cuda":
+        import torch
+
+        return Seat.of_uuid(str(torch.cuda.get_device_properties(worker.device).uuid))
+    return Seat.here("cpu")
+
+
+def _layout(worker: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, list[str]]]:
+    """Runs in a vLLM worker process."""
+    model = worker.model_runner.get_model()
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}, dict(getattr(model, "packed_modules_mapping", {}))
+
+
+RemoteEngine = ray.remote(Engine)

@@ -1,0 +1,37 @@
+"""Calls to several actors at once, with a deadline and the first failure first."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from rlhf_worker.errors import DeadlineExceeded
+
+
+def gather(calls: Sequence[Any], deadline_seconds: float, what: str) -> list[Any]:
+    """Results in the calls' order. The first failure ends the wait at once. Raises DeadlineExceeded, or what an actor raised."""
+    end, pending = time.monotonic() + deadline_seconds, list(calls)
+    while pending:
+        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, end - time.monotonic()))
+        if not done:
+            raise DeadlineExceeded(f"{what}: {len(pending)} of {len(calls)} not done after {deadline_seconds:g} s")
+        ray.get(done)
+    return list(ray.get(list(calls)))
+
+
+def call(actor: ActorHandle, method: str, *args: Any, deadline_seconds: float, what: str) -> Any:
+    """One actor's result. Raises as `gather` does."""
+    return gather([getattr(actor, method).remote(*args)], deadline_seconds, what)[0]
+
+
+def call_all(actors: Sequence[ActorHandle], method: str, *args: Any, deadline_seconds: float, what: str) -> list[Any]:
+    """The same call to every actor. Raises as `gather` does."""
+    return gather([getattr(actor, method).remote(*args) for actor in actors], deadline_seconds, what)
+
+
+def call_each(actors: Sequence[ActorHandle], method: str, arguments: Sequence[Any], *, deadline_seconds: float, what: str) -> list[Any]:
+    """Actor i gets arguments[i]. Raises as `gather` does."""
+    calls = [getattr(actor, method).remote(argument) for actor, argument in zip(actors, arguments, strict=True)]
+    return gather(calls, deadline_seconds, what)

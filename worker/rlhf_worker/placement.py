@@ -1,0 +1,194 @@
+"""Roles to GPUs: one placement group with one bundle a slot, slots tied to bundles, and the proof afterwards.
+
+`rlhf_api.placement` decided which role has which slot; here slots become Ray bundles and actors.
+"""
+
+import contextlib
+import os
+import socket
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from rlhf_api.job import PlacementMode
+from rlhf_api.placement import Placement
+
+from rlhf_worker.errors import PlacementFailed
+
+PROBE_SHARE = 0.001  # of a GPU, for the moment of looking at a bundle
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A process's place: host, and the GPU's UUID (CUDA) or Ray's number of the logical GPU (CPU)."""
+
+    node: str
+    gpu: str
+
+    @classmethod
+    def here(cls, device: str) -> "Seat":
+        """Of the calling Ray actor, which must hold (a share of) one GPU."""
+        if device == "cuda":
+            import torch
+
+            return cls.of_uuid(str(torch.cuda.get_device_properties(0).uuid))
+        ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        return cls(node=_node(), gpu=",".join(map(str, ids)))
+
+    @classmethod
+    def of_uuid(cls, uuid: str) -> "Seat":
+        return cls(node=_node(), gpu=uuid)
+
+    def __str__(self) -> str:
+        return f"{self.node}/{self.gpu}"
+
+
+def _node() -> str:
+    """vLLM's own worker processes are no Ray workers, so the host's name stands for the node."""
+    return socket.gethostname()
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """What a look into a bundle found."""
+
+    index: int
+    node: str
+    gpu: str
+    device: str  # "cuda" | "cpu"
+    cpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The placement group with its slots tied to bundles."""
+
+    group: PlacementGroup
+    bundles: dict[int, Bundle]  # by slot
+
+    @property
+    def device(self) -> str:
+        return self.bundles[0].device
+
+    def options(self, slot: int, share: float) -> dict[str, Any]:
+        """Of an actor that takes `share` of the slot's GPU. num_cpus=0: a bundle holds no CPUs."""
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=self.group, placement_group_bundle_index=self.bundles[slot].index, placement_group_capture_child_tasks=False
+        )
+        return {"num_gpus": share, "num_cpus": 0, "scheduling_strategy": strategy}
+
+    def threads(self, slots: Sequence[int]) -> dict[int, int]:
+        """CPU threads for one process a slot when all of these compute at the same time."""
+        crowd = Counter(self.bundles[slot].node for slot in slots)
+        return {slot: max(1, self.bundles[slot].cpus // crowd[self.bundles[slot].node]) for slot in slots}
+
+    def close(self) -> None:
+        remove_placement_group(self.group)
+
+
+def wanted_bundles(placement: Placement) -> list[dict[str, float]]:
+    """One a slot, in the order of the slots."""
+    return [{"GPU": 1, group.ray_resource: 1} for group in placement.groups for _ in group.slots]
+
+
+def reserve(placement: Placement, deadline_seconds: float, name: str) -> Stage:
+    """Wait for every GPU of the run. Raises PlacementFailed, which says what was asked and what Ray has.
+
+    A group of that name is a dead predecessor's, which Ray has not buried yet: it goes first, and its actors with it.
+    """
+    _remove_left(name)
+    wanted = wanted_bundles(placement)
+    group = placement_group(wanted, strategy="PACK", name=name)
+    if not group.wait(timeout_seconds=deadline_seconds):
+        remove_placement_group(group)
+        raise PlacementFailed(f"no placement for {len(wanted)} GPUs after {deadline_seconds:g} s: {shortage(placement, ray.cluster_resources())}")
+    look = ray.remote(_look)
+    calls = [look.options(**_probe_options(group, index)).remote(index) for index in range(len(wanted))]
+    return Stage(group, tie(placement, ray.get(calls, timeout=deadline_seconds)))
+
+
+def _remove_left(name: str) -> None:
+    with contextlib.suppress(ValueError):  # what Ray raises when there is none
+        remove_placement_group(get_placement_group(name))
+
+
+def shortage(placement: Placement, has: dict[str, float]) -> str:
+    """Asked and there, a resource each."""
+    asked = {"GPU": placement.gpus} | {group.ray_resource: len(group.slots) for group in placement.groups}
+    return ", ".join(f"{name}: asked {count}, Ray has {has.get(name, 0):g}" for name, count in asked.items())
+
+
+def _probe_options(group: PlacementGroup, index: int) -> dict[str, Any]:
+    strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
+    return {"num_gpus": PROBE_SHARE, "num_cpus": 0, "scheduling_strategy": strategy}
+
+
+def _look(index: int) -> Bundle:
+    """Runs in the bundle. Must stay cheap: it imports neither torch nor vLLM."""
+    ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    gpu = ",".join(map(str, ids))
+    return Bundle(index, ray.get_runtime_context().get_node_id(), gpu, device_here(), len(os.sched_getaffinity(0)))
+
+
+def device_here() -> str:
+    """cuda where there is a GPU and the GPU build of vLLM, else cpu."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        return "cpu"
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
+def tie(placement: Placement, found: Sequence[Bundle]) -> dict[int, Bundle]:
+    """Slots to bundles: those of one pod on one node, in the order of its GPUs. Raises PlacementFailed."""
+    tied: dict[int, Bundle] = {}
+    for group in placement.groups:
+        by_node: dict[str, list[Bundle]] = defaultdict(list)
+        for bundle in found[group.first_slot : group.first_slot + len(group.slots)]:
+            by_node[bundle.node].append(bundle)
+        # Full nodes first: a node with a remainder (many pods on one machine) cannot break up the pods after it.
+        nodes = sorted(by_node.items(), key=lambda item: (-len(item[1]), item[0]))
+        ordered = [b for _, bundles in nodes for b in sorted(bundles, key=lambda b: (_number(b.gpu), b.index))]
+        tied |= dict(zip(group.slots, ordered, strict=True))
+    for engine, slots in enumerate(placement.engine_slots):
+        if len({tied[slot].node for slot in slots}) > 1:
+            raise PlacementFailed(f"engine {engine} would lie on several nodes: {[tied[slot].node for slot in slots]}")
+    return tied
+
+
+def _number(gpu: str) -> tuple[int, str]:
+    return (int(gpu), "") if gpu.isdigit() else (-1, gpu)
+
+
+def check_seats(placement: Placement, trainer: Sequence[Seat], engines: Sequence[Sequence[Seat]]) -> None:
+    """Roles meant to share a GPU do, those meant not to share do not. Raises PlacementFailed.
+
+    trainer: one a rank; engines: one a tensor-parallel rank of each engine. Ranks of one engine may swap GPUs among themselves.
+    """
+    _all_different("trainer ranks", trainer)
+    _all_different("engine ranks", [seat for engine in engines for seat in engine])
+    by_slot = dict(zip(placement.trainer_slots, trainer, strict=True))
+    if placement.mode is PlacementMode.SEPARATED:
+        if shared := set(trainer) & {seat for engine in engines for seat in engine}:
+            raise PlacementFailed(f"trainer and engines are Separated but share {', '.join(sorted(map(str, shared)))}")
+        return
+    for index, (slots, seats) in enumerate(zip(placement.engine_slots, engines, strict=True)):
+        expected = {by_slot[slot] for slot in slots}
+        if expected != set(seats):
+            raise PlacementFailed(f"engine {index} is Colocated with trainer ranks on {_names(expected)} but runs on {_names(seats)}")
+
+
+def _all_different(what: str, seats: Sequence[Seat]) -> None:
+    if twice := [str(seat) for seat, count in Counter(seats).items() if count > 1]:
+        raise PlacementFailed(f"several {what} on one GPU: {', '.join(twice)}")
+
+
+def _names(seats: Any) -> str:
+    return ", ".join(sorted(map(str, seats)))
+

@@ -1,0 +1,216 @@
+"""READ FIRST. The driver's life, from run config to exit code.
+
+    read the config -> connect to Ray -> reserve the GPUs -> start feed, trainer and engines side by side -> prove who sits where
+    -> restore the newest checkpoint -> connect the weight sync -> the loop -> export -> close
+
+A failure anywhere ends the process: the kubelet starts it again in the same pod, and it resumes from its checkpoint. The exit code
+says whether that makes sense (rlhf_api.progress), and /dev/termination-log carries the reason into the job's status.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from pydantic import ValidationError
+from ray.exceptions import RayTaskError
+from rlhf_api.progress import EXIT_BAD_DATA, EXIT_BAD_SPEC, EXIT_OK
+from rlhf_api.run import RunConfig
+from yaml import YAMLError
+
+from rlhf_worker.actors.engine import RemoteEngine, check_engine_args
+from rlhf_worker.actors.feed import RemoteFeed
+from rlhf_worker.actors.group import call, call_all, gather
+from rlhf_worker.actors.policy import RemotePolicy
+from rlhf_worker.errors import BadData, BadSpec
+from rlhf_worker.loop import Crew, Loop
+from rlhf_worker.placement import Stage, check_seats, reserve
+from rlhf_worker.progress import Reporter, StatusReporter, in_cluster_client
+from rlhf_worker.stop import EXIT_TERMINATED, Stop, Terminated
+from rlhf_worker.weights.sync import WeightSync, choose_backend
+
+EXIT_FAILED = 1
+PLACEMENT_DEADLINE_SECONDS = 600.0
+START_DEADLINE_SECONDS = 1800.0
+FILE_DEADLINE_SECONDS = 3600.0
+TERMINATION_LOG = Path("/dev/termination-log")
+LAST_WORDS_BYTES = 3000
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a finished run leaves: for `local`, tests and benchmarks."""
+
+    steps: int
+    export: str | None
+    seats: dict[str, list[str]]
+
+
+def drive(config: RunConfig, reporter: Reporter, stop: Stop) -> Result:
+    """The whole run on a connected Ray. Raises what ends it."""
+    reporter.update(state="Starting", detail="checking the run config")
+    check_engine_args(config)
+    reporter.update(detail=f"waiting for {config.placement.gpus} GPUs")
+    stage = reserve(config.placement, PLACEMENT_DEADLINE_SECONDS, name=f"rlhf-{config.job.name}")
+    crew, seats = _start(config, stage, reporter)
+    loop = Loop(config, crew, reporter, stop)
+    loop.begin(_restore(config, crew, reporter))
+    loop.run()
+    export = _export(config, crew, reporter)
+    reporter.update(state="Done", detail="finished")
+    _close(crew)
+    return Result(loop.step, export, seats)
+
+
+def _start(config: RunConfig, stage: Stage, reporter: Reporter) -> tuple[Crew, dict[str, list[str]]]:
+    """Every actor, loaded, connected, and proven to sit where the plan says."""
+    reporter.update(detail="starting feed, trainer and engines")
+    backend = choose_backend(config, stage.device)
+    feed = RemoteFeed.options(**stage.options(config.placement.trainer_slots[0], 0.0)).remote(config)
+    policy, engines = _policy(config, stage), _engines(config, stage)
+    opened = [feed.open.remote(), *(engine.start.remote(backend) for engine in engines)]
+    joined = _join(policy)
+    if stage.device == "cuda":
+        # Sharing a GPU, vLLM measures its free memory while it starts: the trainer takes its own after that.
+        gather([*opened, *joined], START_DEADLINE_SECONDS, "start of engines")
+        opened, joined = [], []
+    gather([*opened, *joined, *(rank.load.remote() for rank in policy)], START_DEADLINE_SECONDS, "start")
+    seats = _prove_seats(config, policy, engines)
+    sync = WeightSync(config, policy, engines, backend)
+    reporter.update(detail=f"connecting the weight sync ({backend})")
+    sync.connect()
+    sleeps = stage.device == "cuda" and bool(config.rollout.engine_args.get("enable_sleep_mode"))
+    return Crew(stage, feed, policy, engines, sync, sleeps), seats
+
+
+def _policy(config: RunConfig, stage: Stage) -> list[Any]:
+    placement = config.placement
+    threads = stage.threads(placement.trainer_slots)
+    return [
+        RemotePolicy.options(**stage.options(slot, placement.trainer_fraction)).remote(config, rank, stage.device, threads[slot])
+        for rank, slot in enumerate(placement.trainer_slots)
+    ]
+
+
+def _engines(config: RunConfig, stage: Stage) -> list[Any]:
+    """A tensor-parallel engine's actor holds no GPU itself: its workers, which vLLM starts in the engine's bundles, do."""
+    placement = config.placement
+    threads = stage.threads([slot for slots in placement.engine_slots for slot in slots])
+    engines = []
+    for index, slots in enumerate(placement.engine_slots):
+        bundles = [stage.bundles[slot].index for slot in slots]
+        options = stage.options(slots[0], placement.engine_fraction if len(slots) == 1 else 0.0)
+        engines.append(RemoteEngine.options(**options).remote(config, index, stage.device, bundles, threads[slots[0]]))
+    return engines
+
+
+def _join(policy: list[Any]) -> list[Any]:
+    address = call(policy[0], "address", deadline_seconds=START_DEADLINE_SECONDS, what="start of the trainer")
+    return [rank.join.remote(address) for rank in policy]
+
+
+def _prove_seats(config: RunConfig, policy: list[Any], engines: list[Any]) -> dict[str, list[str]]:
+    """Host and GPU of every role, by name. Raises PlacementFailed."""
+    trainer = call_all(policy, "seat", deadline_seconds=START_DEADLINE_SECONDS, what="seats of the trainer")
+    ranks = call_all(engines, "seats", deadline_seconds=START_DEADLINE_SECONDS, what="seats of the engines")
+    check_seats(config.placement, trainer, ranks)
+    seats = {f"trainer {i}": [str(seat)] for i, seat in enumerate(trainer)} | {f"engine {i}": [str(s) for s in own] for i, own in enumerate(ranks)}
+    for name, places in seats.items():
+        print(f"{name}: {', '.join(places)}", flush=True)
+    return seats
+
+
+def _restore(config: RunConfig, crew: Crew, reporter: Reporter) -> int:
+    """Finished steps of the newest checkpoint; 0 for a new run. Raises BadData."""
+    reporter.update(detail="looking for a checkpoint")
+    state = call_all(crew.policy, "restore", deadline_seconds=FILE_DEADLINE_SECONDS, what="restore")[0]
+    step = state.step if state else 0
+    call(crew.feed, "begin", step, state.sampler if state else None, deadline_seconds=FILE_DEADLINE_SECONDS, what="start of the data")
+    if state:
+        total = config.trainer.steps
+        reporter.update(detail=f"resuming after step {step}", step=step, display=f"{step}/{total}", resumed_from_step=step)
+    return step
+
+
+def _export(config: RunConfig, crew: Crew, reporter: Reporter) -> str | None:
+    if not config.checkpoint.export:
+        return None
+    reporter.update(detail="exporting the model")
+    path: str = call_all(crew.policy, "export", deadline_seconds=FILE_DEADLINE_SECONDS, what="export")[0]
+    print(f"exported the model to {path}", flush=True)
+    return path
+
+
+def _close(crew: Crew) -> None:
+    """Best effort: whatever is left dies with the driver's Ray job."""
+    gather([actor.close.remote() for actor in (crew.feed, *crew.engines, *crew.policy)], 60.0, "close")
+    crew.stage.close()
+
+
+def guarded(work: Callable[[], object]) -> int:
+    """Run, and turn what ended it into the exit code and the last words."""
+    try:
+        work()
+    except Terminated as error:
+        print(f"ended: {error}", file=sys.stderr, flush=True)
+        return EXIT_TERMINATED
+    except BaseException as error:
+        cause = root_cause(error)
+        words = last_words(error, cause)
+        print(words, file=sys.stderr, flush=True)
+        _tell_kubelet(words)
+        return EXIT_BAD_SPEC if isinstance(cause, BadSpec) else EXIT_BAD_DATA if isinstance(cause, BadData) else EXIT_FAILED
+    return EXIT_OK
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """What an actor raised, without Ray's wrapping, which nests when actors call actors."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
+
+
+def last_words(error: BaseException, cause: BaseException) -> str:
+    """Type and message; for what no one foresaw, also the end of the traceback, which Ray carries from the actor."""
+    told = f"{type(cause).__name__}: {cause}"
+    if isinstance(cause, (BadSpec, BadData)):
+        return told
+    trace = error.traceback_str if isinstance(error, RayTaskError) else "".join(traceback.format_exception(error))
+    room = LAST_WORDS_BYTES - len(told.encode())
+    return told if room < 200 else f"{told}\n{trace.strip()[-room // 2 :]}"
+
+
+def _tell_kubelet(words: str) -> None:
+    try:
+        if TERMINATION_LOG.exists():
+            TERMINATION_LOG.write_bytes(words.encode()[:LAST_WORDS_BYTES])
+    except OSError as error:
+        print(f"{TERMINATION_LOG}: {error}", file=sys.stderr, flush=True)
+
+
+def run(path: Path) -> int:
+    """`rlhf_worker run`: in the head pod, beside Ray. Returns the exit code."""
+    return guarded(lambda: _run(path))
+
+
+def _run(path: Path) -> None:
+    stop = Stop()
+    stop.install()
+    try:
+        config = RunConfig.read(path)
+    except (OSError, YAMLError, ValidationError) as error:
+        raise BadSpec(f"run config {path}: {error}") from error
+    reporter = StatusReporter(config, in_cluster_client())
+    try:
+        ray.init(address="auto", namespace=config.job.name, log_to_driver=True)
+        drive(config, reporter, stop)
+    except BaseException as error:
+        cause = root_cause(error)
+        if not isinstance(cause, Terminated):
+            reporter.update(detail=f"{type(cause).__name__}: {cause}"[:1000])
+        raise
+    finally:
+        reporter.close()

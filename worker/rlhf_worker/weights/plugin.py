@@ -1,0 +1,14 @@
+"""vLLM's plugin entry point (`vllm.general_plugins`): makes the gloo backend known in every process that vLLM starts."""
+
+NAME = "gloo"
+MODULE = "rlhf_worker.weights.gloo"
+
+
+def register() -> None:
+    """Idempotent: vLLM loads its plugins more than once in a process."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
+
+    if NAME not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(NAME, MODULE, "GlooWeightTransferEngine")
+    if NAME not in WeightTransferTrainerFactory._registry:
+        WeightTransferTrainerFactory.register_engine(NAME, MODULE, "GlooTrainerWeightTransferEngine")
