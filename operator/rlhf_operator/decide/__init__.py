@@ -1,6 +1,6 @@
 """decide(job, observed, now) -> Decision. Pure: what should exist, what the status says, which Events tell of it, when to look again."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from rlhf_api.status import Condition, ConditionType, Phase, Record, RLHFJobStatus
@@ -48,9 +48,7 @@ def decide(job: Job, observed: Observed, now: datetime) -> Decision:
 
 def refused(decision: Decision, reason: str, message: str) -> Decision:
     """The API server did not take what was planned: told as Accepted=False, and tried again later."""
-    told = {**decision.told, ConditionType.ACCEPTED: no(reason, message)}
-    again = _decision(decision.facts, decision.want, told)
-    return replace(again, wake_at=min(filter(None, (again.wake_at, decision.facts.now + RETRY_REFUSED))))
+    return _decision(decision.facts, decision.want, {**decision.told, ConditionType.ACCEPTED: no(reason, message)})
 
 
 def troubled(decision: Decision, message: str) -> Decision:
@@ -60,9 +58,16 @@ def troubled(decision: Decision, message: str) -> Decision:
 
 def _decision(facts: Facts, wanted: Want, told: dict[ConditionType, Verdict]) -> Decision:
     status = _status(facts, told)
-    moved = status.record != facts.job.status.record
-    wake = facts.now if moved else deadlines.next_wake(facts) if facts.job.parsed else None
-    return Decision(wanted, status, _notes(facts, status), wake, told, facts)
+    return Decision(wanted, status, _notes(facts, status), _wake_at(facts, told), told, facts)
+
+
+def _wake_at(f: Facts, told: dict[ConditionType, Verdict]) -> datetime | None:
+    """At once when the record moved: what it intends is for the next pass to do."""
+    if f.record != f.job.status.record:
+        return f.now
+    retry = f.now + RETRY_REFUSED if told[ConditionType.ACCEPTED].status != "True" and not f.record.result else None
+    clock = deadlines.next_wake(f) if f.job.parsed else None
+    return min((moment for moment in (retry, clock) if moment), default=None)
 
 
 def _status(f: Facts, told: dict[ConditionType, Verdict]) -> RLHFJobStatus:

@@ -1,0 +1,49 @@
+"""/livez, /readyz and /metrics."""
+
+import json
+import logging
+import time
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from rlhf_operator import metrics
+from rlhf_operator.queue import HEARTBEAT_SECONDS, Queue
+
+log = logging.getLogger(__name__)
+DEAD_AFTER_SECONDS = 12 * HEARTBEAT_SECONDS
+
+
+class Health:
+    """Dead is a queue whose loop no longer turns. Quiet is not dead: a cluster where nothing happens sends no event."""
+
+    def __init__(self, queue: Queue) -> None:
+        self.queue, self.serving = queue, False
+
+    async def start(self, port: int) -> web.AppRunner:
+        """Raises OSError where the port is taken."""
+        app = web.Application()
+        app.add_routes([web.get("/livez", self.livez), web.get("/readyz", self.readyz), web.get("/metrics", self.metrics)])
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, port=port).start()
+        log.info("health and metrics at %s", runner.addresses)
+        return runner
+
+    async def livez(self, _: web.Request) -> web.Response:
+        beat = time.monotonic() - self.queue.beat if self.serving else 0.0
+        told = {"leader": self.serving, "heartbeatAge": round(beat, 1), "lastWatchEventAge": _age(metrics.LAST_WATCH_EVENT), "lastReconcileAge": _age(metrics.LAST_RECONCILE)}
+        return web.Response(status=200 if beat < DEAD_AFTER_SECONDS else 503, text=json.dumps(told), content_type="application/json")
+
+    async def readyz(self, _: web.Request) -> web.Response:
+        """A standby is ready: it is ready to take over."""
+        return web.Response(text="ok")
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _age(gauge: "metrics.Gauge") -> float | None:
+    """Seconds since the gauge's time; None for never."""
+    at = next(iter(gauge.collect())).samples[0].value
+    return round(time.time() - at, 1) if at else None
