@@ -4,9 +4,9 @@ Resources are built from `kinds.py` instead of being discovered: discovery reads
 an answer here, not an error.
 """
 
-import asyncio
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from rlhf_operator.kinds import Kind
 
 log = logging.getLogger(__name__)
 Raw = dict[str, Any]
+Query = Sequence[tuple[str, str]]
 TIMEOUT_SECONDS = 30
 PAGE = 500
 
@@ -127,10 +128,10 @@ class DynamicApi:
 
     async def _call(
         self, verb: str, kind: Kind, namespace: str | None, name: str | None, *,
-        body: Raw | None = None, query: "list[tuple[str, str]] | None" = None, tail: str = "",
+        body: Raw | None = None, query: Query = (), tail: str = "",
     ) -> Raw:
         path = _resource(kind).path(name=name, namespace=namespace) + tail
-        options: Raw = {"query_params": query or [], "header_params": {}, "_request_timeout": TIMEOUT_SECONDS, "serialize": False}
+        options: Raw = {"query_params": list(query), "header_params": {}, "_request_timeout": TIMEOUT_SECONDS, "serialize": False}
         if verb == "patch":
             options["content_type"] = "application/apply-patch+yaml"
         if verb != "get":
@@ -139,7 +140,7 @@ class DynamicApi:
             return await self._request(verb, path, body, options)
         except ApiException as error:
             raise _translated(kind, error) from None
-        except (ClientError, asyncio.TimeoutError, OSError) as error:
+        except (ClientError, TimeoutError, OSError) as error:
             raise ApiError(0, "Unreachable", f"{type(error).__name__}: {error}") from error
 
     async def _request(self, verb: str, path: str, body: Raw | None, options: Raw) -> Raw:

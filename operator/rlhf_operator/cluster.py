@@ -16,7 +16,19 @@ from rlhf_operator.clock import stamp
 from rlhf_operator.decide import Note
 from rlhf_operator.kinds import EVENTS, JOBS, LOCAL_QUEUES, OF_KIND, PODS, RAYCLUSTERS, WORKLOADS
 from rlhf_operator.names import JOB_LABEL, WORKLOAD_UID_LABEL
-from rlhf_operator.observed import Cluster, Complaint, Job, Observed, Pod, Queue, owner_uid, read_cluster, read_conditions, read_job, read_pod
+from rlhf_operator.observed import (
+    Cluster,
+    Complaint,
+    Job,
+    Observed,
+    Pod,
+    Queue,
+    owner_uid,
+    read_cluster,
+    read_conditions,
+    read_job,
+    read_pod,
+)
 from rlhf_operator.plan import Plan
 
 log = logging.getLogger(__name__)

@@ -17,28 +17,28 @@ Wake = Callable[[Key], None]
 def registry(wake: Wake, connection: Connection) -> kopf.OperatorRegistry:
     found = kopf.OperatorRegistry()
 
-    @kopf.on.login(registry=found)  # type: ignore[arg-type]
+    @kopf.on.login(registry=found)
     async def login(**_: Any) -> kopf.ConnectionInfo:
         return await credentials(connection)
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=found)
-    async def job(namespace: str, name: str, **_: Any) -> None:
-        _woken(wake, (namespace, name))
+    async def job(**about: Any) -> None:
+        _woken(wake, about["namespace"], about["name"])
 
     @kopf.on.event("ray.io", "v1", "rayclusters", labels={JOB_LABEL: kopf.PRESENT}, registry=found)
-    async def raycluster(namespace: str, labels: dict[str, str], **_: Any) -> None:
-        _woken(wake, (namespace, labels[JOB_LABEL]))
+    async def raycluster(**about: Any) -> None:
+        _woken(wake, about["namespace"], about["labels"][JOB_LABEL])
 
     @kopf.on.event("", "v1", "pods", labels={JOB_LABEL: kopf.PRESENT}, registry=found)
-    async def pod(namespace: str, labels: dict[str, str], **_: Any) -> None:
-        _woken(wake, (namespace, labels[JOB_LABEL]))
+    async def pod(**about: Any) -> None:
+        _woken(wake, about["namespace"], about["labels"][JOB_LABEL])
 
     return found
 
 
-def _woken(wake: Wake, key: Key) -> None:
+def _woken(wake: Wake, namespace: str, name: str) -> None:
     metrics.LAST_WATCH_EVENT.set_to_current_time()
-    wake(key)
+    wake((namespace, name))
 
 
 async def credentials(connection: Connection) -> kopf.ConnectionInfo:

@@ -5,7 +5,7 @@ import logging
 import time
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 
 from rlhf_operator import metrics
 from rlhf_operator.queue import HEARTBEAT_SECONDS, Queue
@@ -43,7 +43,7 @@ class Health:
         return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-def _age(gauge: "metrics.Gauge") -> float | None:
+def _age(gauge: Gauge) -> float | None:
     """Seconds since the gauge's time; None for never."""
     at = next(iter(gauge.collect())).samples[0].value
     return round(time.time() - at, 1) if at else None

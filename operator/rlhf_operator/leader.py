@@ -22,7 +22,7 @@ LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS = 30, 20, 5
 T = TypeVar("T")
 
 
-class Lock(LeaseLock):
+class Lock(LeaseLock):  # type: ignore[misc]  # the library is not typed
     """The library's lock ends the election on a network error and may wait minutes for an answer; here both are a failed try."""
 
     async def get(self, name: str, namespace: str) -> Any:
