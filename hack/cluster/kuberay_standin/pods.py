@@ -219,7 +219,7 @@ def _wait_for_head(cluster: Object, group: dict[str, Any], address: str) -> Obje
     ray = deepcopy(group["template"]["spec"]["containers"][0])
     target = f"{address}:{head_port(cluster)}"
     # KubeRay runs `ray health-check` here, which costs seconds of this container's 0.2 CPU to say what the open port says.
-    script = f'until (exec 3<>"/dev/tcp/{target.replace(":", "/")}") 2>/dev/null; do sleep 0.5; done'
+    script = f'trap "exit 143" TERM; until (exec 3<>"/dev/tcp/{target.replace(":", "/")}") 2>/dev/null; do sleep 0.5; done'
     quantity = {"cpu": "200m", "memory": "256Mi"}
     container = {
         "name": "wait-gcs-ready",
