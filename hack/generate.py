@@ -5,7 +5,6 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import yaml
 from hack.cluster import binaries, settings
 from hack.reference import reference
 from rlhf_api.crd import crd, crd_yaml
+from rlhf_operator.kinds import CRDS, LEASES
+from rlhf_operator.rbac import rules
 
 ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "charts/rlhf-operator"
@@ -45,15 +46,14 @@ def chart_crd() -> Object:
     return kept
 
 
-def operator_rules() -> list[Object]:
-    command = [sys.executable, "-m", "rlhf_operator.rbac"]
-    rules: list[Object] = yaml.safe_load(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
-    return rules
-
-
-def is_lease(rule: Object) -> bool:
-    """Leases are only needed in the operator's own namespace."""
-    return bool(rule["apiGroups"] == ["coordination.k8s.io"])
+def rules_by_scope() -> dict[str, list[Object]]:
+    """Leases are for the operator's own namespace alone; CRDs are cluster-wide, so no Role can grant them."""
+    own, wide = [LEASES.group], [CRDS.group]
+    return {
+        "cluster": [rule for rule in rules() if rule["apiGroups"] != own],
+        "namespace": [rule for rule in rules() if rule["apiGroups"] not in (own, wide)],
+        "lease": [rule for rule in rules() if rule["apiGroups"] == own],
+    }
 
 
 def helm() -> str:
@@ -112,12 +112,8 @@ def write(files: dict[Path, str]) -> None:
 
 def chart_copies() -> dict[Path, str]:
     """What the chart takes from the code: the CRD and the operator's rules."""
-    rules = operator_rules()
-    return {
-        CHART / "files/crd.yaml": NOTE + dump(chart_crd()),
-        CHART / "files/rules.yaml": NOTE + dump([rule for rule in rules if not is_lease(rule)]),
-        CHART / "files/lease-rules.yaml": NOTE + dump([rule for rule in rules if is_lease(rule)]),
-    }
+    files = {"crd": chart_crd(), **{f"{scope}-rules": found for scope, found in rules_by_scope().items()}}
+    return {CHART / f"files/{name}.yaml": NOTE + dump(content) for name, content in files.items()}
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ import pytest
 from hack import generate
 from hack.generate import render
 from rlhf_api.crd import crd
+from rlhf_operator.rbac import rules
+from rlhf_operator.settings import Settings, parse
 
 Object = dict[str, Any]
 CLUSTER_WIDE = {"ClusterRole", "ClusterRoleBinding"}
@@ -55,7 +57,7 @@ def container(pod: Object) -> Object:
         ("image.tagg=1", ["tagg"]),
         ("crds.install=maybe", ["install", "boolean"]),
         ("watchNamespace=Team_A", ["watchNamespace"]),
-        ("log.level=loud", ["level", "warning"]),
+        ("verbose=yes", ["verbose", "boolean"]),
         ("metrics.serviceMonitor.interval=soon", ["interval"]),
         ("env[0].value=x", ["env", "name"]),
         ("podLabels.a.b=c", ["podLabels", "string"]),
@@ -105,8 +107,8 @@ def test_the_operator_runs_as_nobody_on_a_read_only_root(pod: Object, container:
 
 
 def test_the_operator_is_probed_and_bounded(container: Object) -> None:
-    assert {probe["httpGet"]["path"] for key, probe in container.items() if key.endswith("Probe")} == {"/livez"}
-    assert {"startupProbe", "livenessProbe", "readinessProbe"} <= set(container)
+    probes = {key: probe["httpGet"]["path"] for key, probe in container.items() if key.endswith("Probe")}
+    assert probes == {"startupProbe": "/livez", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
     assert container["resources"]["requests"]["memory"] == "128Mi"
     assert container["resources"]["limits"]["memory"]
     assert container["command"] == ["python", "-m", "rlhf_operator"]
@@ -134,9 +136,21 @@ def test_every_binding_names_a_role_and_an_account_that_exist(objects: list[Obje
 
 
 def test_the_operator_has_no_wildcard_and_reads_no_secrets(objects: list[Object]) -> None:
-    rules = [rule for o in objects if o["kind"] in {"Role", "ClusterRole"} for rule in o["rules"]]
-    assert [rule for rule in rules if "*" in rule["verbs"] + rule["resources"] + rule["apiGroups"]] == []
-    assert [rule for rule in rules if "secrets" in rule["resources"]] == []
+    granted = [rule for o in objects if o["kind"] in {"Role", "ClusterRole"} for rule in o["rules"]]
+    assert [rule for rule in granted if "*" in rule["verbs"] + rule["resources"] + rule["apiGroups"]] == []
+    assert [rule for rule in granted if "secrets" in rule["resources"]] == []
+
+
+def flags(*pairs: str) -> Settings:
+    """What the operator makes of the container's arguments."""
+    (container,) = one(render(*sets(*pairs)), "Deployment")["spec"]["template"]["spec"]["containers"]
+    return parse(container["args"])
+
+
+def test_the_operator_understands_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POD_NAMESPACE", "rlhf-system")
+    assert flags() == Settings(namespace=None, kubeconfig=None, health_port=8080, lease_namespace="rlhf-system", verbose=False)
+    assert flags("watchNamespace=team-a", "verbose=true") == Settings("team-a", None, 8080, "rlhf-system", verbose=True)
 
 
 def test_one_namespace_needs_no_cluster_role() -> None:
@@ -147,10 +161,12 @@ def test_one_namespace_needs_no_cluster_role() -> None:
     assert binding["spec"]["matchResources"]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "team-a"}
 
 
-def test_both_modes_have_the_same_rules(objects: list[Object]) -> None:
-    (wide,) = [o for o in objects if o["kind"] == "ClusterRole" and o["metadata"]["name"].endswith("rlhf-operator")]
+def test_the_rules_are_those_of_the_operators_kinds(objects: list[Object]) -> None:
+    wide, lease = one(objects, "ClusterRole", "rlhf-system-rlhf-operator")["rules"], one(objects, "Role")["rules"]
+    assert sorted(map(str, wide + lease)) == sorted(map(str, rules()))
+    assert [rule["resources"] for rule in lease] == [["leases"]]
     (narrow,) = [o for o in render(*sets("watchNamespace=team-a")) if o["kind"] == "Role" and o["metadata"]["namespace"] == "team-a"]
-    assert wide["rules"] == narrow["rules"]
+    assert narrow["rules"] == [rule for rule in wide if rule["resources"] != ["customresourcedefinitions"]]
 
 
 def test_users_get_their_rights_by_aggregation_and_never_the_status(objects: list[Object]) -> None:
