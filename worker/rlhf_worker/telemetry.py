@@ -57,6 +57,6 @@ def _row(item: ScoredSample) -> dict[str, Any]:
     sample = item.sample
     return {
         "uid": sample.prompt.uid, "prompt": sample.prompt.text, "completion": sample.text, "reward": item.reward,
-        "parts": list(item.parts.items()), "finish_reason": sample.finish_reason, "weight_version": sample.weight_version,
+        "parts": [{"name": name, "value": value} for name, value in item.parts.items()], "finish_reason": sample.finish_reason, "weight_version": sample.weight_version,
         "prompt_token_ids": sample.prompt.token_ids, "token_ids": sample.token_ids, "logprobs": sample.logprobs,
     }

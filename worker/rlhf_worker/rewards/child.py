@@ -81,11 +81,11 @@ def call(function: Function, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def tail() -> str:
-    """The end of the current exception's traceback, without this file's frames."""
+    """The end of the current exception's traceback, without the frames of this file and of the import machinery."""
     error = sys.exception()
     assert error is not None, "called where no exception is handled"
     trace = traceback.TracebackException.from_exception(error)
-    trace.stack = traceback.StackSummary.from_list([f for f in trace.stack if f.filename != __file__])
+    trace.stack = traceback.StackSummary.from_list([f for f in trace.stack if f.filename not in (__file__, importlib.__file__) and "importlib._boot" not in f.filename])
     return "".join(trace.format())[-ERROR_LIMIT:].strip()
 
 

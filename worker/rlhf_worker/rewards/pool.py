@@ -84,8 +84,7 @@ class Child:
         return self._process.wait()
 
     def _buried(self) -> int:
-        descriptor = os.pidfd_open(self._process.pid)
-        with contextlib.closing(os.fdopen(descriptor)):
+        with contextlib.suppress(OSError), open(os.pidfd_open(self._process.pid)) as descriptor:  # noqa: PTH123
             select.select([descriptor], [], [], DEATH_GRACE)
         return self.kill()
 

@@ -1,0 +1,377 @@
+"""Rewards: each way to fail ends in a clear error or, tried again, in a value; and nothing outlives `close`."""
+
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_api.job import RewardSpec
+from rlhf_worker.errors import BadSpec, RewardFailed
+from rlhf_worker.rewards.http import HttpReward
+from rlhf_worker.rewards.scorer import Scorer
+from tests.worker.samples import a_sample
+
+
+def python(named: str = "", **fields: Any) -> RewardSpec:
+    source = {} if fields.keys() & {"code", "function"} else {"function": f"tests.worker.reward_functions:{named}"}
+    return RewardSpec.model_validate({"name": "r", "type": "python", "retries": 0, "workers": 1, **source, **fields})
+
+
+def children() -> set[int]:
+    """Live reward subprocesses of this process (also unreaped ones)."""
+    found = set()
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            pid, rest = int(status.parent.name), status.read_text().rpartition(")")[2].split()
+        except (OSError, ValueError):
+            continue
+        if int(rest[1]) == os.getpid():
+            found.add(pid)
+    return found
+
+
+def gone(pid: int, seconds: float = 20.0) -> bool:
+    """Whether the process ends in time (a zombie that another parent has yet to reap counts as ended)."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+        threading.Event().wait(0.01)
+    return False
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    before, descriptors, threads = children(), len(os.listdir("/proc/self/fd")), threading.active_count()  # noqa: PTH208
+    yield
+    gc.collect()
+    assert children() <= before
+    assert len(os.listdir("/proc/self/fd")) <= descriptors  # noqa: PTH208
+    assert threading.active_count() <= threads
+
+
+def values(spec: RewardSpec, count: int = 1, **row: Any) -> list[float]:
+    with Scorer([spec]) as scorer:
+        return [s.reward for s in scorer.score([a_sample(i, text="x" * i, **row) for i in range(count)])]
+
+
+# Values
+
+
+def test_values_come_in_the_order_of_the_samples_from_several_children() -> None:
+    assert values(python("length", workers=3), 40) == [float(i) for i in range(40)]
+
+
+def test_a_reward_gets_the_row_and_the_prompt_as_the_data_has_it() -> None:
+    chat = [{"role": "user", "content": "hi"}] * 3
+    assert values(python("of_row"), bonus=2, prompt=chat) == [5.0]
+
+
+def test_inline_code() -> None:
+    code = "import math\ndef helper(n):\n    return math.sqrt(n)\ndef reward(prompt, completion, **row):\n    return helper(len(completion))\n"
+    assert values(python(code=code), 5)[4] == 2.0
+
+
+def test_the_sum_is_weighted_and_the_parts_are_kept() -> None:
+    specs = [python("length", name="a", weight=0.5), python(code="def reward(**row): return -1", name="b", weight=2.0)]
+    with Scorer(specs) as scorer:
+        (found,) = scorer.score([a_sample(text="four")])
+    assert (found.reward, found.parts) == (0.0, {"a": 4.0, "b": -1.0})
+
+
+def test_children_are_kept_between_calls_and_never_import_torch() -> None:
+    with Scorer([python("pid", name="pid"), python("has_torch", name="torch")]) as scorer:
+        first, second = (scorer.score([a_sample()])[0].parts for _ in range(2))
+    assert first == second
+    assert first["torch"] == 0.0
+
+
+def test_what_a_reward_prints_does_not_disturb() -> None:
+    assert values(python("prints"), 3) == [2.0] * 3
+
+
+def test_a_large_sample_passes() -> None:
+    with Scorer([python("length")]) as scorer:
+        assert scorer.score([a_sample(text="x" * 5_000_000)])[0].reward == 5e6
+
+
+def test_nothing_to_score() -> None:
+    assert values(python("length"), 0) == []
+
+
+def test_reasoning_gym_judges_by_the_tasks_own_verifier() -> None:
+    spec = python(function="rlhf_worker.rewards.reasoning_gym:score", timeout_seconds=60)
+    row: dict[str, Any] = {"question": "Calculate 5 - 3.", "answer": "2", "metadata": {}, "verifier": {"task": "basic_arithmetic", "config": {"max_terms": 2}}}
+    with Scorer([spec]) as scorer:
+        texts = ["2", " 2\n", "I think <answer>7</answer> no <answer> 2 </answer>", "3", ""]
+        found = [s.reward for s in scorer.score([a_sample(i, text=text, **row) for i, text in enumerate(texts)])]
+    assert found == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+# Failures
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("raises", r"Traceback.*reward_functions\.py.*in raises.*RuntimeError: no verdict on yes"),
+        ("exits", "SystemExit: 3"),
+        ("nan", "returned nan, a finite number is needed"),
+        ("infinite", "returned inf, a finite number is needed"),
+        ("text", "returned 'good' of type str, a number is needed"),
+        ("nothing", "returned None of type NoneType, a number is needed"),
+        ("coroutine", "of type coroutine, a number is needed"),
+        ("complex_number", "of type complex, a number is needed"),
+        ("killed", r"its process died: signal 9 \(SIGKILL\)"),
+        ("ends", "its process died: exit status 7"),
+        ("of_row", "KeyError: 'bonus'"),
+    ],
+)
+def test_each_failure_is_named_and_never_a_zero(function: str, message: str) -> None:
+    with Scorer([python(function, retries=1)]) as scorer, pytest.raises(RewardFailed, match=rf"(?s)rewards\[r\] failed 2 times on prompt 0:4, completion 'yes': .*{message}"):
+        scorer.score([a_sample(4)])
+
+
+def test_a_hung_child_is_killed_at_its_deadline() -> None:
+    with Scorer([python("hangs", timeout_seconds=0.3)]) as scorer:
+        (child,) = children()
+        with pytest.raises(RewardFailed, match=r"failed once \(retries is 0\).*no answer within 0\.3 s; its process was killed"):
+            scorer.score([a_sample()])
+        assert gone(child)
+
+
+def test_what_a_hung_reward_has_started_is_killed_with_it(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    with pytest.raises(RewardFailed, match="no answer"):
+        values(python("leaves_a_grandchild", timeout_seconds=3.0), pids=str(pids))
+    (grandchild,) = map(int, pids.read_text().split())
+    assert gone(grandchild)
+
+
+@pytest.mark.parametrize("how", ["raises", "hangs", "killed", "nan"])
+def test_a_second_try_that_works_is_a_value(tmp_path: Path, how: str) -> None:
+    assert values(python("second_try", retries=1, workers=2, timeout_seconds=2.0), 4, seen=str(tmp_path), how=how) == [1.5] * 4
+
+
+def test_a_child_killed_between_two_calls_is_replaced() -> None:
+    with Scorer([python("pid", retries=1)]) as scorer:
+        first = int(scorer.score([a_sample()])[0].reward)
+        os.kill(first, 9)
+        assert int(scorer.score([a_sample()])[0].reward) != first
+
+
+def test_one_failed_sample_gives_the_others_up() -> None:
+    code = "def reward(completion, **row):\n    if completion == '':\n        raise ValueError('empty')\n    return 1.0\n"
+    with pytest.raises(RewardFailed, match="prompt 0:0"):
+        values(python(code=code), 200)
+
+
+def test_the_scorer_works_on_after_a_failure() -> None:
+    code = "def reward(completion, **row):\n    return 1.0 / len(completion)\n"
+    with Scorer([python(code=code)]) as scorer:
+        with pytest.raises(RewardFailed, match="ZeroDivisionError"):
+            scorer.score([a_sample(text="")])
+        assert scorer.score([a_sample(text="four")])[0].reward == 0.25
+
+
+def test_close_ends_a_call_in_the_middle() -> None:
+    scorer = Scorer([python("hangs", timeout_seconds=600, retries=5)])
+    errors: list[str] = []
+
+    def score() -> None:
+        with pytest.raises(RewardFailed) as caught:
+            scorer.score([a_sample()])
+        errors.append(str(caught.value))
+
+    thread = threading.Thread(target=score)
+    (child,) = children()
+    thread.start()
+    wait_until(lambda: asleep(child))
+    scorer.close()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert "the pool was closed" in errors[0]
+
+
+def test_children_end_with_a_killed_parent_also_in_the_middle_of_a_call(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from rlhf_api.job import RewardSpec\n"
+        "from rlhf_worker.rewards.scorer import Scorer\n"
+        "from tests.worker.samples import a_sample\n"
+        "spec = RewardSpec.model_validate({'name': 'r', 'type': 'python', 'function': 'tests.worker.reward_functions:writes_its_pid_and_hangs'})\n"
+        "Scorer([spec]).score([a_sample(i, file=sys.argv[1]) for i in range(2)])\n"
+    )
+    file = tmp_path / "pids"
+    with subprocess.Popen([sys.executable, "-c", code, str(file)]) as parent:
+        wait_until(lambda: file.exists() and len(file.read_text().split()) == 2, seconds=120)
+        parent.kill()
+    assert all(gone(int(pid)) for pid in file.read_text().split())
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition never came true"
+        threading.Event().wait(0.01)
+
+
+def asleep(pid: int) -> bool:
+    """Whether the child has blocked its signals, as `hangs` does."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("SigBlk:")[1].split()[0], 16) != 0
+
+
+# What cannot be loaded
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"function": "no_such_module:f"}, r"rewards\[r\]\.function cannot be loaded: .*No module named 'no_such_module'"),
+        ({"function": "json:no_such"}, r"module json has no function 'no_such'"),
+        ({"function": "json"}, "has no function ''.*must be module:function"),
+        ({"function": "tests.worker.reward_functions:not_callable"}, "has no function 'not_callable'"),
+        ({"code": "def reward(:\n"}, r"(?s)rewards\[r\]\.code cannot be loaded.*SyntaxError"),
+        ({"code": "import no_such_module\n"}, r'(?s)rewards\[r\]\.code>", line 1.*No module named'),
+        ({"code": "def rewrad(**row): return 1\n"}, r"defines no function reward\(prompt, completion"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_at_once(fields: dict[str, str], message: str) -> None:
+    with pytest.raises(BadSpec, match=message):
+        Scorer([python("length", name="well"), RewardSpec.model_validate({"name": "r", "type": "python", **fields})])
+
+
+def test_a_child_that_dies_while_loading_is_no_bad_spec() -> None:
+    with pytest.raises(RewardFailed, match=r"rewards\[r\] did not start: its process died: exit status 9"):
+        Scorer([python(code="import os\nos._exit(9)\n")])
+
+
+def test_a_traceback_shows_the_line_of_inline_code() -> None:
+    with pytest.raises(RewardFailed, match=r"(?s)<rewards\[r\]\.code>\", line 2, in reward.*return 1 / 0"):
+        values(python(code="def reward(**row):\n    return 1 / 0\n"))
+
+
+# HTTP
+
+Answer = tuple[int, bytes]
+
+
+class Service:
+    """A reward service on a free port that answers with what `answers` gives for each request in turn."""
+
+    def __init__(self, answer: Callable[[int, list[dict[str, Any]]], Answer | None]) -> None:
+        self.requests: list[list[dict[str, Any]]] = []
+        self.released = threading.Event()
+        service = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                samples = json.loads(self.rfile.read(int(self.headers["content-length"])))["samples"]
+                service.requests.append(samples)
+                found = answer(len(service.requests), samples)
+                if found is None:
+                    service.released.wait(30)
+                    return
+                self.send_response(found[0])
+                self.end_headers()
+                self.wfile.write(found[1])
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = False
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/score"
+
+    def __enter__(self) -> "Service":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.released.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+def http(url: str, **fields: Any) -> RewardSpec:
+    return RewardSpec.model_validate({"name": "h", "type": "http", "url": url, "retries": 1, "workers": 2, "timeout_seconds": 5.0, **fields})
+
+
+def ok(rewards: Any) -> Answer:
+    return 200, json.dumps({"rewards": rewards}).encode()
+
+
+def judged(_: int, samples: list[dict[str, Any]]) -> Answer:
+    return ok([len(sample["completion"]) for sample in samples])
+
+
+def test_http_batches_keep_the_order() -> None:
+    with Service(judged) as service:
+        assert values(http(service.url), 150) == [float(i) for i in range(150)]
+    assert sorted(map(len, service.requests)) == [22, 64, 64]
+
+
+def test_http_sends_the_row() -> None:
+    with Service(judged) as service:
+        values(http(service.url), prompt="raw", answer=4)
+    assert service.requests == [[{"prompt": "raw", "completion": "", "answer": 4}]]
+
+
+BAD: dict[str, tuple[Answer | None, str]] = {
+    "error": ((500, b"out of memory"), "HTTP 500: 'out of memory'"),
+    "no json": ((200, b"<html>"), r'must be \{"rewards": \[number, ...\]\}: \'<html>\''),
+    "other json": ((200, b"[1]"), r'must be \{"rewards"'),
+    "no list": (ok(3), r'must be \{"rewards"'),
+    "too few": (ok([]), "0 rewards for 1 samples"),
+    "too many": (ok([1, 2]), "2 rewards for 1 samples"),
+    "nan": ((200, b'{"rewards": [NaN]}'), "returned nan, a finite number"),
+    "null": (ok([None]), "returned None, a finite number"),
+    "text": (ok(["1"]), "returned '1', a finite number"),
+    "no answer": (None, r"no answer within 0\.5 s"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_answer_is_an_error_that_names_it(case: str) -> None:
+    answer, message = BAD[case]
+    with Service(lambda *_: answer) as service:
+        reward = HttpReward(http(service.url, timeout_seconds=0.5), backoff=0.001)
+        with pytest.raises(RewardFailed, match=rf"rewards\[h\] failed 2 times on prompt 0:3.*{service.url}: .*{message}"):
+            reward.score([a_sample(3)])
+        assert len(service.requests) == 2
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_answer_and_then_a_good_one_is_a_value(case: str) -> None:
+    with Service(lambda n, samples: BAD[case][0] if n == 1 else judged(n, samples)) as service:
+        assert HttpReward(http(service.url, timeout_seconds=0.5), backoff=0.001).score([a_sample(text="four")]) == [4.0]
+
+
+def test_a_service_that_is_not_there_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/"
+        with pytest.raises(RewardFailed, match=rf"{url}: ConnectError"):
+            HttpReward(http(url), backoff=0.001).score([a_sample()])
+
+
+def test_a_row_that_is_no_json_is_named() -> None:
+    with pytest.raises(RewardFailed, match="a column of the data is no JSON"):
+        HttpReward(http("http://127.0.0.1:9/"), backoff=0.001).score([a_sample(blob=b"\x00")])
