@@ -53,6 +53,8 @@ async def _won(leadership: Leadership) -> bool:
     await asyncio.wait({*waits, leadership.task}, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
         wait.cancel()
+    if leadership.task.done():
+        leadership.task.result()
     return leadership.won.is_set()
 
 
@@ -80,7 +82,8 @@ def main() -> int:
     settings = parse(sys.argv[1:])
     level = logging.DEBUG if settings.verbose else logging.INFO
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
-    logging.getLogger("kopf.activities").setLevel(logging.WARNING)
+    for chatty in ("kopf.activities", "kopf.objects"):  # one line a handler call
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         return asyncio.run(run(settings))
     except ConfigException as error:

@@ -9,7 +9,7 @@ from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 from aiohttp import ClientError
-from kubernetes.aio.client import ApiClient
+from kubernetes.aio.client import ApiClient, V1Lease, V1ObjectMeta
 from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.leaderelection.electionconfig import Config
 from kubernetes.aio.leaderelection.leaderelection import LeaderElection
@@ -29,7 +29,9 @@ class Lock(LeaseLock):  # type: ignore[misc]  # the library is not typed
         return await _tried(super().get(name, namespace), lambda error: (False, error))
 
     async def create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
-        return bool(await _tried(super().create(name, namespace, election_record), lambda _: False))
+        """Not the library's: that passes a `pretty` which its own API object refuses (kubernetes 37.0.2)."""
+        lease = V1Lease(metadata=V1ObjectMeta(name=name), spec=self.update_lease(election_record))
+        return await _tried(self.api_instance.create_namespaced_lease(namespace, lease), lambda _: None) is not None
 
     async def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
         return bool(await _tried(super().update(name, namespace, updated_record), lambda _: False))
@@ -48,7 +50,7 @@ async def _tried(call: Awaitable[T], otherwise: Any) -> T:
     try:
         async with asyncio.timeout(RETRY_SECONDS):
             return await call
-    except (ClientError, OSError, TimeoutError) as error:
+    except (ApiException, ClientError, OSError, TimeoutError) as error:
         log.warning("lease: %s: %s", type(error).__name__, error)
         failed: T = otherwise(ApiException(status=0, reason=str(error)))
         return failed
