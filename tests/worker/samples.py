@@ -12,8 +12,12 @@ def a_prompt(row: int = 0, length: int = 3, **fields: Any) -> Prompt:
 
 def a_sample(row: int = 0, text: str = "yes", tokens: int = 2, **fields: Any) -> Sample:
     return Sample(
-        prompt=a_prompt(row, **fields), token_ids=[50 + i for i in range(tokens)], logprobs=[-0.5] * tokens, text=text,
-        finish_reason="stop", weight_version=0,
+        prompt=a_prompt(row, **fields),
+        token_ids=[50 + i for i in range(tokens)],
+        logprobs=[-0.5] * tokens,
+        text=text,
+        finish_reason="stop",
+        weight_version=0,
     )
 
 
@@ -26,8 +30,10 @@ def sequences(lengths: list[tuple[int, int]], seed: int = 0, vocabulary: int = 2
     rng = random.Random(seed)
     return [
         TrainSequence(
-            token_ids=[rng.randrange(vocabulary) for _ in range(prompt + completion)], prompt_length=prompt,
-            rollout_logprobs=[-rng.random() * 3 for _ in range(completion)], advantages=[rng.uniform(-2, 2) for _ in range(completion)],
+            token_ids=[rng.randrange(vocabulary) for _ in range(prompt + completion)],
+            prompt_length=prompt,
+            rollout_logprobs=[-rng.random() * 3 for _ in range(completion)],
+            advantages=[rng.uniform(-2, 2) for _ in range(completion)],
             loss_weight=1.0 / (len(lengths) * max(1, completion)),
         )
         for prompt, completion in lengths

@@ -26,8 +26,11 @@ def unpack(batch: PackedBatch) -> list[TrainSequence]:
         assert len(weights) <= 1
         found.append(
             TrainSequence(
-                token_ids=tokens, prompt_length=prompt, rollout_logprobs=batch.rollout_logprobs[start:end][mask].tolist(),
-                advantages=batch.advantages[start:end][mask].tolist(), loss_weight=weights.pop() if weights else 0.0,
+                token_ids=tokens,
+                prompt_length=prompt,
+                rollout_logprobs=batch.rollout_logprobs[start:end][mask].tolist(),
+                advantages=batch.advantages[start:end][mask].tolist(),
+                loss_weight=weights.pop() if weights else 0.0,
             )
         )
     for name in ("targets", "advantages", "rollout_logprobs", "loss_weights"):
@@ -97,7 +100,11 @@ def test_the_filler_is_one_token_without_a_target() -> None:
 def test_dtypes() -> None:
     (batch,) = pack(sequences([(2, 3)]), 100)
     assert {name: getattr(batch, name).dtype for name in ("token_ids", "position_ids", "cu_seqlens", "target_mask", "targets")} == {
-        "token_ids": torch.int64, "position_ids": torch.int64, "cu_seqlens": torch.int32, "target_mask": torch.bool, "targets": torch.int64,
+        "token_ids": torch.int64,
+        "position_ids": torch.int64,
+        "cu_seqlens": torch.int32,
+        "target_mask": torch.bool,
+        "targets": torch.int64,
     }
     assert batch.advantages.dtype == batch.rollout_logprobs.dtype == batch.loss_weights.dtype == torch.float32
 

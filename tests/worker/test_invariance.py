@@ -38,7 +38,9 @@ def packed_loss(model: Tiny, reference: Tiny, batch: PackedBatch) -> Tensor:
     mask = batch.target_mask
     new, ref = (m(batch.token_ids, batch.position_ids, allowed).gather(-1, batch.targets[:, None])[:, 0][mask] for m in (model, reference))
     weights = batch.loss_weights[mask].double()
-    loss, _ = policy_loss(new, batch.rollout_logprobs[mask].double(), batch.advantages[mask].double(), weights, clip_low=CLIP, clip_high=CLIP)
+    loss, _ = policy_loss(
+        new, batch.rollout_logprobs[mask].double(), batch.advantages[mask].double(), weights, clip_low=CLIP, clip_high=CLIP
+    )
     return loss + BETA * (weights * kl("k3", new, ref)).sum()
 
 
@@ -80,7 +82,10 @@ def measured(model: Tiny, losses: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=9), st.integers(1, 40), st.integers(1, 4), st.integers(0, 99)
+    st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=9),
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.integers(0, 99),
 )
 def test_loss_and_gradient_are_those_of_the_padded_oracle(lengths: list[tuple[int, int]], budget: int, parts: int, seed: int) -> None:
     items = sequences(lengths, seed, VOCABULARY)

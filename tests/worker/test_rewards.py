@@ -82,7 +82,9 @@ def test_a_reward_gets_the_row_and_the_prompt_as_the_data_has_it() -> None:
 
 
 def test_inline_code() -> None:
-    code = "import math\ndef helper(n):\n    return math.sqrt(n)\ndef reward(prompt, completion, **row):\n    return helper(len(completion))\n"
+    code = (
+        "import math\ndef helper(n):\n    return math.sqrt(n)\ndef reward(prompt, completion, **row):\n    return helper(len(completion))\n"
+    )
     assert values(python(code=code), 5)[4] == 2.0
 
 
@@ -115,7 +117,12 @@ def test_nothing_to_score() -> None:
 
 def test_reasoning_gym_judges_by_the_tasks_own_verifier() -> None:
     spec = python(function="rlhf_worker.rewards.reasoning_gym:score", timeout_seconds=60)
-    row: dict[str, Any] = {"question": "Calculate 5 - 3.", "answer": "2", "metadata": {}, "verifier": {"task": "basic_arithmetic", "config": {"max_terms": 2}}}
+    row: dict[str, Any] = {
+        "question": "Calculate 5 - 3.",
+        "answer": "2",
+        "metadata": {},
+        "verifier": {"task": "basic_arithmetic", "config": {"max_terms": 2}},
+    }
     with Scorer([spec]) as scorer:
         texts = ["2", " 2\n", "I think <answer>7</answer> no <answer> 2 </answer>", "3", ""]
         found = [s.reward for s in scorer.score([a_sample(i, text=text, **row) for i, text in enumerate(texts)])]
@@ -142,7 +149,10 @@ def test_reasoning_gym_judges_by_the_tasks_own_verifier() -> None:
     ],
 )
 def test_each_failure_is_named_and_never_a_zero(function: str, message: str) -> None:
-    with Scorer([python(function, retries=1)]) as scorer, pytest.raises(RewardFailed, match=rf"(?s)rewards\[r\] failed 2 times on prompt 0:4, completion 'yes': .*{message}"):
+    with (
+        Scorer([python(function, retries=1)]) as scorer,
+        pytest.raises(RewardFailed, match=rf"(?s)rewards\[r\] failed 2 times on prompt 0:4, completion 'yes': .*{message}"),
+    ):
         scorer.score([a_sample(4)])
 
 
@@ -311,7 +321,9 @@ class Service:
 
 
 def http(url: str, **fields: Any) -> RewardSpec:
-    return RewardSpec.model_validate({"name": "h", "type": "http", "url": url, "retries": 1, "workers": 2, "timeout_seconds": 5.0, **fields})
+    return RewardSpec.model_validate(
+        {"name": "h", "type": "http", "url": url, "retries": 1, "workers": 2, "timeout_seconds": 5.0, **fields}
+    )
 
 
 def ok(rewards: Any) -> Answer:

@@ -1,14 +1,12 @@
-"""TensorBoard, phase times and dumped rollouts."""
+"""TensorBoard and phase times."""
 
 import math
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rlhf_worker.telemetry import PhaseTimer, Telemetry, dump_rollouts
-from tests.worker.samples import a_sample, scored
+from rlhf_worker.telemetry import PhaseTimer, Telemetry
 
 
 def logged(directory: Path, name: str) -> list[tuple[int, float]]:
@@ -52,12 +50,3 @@ def test_phases_add_up_also_when_they_raise() -> None:
         raise RuntimeError
     assert timer.seconds.keys() == {"rollout", "wake"}
     assert timer.seconds["rollout"] > once >= timer.seconds["wake"] >= 0
-
-
-def test_rollouts_are_one_file_a_step_and_replace_what_a_crash_left(tmp_path: Path) -> None:
-    dump_rollouts(tmp_path / "rollouts", 3, [scored(a_sample(0), 9.0)])
-    path = dump_rollouts(tmp_path / "rollouts", 3, [scored(a_sample(0), 0.5), scored(a_sample(1), 1.0)])
-    assert [p.name for p in path.parent.iterdir()] == ["step-000003.parquet"]
-    rows = pq.read_table(path).to_pylist()
-    assert [(row["uid"], row["reward"], row["completion"], row["token_ids"]) for row in rows] == [("0:0", 0.5, "yes", [50, 51]), ("0:1", 1.0, "yes", [50, 51])]
-    assert rows[0]["parts"] == [{"name": "only", "value": 0.5}]

@@ -58,9 +58,13 @@ class PromptSource:
         fields = self.rows[row]
         prompt = fields.get(self.prompt_field)
         if prompt is None:
-            raise BadData(f"{self.place(row)}: no {self.prompt_field!r} among {', '.join(map(repr, fields))}: set data.promptField to the prompt's column")
+            raise BadData(
+                f"{self.place(row)}: no {self.prompt_field!r} among {', '.join(map(repr, fields))}: set data.promptField to the prompt's column"
+            )
         if not (isinstance(prompt, str) and prompt.strip()) and not _is_chat(prompt):
-            raise BadData(f"{self.place(row)}: {self.prompt_field!r} must be text or a list of chat messages, and not empty: it is {prompt!r:.80}")
+            raise BadData(
+                f"{self.place(row)}: {self.prompt_field!r} must be text or a list of chat messages, and not empty: it is {prompt!r:.80}"
+            )
         return prompt, fields
 
     def read(self, row: int) -> tuple[str | list[dict[str, Any]], Row]:
@@ -109,7 +113,7 @@ class _JsonLines:
         except ValueError as error:
             raise BadData(f"data.jsonl: {self._path}, line {number}: not JSON: {error}: correct or remove the line") from None
         if not isinstance(row, dict):
-            raise BadData(f"data.jsonl: {self._path}, line {number}: must be an object, such as {{\"prompt\": \"...\"}}, not {line[:40]!r}")
+            raise BadData(f'data.jsonl: {self._path}, line {number}: must be an object, such as {{"prompt": "..."}}, not {line[:40]!r}')
         return row
 
     def place(self, row: int) -> str:
@@ -228,7 +232,9 @@ class PromptSampler:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where `state()` was taken. Raises BadData if the data or the seed is another."""
         if (state["data"], state["seed"]) != (self._digest, self._spec.seed):
-            raise BadData(f"{self._source.name}: the checkpoint was made with other data or another data.seed: restore them, or start with an empty checkpoint.path")
+            raise BadData(
+                f"{self._source.name}: the checkpoint was made with other data or another data.seed: restore them, or start with an empty checkpoint.path"
+            )
         self._drawn = state["epoch"] * len(self._source) + state["position"]
 
     def _locate(self, index: int) -> tuple[int, int]:
@@ -258,7 +264,9 @@ class PromptSampler:
         elif isinstance(prompt, str):
             text = prompt
         else:
-            raise BadData(f"{self._source.place(row)}: a list of chat messages needs data.chatTemplate and a tokenizer with a chat template")
+            raise BadData(
+                f"{self._source.place(row)}: a list of chat messages needs data.chatTemplate and a tokenizer with a chat template"
+            )
         token_ids = list(self._tokenizer.encode(text, add_special_tokens=not self._chat))
         if not token_ids:
             raise BadData(f"{self._source.place(row)}: the prompt has no tokens")

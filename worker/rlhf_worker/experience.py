@@ -100,8 +100,11 @@ def _train_sequence(sample: Sample, advantage: float, size: int) -> TrainSequenc
     if not sample.prompt.token_ids:
         raise ValueError(f"prompt {sample.prompt.uid} has no tokens, so nothing predicts its completion's first")
     return TrainSequence(
-        token_ids=[*sample.prompt.token_ids, *sample.token_ids], prompt_length=len(sample.prompt.token_ids),
-        rollout_logprobs=list(sample.logprobs), advantages=[advantage] * tokens, loss_weight=1.0 / (size * max(tokens, 1)),
+        token_ids=[*sample.prompt.token_ids, *sample.token_ids],
+        prompt_length=len(sample.prompt.token_ids),
+        rollout_logprobs=list(sample.logprobs),
+        advantages=[advantage] * tokens,
+        loss_weight=1.0 / (size * max(tokens, 1)),
     )
 
 
@@ -147,7 +150,8 @@ def _packed(sequences: Sequence[TrainSequence]) -> PackedBatch:
     return PackedBatch(
         token_ids=_cat((s.token_ids for s in sequences), torch.int64),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=cu_seqlens, max_length=max(lengths),
+        cu_seqlens=cu_seqlens,
+        max_length=max(lengths),
         target_mask=_cat((_aligned(s, [True] * len(s.advantages), False) for s in sequences), torch.bool),
         targets=_cat((_aligned(s, s.token_ids[s.prompt_length :], 0) for s in sequences), torch.int64),
         advantages=_cat((_aligned(s, s.advantages, 0.0) for s in sequences), torch.float32),

@@ -1,16 +1,11 @@
-"""What a run tells about itself besides its status: TensorBoard scalars, phase times, rollouts as Parquet."""
+"""What a run tells about itself besides its status: TensorBoard scalars and phase times."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from torch.utils.tensorboard import SummaryWriter
-
-from rlhf_worker.experience import ScoredSample
 
 
 class PhaseTimer:
@@ -42,21 +37,3 @@ class Telemetry:
 
     def close(self) -> None:
         self._writer.close()
-
-
-def dump_rollouts(directory: Path, step: int, scored: Sequence[ScoredSample]) -> Path:
-    """One Parquet file a step, one row a sample; written under another name first, so that a reader never sees half of it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"step-{step:06d}.parquet"
-    partial = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist([_row(item) for item in scored]), partial)
-    return partial.replace(path)
-
-
-def _row(item: ScoredSample) -> dict[str, Any]:
-    sample = item.sample
-    return {
-        "uid": sample.prompt.uid, "prompt": sample.prompt.text, "completion": sample.text, "reward": item.reward,
-        "parts": [{"name": name, "value": value} for name, value in item.parts.items()], "finish_reason": sample.finish_reason, "weight_version": sample.weight_version,
-        "prompt_token_ids": sample.prompt.token_ids, "token_ids": sample.token_ids, "logprobs": sample.logprobs,
-    }

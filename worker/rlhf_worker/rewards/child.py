@@ -85,7 +85,9 @@ def tail() -> str:
     error = sys.exception()
     assert error is not None, "called where no exception is handled"
     trace = traceback.TracebackException.from_exception(error)
-    trace.stack = traceback.StackSummary.from_list([f for f in trace.stack if f.filename not in (__file__, importlib.__file__) and "importlib._boot" not in f.filename])
+    trace.stack = traceback.StackSummary.from_list(
+        [f for f in trace.stack if f.filename not in (__file__, importlib.__file__) and "importlib._boot" not in f.filename]
+    )
     return "".join(trace.format())[-ERROR_LIMIT:].strip()
 
 

@@ -17,7 +17,9 @@ def score(prompt: str, completion: str, **row: Any) -> float:
         raise LookupError("this reward judges rows of data.reasoningGym only: the row has no 'verifier'")
     answer = extract_answer(completion)
     verifier = row.pop("verifier")
-    return float(_task(verifier["task"], json.dumps(verifier["config"])).score_answer(completion.strip() if answer is None else answer, row))
+    return float(
+        _task(verifier["task"], json.dumps(verifier["config"])).score_answer(completion.strip() if answer is None else answer, row)
+    )
 
 
 @cache
