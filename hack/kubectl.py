@@ -49,8 +49,8 @@ class Kube:
 
 
 def kube(cfg: settings.Settings) -> Kube:
-    """The embedded cluster's tools, or, with CLUSTER=kind|current, the machine's own."""
-    embedded = os.environ.get("CLUSTER", "embedded") == "embedded"
+    """The tools and the kubeconfig of this clone's cluster, or, with CLUSTER=current, the machine's own."""
+    ours = os.environ.get("CLUSTER", "embedded") != "current"
     path = f"{cfg.bin}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, **({"KUBECONFIG": str(cfg.kubeconfig)} if embedded else {})}
+    environment = {**os.environ, "PATH": path, **({"KUBECONFIG": str(cfg.kubeconfig)} if ours else {})}
     return Kube(shutil.which("kubectl", path=path) or "kubectl", shutil.which("helm", path=path) or "helm", environment)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 
 from hack.cluster.settings import GPU_RESOURCE, KUBERAY, KUBERAY_CHARTS, LOGICAL_GPUS, OPERATOR_IMAGE, WORKER_IMAGE, Settings
 from hack.cluster.steps import ClusterError, output, say, step
 
-_DOCKERFILES = {OPERATOR_IMAGE: "operator/Dockerfile", WORKER_IMAGE: "worker/Dockerfile"}
+_DOCKERFILES = {OPERATOR_IMAGE: "images/operator.Dockerfile", WORKER_IMAGE: "images/worker.Dockerfile"}
 
 
 def up(cfg: Settings) -> None:
@@ -60,9 +61,14 @@ def _exists(cfg: Settings) -> bool:
 def _make_cluster(cfg: Settings) -> None:
     if _exists(cfg):
         output(["kind", "export", "kubeconfig", "--name", cfg.name, "--kubeconfig", str(cfg.kubeconfig)], "see the message of kind")
-    else:
-        make = ["kind", "create", "cluster", "--name", cfg.name, "--kubeconfig", str(cfg.kubeconfig), "--wait", "180s"]
-        output(make, "see the message of kind")
+        return
+    cfg.volumes.mkdir(parents=True, exist_ok=True)
+    mounts = [{"hostPath": str(cfg.volumes), "containerPath": "/var/lib/rlhf"}]
+    nodes = [{"role": "control-plane", "extraMounts": mounts}]
+    config = cfg.state / "kind.json"
+    config.write_text(json.dumps({"kind": "Cluster", "apiVersion": "kind.x-k8s.io/v1alpha4", "nodes": nodes}))
+    make = ["kind", "create", "cluster", "--name", cfg.name, "--kubeconfig", str(cfg.kubeconfig), "--config", str(config)]
+    output([*make, "--wait", "180s"], "see the message of kind")
 
 
 def _declare_gpus(cfg: Settings) -> None:

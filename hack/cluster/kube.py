@@ -47,6 +47,10 @@ class Api:
     def get(self, path: str) -> Object:
         return self._call("GET", path)
 
+    def text(self, path: str) -> str:
+        """What is served as plain text: a log."""
+        return self._exchange("GET", path).decode(errors="replace")
+
     def find(self, path: str) -> Object | None:
         """The object, or None where there is none."""
         try:
@@ -104,6 +108,10 @@ class Api:
             connection.close()
 
     def _call(self, method: str, path: str, body: Object | None = None, content: str | None = None) -> Object:
+        result: Object = json.loads(self._exchange(method, path, body, content))
+        return result
+
+    def _exchange(self, method: str, path: str, body: Object | None = None, content: str | None = None) -> bytes:
         connection = self._connect(timeout=30)
         headers = self._headers() | ({"Content-Type": content} if content and body is not None else {})
         try:
@@ -116,11 +124,10 @@ class Api:
             connection.close()
         if response.status >= 300:
             raise ApiError(response.status, _message(answer))
-        result: Object = json.loads(answer)
-        return result
+        return answer
 
     def _headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.token}", "Accept": "application/json"}
+        return {"Authorization": f"Bearer {self.token}", "Accept": "application/json, */*"}
 
     def _connect(self, timeout: float) -> http.client.HTTPSConnection:
         return http.client.HTTPSConnection(self.host, self.port, timeout=timeout, context=_context(self.ca))

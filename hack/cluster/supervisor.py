@@ -66,7 +66,6 @@ def _part(plain: dict[str, Any]) -> Part:
 
 def _mounts(state: Path) -> None:
     """Give the parts their own /run, /var/log and /var/lib entries: they write there, and nothing may stay behind."""
-    _run("mount", "--make-rshared", "/")  # pods' mounts must reach containers; unshare has cut the way to the machine
     _shadow(Path("/var/lib"), state / "var-lib", ("kubelet", "cni", "rlhf"))  # rlhf: where samples keep models and checkpoints
     _run("mount", "-t", "tmpfs", "-o", "mode=755", "rlhf-cluster", "/run")
     _run("mount", "--bind", str(state / "var-log"), "/var/log")
@@ -75,6 +74,9 @@ def _mounts(state: Path) -> None:
         shown.parent.mkdir(parents=True, exist_ok=True)
         shown.write_text(value + "\n")
         _run("mount", "--bind", str(shown), f"/proc/sys/{name}")
+    # Pods' mounts must reach containers; unshare has cut the way to the machine. Last: what is shared while it is
+    # bound to two places gets every later mount in both.
+    _run("mount", "--make-rshared", "/")
 
 
 def _shadow(directory: Path, private: Path, names: tuple[str, ...]) -> None:

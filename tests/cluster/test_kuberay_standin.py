@@ -88,7 +88,8 @@ class MemoryApi:
         return {condition["type"]: (condition["status"], condition["reason"]) for condition in found}
 
     def state(self) -> str | None:
-        return self.objects[self.cluster_path]["status"].get("state")
+        found: str | None = self.objects[self.cluster_path]["status"].get("state")
+        return found
 
 
 @pytest.fixture
