@@ -102,6 +102,14 @@ def test_reasoning_gym_rows_are_those_of_the_seed_and_carry_their_verifier() -> 
     assert first.digest() == same.digest() != other.digest()
 
 
+def test_the_mark_of_a_task_is_how_it_is_made() -> None:
+    """ransom_note and three other tasks word a problem otherwise in another process (sets of strings); that must not refuse a checkpoint."""
+    source = PromptSource(spec(reasoning_gym={"task": "ransom_note", "size": 4}))
+    before = source.digest()
+    source.rows = [{"question": "another wording"}] * 4
+    assert source.digest() == before
+
+
 def test_the_completion_column_is_not_handed_on_and_the_prompt_has_its_name(tmp_path: Path) -> None:
     source = PromptSource(spec(**jsonl(tmp_path / "p.jsonl", [{"q": "say", "completion": "old", "n": 1}]), prompt_field="q"))
     assert source.read(0) == ("say", {"q": "say", "n": 1, "prompt": "say"})

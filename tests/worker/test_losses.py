@@ -76,6 +76,12 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_is_the_policy_gradient() ->
     assert {name: float(value) for name, value in metrics.items()} == {"ratio": 1.0, "clip_fraction": 0.0, "policy_kl": 0.0}
 
 
+def test_policy_kl_is_of_the_old_policy_that_sampled() -> None:
+    _, metrics = policy_loss(torch.tensor([math.log(2.0)]), torch.zeros(1), torch.ones(1), torch.ones(1), clip_low=0.2, clip_high=0.2)
+    assert metrics["policy_kl"].item() == pytest.approx(2 - 1 - math.log(2))
+    assert metrics["ratio"].item() == pytest.approx(2)
+
+
 def test_far_log_ratios_stay_finite() -> None:
     new = torch.tensor([500.0, -500.0, math.inf], requires_grad=True)
     loss, metrics = policy_loss(new, torch.zeros(3), -torch.ones(3), torch.ones(3), clip_low=0.2, clip_high=0.2)
@@ -106,6 +112,15 @@ def test_kl_of_the_same_model_is_exactly_zero_and_far_ones_are_clamped(estimator
     same = torch.tensor([-0.3, -7.0])
     assert kl(estimator, same, same).tolist() == [0, 0]
     assert kl(estimator, torch.tensor([900.0, -900.0]), torch.zeros(2)).abs().max() <= 10
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_no_gradient_flows_into_the_reference_or_the_old_policy(estimator: Estimator) -> None:
+    new, fixed = (torch.full((3,), value, requires_grad=True) for value in (-1.0, -1.1))
+    loss, _ = policy_loss(new, fixed, torch.ones(3), torch.ones(3), clip_low=0.2, clip_high=0.2)
+    backward(loss + kl(estimator, new, fixed).sum())
+    assert new.grad is not None
+    assert fixed.grad is None
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])

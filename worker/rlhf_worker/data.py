@@ -42,6 +42,7 @@ class PromptSource:
     """
 
     def __init__(self, spec: DataSpec) -> None:
+        self._spec = spec
         self.name, self.rows = _open(spec)
         self.prompt_field = "question" if spec.reasoning_gym else spec.prompt_field
         if len(self.rows) == 0:
@@ -73,10 +74,12 @@ class PromptSource:
         return prompt, {**{key: value for key, value in fields.items() if key != "completion"}, "prompt": prompt}
 
     def digest(self) -> str:
-        """A short mark of the data: its size and some of its prompts."""
+        """A short mark of the data: its size and some of its prompts, or how they are made."""
         step = max(1, len(self) // DIGEST_ROWS)
-        prompts = [self.rows[row].get(self.prompt_field) for row in range(0, len(self), step)]
-        return hashlib.sha256(json.dumps([len(self), prompts], default=str).encode()).hexdigest()[:16]
+        # Some reasoning-gym tasks iterate over sets, so that another process words the same problem otherwise.
+        made = self._spec.reasoning_gym and [self._spec.reasoning_gym.to_dict(), self._spec.seed]
+        mark = made or [self.rows[row].get(self.prompt_field) for row in range(0, len(self), step)]
+        return hashlib.sha256(json.dumps([len(self), mark], default=str, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _is_chat(prompt: Any) -> bool:
