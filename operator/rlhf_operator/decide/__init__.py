@@ -17,6 +17,7 @@ from rlhf_operator.observed import Job, Observed
 
 MESSAGE_MAX = 8192
 RETRY_REFUSED = timedelta(seconds=60)
+REFUSALS = ("InvalidSpec", "MissingReference", "NameConflict", "KubeRayNotInstalled", "Refused")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +108,12 @@ def _notes(f: Facts, status: RLHFJobStatus) -> tuple[Note, ...]:
     if status.restarts.total > was.record.restarts.total and status.last_failure:
         notes.append(Note(True, "Restart", f"{status.last_failure.failure_class.value}: {status.last_failure.message}"))
     bad = status.phase is Phase.FAILED or (status.phase is Phase.PENDING and status.reason in REFUSALS)
-    if (status.phase, bad and status.reason) != (was.phase if was.observed_generation else None, bad and was.reason):
+    told_otherwise = status.phase in (Phase.PENDING, Phase.RESTARTING) and not bad
+    if (status.phase, bad and status.reason) != (was.phase, bad and was.reason) and not told_otherwise:
         notes.append(Note(bad, status.reason or status.phase.value, f"{status.phase.value}: {status.message}"))
-    if status.record.clusters > was.record.clusters and status.record.clusters > 1:
+    if status.record.clusters > was.record.clusters > 0 and status.phase is Phase.RESTARTING:
         notes.append(Note(False, "NewCluster", f"RayCluster {cluster_name(f.job.meta.name, status.record.clusters)} takes the place of the one before"))
     return tuple(notes)
 
 
-REFUSALS = ("InvalidSpec", "MissingReference", "NameConflict", "KubeRayNotInstalled", "Refused")
 __all__ = ["Decision", "Note", "Record", "Want", "decide", "refused", "troubled"]

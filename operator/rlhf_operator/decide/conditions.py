@@ -10,7 +10,7 @@ from rlhf_api.status import ConditionType, FailureClass
 from rlhf_operator.clock import moment
 from rlhf_operator.decide import acceptance, deadlines, readiness
 from rlhf_operator.decide.facts import Facts
-from rlhf_operator.decide.restarts import CLUSTER_DELETED
+from rlhf_operator.decide.restarts import CLUSTER_DELETED, POD, charged
 from rlhf_operator.decide.verdict import Verdict, no, unknown, yes
 
 STOPPED_REASONS = {
@@ -57,7 +57,7 @@ def _waiting_in_queue(f: Facts) -> Verdict:
 def _running(f: Facts) -> Verdict:
     if f.record.result:
         return no("Finished", "the job has ended")
-    if f.training:
+    if f.training and not condemned(f):
         return yes("DriverRunning", "the driver is training")
     if f.spec.suspend:
         return no("DriverStopped", "the job is suspended")
@@ -66,6 +66,11 @@ def _running(f: Facts) -> Verdict:
     if f.driver_runs:
         return no("DriverStarting", "the driver starts: status.progress.detail tells how far it is")
     return no("DriverPending", "the driver waits for its pod")
+
+
+def condemned(f: Facts) -> bool:
+    """The head pod is given up, though it may still be there."""
+    return f.head is not None and bool(charged(f.record, f.head.uid, POD))
 
 
 def _failed_run(f: Facts) -> Verdict | None:

@@ -3,6 +3,7 @@ are its own, whether the driver's report is of this run."""
 
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import cached_property
 
 from rlhf_api.job import RLHFJobSpec
 from rlhf_api.placement import Placement, PodGroup, plan_placement
@@ -13,7 +14,7 @@ from rlhf_operator.names import HEAD, cluster_name
 from rlhf_operator.observed import Cluster, Container, Job, Observed, Pod
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Facts:
     """`record` is what the API server holds when actions are chosen, and what will be written when conditions are told."""
 
@@ -31,11 +32,11 @@ class Facts:
         assert self.job.parsed is not None
         return self.job.parsed.spec
 
-    @property
+    @cached_property
     def placement(self) -> Placement:
         return plan_placement(self.spec)
 
-    @property
+    @cached_property
     def cluster(self) -> Cluster | None:
         """The present RayCluster. One of the same name and another uid is not the one we remember."""
         name, uid = cluster_name(self.job.meta.name, self.record.clusters), self.record.cluster_uid
@@ -45,7 +46,7 @@ class Facts:
     def old_clusters(self) -> tuple[Cluster, ...]:
         return tuple(c for c in self.observed.clusters if c != self.cluster)
 
-    @property
+    @cached_property
     def pods(self) -> tuple[Pod, ...]:
         uid = self.cluster.uid if self.cluster else None
         return tuple(p for p in self.observed.pods if p.cluster_uid == uid)
@@ -54,7 +55,7 @@ class Facts:
     def old_pods(self) -> tuple[Pod, ...]:
         return tuple(p for p in self.observed.pods if p not in self.pods)
 
-    @property
+    @cached_property
     def heads(self) -> tuple[Pod, ...]:
         """Newest last; one that is going away comes before one that stays."""
         heads = [p for p in self.pods if p.role == HEAD]
@@ -85,7 +86,7 @@ class Facts:
     def succeeded(self) -> bool:
         return self.driver is not None and self.driver.terminated and self.driver_exit == 0
 
-    @property
+    @cached_property
     def progress(self) -> Progress | None:
         """The report of the driver's present or last run; a report of an earlier run tells nothing of this one."""
         told, driver = self.job.status.progress, self.driver
@@ -95,12 +96,15 @@ class Facts:
 
     @property
     def training(self) -> bool:
-        return self.driver_runs and self.progress is not None and self.progress.state != "Starting"
+        """The driver has begun its steps, and neither its pod nor the cluster is being taken from it."""
+        cluster, head = self.cluster, self.head
+        stays = cluster is not None and not (cluster.deleting or cluster.suspended) and head is not None and head.deleting_since is None
+        return stays and self.driver_runs and self.progress is not None and self.progress.state != "Starting"
 
     def missing(self, group: PodGroup) -> int:
         return group.pods - sum(p.ray_ready for p in self.workers if p.role == group.name)
 
-    @property
+    @cached_property
     def ready(self) -> bool:
         """Counted, pod by pod: KubeRay's own `ready` never turns back and does not count."""
         cluster = self.cluster

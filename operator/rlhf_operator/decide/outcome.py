@@ -38,7 +38,7 @@ def _backoff(f: Facts) -> Outcome | None:
     limit, failure = f.spec.run_policy.backoff_limit, f.record.last_failure
     if f.record.restarts_since_progress <= limit or failure is None:
         return None
-    spent = f"{f.record.restarts_since_progress} restarts without a finished step (runPolicy.backoffLimit is {limit})"
+    spent = f"{f.record.restarts_since_progress} failed runs without a finished step (runPolicy.backoffLimit is {limit})"
     return Outcome("Failed", "BackoffLimitExceeded", f"{spent}; the last one, {failure.failure_class.value}: {failure.message}")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from rlhf_api.progress import EXIT_BAD_DATA, EXIT_BAD_SPEC
 from rlhf_api.status import Failure, FailureClass, PodSeen, Record
 from rlhf_operator.clock import stamp
 from rlhf_operator.decide import deadlines
@@ -19,6 +20,8 @@ from rlhf_operator.observed import Pod, Termination
 POD = "pod"
 CLUSTER_DELETED = "ClusterDeleted"
 WORDS_MAX = 4096
+# The job ends with these: no restart, so no charge.
+FINAL_EXITS = (EXIT_BAD_SPEC, EXIT_BAD_DATA)
 # A container's end and its consequence carry the kubelet's whole seconds, in either order.
 SLACK = timedelta(seconds=5)
 # Reasons of the DisruptionTarget condition that mean that the node, not the scheduler, ended the pod.
@@ -96,7 +99,11 @@ def _driver_runs(f: Facts, head: Pod) -> Record:
     driver, before = head.driver, charged(f.record, head.uid, DRIVER_CONTAINER) or 0
     if driver is None or driver.last is None or driver.failures <= before:
         return f.record
-    record = _add(f, _failure_of(f, head, driver.last), driver.failures - before)
+    failure = _failure_of(f, head, driver.last)
+    if driver.last.exit_code in FINAL_EXITS:
+        record = f.record.model_copy(update={"last_failure": failure})
+    else:
+        record = _add(f, failure, driver.failures - before)
     return _mark(record, head.uid, DRIVER_CONTAINER, driver.failures)
 
 
