@@ -63,7 +63,7 @@ async def _serve(settings: Settings, connection: Connection, queue: Queue, healt
     metrics.LEADER.set(1)
     log.info("serving %s", settings.namespace or "all namespaces")
     informer = kopf.operator(
-        registry=registry(queue.add, connection), settings=kopf_settings(), standalone=True,
+        registry=registry(queue.add, connection), settings=kopf_settings(settings.namespace), standalone=True,
         clusterwide=settings.namespace is None, namespaces=[settings.namespace] if settings.namespace else [],
     )
     watching = asyncio.create_task(informer, name="kopf")

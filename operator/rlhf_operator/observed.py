@@ -1,5 +1,6 @@
 """Raw objects -> typed facts. Pure. Nothing here judges; `decide` does."""
 
+import re
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,6 +14,8 @@ from rlhf_operator.clock import moment
 from rlhf_operator.names import DRIVER_CONTAINER, HEAD, RAY_GROUP_LABEL, ROLE_LABEL
 
 Raw = dict[str, Any]
+# Ray colours its errors for terminals.
+COLOUR = re.compile("\x1b\\[[0-9;]*m")
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +250,7 @@ def _termination(raw: Raw) -> Termination:
     return Termination(
         exit_code=raw.get("exitCode", 0),
         reason=raw.get("reason", ""),
-        message=(raw.get("message") or "").strip(),
+        message=COLOUR.sub("", raw.get("message") or "").strip(),
         started_at=moment(raw.get("startedAt")),
         finished_at=moment(raw.get("finishedAt")),
     )

@@ -46,9 +46,11 @@ def own_namespace() -> str | None:
     return named or (NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else None)
 
 
-def kopf_settings() -> kopf.OperatorSettings:
+def kopf_settings(namespace: str | None) -> kopf.OperatorSettings:
     """An informer and nothing else: no Events from logs, no peering, only labelled pods and RayClusters."""
     settings = kopf.OperatorSettings()
+    # A Role cannot grant the lists of CRDs and namespaces; asking all the same holds every watch back for a minute.
+    settings.scanning.disabled = namespace is not None
     settings.posting.enabled = False
     settings.peering.standalone = True
     settings.watching.server_timeout = 240
