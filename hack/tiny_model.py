@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 CHARACTERS = string.ascii_letters + string.digits + " .,:;!?+-*/=()\n"
 HIDDEN, LAYERS, HEADS, KV_HEADS = 64, 2, 4, 2
+HEAD_DIM = 32  # the least that vLLM's CPU attention has a kernel for
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -30,7 +31,7 @@ def model(tie: bool = True) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(SPECIAL) + len(CHARACTERS), hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HIDDEN // HEADS, max_position_embeddings=512,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, max_position_embeddings=512,
         tie_word_embeddings=tie, pad_token_id=0, bos_token_id=1, eos_token_id=2, dtype="float32",
     )
     return LlamaForCausalLM(config)

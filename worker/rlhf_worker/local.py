@@ -1,7 +1,10 @@
 """`rlhf_worker local`: an RLHFJob on this machine, without Kubernetes. The same planner and the same driver, on a Ray of its own."""
 
+import contextlib
 import os
 import shutil
+import signal
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from rlhf_worker.run import Result, drive
 from rlhf_worker.stop import Stop
 
 OBJECT_STORE_BYTES = 512 << 20
+START_TRIES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +58,14 @@ def local(path: Path, overrides: Overrides, verbose: bool = False) -> Result:
         return drive(config, reporter, stop)
 
 
+def _end_children() -> None:
+    """A Ray that did not come up leaves the processes it had started."""
+    for thread in Path("/proc/self/task").iterdir():
+        for pid in (thread / "children").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
+
 class LocalRay:
     """A Ray for this run alone: its own directory and ports, ended with it. Logical GPUs where there is no real one."""
 
@@ -67,6 +79,18 @@ class LocalRay:
         os.environ.pop("RAY_ADDRESS", None)
         self._check_gpus()
         self.directory = tempfile.mkdtemp(prefix="rlhf-")
+        for left in reversed(range(START_TRIES)):
+            try:
+                self._init()
+                return
+            except Exception as error:  # Ray raises a bare Exception when its own 30 s for a start are over, as on a busy machine
+                ray.shutdown()
+                _end_children()
+                if not left:
+                    raise
+                print(f"Ray did not start ({error}); trying again", file=sys.stderr, flush=True)
+
+    def _init(self) -> None:
         placement = self.config.placement
         ray.init(
             address="local", namespace=self.config.job.name, num_gpus=placement.gpus, log_to_driver=self.verbose,

@@ -174,11 +174,11 @@ def root_cause(error: BaseException) -> BaseException:
 
 
 def last_words(error: BaseException, cause: BaseException) -> str:
-    """Type and message; for what no one foresaw, also the end of the traceback, which Ray carries from the actor."""
+    """Type and message; for what no one foresaw, also the end of the traceback, which Ray carries in the message from the actor."""
     told = f"{type(cause).__name__}: {cause}"
     if isinstance(cause, (BadSpec, BadData)):
         return told
-    trace = error.traceback_str if isinstance(error, RayTaskError) else "".join(traceback.format_exception(error))
+    trace = str(error) if isinstance(error, RayTaskError) else "".join(traceback.format_exception(error))
     room = LAST_WORDS_BYTES - len(told.encode())
     return told if room < 200 else f"{told}\n{trace.strip()[-room // 2 :]}"
 

@@ -1,0 +1,78 @@
+"""Slots to bundles, and the check of who sits where. No Ray."""
+
+from typing import Any
+
+import pytest
+from rlhf_api.job import RLHFJobSpec
+from rlhf_api.placement import Placement, plan_placement
+from rlhf_worker.errors import PlacementFailed
+from rlhf_worker.placement import Bundle, Seat, check_seats, shortage, tie, wanted_bundles
+
+
+def plan(mode: str, gpus: int, engines: int, size: int, node: int) -> Placement:
+    spec: dict[str, Any] = {
+        "image": "x", "model": {"path": "/m"}, "data": {"jsonl": {"path": "/d"}}, "rewards": [{"name": "r", "type": "python", "function": "a:b"}],
+        "trainer": {"gpus": gpus, "steps": 1}, "rollout": {"engines": engines, "tensorParallelSize": size},
+        "placement": {"mode": mode, "gpusPerNode": node},
+    }
+    return plan_placement(RLHFJobSpec.model_validate(spec))
+
+
+def bundles(places: list[tuple[str, str]]) -> list[Bundle]:
+    return [Bundle(index, node, gpu, "cpu", 2) for index, (node, gpu) in enumerate(places)]
+
+
+def test_one_bundle_a_gpu_with_its_groups_resource() -> None:
+    assert wanted_bundles(plan("Separated", 1, 1, 1, 8)) == [{"GPU": 1, "rlhf-trainer": 1}, {"GPU": 1, "rlhf-rollout": 1}]
+
+
+def test_an_engines_slots_are_tied_to_one_node_whatever_ray_chose() -> None:
+    placement = plan("Colocated", 4, 2, 2, 2)
+    tied = tie(placement, bundles([("b", "1"), ("a", "0"), ("b", "0"), ("a", "1")]))
+    assert [(tied[slot].node, tied[slot].gpu) for slot in range(4)] == [("a", "0"), ("a", "1"), ("b", "0"), ("b", "1")]
+    assert [tied[slot].index for slot in range(4)] == [1, 3, 2, 0]
+
+
+def test_gpus_are_ordered_as_numbers() -> None:
+    tied = tie(plan("Colocated", 3, 3, 1, 8), bundles([("a", "10"), ("a", "9"), ("a", "2")]))
+    assert [tied[slot].gpu for slot in range(3)] == ["2", "9", "10"]
+
+
+def test_an_engine_over_two_nodes_is_an_error() -> None:
+    with pytest.raises(PlacementFailed, match="engine 0 would lie on several nodes"):
+        tie(plan("Colocated", 2, 1, 2, 2), bundles([("a", "0"), ("b", "0")]))
+
+
+def test_shortage_names_what_was_asked_and_what_is_there() -> None:
+    assert shortage(plan("Separated", 2, 1, 1, 8), {"GPU": 1.0, "CPU": 4}) == (
+        "GPU: asked 3, Ray has 1, rlhf-trainer: asked 2, Ray has 0, rlhf-rollout: asked 1, Ray has 0"
+    )
+
+
+A, B, C = Seat("n", "GPU-a"), Seat("n", "GPU-b"), Seat("n", "GPU-c")
+
+
+def test_colocated_roles_must_share() -> None:
+    placement = plan("Colocated", 2, 1, 2, 8)
+    check_seats(placement, [A, B], [[B, A]])
+    with pytest.raises(PlacementFailed, match=r"engine 0 is Colocated with trainer ranks on n/GPU-a, n/GPU-b but runs on n/GPU-a, n/GPU-c"):
+        check_seats(placement, [A, B], [[A, C]])
+
+
+def test_colocated_engines_must_not_swap_gpus() -> None:
+    placement = plan("Colocated", 2, 2, 1, 8)
+    check_seats(placement, [A, B], [[A], [B]])
+    with pytest.raises(PlacementFailed, match="engine 0"):
+        check_seats(placement, [A, B], [[B], [A]])
+
+
+def test_separated_roles_must_not_share() -> None:
+    placement = plan("Separated", 1, 1, 1, 8)
+    check_seats(placement, [A], [[B]])
+    with pytest.raises(PlacementFailed, match="Separated but share n/GPU-a"):
+        check_seats(placement, [A], [[A]])
+
+
+def test_two_ranks_on_one_gpu_are_an_error() -> None:
+    with pytest.raises(PlacementFailed, match="several trainer ranks on one GPU"):
+        check_seats(plan("Colocated", 2, 2, 1, 8), [A, A], [[A], [B]])
