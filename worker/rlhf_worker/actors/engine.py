@@ -141,7 +141,8 @@ class Engine:
             "gpu_memory_utilization": 0.9 * config.placement.engine_fraction,
         }
         if self.device == "cpu":
-            args |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True}
+            # vLLM's CPU generators cannot be wound back, which a seeded request needs when its prompt is prefilled in chunks.
+            args |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True, "enable_chunked_prefill": False}
         args |= config.rollout.engine_args
         return args | {
             "model": str(Path(config.model.path).expanduser()) if config.model.path.startswith("~") else config.model.path,

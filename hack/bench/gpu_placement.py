@@ -1,0 +1,147 @@
+"""Placement and weight sync on real GPUs: five GRPO steps colocated (0.4 + 0.4 on each of 2 GPUs) and five separated (1 + 1).
+
+usage: python hack/bench/gpu_placement.py [--out DIR] [--steps N] [--layers N]
+
+Makes a random model of Qwen3-0.6B's shape with a character tokenizer, runs `rlhf_worker`'s own local driver on it, and prints a JSON
+line and a Markdown table: the GPUs of every role, the checksums after each sync, and the seconds of each phase. Needs 2 GPUs.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+REWARD = '''
+def reward(prompt, completion, **row):
+    """Share of the completion's characters that are an e."""
+    return completion.count("e") / len(completion) if completion else 0.0
+'''
+MODES: dict[str, dict[str, Any]] = {
+    "colocated": {
+        "rollout": {"engines": 2}, "trainer": {"gpus": 2},
+        "placement": {"mode": "Colocated", "gpusPerNode": 2, "fractions": {"trainer": 0.4, "rollout": 0.4}},
+    },
+    "separated": {"rollout": {"engines": 1}, "trainer": {"gpus": 1}, "placement": {"mode": "Separated", "gpusPerNode": 1}},
+}
+
+
+def write_model(directory: Path, layers: int) -> int:
+    """Qwen3-0.6B's shape, random weights, bfloat16. Returns the number of parameters."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from hack.tiny_model import tokenizer
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2, dtype="bfloat16",
+    )
+    model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    return sum(p.numel() for p in model.parameters())
+
+
+def manifest(mode: str, work: Path, steps: int) -> dict[str, Any]:
+    """The RLHFJob of one mode. Every sync is proven."""
+    extra = MODES[mode]
+    rollout = {"promptsPerStep": 32, "samplesPerPrompt": 8, "maxTokens": 256, "engineArgs": {"enforce_eager": True}}
+    spec = {
+        "image": "none", "model": {"path": str(work / "model"), "dtype": "bfloat16"},
+        "data": {"jsonl": {"path": str(work / "prompts.jsonl")}, "maxPromptTokens": 64},
+        "rewards": [{"name": "letter", "type": "python", "code": REWARD}],
+        "rollout": rollout | extra["rollout"], "trainer": {"steps": steps, "learningRate": 1e-5} | extra["trainer"],
+        "placement": extra["placement"], "weightSync": {"verifyEverySteps": 1},
+        "checkpoint": {"path": str(work / mode), "everySteps": 1000, "export": False},
+    }
+    return {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFJob", "metadata": {"name": f"bench-{mode}"}, "spec": spec}
+
+
+def write_prompts(path: Path) -> None:
+    path.write_text("".join(json.dumps({"prompt": f"{a} + {b} ="}) + "\n" for a in range(16) for b in range(16)))
+
+
+def run_mode(mode: str, work: Path, steps: int) -> dict[str, Any]:
+    """In a process of its own, so that a mode starts with empty GPUs. Raises CalledProcessError."""
+    (work / f"{mode}.yaml").write_text(yaml.safe_dump(manifest(mode, work, steps)))
+    command = [sys.executable, __file__, "--child", str(work / f"{mode}.yaml"), str(work / f"{mode}.json")]
+    subprocess.run(command, check=True, cwd=ROOT)
+    found: dict[str, Any] = json.loads((work / f"{mode}.json").read_text())
+    return found
+
+
+def child(path: Path, out: Path) -> int:
+    """One run by the local driver, with what its reporter was told."""
+    from rlhf_worker.local import LocalRay, Overrides, configure
+    from rlhf_worker.progress import ConsoleReporter
+    from rlhf_worker.run import drive, guarded
+    from rlhf_worker.stop import Stop
+
+    class Recorder(ConsoleReporter):
+        steps: list[dict[str, Any]]
+
+        def stepped(self, step: int, values: Any, *, eta_seconds: int, synced: Any) -> None:
+            super().stepped(step, values, eta_seconds=eta_seconds, synced=synced)
+            proof = synced.proof
+            self.steps.append({"step": step, "equal": proof.equal, "unproven": proof.unproven, "probe": proof.probe, **values})
+
+    def work() -> None:
+        config = configure(path, Overrides())
+        reporter = Recorder(config)
+        reporter.steps = []
+        with LocalRay(config, verbose=True):
+            result = drive(config, reporter, Stop())
+        out.write_text(json.dumps({"seats": result.seats, "steps": reporter.steps}))
+
+    return guarded(work)
+
+
+def markdown(found: dict[str, dict[str, Any]]) -> str:
+    lines = []
+    for mode, run in found.items():
+        lines += [f"### {mode}", "", "| role | host/GPU |", "|---|---|"]
+        lines += [f"| {role} | {', '.join(seats)} |" for role, seats in run["seats"].items()]
+        lines += ["", "| step | generate s | score s | train s | sync s | proof and rest s | step s | checksums equal | not comparable |", "|---|" + "---|" * 8]
+        lines += [_row(step) for step in run["steps"]] + [""]
+    return "\n".join(lines)
+
+
+def _row(step: dict[str, Any]) -> str:
+    phases = [step[f"seconds/{name}"] for name in ("generate", "score", "train")]
+    sync = step["sync/seconds"]
+    rest = step["seconds/step"] - sum(phases) - sync
+    cells = [*phases, sync, rest, step["seconds/step"]]
+    return f"| {step['step']} | " + " | ".join(f"{value:.3f}" for value in cells) + f" | {step['equal']} | {step['unproven']} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="keep model, checkpoints and results here")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    given = parser.parse_args()
+    work = (given.out or Path(tempfile.mkdtemp(prefix="gpu-placement-"))).absolute()
+    (work / "model").mkdir(parents=True, exist_ok=True)
+    parameters = write_model(work / "model", given.layers)
+    write_prompts(work / "prompts.jsonl")
+    found = {mode: run_mode(mode, work, given.steps) for mode in given.modes}
+    (work / "gpu_placement.json").write_text(json.dumps({"parameters": parameters, "runs": found}))
+    (work / "gpu_placement.md").write_text(markdown(found))
+    print(json.dumps({"parameters": parameters, "runs": found}))
+    print(markdown(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    if "--child" in sys.argv:
+        sys.exit(child(Path(sys.argv[2]), Path(sys.argv[3])))
+    sys.exit(main())
