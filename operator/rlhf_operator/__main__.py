@@ -66,8 +66,10 @@ async def _serve(settings: Settings, connection: Connection, queue: Queue, healt
         registry=registry(queue.add, connection), settings=kopf_settings(settings.namespace), standalone=True,
         clusterwide=settings.namespace is None, namespaces=[settings.namespace] if settings.namespace else [],
     )
+    working = asyncio.create_task(queue.run(), name="queue")
+    await asyncio.sleep(0)  # kopf waits at its end for tasks that are younger than itself
     watching = asyncio.create_task(informer, name="kopf")
-    parts = {watching, asyncio.create_task(queue.run(), name="queue"), *([leadership.task] if leadership else [])}
+    parts = {watching, working, *([leadership.task] if leadership else [])}
     done, rest = await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
     for part in rest:
         part.cancel()

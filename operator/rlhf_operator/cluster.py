@@ -165,8 +165,9 @@ def _complaint(events: list[Raw]) -> Complaint | None:
 
 
 def _refusal(body: Raw, error: ApiError) -> Refusal:
-    conflict = error.reason == "NameConflict"
-    return Refusal("NameConflict" if conflict else "Refused", f"{body['kind']} {body['metadata']['name']}: {error.message}")
+    """400 and 422 are about what the user wrote (a misspelt field in spec.pods, say); the rest is about rights and quotas."""
+    reason = "NameConflict" if error.reason == "NameConflict" else "InvalidSpec" if error.status in (400, 422) else "Refused"
+    return Refusal(reason, f"{body['kind']} {body['metadata']['name']}: {error.message}")
 
 
 def _without_progress(status: RLHFJobStatus) -> Raw:

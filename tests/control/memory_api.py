@@ -7,10 +7,12 @@ from typing import Any
 
 from rlhf_operator.client import ApiError, KindMissing
 from rlhf_operator.clock import stamp
-from rlhf_operator.kinds import JOBS, PODS, RAYCLUSTERS, Kind
+from rlhf_operator.kinds import NAMESPACED, PODS, Kind
+from rlhf_operator.observed import owner_uid
 
 Raw = dict[str, Any]
 Id = tuple[str, str, str]
+OF_PLURAL = {kind.plural: kind for kind in NAMESPACED}
 
 
 class Killed(BaseException):
@@ -26,6 +28,7 @@ class MemoryApi:
         self.absent: set[str] = {"localqueues", "workloads"}
         self.refuse: dict[str, ApiError] = {}
         self.writes: list[str] = []
+        self.used: set[tuple[str, Kind]] = set()
         self.kill_at: int | None = None
         self.dead = False
         self._made: Counter[tuple[str, str]] = Counter()
@@ -47,16 +50,17 @@ class MemoryApi:
         self.objects.pop((kind.plural, namespace, name))
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Raw | None:
-        self._check(kind)
-        return _copy(self.objects.get((kind.plural, namespace, name)))
+        self._check("get", kind)
+        found: Raw | None = _copy(self.objects.get((kind.plural, namespace, name)))
+        return found
 
     async def list(self, kind: Kind, namespace: str | None, *, labels: str = "", fields: str = "") -> list[Raw]:
-        self._check(kind)
+        self._check("list", kind)
         found = [raw for (plural, ns, _), raw in self.objects.items() if plural == kind.plural and namespace in (None, ns)]
         return [_copy(raw) for raw in found if _labelled(raw, labels) and _about(raw, fields)]
 
     async def create(self, kind: Kind, namespace: str, body: Raw) -> Raw:
-        self._before(kind)
+        self._before("create", kind)
         meta = body["metadata"]
         if (kind.plural, namespace, meta["name"]) in self.objects:
             raise ApiError(409, "AlreadyExists", f"{kind.plural} {meta['name']!r} already exists")
@@ -65,7 +69,7 @@ class MemoryApi:
         return created
 
     async def apply(self, kind: Kind, namespace: str, body: Raw, *, status: bool = False) -> Raw:
-        self._before(kind)
+        self._before("patch status" if status else "patch", kind)
         there = self.objects.get((kind.plural, namespace, body["metadata"]["name"]))
         if there is None:
             raise ApiError(404, "NotFound", f"{kind.plural} {body['metadata']['name']!r} not found")
@@ -80,7 +84,7 @@ class MemoryApi:
         return there
 
     async def delete(self, kind: Kind, namespace: str, name: str, uid: str) -> None:
-        self._before(kind)
+        self._before("delete", kind)
         there = self.objects.get((kind.plural, namespace, name))
         if there is None or there["metadata"]["uid"] != uid:
             return
@@ -93,19 +97,19 @@ class MemoryApi:
             raw["metadata"]["deletionTimestamp"] = stamp(self.now)
             return
         self.remove(kind, raw["metadata"]["name"], raw["metadata"]["namespace"])
-        for child, owned in ((RAYCLUSTERS, kind is JOBS), (PODS, kind is RAYCLUSTERS)):
-            for one in self.of(child, raw["metadata"]["namespace"]) if owned else []:
-                if one["metadata"]["ownerReferences"][0]["uid"] == raw["metadata"]["uid"]:
-                    self.vanish(child, one)
+        for (plural, _, _), one in list(self.objects.items()):
+            if owner_uid(one) == raw["metadata"]["uid"]:
+                self.vanish(OF_PLURAL[plural], one)
 
-    def _check(self, kind: Kind) -> None:
+    def _check(self, verb: str, kind: Kind) -> None:
+        self.used.add((verb, kind))
         if self.dead:
             raise Killed
         if kind.plural in self.absent:
             raise KindMissing(404, "KindMissing", f"no {kind.kind}")
 
-    def _before(self, kind: Kind) -> None:
-        self._check(kind)
+    def _before(self, verb: str, kind: Kind) -> None:
+        self._check(verb, kind)
         if error := self.refuse.get(kind.kind):
             raise error
 

@@ -50,11 +50,13 @@ class World:
 
     @property
     def status(self) -> Raw:
-        return self.job_raw.get("status", {})
+        found: Raw = self.job_raw.get("status", {})
+        return found
 
     @property
     def record(self) -> Raw:
-        return self.status.get("record", {})
+        found: Raw = self.status.get("record", {})
+        return found
 
     def condition(self, kind: str) -> tuple[str, str]:
         return next((c["status"], c["reason"]) for c in self.status["conditions"] if c["type"] == kind)

@@ -16,7 +16,7 @@ from rlhf_operator.names import cluster_name
 from rlhf_operator.observed import Job, Observed
 
 MESSAGE_MAX = 8192
-RETRY_REFUSED = timedelta(seconds=60)
+RETRY_REFUSED = timedelta(seconds=15)
 REFUSALS = ("InvalidSpec", "MissingReference", "NameConflict", "KubeRayNotInstalled", "Refused")
 
 

@@ -119,7 +119,7 @@ def _suspended(f: Facts) -> Verdict:
 
 def _degraded(f: Facts) -> Verdict:
     for pod in f.pods:
-        if not f.record.result and pod.ray and pod.ray.restart_count and not pod.ray_ready:
+        if not f.record.result and pod.ray and pod.ray.failures and not pod.ray_ready:
             return yes("WorkerRestarting", f"Ray in pod {pod.name} restarts")
     return no("Healthy", "nothing is amiss")
 

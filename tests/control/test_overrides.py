@@ -1,0 +1,46 @@
+"""What spec.pods may not say: field and fix, each."""
+
+from typing import Any
+
+import pytest
+
+from rlhf_api.parse import parse_job
+from rlhf_operator.decide.overrides import override_problems
+from tests.api.specs import a_job
+
+DATA = {"volumes": [{"name": "data", "emptyDir": {}}], "volumeMounts": [{"name": "data", "mountPath": "/data"}]}
+TWO_PODS = {"trainer__gpus": 2, "rollout__engines": 2, "placement__gpusPerNode": 1}
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"pods": {"trainer": {"containers": []}}}, "spec.pods.trainer.containers: remove it"),
+    ({"pods": {"head": {"restartPolicy": "Never"}}}, "spec.pods.head.restartPolicy: remove it"),
+    ({"pods": {"head": {"serviceAccountName": "mine"}}}, "spec.pods.head.serviceAccountName: remove it"),
+    ({"pods": {"head": {"shareProcessNamespace": False}}}, "spec.pods.head.shareProcessNamespace: remove it"),
+    ({"pods": {"trainer": {"volumes": [{"name": "rlhf-shm"}]}}}, "spec.pods.trainer.volumes: rename rlhf-shm"),
+    ({"pods": {"head": {"volumeMounts": [{"name": "data", "mountPath": "/data"}]}}}, "no volume named 'data' in spec.pods.head.volumes"),
+    ({"pods": {"head": {"volumes": [{"name": "d"}], "volumeMounts": [{"name": "d", "mountPath": "/tmp/ray/"}]}}}, "remove /tmp/ray/"),
+    ({"pods": {"head": {"env": [{"name": "RAY_ADDRESS", "value": "x"}]}}}, "spec.pods.head.env: remove RAY_ADDRESS"),
+    ({"pods": {"trainer": {"env": [{"name": "RLHF_JOB_NAME", "value": "x"}]}}}, "spec.pods.trainer.env: remove RLHF_JOB_NAME"),
+    ({"pods": {"trainer": {"labels": {"ray.io/cluster": "x"}}}}, "spec.pods.trainer.labels: remove ray.io/cluster"),
+    ({"pods": {"trainer": {"resources": {"limits": {"nvidia.com/gpu": 1}}}}}, "spec.pods.trainer.resources: remove nvidia.com/gpu"),
+    ({"pods": {"rollout": DATA}}, "spec.pods.rollout: remove it: when Colocated"),
+    (TWO_PODS, "spec.pods.trainer.volumes: 2 trainer pods save into /checkpoints"),
+    ({**TWO_PODS, "pods": {"trainer": DATA}}, "spec.pods.trainer.volumes: 2 trainer pods"),
+]
+GOOD: list[dict[str, Any]] = [
+    {},
+    {"pods": {"head": DATA, "trainer": {**DATA, "tolerations": [{"operator": "Exists"}], "serviceAccountName": "reader"}}},
+    {"pods": {"trainer": {"volumes": [{"name": "s"}], "volumeMounts": [{"name": "s", "mountPath": "/dev/shm"}]}}},
+    {"pods": {"rollout": {}}},
+    {**TWO_PODS, "checkpoint__path": "/data/run", "pods": {"trainer": DATA}},
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), BAD, ids=[words for _, words in BAD])
+def test_an_override_that_would_break_the_run_is_refused(changes: dict[str, Any], words: str) -> None:
+    (problem,) = override_problems(parse_job(a_job(**changes)).spec)
+    assert words in problem
+
+
+@pytest.mark.parametrize("changes", GOOD)
+def test_every_other_override_is_taken(changes: dict[str, Any]) -> None:
+    assert override_problems(parse_job(a_job(**changes)).spec) == ()
