@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from rlhf_worker import checkpoint
-from rlhf_worker.checkpoint import RunState
-from rlhf_worker.errors import BadData
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
+
+from rlhf_worker import checkpoint
+from rlhf_worker.checkpoint import RunState
+from rlhf_worker.errors import BadData
 
 MODEL = {"path": "/m", "hidden_size": 8}
 

@@ -1,9 +1,9 @@
 """What is said of engine arguments before any engine starts. No vLLM."""
 
 import pytest
+
 from rlhf_worker.actors.engine import check_context, check_engine_args, check_known, request_seed
 from rlhf_worker.errors import BadSpec
-
 from tests.worker.configs import run_config
 
 

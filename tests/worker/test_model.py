@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
 from hack.tiny_model import write
 from rlhf_api.job import ModelSpec
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import TrainSequence, empty_batch, pack
 from rlhf_worker.model import PolicyModule, identity, load_config, load_policy, load_tokenizer, logprobs_of
-from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 CPU = torch.device("cpu")
 
@@ -35,7 +36,8 @@ def sequence(length: int, prompt: int = 3) -> TrainSequence:
 def alone(lm: torch.nn.Module, item: TrainSequence, temperature: float) -> Tensor:
     ids = torch.tensor(item.token_ids)
     logits = lm(ids[None]).logits[0] / temperature
-    return logits.log_softmax(-1)[item.prompt_length - 1 : -1].gather(1, ids[item.prompt_length :, None])[:, 0]
+    made: Tensor = logits.log_softmax(-1)[item.prompt_length - 1 : -1].gather(1, ids[item.prompt_length :, None])[:, 0]
+    return made
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -48,15 +50,14 @@ def test_packed_logprobs_and_gradients_equal_those_of_each_sequence_alone(tiny: 
     made = logprobs_of(ours, batch, CPU)
     wanted = torch.cat([alone(theirs, item, temperature) for item in sequences])
     torch.testing.assert_close(made, wanted, atol=2e-6, rtol=1e-5)
-    made.sum().backward()
-    wanted.sum().backward()
+    torch.autograd.backward([made.sum(), wanted.sum()])
     for (name, p), (_, q) in zip(ours.lm.named_parameters(), theirs.named_parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, atol=2e-4, rtol=1e-4, msg=name)
 
 
 def test_an_empty_batch_reaches_every_parameter_with_a_zero_gradient(tiny: Path) -> None:
     ours = module(tiny)
-    logprobs_of(ours, empty_batch(), CPU).sum().backward()
+    torch.autograd.backward(logprobs_of(ours, empty_batch(), CPU).sum())
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), name
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from rlhf_api.job import RLHFJobSpec
 from rlhf_api.placement import Placement, plan_placement
 from rlhf_worker.errors import PlacementFailed

@@ -8,10 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
+
 from rlhf_worker import progress
 from rlhf_worker.progress import StatusReporter, in_words
 from rlhf_worker.weights.sync import Proof, Synced
-
 from tests.worker.configs import run_config
 
 STEP = {

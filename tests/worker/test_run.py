@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from ray.exceptions import RayTaskError
+
 from rlhf_worker import run
 from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded
 from rlhf_worker.local import Overrides, configure

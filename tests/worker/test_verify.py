@@ -1,6 +1,7 @@
 """The proof of delivery: slices of fused, sharded and padded parameters, and what counts as proven."""
 
 import torch
+
 from rlhf_worker.weights.verify import EMPTY, Ledger, differences, digest, engine_slice, part_names
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}

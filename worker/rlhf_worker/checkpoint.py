@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
 
 from rlhf_worker.errors import BadData
@@ -65,7 +67,7 @@ def save(root: Path, state: RunState, module: nn.Module, optimizer: Optimizer, k
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
     dist.barrier()
-    dcp.save(_tensors(module, optimizer), checkpoint_id=work)
+    save_tensors(_tensors(module, optimizer), checkpoint_id=work)
     rngs: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(rngs, torch.get_rng_state())
     if dist.get_rank() == 0:
@@ -83,9 +85,9 @@ def load(path: Path, module: nn.Module, optimizer: Optimizer) -> None:
     """Collective. Model, optimizer and, with the same number of ranks, RNG. Raises BadData."""
     tensors = _tensors(module, optimizer)
     try:
-        dcp.load(tensors, checkpoint_id=path)
+        load_tensors(tensors, checkpoint_id=path)
         rngs = torch.load(path / RNG, weights_only=True)
-    except (OSError, RuntimeError, ValueError, dcp.api.CheckpointException) as error:
+    except (OSError, RuntimeError, ValueError, CheckpointException) as error:
         raise BadData(f"checkpoint {path} cannot be loaded ({error}): delete that directory to resume from the one before it") from error
     set_state_dict(module, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
     if len(rngs) == dist.get_world_size():

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+
 from rlhf_api.parse import InvalidJob, load_job
 from rlhf_api.run import RunConfig, resolve
-
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.placement import device_here
 from rlhf_worker.progress import ConsoleReporter

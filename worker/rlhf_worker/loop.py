@@ -9,12 +9,23 @@ from typing import Any
 
 import torch
 from ray.actor import ActorHandle
-from rlhf_api.run import RunConfig
 
+from rlhf_api.run import RunConfig
 from rlhf_worker import advantage
 from rlhf_worker.actors.engine import Completion, Request, request_seed
 from rlhf_worker.actors.group import call, call_all, call_each, gather
-from rlhf_worker.experience import PackedBatch, Prompt, Sample, ScoredSample, TrainSequence, chunks, equalise, pack, split, to_train_sequences
+from rlhf_worker.experience import (
+    PackedBatch,
+    Prompt,
+    Sample,
+    ScoredSample,
+    TrainSequence,
+    chunks,
+    equalise,
+    pack,
+    split,
+    to_train_sequences,
+)
 from rlhf_worker.placement import Stage
 from rlhf_worker.progress import Reporter
 from rlhf_worker.stop import Stop, Terminated

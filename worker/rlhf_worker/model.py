@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rlhf_api.job import ModelSpec
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -18,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from rlhf_api.job import ModelSpec
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import PackedBatch
 
@@ -51,7 +51,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """Raises BadSpec."""
     require_path(spec)
     try:
-        return AutoTokenizer.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise BadSpec(f"spec.model.path: {spec.path}: transformers cannot read its tokenizer: {error}") from error
 
@@ -85,7 +85,7 @@ class PolicyModule(nn.Module):
         if not where.numel():
             return self._chunk(hidden, token_ids).sum()[None] * 0.0
         picked = hidden[where]
-        parts = zip(picked.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True)
+        parts = zip(torch.split(picked, HEAD_CHUNK), torch.split(targets, HEAD_CHUNK), strict=True)
         return torch.cat([checkpoint(self._chunk, h, t, use_reentrant=False) for h, t in parts])
 
     def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -146,8 +146,9 @@ def _by_sequence(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: flo
         raise BadSpec(f"spec.model.path: sliding-window attention ({window}) over longer sequences ({max(lengths)}) is trained on GPU in bfloat16 only")
     out, start = [], 0
     for length, count in _runs(lengths):
-        parts = [x[start : start + length * count].reshape(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)]
-        made = F.scaled_dot_product_attention(*parts, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        parts = (x[start : start + length * count].reshape(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        query, key, value = parts
+        made = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         out.append(made.transpose(1, 2).reshape(count * length, *q.shape[1:]))
         start += length * count
     return torch.cat(out)

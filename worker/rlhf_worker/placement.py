@@ -16,9 +16,9 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
 from rlhf_api.job import PlacementMode
 from rlhf_api.placement import Placement
-
 from rlhf_worker.errors import PlacementFailed
 
 PROBE_SHARE = 0.001  # of a GPU, for the moment of looking at a bundle

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
+
 from rlhf_api import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from rlhf_api.progress import DRIVER_FIELD_MANAGER, HEARTBEAT_SECONDS, Progress, Saved, Sync
 from rlhf_api.run import JobRef, RunConfig
-
 from rlhf_worker.weights.sync import Synced
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")

@@ -17,10 +17,10 @@ from typing import Any
 import ray
 from pydantic import ValidationError
 from ray.exceptions import RayTaskError
-from rlhf_api.progress import EXIT_BAD_DATA, EXIT_BAD_SPEC, EXIT_OK
-from rlhf_api.run import RunConfig
 from yaml import YAMLError
 
+from rlhf_api.progress import EXIT_BAD_DATA, EXIT_BAD_SPEC, EXIT_OK
+from rlhf_api.run import RunConfig
 from rlhf_worker.actors.engine import RemoteEngine, check_engine_args
 from rlhf_worker.actors.feed import RemoteFeed
 from rlhf_worker.actors.group import call, call_all, gather

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from rlhf_api.run import RunConfig
 
+from rlhf_api.run import RunConfig
 from rlhf_worker.errors import BadSpec, DeadlineExceeded
 from rlhf_worker.model import context_length, load_config, require_path
 from rlhf_worker.placement import Seat
@@ -215,12 +215,11 @@ class Engine:
         from vllm.inputs import TokensPrompt
 
         self._requests += 1
-        final = None
-        async for final in self._running().generate(TokensPrompt(prompt_token_ids=token_ids), params, f"{self.index}-{self._requests}"):
-            pass
-        if final is None:
+        outputs = self._running().generate(TokensPrompt(prompt_token_ids=token_ids), params, f"{self.index}-{self._requests}")
+        found = [output async for output in outputs if output.finished]
+        if not found:
             raise RuntimeError(f"engine {self.index}: a request came back without output")
-        return final
+        return found[0]
 
     async def probe(self, token_ids: list[int]) -> list[float]:
         """Log probability of each token after the first, at temperature 1: what the delivery check compares."""

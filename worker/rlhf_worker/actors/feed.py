@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from rlhf_api.run import RunConfig
 
+from rlhf_api.run import RunConfig
 from rlhf_worker.data import PromptSampler, PromptSource
 from rlhf_worker.experience import Prompt, Sample, ScoredSample
 from rlhf_worker.model import load_tokenizer

@@ -12,11 +12,11 @@ import ray
 import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
-from rlhf_api.run import RunConfig
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from rlhf_api.run import RunConfig
 from rlhf_worker import checkpoint, losses
 from rlhf_worker.errors import Diverged
 from rlhf_worker.experience import PackedBatch, TrainSequence, pack
@@ -109,7 +109,7 @@ class Policy:
             terms = weights * losses.kl(algorithm.kl.estimator, logprobs, self._frozen(self.reference, batch))
             metrics["kl"] = terms.detach().sum()
             loss = loss + algorithm.kl.coefficient * terms.sum() if algorithm.kl.place == "loss" else loss
-        (loss * self.world).backward()
+        torch.autograd.backward(loss * self.world)
         return {**metrics, **losses.mismatch(logprobs.detach(), rollout, weights), "loss": loss.detach()}
 
     def _aligned(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,7 +180,10 @@ class Policy:
 
     def digests(self, shapes: list[dict[str, tuple[int, ...]]], packed: dict[str, list[str]]) -> list[dict[str, str]] | None:
         """What each rank of an engine must hold; on rank 0 only."""
-        return self.sender.digests(shapes, packed) if self.rank == 0 else self.sender.gather_only()
+        if self.rank == 0:
+            return self.sender.digests(shapes, packed)
+        self.sender.gather_only()
+        return None
 
     def probe(self, token_ids: list[int]) -> list[float]:
         """Log probability of each token after the first, at temperature 1."""

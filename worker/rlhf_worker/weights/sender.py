@@ -2,10 +2,10 @@
 
 import torch
 from ray.actor import ActorHandle
-from rlhf_api.run import RunConfig
 from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
+from rlhf_api.run import RunConfig
 from rlhf_worker.model import PolicyModule
 from rlhf_worker.weights.client import EnginesClient
 from rlhf_worker.weights.plugin import register

@@ -3,11 +3,12 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ray.actor import ActorHandle
+
 from rlhf_api.job import PlacementMode
 from rlhf_api.run import RunConfig
-
 from rlhf_worker.actors.group import call, call_all
 from rlhf_worker.errors import BadSpec, SyncMismatch
 from rlhf_worker.weights.verify import differences
@@ -87,13 +88,13 @@ class WeightSync:
         """Largest difference of a fixed sequence's log probabilities between the trainer and each engine."""
         tokens = [3 + index * 7 % 61 for index in range(min(PROBE_LENGTH, self.config.data.max_prompt_tokens))]
         ours = self._policy("probe", tokens)[0]
-        worst = max(abs(a - b) for theirs in self._engines("probe", tokens) for a, b in zip(ours, theirs, strict=True))
+        worst: float = max(abs(a - b) for theirs in self._engines("probe", tokens) for a, b in zip(ours, theirs, strict=True))
         if not worst <= TOLERANCE[self.config.model.dtype]:
             raise SyncMismatch(f"an engine's log probabilities differ from the trainer's by {worst:.3g} at version {version}")
         return worst
 
-    def _engines(self, method: str, *args: object) -> list[object]:
+    def _engines(self, method: str, *args: object) -> list[Any]:
         return call_all(self.engines, method, *args, deadline_seconds=self._deadline, what=f"weight sync: {method} of the engines")
 
-    def _policy(self, method: str, *args: object) -> list[object]:
+    def _policy(self, method: str, *args: object) -> list[Any]:
         return call_all(self.policy, method, *args, deadline_seconds=self._deadline, what=f"weight sync: {method} of the trainer")
