@@ -266,6 +266,34 @@ def test_a_driver_that_never_drains_is_given_up_after_the_stall_timeout() -> Non
     assert world.clusters() == []
 
 
+def test_a_worker_that_is_not_replaced_ends_a_job_that_cannot_train() -> None:
+    world = running(runPolicy={"provisioningDeadlineSeconds": 600})
+    world.later(5)
+    worker_goes(world, "DeletionByTaintManager")
+    world.reap_workers()
+    world.settle()
+    world.later(599)
+    world.settle()
+    assert world.status["phase"] == "Restarting"
+    world.later(1)
+    world.settle()
+    assert world.condition("Failed") == ("True", "ProvisioningDeadlineExceeded")
+
+
+def test_a_job_that_trains_without_a_lost_worker_is_left_to_train() -> None:
+    world = running(runPolicy={"provisioningDeadlineSeconds": 60}, placement__mode="Separated")
+    world.disrupt(world.pods("rollout")[0], "DeletionByTaintManager", "x")
+    world.settle()
+    assert world.condition("ClusterReady") == ("False", "WorkersMissing")
+    world.later(600)
+    world.report(step=4)
+    world.settle()
+    assert world.status["phase"] == "Running"
+    world.later(3601)
+    world.settle()
+    assert world.status["restarts"]["stalled"] == 1
+
+
 def test_an_invalid_immutable_field_ends_the_job_with_field_and_fix() -> None:
     world = World(trainer__gpus=3)
     world.settle()

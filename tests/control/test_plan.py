@@ -20,8 +20,16 @@ SEPARATED: dict[str, Any] = {"placement__mode": "Separated", "rollout__engines":
 
 
 class Plain(yaml.SafeDumper):
+    """Without aliases, and with texts of several lines as such."""
+
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+
+
+Plain.add_representer(str, Plain.represent_str)
 
 
 def planned(raw: Raw, number: int = 1) -> dict[str, Raw]:

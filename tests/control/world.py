@@ -135,6 +135,10 @@ class World:
             if "deletionTimestamp" in pod["metadata"]:
                 self.api.remove(PODS, pod["metadata"]["name"])
 
+    def reap_workers(self) -> None:
+        for pod in self.pods("trainer"):
+            self.api.remove(PODS, pod["metadata"]["name"])
+
     def container(self, pod: Raw, name: str) -> Raw:
         return next(c for c in pod["status"]["containerStatuses"] if c["name"] == name)
 

@@ -7,11 +7,11 @@ from rlhf_operator.decide.facts import Facts
 
 
 def provisioning(f: Facts) -> datetime | None:
-    """From creation, admission or the loss of the head, whichever came last, to all pods ready. Stands while queued."""
-    if f.cluster is None or f.cluster.suspended or f.record.ready_at or f.spec.suspend:
+    """From creation or admission to all pods ready; a lost pod begins it anew (see `record.py`). Stands while queued, and while
+    the driver trains all the same: what it makes of a lost engine is its own affair, and bounded by the stall clock."""
+    if f.cluster is None or f.cluster.suspended or f.record.ready_at or f.spec.suspend or f.training:
         return None
-    lost = f.record.last_failure.time if f.record.last_failure else None
-    began = [m for m in map(moment, (f.record.cluster_created_at, f.record.admitted_at, lost)) if m]
+    began = [m for m in map(moment, (f.record.cluster_created_at, f.record.admitted_at)) if m]
     return max(began) + timedelta(seconds=f.spec.run_policy.provisioning_deadline_seconds) if began else None
 
 
@@ -21,8 +21,8 @@ def active(f: Facts) -> datetime | None:
 
 
 def stall(f: Facts) -> datetime | None:
-    """From the last finished step of this run, or from its start. Stands while pods are missing: that is provisioning."""
-    if not f.driver_runs or not f.ready or f.driver is None:
+    """From the last finished step of this run, or from its start. Stands while it waits for pods: that is provisioning."""
+    if f.driver is None or not f.driver_runs or not (f.ready or f.training):
         return None
     stepped = moment(f.progress.step_time) if f.progress else None
     began = [m for m in (f.driver.running_since, stepped, moment(f.record.ready_at)) if m]

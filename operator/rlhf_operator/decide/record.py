@@ -72,9 +72,12 @@ def _clocks(f: Facts) -> Record:
         return f.record
     if f.cluster.suspended:
         return _stop_clock(f)
-    ready = f.record.ready_at or (stamp(f.now) if f.ready else None)
-    started = f.record.started_at or (stamp(f.now) if f.training else None)
-    return f.record.model_copy(update={"ready_at": ready, "started_at": started})
+    known = {"started_at": f.record.started_at or (stamp(f.now) if f.training else None)}
+    if f.ready and not f.record.ready_at:
+        known["ready_at"] = stamp(f.now)
+    if f.record.ready_at and not f.ready:  # pods are to be provided once more
+        known |= {"ready_at": None, "admitted_at": stamp(f.now)}
+    return f.record.model_copy(update=known)
 
 
 def _credit(f: Facts) -> Record:

@@ -78,7 +78,7 @@ def _vanished_heads(f: Facts) -> Record:
     for uid in dict.fromkeys(seen.uid for seen in record.charged if seen.uid not in present):
         if charged(record, uid, POD) is None:
             failure = Failure(failure_class=FailureClass.HEAD_LOST, reason="PodGone", message="the head pod is gone", time=stamp(f.now))
-            record = _add(f.knowing(record), failure).model_copy(update={"ready_at": None})
+            record = _add(f.knowing(record), failure)
     return record.model_copy(update={"charged": [seen for seen in record.charged if seen.uid in present]})
 
 
@@ -89,7 +89,7 @@ def _head(f: Facts, head: Pod) -> Record:
     if charged(record, head.uid, POD):
         return record
     if lost := pod_lost(head, f.now):
-        record = _add(f.knowing(record), _failure(lost)).model_copy(update={"ready_at": None})
+        record = _add(f.knowing(record), _failure(lost))
         return _mark(record, head.uid, POD, 1)
     return _driver_runs(f.knowing(record), head)
 
@@ -116,8 +116,7 @@ def _stalled(f: Facts) -> Record:
         failure_class=FailureClass.STALLED, reason="Stalled", pod=head.name, time=stamp(f.now),
         message=f"no step finished for {limit} s (runPolicy.stallTimeoutSeconds): the head pod is replaced",
     )
-    record = _add(f, failure).model_copy(update={"ready_at": None})
-    return _mark(record, head.uid, POD, 1)
+    return _mark(_add(f, failure), head.uid, POD, 1)
 
 
 def pod_lost(pod: Pod, now: datetime) -> Cause | None:
