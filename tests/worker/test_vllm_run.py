@@ -1,0 +1,173 @@
+"""Whole runs on this machine: real Ray, real vLLM, the tiny model. The learning run is shared by the tests that look at it."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hack.tiny_model import write
+from rlhf_worker.model import load_tokenizer
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import AutoModelForCausalLM
+
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(900)]
+SAMPLES = Path(__file__).parents[2] / "manifests" / "samples"
+DEADLINE = 600
+
+
+@dataclass
+class Run:
+    code: int
+    output: str
+    checkpoints: Path
+
+    @property
+    def rewards(self) -> list[float]:
+        return [float(value) for value in re.findall(r"^step \d+/\d+  reward (\S+)", self.output, re.MULTILINE)]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    write(path)
+    return path
+
+
+def command(manifest: Path, tiny: Path, checkpoints: Path, *more: str) -> list[str]:
+    return [sys.executable, "-u", "-m", "rlhf_worker", "local", str(manifest), "--model", str(tiny), "--checkpoint", str(checkpoints), *more]
+
+
+def run(manifest: Path, tiny: Path, checkpoints: Path, *more: str) -> Run:
+    done = subprocess.run(command(manifest, tiny, checkpoints, *more), capture_output=True, text=True, timeout=DEADLINE)
+    return Run(done.returncode, done.stdout + done.stderr, checkpoints)
+
+
+def changed(tmp_path: Path, **sections: Any) -> Path:
+    """The colocated sample with some sections of its spec updated."""
+    job = yaml.safe_load((SAMPLES / "tiny-colocated.yaml").read_text())
+    for name, values in sections.items():
+        job["spec"][name] = {**job["spec"].get(name, {}), **values}
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(job))
+    return path
+
+
+@pytest.fixture(scope="module")
+def learned(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(SAMPLES / "tiny-colocated.yaml", tiny, tmp_path_factory.mktemp("colocated"))
+
+
+def test_the_colocated_sample_learns(learned: Run) -> None:
+    assert learned.code == 0, learned.output
+    assert learned.rewards[0] < 0.1
+    assert learned.rewards[-1] > 0.9
+
+
+def test_trainer_and_engine_shared_the_logical_gpu(learned: Run) -> None:
+    seats = dict(re.findall(r"^(trainer 0|engine 0): (\S+)$", learned.output, re.MULTILINE))
+    assert seats["trainer 0"] == seats["engine 0"]
+
+
+def test_every_proof_was_exact_where_it_can_be(learned: Run) -> None:
+    proofs = re.findall(r"weights version (\d+) delivered by gloo: (\d+) checksums equal, (\d+) packed, probe within (\S+)", learned.output)
+    assert [int(version) for version, *_ in proofs] == [0, 10, 20, 30]
+    assert all(int(equal) > 0 and float(probe) < 1e-4 for _, equal, _, probe in proofs)
+
+
+def test_the_export_loads_and_writes_the_letter(learned: Run) -> None:
+    path = learned.checkpoints / "export"
+    tokenizer, model = load_tokenizer_of(path), AutoModelForCausalLM.from_pretrained(path)
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    ids = tokenizer("2 + 3 =", return_tensors="pt").input_ids
+    text = tokenizer.decode(model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :])
+    assert text.count("e") >= 14
+
+
+def load_tokenizer_of(path: Path) -> Any:
+    from rlhf_api.job import ModelSpec
+
+    return load_tokenizer(ModelSpec(path=str(path)))
+
+
+def test_resuming_gives_the_same_bits(learned: Run, tiny: Path, tmp_path: Path) -> None:
+    """30 steps == 20 + resume + 10: model, optimizer moments, and the rewards on the way."""
+    assert [p.name for p in sorted(learned.checkpoints.glob("step-*"))] == ["step-20", "step-30"]
+    shutil.copytree(learned.checkpoints / "step-20", tmp_path / "step-20")
+    resumed = run(SAMPLES / "tiny-colocated.yaml", tiny, tmp_path)
+    assert resumed.code == 0, resumed.output
+    assert "resuming after step 20" in resumed.output
+    assert resumed.rewards == learned.rewards[20:]
+    one, other = (flat(path / "step-30", tmp_path / f"{index}.pt") for index, path in enumerate((learned.checkpoints, tmp_path)))
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def flat(checkpoint: Path, scratch: Path) -> dict[str, torch.Tensor]:
+    dcp_to_torch_save(checkpoint, scratch)
+    return dict(tensors("", torch.load(scratch, weights_only=True)))
+
+
+def tensors(prefix: str, node: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in node.items() if isinstance(node, dict) else ():
+        yield from tensors(f"{prefix}/{name}", value)
+    if isinstance(node, torch.Tensor):
+        yield prefix, node
+
+
+def test_separated_with_two_engines_and_two_ranks(tiny: Path, tmp_path: Path) -> None:
+    """Two FSDP ranks, two engines in one sync, several updates a step, a KL term, and no shared GPU."""
+    manifest = changed(
+        tmp_path, rollout={"engines": 2}, trainer={"gpus": 2, "steps": 3, "updatesPerStep": 2}, placement={"mode": "Separated"},
+        algorithm={"kl": {"coefficient": 0.01}}, weightSync={"verifyEverySteps": 1},
+    )
+    done = run(manifest, tiny, tmp_path / "out")
+    assert done.code == 0, done.output
+    seats = re.findall(r"^(?:trainer|engine) \d: (\S+)$", done.output, re.MULTILINE)
+    assert len(seats) == len(set(seats)) == 4
+    assert len(re.findall(r"delivered by gloo", done.output)) == 4
+
+
+def test_sigterm_saves_and_exits_143(tiny: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(SAMPLES / "tiny-colocated.yaml", tiny, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    start, seen = time.monotonic(), []
+    for text in process.stdout:
+        seen.append(text)
+        assert time.monotonic() - start < DEADLINE, "".join(seen)
+        if text.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143, "".join(seen)
+    steps = [int(match[1]) for text in seen if (match := re.match(r"step (\d+)/", text))]
+    assert (tmp_path / "latest").read_text() == f"step-{steps[-1]}"
+
+
+def test_a_missing_model_ends_the_run_before_any_engine(tmp_path: Path) -> None:
+    done = run(SAMPLES / "tiny-colocated.yaml", tmp_path / "no-model", tmp_path)
+    assert done.code == 64
+    assert "BadSpec: spec.model.path: " in done.output and "no such directory" in done.output
+
+
+def test_an_unknown_engine_argument_is_named(tiny: Path, tmp_path: Path) -> None:
+    done = run(changed(tmp_path, rollout={"engineArgs": {"max_modle_len": 64}}), tiny, tmp_path / "out")
+    assert done.code == 64
+    assert "spec.rollout.engineArgs.max_modle_len: vLLM 0.32.0 has no such argument; close to it: max_model_len" in done.output
+
+
+def test_a_checkpoint_of_another_model_is_refused(learned: Run, tmp_path: Path) -> None:
+    """The same shape under another path is another model."""
+    shutil.copytree(learned.checkpoints / "step-30", tmp_path / "run" / "step-30")
+    write(tmp_path / "model")
+    done = run(SAMPLES / "tiny-colocated.yaml", tmp_path / "model", tmp_path / "run")
+    assert done.code == 65
+    assert "is of another model" in done.output
