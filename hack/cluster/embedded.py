@@ -13,7 +13,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from hack.cluster import binaries, components, network, runtime
+from hack.cluster import binaries, cgroups, components, network, runtime
 from hack.cluster.components import Component, Link
 from hack.cluster.kube import Api, ApiError
 from hack.cluster.settings import GPU_RESOURCE, LOGICAL_GPUS, Settings
@@ -45,14 +45,14 @@ def up(cfg: Settings) -> None:
         _start(cfg)
     except BaseException:
         _end_processes(cfg)  # the logs stay, for whoever reads the message
-        _remove_cgroups(cfg)
+        cgroups.remove(cfg.cgroup)
         raise
 
 
 def down(cfg: Settings) -> None:
     """End the namespaces' first process and remove what the cluster left outside them. Works on half a cluster too."""
     _end_processes(cfg)
-    _remove_cgroups(cfg)
+    cgroups.remove(cfg.cgroup)
     network.remove(cfg.link)
     shutil.rmtree(cfg.state, ignore_errors=True)
 
@@ -112,7 +112,7 @@ def _start(cfg: Settings) -> None:
         link = network.free_link(cfg.name)
         tokens = {who.name: secrets.token_hex(24) for who in components.identities(cfg.name)}
         _write_static(cfg, link, tokens, debian)
-        _make_cgroups(cfg)
+        cgroups.make(cfg.cgroup)
         _start_supervisor(cfg, link)
     _step_api_server(cfg, link, tokens)
     with step("images"):
@@ -278,34 +278,6 @@ def _end_processes(cfg: Settings) -> None:
         return
     os.kill(pid, signal.SIGKILL)
     wait_for(f"the end of process {pid}", lambda: _pid(cfg) is None, 30, f"look at it: ps -p {pid}")
-
-
-def _cgroup_roots() -> list[Path]:
-    base = Path("/sys/fs/cgroup")
-    return (
-        [base] if (base / "cgroup.controllers").exists() else [path for path in base.iterdir() if path.is_dir() and not path.is_symlink()]
-    )
-
-
-def _make_cgroups(cfg: Settings) -> None:
-    for root in _cgroup_roots():
-        (root / cfg.cgroup).mkdir(exist_ok=True)
-        controllers = _text(root / "cgroup.controllers").split()
-        if controllers and (root / "cgroup.subtree_control").exists():
-            (root / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in controllers))
-
-
-def _remove_cgroups(cfg: Settings) -> None:
-    def gone() -> bool:
-        for root in _cgroup_roots():
-            for path, _, _ in os.walk(root / cfg.cgroup, topdown=False):
-                try:
-                    Path(path).rmdir()
-                except OSError:
-                    return False  # its last process is still ending
-        return True
-
-    wait_for("the removal of the cgroups", gone, 30, f"look for processes in /sys/fs/cgroup/*/{cfg.cgroup}")
 
 
 def _text(path: Path) -> str:

@@ -11,7 +11,7 @@ import json
 import ssl
 import urllib.parse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ class ApiError(Exception):
 class Api:
     host: str
     port: int
-    token: str
-    ca: str  # PEM
+    token: str = field(repr=False)
+    ca: str = field(repr=False)  # PEM
 
     @classmethod
     def from_kubeconfig(cls, path: Path) -> Api:
