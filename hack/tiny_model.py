@@ -40,6 +40,8 @@ def model(tie: bool = True) -> LlamaForCausalLM:
 def write(directory: Path) -> None:
     model().save_pretrained(directory)
     tokenizer().save_pretrained(directory)
+    for file in directory.iterdir():
+        file.chmod(0o644)  # safetensors writes for its own user only
 
 
 if __name__ == "__main__":

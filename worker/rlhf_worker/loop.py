@@ -68,7 +68,7 @@ class Loop:
         self.step = self.saved_step = step
         self.sampler = self._feed("sampler_state")
         synced = self.crew.sync(prove=self.config.weight_sync.verify)
-        self.reporter.update(state="Training", detail="generating", step=step, **self._sync_report(synced))
+        self.reporter.update(state="Training", detail="generating", step=step, synced=synced)
 
     def run(self) -> None:
         """To the last step. Raises Terminated, after saving, when asked to stop."""
@@ -128,8 +128,8 @@ class Loop:
         term = self.config.algorithm.kl
         if term.coefficient == 0 or term.place == "loss":
             return rewards
-        tagged = [[s] for s in to_train_sequences(scored, [float(i) for i in range(len(scored))])]
-        ranks = equalise([pack(part, self.config.trainer.tokens_per_micro_batch) for part in self._split([s for (s,) in tagged])])
+        tagged = to_train_sequences(scored, [float(i) for i in range(len(scored))])
+        ranks = equalise([pack(part, self.config.trainer.tokens_per_micro_batch) for part in self._split(tagged)])
         found = call_each(self.crew.policy, "kl_sums", ranks, deadline_seconds=TRAIN_DEADLINE_SECONDS, what="KL to the reference")
         sums = {index: value for part in found for index, value in part.items()}
         return rewards - term.coefficient * torch.tensor([sums.get(i, 0.0) for i in range(len(scored))])
@@ -182,10 +182,7 @@ class Loop:
         self._feed("log", self.step, values)
         self._step_seconds = seconds if not self._step_seconds else 0.8 * self._step_seconds + 0.2 * seconds
         left = int(self._step_seconds * (self.config.trainer.steps - self.step))
-        self.reporter.stepped(self.step, values, eta_seconds=left, **self._sync_report(synced))
-
-    def _sync_report(self, synced: Synced) -> dict[str, Any]:
-        return {"synced": synced}
+        self.reporter.stepped(self.step, values, eta_seconds=left, synced=synced)
 
     def _engines(self, method: str, *args: Any) -> list[Any]:
         return call_all(self.crew.engines, method, *args, deadline_seconds=self.config.weight_sync.deadline_seconds, what=f"{method} of the engines")

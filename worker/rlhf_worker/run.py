@@ -51,13 +51,14 @@ class Result:
 
 def drive(config: RunConfig, reporter: Reporter, stop: Stop) -> Result:
     """The whole run on a connected Ray. Raises what ends it."""
-    reporter.update(state="Starting", detail="checking the run config")
-    check_engine_args(config)
-    reporter.update(detail=f"waiting for {config.placement.gpus} GPUs")
-    stage = reserve(config.placement, PLACEMENT_DEADLINE_SECONDS, name=f"rlhf-{config.job.name}")
-    crew, seats = _start(config, stage, reporter)
-    loop = Loop(config, crew, reporter, stop)
-    loop.begin(_restore(config, crew, reporter))
+    with stop.abandonable():
+        reporter.update(state="Starting", detail="checking the run config")
+        check_engine_args(config)
+        reporter.update(detail=f"waiting for {config.placement.gpus} GPUs")
+        stage = reserve(config.placement, PLACEMENT_DEADLINE_SECONDS, name=f"rlhf-{config.job.name}")
+        crew, seats = _start(config, stage, reporter)
+        loop = Loop(config, crew, reporter, stop)
+        loop.begin(_restore(config, crew, reporter))
     loop.run()
     export = _export(config, crew, reporter)
     reporter.update(state="Done", detail="finished")

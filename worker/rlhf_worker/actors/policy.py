@@ -220,6 +220,8 @@ class Policy:
         if self.rank == 0:
             self.module.lm.save_pretrained(target, state_dict=weights)
             load_tokenizer(self.config.model).save_pretrained(target)
+            for file in target.iterdir():
+                file.chmod(0o644)  # safetensors writes for its own user only
         dist.barrier()
         return str(target)
 
