@@ -11,7 +11,8 @@ from hack.tiny_model import write
 from rlhf_api.job import ModelSpec
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import TrainSequence, empty_batch, pack
-from rlhf_worker.model import PolicyModule, identity, load_config, load_policy, load_tokenizer, logprobs_of
+from rlhf_worker.model import PolicyModule, load_policy, logprobs_of
+from rlhf_worker.pretrained import identity, load_config, load_tokenizer
 
 CPU = torch.device("cpu")
 

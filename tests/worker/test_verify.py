@@ -2,7 +2,8 @@
 
 import torch
 
-from rlhf_worker.weights.verify import EMPTY, Ledger, differences, digest, engine_slice, part_names
+from rlhf_worker.weights.compare import EMPTY, differences
+from rlhf_worker.weights.verify import Ledger, digest, engine_slice, part_names
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 

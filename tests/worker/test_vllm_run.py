@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hack.tiny_model import write
-from rlhf_worker.model import load_tokenizer
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
+
+from hack.tiny_model import write
+from rlhf_worker.pretrained import load_tokenizer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(900)]
 SAMPLES = Path(__file__).parents[2] / "manifests" / "samples"

@@ -4,16 +4,15 @@ The loop moves values between actors and decides nothing about placement, engine
 """
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ray.actor import ActorHandle
 
 from rlhf_api.run import RunConfig
 from rlhf_worker import advantage
 from rlhf_worker.actors.engine import Completion, Request, request_seed
 from rlhf_worker.actors.group import call, call_all, call_each, gather
+from rlhf_worker.crew import Crew
 from rlhf_worker.experience import (
     PackedBatch,
     Prompt,
@@ -26,28 +25,15 @@ from rlhf_worker.experience import (
     split,
     to_train_sequences,
 )
-from rlhf_worker.placement import Stage
 from rlhf_worker.progress import Reporter
 from rlhf_worker.stop import Stop, Terminated
 from rlhf_worker.telemetry import PhaseTimer
-from rlhf_worker.weights.sync import Synced, WeightSync
+from rlhf_worker.weights.sync import Synced
 
 TRAIN_DEADLINE_SECONDS = 7200.0
 FILE_DEADLINE_SECONDS = 3600.0
 SCORE_DEADLINE_SECONDS = 7200.0
 LATE_SECONDS = 60.0  # beyond the engine's own deadline, whose error says more
-
-
-@dataclass(frozen=True, slots=True)
-class Crew:
-    """Every actor of a run, started and loaded."""
-
-    stage: Stage
-    feed: ActorHandle
-    policy: list[ActorHandle]
-    engines: list[ActorHandle]
-    sync: WeightSync
-    sleeps: bool  # engines give their GPU memory back while the trainer works
 
 
 class Loop:

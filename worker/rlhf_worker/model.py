@@ -3,7 +3,6 @@
 The forward pass is always packed: sequences end to end in one row, attention block-diagonal by `cu_seqlens`.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,58 +12,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from rlhf_api.job import ModelSpec
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import PackedBatch
+from rlhf_worker.pretrained import load_config
 
 PACKED_ATTENTION = "rlhf_packed"
 HEAD_CHUNK = 2048  # positions whose logits exist at the same time
 PREFIX = "lm."
-
-
-def require_path(spec: ModelSpec) -> None:
-    """A path must be there with a config; a hub id is left to transformers. Raises BadSpec. Imports nothing heavy, reads no weights."""
-    looks_local = spec.path.startswith(("/", "./", "../", "~"))
-    if looks_local and not (Path(spec.path).expanduser() / "config.json").is_file():
-        there = "the directory has no config.json" if Path(spec.path).is_dir() else "no such directory"
-        raise BadSpec(f"spec.model.path: {spec.path}: {there}; mount the volume that holds the checkpoint in every pod (pods.*.volumes), or correct the path")
-
-
-def load_config(spec: ModelSpec) -> PreTrainedConfig:
-    """Raises BadSpec for a checkpoint or hub id that cannot be read, or a head that the trainer does not compute."""
-    require_path(spec)
-    try:
-        config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadSpec(f"spec.model.path: {spec.path}: transformers cannot read its config: {error}") from error
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise BadSpec(f"spec.model.path: {spec.path}: its config sets {name}, which the trainer's log probabilities leave out")
-    return config
-
-
-def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
-    """Raises BadSpec."""
-    require_path(spec)
-    try:
-        return AutoTokenizer.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadSpec(f"spec.model.path: {spec.path}: transformers cannot read its tokenizer: {error}") from error
-
-
-def identity(spec: ModelSpec, config: PreTrainedConfig) -> dict[str, Any]:
-    """What makes a checkpoint belong to this model: its path and its shape."""
-    shape = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    return {"path": spec.path, **{name: getattr(config, name, None) for name in shape}}
-
-
-def context_length(config: PreTrainedConfig) -> int | None:
-    """Positions that the model was made for; None when its config does not say."""
-    return getattr(config, "max_position_embeddings", None)
 
 
 class PolicyModule(nn.Module):

@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 from pydantic import ValidationError
@@ -21,20 +20,16 @@ from yaml import YAMLError
 
 from rlhf_api.progress import EXIT_BAD_DATA, EXIT_BAD_SPEC, EXIT_OK
 from rlhf_api.run import RunConfig
-from rlhf_worker.actors.engine import RemoteEngine, check_engine_args
-from rlhf_worker.actors.feed import RemoteFeed
-from rlhf_worker.actors.group import call, call_all, gather
-from rlhf_worker.actors.policy import RemotePolicy
+from rlhf_worker.actors.engine import check_engine_args
+from rlhf_worker.actors.group import call, call_all
+from rlhf_worker.crew import Crew, close, start
 from rlhf_worker.errors import BadData, BadSpec
-from rlhf_worker.loop import Crew, Loop
-from rlhf_worker.placement import Stage, check_seats, reserve
+from rlhf_worker.placement import reserve
 from rlhf_worker.progress import Reporter, StatusReporter, in_cluster_client
 from rlhf_worker.stop import EXIT_TERMINATED, Stop, Terminated
-from rlhf_worker.weights.sync import WeightSync, choose_backend
 
 EXIT_FAILED = 1
 PLACEMENT_DEADLINE_SECONDS = 600.0
-START_DEADLINE_SECONDS = 1800.0
 FILE_DEADLINE_SECONDS = 3600.0
 TERMINATION_LOG = Path("/dev/termination-log")
 LAST_WORDS_BYTES = 3000
@@ -56,72 +51,16 @@ def drive(config: RunConfig, reporter: Reporter, stop: Stop) -> Result:
         check_engine_args(config)
         reporter.update(detail=f"waiting for {config.placement.gpus} GPUs")
         stage = reserve(config.placement, PLACEMENT_DEADLINE_SECONDS, name=f"rlhf-{config.job.name}")
-        crew, seats = _start(config, stage, reporter)
+        crew, seats = start(config, stage, reporter)
+        from rlhf_worker.loop import Loop  # brings torch, which the actors did not have to wait for
+
         loop = Loop(config, crew, reporter, stop)
         loop.begin(_restore(config, crew, reporter))
     loop.run()
     export = _export(config, crew, reporter)
     reporter.update(state="Done", detail="finished")
-    _close(crew)
+    close(crew)
     return Result(loop.step, export, seats)
-
-
-def _start(config: RunConfig, stage: Stage, reporter: Reporter) -> tuple[Crew, dict[str, list[str]]]:
-    """Every actor, loaded, connected, and proven to sit where the plan says."""
-    reporter.update(detail="starting feed, trainer and engines")
-    backend = choose_backend(config, stage.device)
-    feed = RemoteFeed.options(**stage.options(config.placement.trainer_slots[0], 0.0)).remote(config)
-    policy, engines = _policy(config, stage), _engines(config, stage)
-    opened = [feed.open.remote(), *(engine.start.remote(backend) for engine in engines)]
-    joined = _join(policy)
-    if stage.device == "cuda":
-        # Sharing a GPU, vLLM measures its free memory while it starts: the trainer takes its own after that.
-        gather([*opened, *joined], START_DEADLINE_SECONDS, "start of engines")
-        opened, joined = [], []
-    gather([*opened, *joined, *(rank.load.remote() for rank in policy)], START_DEADLINE_SECONDS, "start")
-    seats = _prove_seats(config, policy, engines)
-    sync = WeightSync(config, policy, engines, backend)
-    reporter.update(detail=f"connecting the weight sync ({backend})")
-    sync.connect()
-    sleeps = stage.device == "cuda" and bool(config.rollout.engine_args.get("enable_sleep_mode"))
-    return Crew(stage, feed, policy, engines, sync, sleeps), seats
-
-
-def _policy(config: RunConfig, stage: Stage) -> list[Any]:
-    placement = config.placement
-    threads = stage.threads(placement.trainer_slots)
-    return [
-        RemotePolicy.options(**stage.options(slot, placement.trainer_fraction)).remote(config, rank, stage.device, threads[slot])
-        for rank, slot in enumerate(placement.trainer_slots)
-    ]
-
-
-def _engines(config: RunConfig, stage: Stage) -> list[Any]:
-    """A tensor-parallel engine's actor holds no GPU itself: its workers, which vLLM starts in the engine's bundles, do."""
-    placement = config.placement
-    threads = stage.threads([slot for slots in placement.engine_slots for slot in slots])
-    engines = []
-    for index, slots in enumerate(placement.engine_slots):
-        bundles = [stage.bundles[slot].index for slot in slots]
-        options = stage.options(slots[0], placement.engine_fraction if len(slots) == 1 else 0.0)
-        engines.append(RemoteEngine.options(**options).remote(config, index, stage.device, bundles, threads[slots[0]]))
-    return engines
-
-
-def _join(policy: list[Any]) -> list[Any]:
-    address = call(policy[0], "address", deadline_seconds=START_DEADLINE_SECONDS, what="start of the trainer")
-    return [rank.join.remote(address) for rank in policy]
-
-
-def _prove_seats(config: RunConfig, policy: list[Any], engines: list[Any]) -> dict[str, list[str]]:
-    """Host and GPU of every role, by name. Raises PlacementFailed."""
-    trainer = call_all(policy, "seat", deadline_seconds=START_DEADLINE_SECONDS, what="seats of the trainer")
-    ranks = call_all(engines, "seats", deadline_seconds=START_DEADLINE_SECONDS, what="seats of the engines")
-    check_seats(config.placement, trainer, ranks)
-    seats = {f"trainer {i}": [str(seat)] for i, seat in enumerate(trainer)} | {f"engine {i}": [str(s) for s in own] for i, own in enumerate(ranks)}
-    for name, places in seats.items():
-        print(f"{name}: {', '.join(places)}", flush=True)
-    return seats
 
 
 def _restore(config: RunConfig, crew: Crew, reporter: Reporter) -> int:
@@ -143,12 +82,6 @@ def _export(config: RunConfig, crew: Crew, reporter: Reporter) -> str | None:
     path: str = call_all(crew.policy, "export", deadline_seconds=FILE_DEADLINE_SECONDS, what="export")[0]
     print(f"exported the model to {path}", flush=True)
     return path
-
-
-def _close(crew: Crew) -> None:
-    """Best effort: whatever is left dies with the driver's Ray job."""
-    gather([actor.close.remote() for actor in (crew.feed, *crew.engines, *crew.policy)], 60.0, "close")
-    crew.stage.close()
 
 
 def guarded(work: Callable[[], object]) -> int:

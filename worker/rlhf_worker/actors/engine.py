@@ -15,8 +15,8 @@ import ray
 
 from rlhf_api.run import RunConfig
 from rlhf_worker.errors import BadSpec, DeadlineExceeded
-from rlhf_worker.model import context_length, load_config, require_path
 from rlhf_worker.placement import Seat
+from rlhf_worker.pretrained import context_length, load_config, require_path
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -279,7 +279,7 @@ class Engine:
 
     async def close(self) -> None:
         if self.llm is not None:
-            self.llm.shutdown()
+            self.llm.shutdown(timeout=0)
             self.llm = None
 
 

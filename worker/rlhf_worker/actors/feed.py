@@ -1,16 +1,15 @@
 """The part of a run that needs the files of a trainer pod but no GPU: prompts, rewards, TensorBoard."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from rlhf_api.run import RunConfig
-from rlhf_worker.data import PromptSampler, PromptSource
-from rlhf_worker.experience import Prompt, Sample, ScoredSample
-from rlhf_worker.model import load_tokenizer
-from rlhf_worker.rewards.scorer import Scorer
-from rlhf_worker.telemetry import Telemetry
+from rlhf_worker.pretrained import load_tokenizer
+
+if TYPE_CHECKING:
+    from rlhf_worker.experience import Prompt, Sample, ScoredSample
 
 
 class Feed:
@@ -21,6 +20,9 @@ class Feed:
 
     def open(self) -> int:
         """Read the data, start the rewards. Returns the number of rows. Raises BadSpec or BadData."""
+        from rlhf_worker.data import PromptSampler, PromptSource
+        from rlhf_worker.rewards.scorer import Scorer
+
         source = PromptSource(self.config.data)
         self.sampler = PromptSampler(source, load_tokenizer(self.config.model), self.config.data)
         self.sampler.check(self.config.trainer.steps * self.config.rollout.prompts_per_step)
@@ -29,18 +31,20 @@ class Feed:
 
     def begin(self, step: int, sampler: dict[str, Any] | None) -> None:
         """Go on after `step` finished steps. Raises BadData for a state of other data."""
+        from rlhf_worker.telemetry import Telemetry
+
         if sampler is not None:
             self.sampler.restore(sampler)
         self.telemetry = Telemetry(Path(self.config.checkpoint.path) / "tensorboard", step + 1)
 
-    def draw(self, count: int) -> list[Prompt]:
+    def draw(self, count: int) -> "list[Prompt]":
         """Raises BadData."""
         return self.sampler.next(count)
 
     def sampler_state(self) -> dict[str, Any]:
         return self.sampler.state()
 
-    def score(self, samples: list[Sample]) -> list[ScoredSample]:
+    def score(self, samples: "list[Sample]") -> "list[ScoredSample]":
         """Raises RewardFailed."""
         return self.scorer.score(samples)
 

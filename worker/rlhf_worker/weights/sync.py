@@ -11,7 +11,7 @@ from rlhf_api.job import PlacementMode
 from rlhf_api.run import RunConfig
 from rlhf_worker.actors.group import call, call_all
 from rlhf_worker.errors import BadSpec, SyncMismatch
-from rlhf_worker.weights.verify import differences
+from rlhf_worker.weights.compare import differences
 
 # Log probabilities of the probe may differ by this much: the engine rounds in other places than the trainer.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.25}

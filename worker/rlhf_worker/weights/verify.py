@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-EMPTY = hashlib.sha256(b"").hexdigest()  # of a parameter that vLLM packed away (linear layers on CPU)
-
 Shape = tuple[int, ...]
 Packed = Mapping[str, Sequence[str]]
 
@@ -72,9 +70,3 @@ def _rows(tensor: Tensor, rows: int, rank: int) -> Tensor:
     block = tensor[rank * rows : (rank + 1) * rows]
     missing = rows - block.shape[0]
     return torch.cat([block, block.new_zeros(missing, *block.shape[1:])]) if missing else block
-
-
-def differences(trainer: Mapping[str, str], engine: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """(names whose digests differ, names without proof) of one engine rank. Unproven: packed away, or not derivable by the trainer."""
-    unproven = [name for name, value in engine.items() if value == EMPTY or name not in trainer]
-    return [name for name, value in engine.items() if name not in unproven and trainer[name] != value], unproven

@@ -1,0 +1,55 @@
+"""What can be said of a checkpoint without its weights. Cheap to import: transformers comes with the first call."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_api.job import ModelSpec
+from rlhf_worker.errors import BadSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+def require_path(spec: ModelSpec) -> None:
+    """A path must be there with a config; a hub id is left to transformers. Raises BadSpec."""
+    looks_local = spec.path.startswith(("/", "./", "../", "~"))
+    if looks_local and not (Path(spec.path).expanduser() / "config.json").is_file():
+        there = "the directory has no config.json" if Path(spec.path).is_dir() else "no such directory"
+        raise BadSpec(f"spec.model.path: {spec.path}: {there}; mount the volume that holds the checkpoint in every pod (pods.*.volumes), or correct the path")
+
+
+def load_config(spec: ModelSpec) -> "PreTrainedConfig":
+    """Raises BadSpec for a checkpoint or hub id that cannot be read, or a head that the trainer does not compute."""
+    require_path(spec)
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadSpec(f"spec.model.path: {spec.path}: transformers cannot read its config: {error}") from error
+    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise BadSpec(f"spec.model.path: {spec.path}: its config sets {name}, which the trainer's log probabilities leave out")
+    return config
+
+
+def load_tokenizer(spec: ModelSpec) -> "PreTrainedTokenizerBase":
+    """Raises BadSpec."""
+    require_path(spec)
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadSpec(f"spec.model.path: {spec.path}: transformers cannot read its tokenizer: {error}") from error
+
+
+def identity(spec: ModelSpec, config: "PreTrainedConfig") -> dict[str, Any]:
+    """What makes a checkpoint belong to this model: its path and its shape."""
+    shape = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    return {"path": spec.path, **{name: getattr(config, name, None) for name in shape}}
+
+
+def context_length(config: "PreTrainedConfig") -> int | None:
+    """Positions that the model was made for; None when its config does not say."""
+    return getattr(config, "max_position_embeddings", None)
