@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import socket
 import uuid
 from collections.abc import Awaitable
@@ -15,6 +14,8 @@ from kubernetes.aio.leaderelection.electionconfig import Config
 from kubernetes.aio.leaderelection.leaderelection import LeaderElection
 from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
 from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
+
+from rlhf_operator.settings import own_namespace
 
 log = logging.getLogger(__name__)
 NAME = "rlhf-operator"
@@ -56,13 +57,17 @@ async def _tried(call: Awaitable[T], otherwise: Any) -> T:
         return failed
 
 
+def identity() -> str:
+    """In a cluster the pod's name: a container that restarts takes its own lease over at once. Elsewhere a host may run two."""
+    return socket.gethostname() if own_namespace() else f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
+
+
 class Leadership:
     """`won` is set while the lease is held. `task` ends when it is lost."""
 
     def __init__(self, client: ApiClient, namespace: str) -> None:
         self.won = asyncio.Event()
-        identity = f"{socket.gethostname()}_{os.getpid()}_{uuid.uuid4().hex[:8]}"
-        self.lock = Lock(NAME, namespace, identity, client)
+        self.lock = Lock(NAME, namespace, identity(), client)
         election = LeaderElection(Config(self.lock, LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS, self._started, self._stopped))
         self.task = asyncio.create_task(election.run(), name="election")
 
