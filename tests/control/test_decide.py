@@ -223,6 +223,19 @@ def test_suspended_time_does_not_count_for_the_active_deadline() -> None:
     assert world.condition("Failed") == ("True", "DeadlineExceeded")
 
 
+def test_a_finished_job_tells_how_it_ended_not_what_it_lacks() -> None:
+    world = running()
+    world.report(step=10, sync={"version": 10, "seconds": "0.1", "backend": "gloo", "verifiedVersion": 10})
+    world.driver_ends(0)
+    world.settle()
+    world.reap()
+    world.settle()
+    told = {kind: world.condition(kind) for kind in ("ClusterReady", "Running", "Progressing", "WeightsInSync")}
+    assert told == {
+        "ClusterReady": ("False", "Deleted"), "Running": ("False", "Finished"), "Progressing": ("False", "Finished"), "WeightsInSync": ("True", "InSync"),
+    }  # fmt: skip
+
+
 def test_a_kept_cluster_is_shown_as_kept() -> None:
     world = running(runPolicy={"cleanup": {"onSuccess": "Keep"}})
     world.driver_ends(0)

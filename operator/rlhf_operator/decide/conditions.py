@@ -85,6 +85,8 @@ def _failed_run(f: Facts) -> Verdict | None:
 
 def _progressing(f: Facts) -> Verdict:
     progress = f.progress
+    if f.record.result:
+        return no("Finished", "the job has ended")
     if not f.driver_runs or progress is None:
         return unknown("NoReportYet", "the driver has not reported")
     if deadlines.passed(deadlines.stall(f), f.now):
@@ -95,7 +97,9 @@ def _progressing(f: Facts) -> Verdict:
 
 
 def _weights_in_sync(f: Facts) -> Verdict:
-    sync = f.progress.sync if f.progress else None
+    """Of a job that has ended: as it was at the end, for its driver is gone and cannot report anew."""
+    last = f.job.status.progress if f.record.result else f.progress
+    sync = last.sync if last else None
     if sync is None:
         return unknown("NoReportYet", "no weight sync was reported")
     if sync.error:

@@ -30,7 +30,9 @@ def explain(f: Facts) -> Verdict:
 def _absent(f: Facts) -> Verdict:
     if f.old_clusters or f.old_pods:
         return no("WaitingForOldPods", f"{len(f.old_pods)} pods of an earlier RayCluster are still there")
-    return no("NotCreated", "there is no RayCluster yet" if f.record.clusters else "no RayCluster was made yet")
+    if f.record.result:
+        return no("Deleted", "the job has ended and holds no RayCluster")
+    return no("NotCreated", "there is no RayCluster")
 
 
 def _containers(f: Facts) -> Iterator[tuple[Pod, Container]]:
