@@ -11,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlhf_worker.pretrained import make_readable
+
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 CHARACTERS = string.ascii_letters + string.digits + " .,:;!?+-*/=()\n"
 HIDDEN, LAYERS, HEADS, KV_HEADS = 64, 2, 4, 2
@@ -40,8 +42,7 @@ def model(tie: bool = True) -> LlamaForCausalLM:
 def write(directory: Path) -> None:
     model().save_pretrained(directory)
     tokenizer().save_pretrained(directory)
-    for file in directory.iterdir():
-        file.chmod(0o644)  # safetensors writes for its own user only
+    make_readable(directory)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from rlhf_worker.errors import BadSpec
+from rlhf_worker.pretrained import make_readable
 
 
 def import_gguf(file: Path, directory: Path) -> None:
@@ -16,4 +17,5 @@ def import_gguf(file: Path, directory: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(**source, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16)
     model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(**source).save_pretrained(directory)
+    make_readable(directory)
     print(f"wrote {directory}", flush=True)

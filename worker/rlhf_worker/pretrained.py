@@ -53,3 +53,9 @@ def identity(spec: ModelSpec, config: "PreTrainedConfig") -> dict[str, Any]:
 def context_length(config: "PreTrainedConfig") -> int | None:
     """Positions that the model was made for; None when its config does not say."""
     return getattr(config, "max_position_embeddings", None)
+
+
+def make_readable(directory: Path) -> None:
+    """For every user: safetensors writes files for its own user only."""
+    for file in directory.iterdir():
+        file.chmod(0o644)

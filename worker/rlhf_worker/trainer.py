@@ -19,7 +19,7 @@ from rlhf_worker import checkpoint, losses
 from rlhf_worker.errors import Diverged
 from rlhf_worker.experience import PackedBatch, TrainSequence, pack
 from rlhf_worker.model import PolicyModule, load_policy, logprobs_of, shard
-from rlhf_worker.pretrained import identity, load_config, load_tokenizer
+from rlhf_worker.pretrained import identity, load_config, load_tokenizer, make_readable
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 ADAM_BETAS = (0.9, 0.95)
@@ -208,8 +208,7 @@ class Trainer:
         if self.rank == 0:
             self.module.lm.save_pretrained(target, state_dict=weights)
             load_tokenizer(self.config.model).save_pretrained(target)
-            for file in target.iterdir():
-                file.chmod(0o644)  # safetensors writes for its own user only
+            make_readable(target)
         dist.barrier()
         return str(target)
 

@@ -120,6 +120,8 @@ class Engine:
             "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
             # Functions and CUDA IPC handles travel from this actor to its own worker processes, and nowhere else.
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+            # vLLM's own processes join this Ray, whatever others the machine runs.
+            "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
             "VLLM_RAY_PER_WORKER_GPUS": str(self.config.placement.engine_fraction),
             "VLLM_RAY_BUNDLE_INDICES": ",".join(map(str, self.bundles)),
         }
