@@ -23,16 +23,19 @@ def test_a_broken_rule_is_refused_at_apply_with_the_fix(operator: Kube, namespac
     assert rule(part).message in str(refused.value)
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"trainer__stepps": 3}, 'unknown field "spec.trainer.stepps"'),
-    ({"algorithm__name": "grpoo"}, 'spec.algorithm.name: Unsupported value: "grpoo"'),
-    ({"placement__mode": "colocated"}, "spec.placement.mode: Unsupported value"),
-    ({"trainer__steps": 0}, "spec.trainer.steps"),
-    ({"trainer__learningRate": 1.5}, "spec.trainer.learningRate"),
-    ({"image": None}, "spec.image: Required value"),
-    ({"rollout__samplesPerPrompt": 1}, "spec.rollout.samplesPerPrompt"),
-    ({"checkpoint__path": "relative"}, "spec.checkpoint.path"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"trainer__stepps": 3}, 'unknown field "spec.trainer.stepps"'),
+        ({"algorithm__name": "grpoo"}, 'spec.algorithm.name: Unsupported value: "grpoo"'),
+        ({"placement__mode": "colocated"}, "spec.placement.mode: Unsupported value"),
+        ({"trainer__steps": 0}, "spec.trainer.steps"),
+        ({"trainer__learningRate": 1.5}, "spec.trainer.learningRate"),
+        ({"image": None}, "spec.image: Required value"),
+        ({"rollout__samplesPerPrompt": 1}, "spec.rollout.samplesPerPrompt"),
+        ({"checkpoint__path": "relative"}, "spec.checkpoint.path"),
+    ],
+)
 def test_the_schema_names_the_field(operator: Kube, namespace: str, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(Refused) as refused:
         put(operator, namespace, a_job(**changes), "--dry-run=server")
@@ -48,9 +51,16 @@ def test_a_living_job_is_immutable(operator: Kube, namespace: str, field: str, v
 
 
 def test_defaults_are_visible_and_overrides_keep_unknown_fields(operator: Kube, namespace: str) -> None:
-    put(operator, namespace, a_job(suspend=True, pods={"trainer": {"nodeSelector": {"pool": "a"}, "tolerations": [{"operator": "Exists"}]}}))
+    put(
+        operator, namespace, a_job(suspend=True, pods={"trainer": {"nodeSelector": {"pool": "a"}, "tolerations": [{"operator": "Exists"}]}})
+    )
     spec = (operator.find("rlhf", "sample", "-n", namespace) or {})["spec"]
-    assert spec["placement"] == {"mode": "Colocated", "gpusPerNode": 8, "resourceName": "nvidia.com/gpu", "fractions": {"trainer": 0.4, "rollout": 0.4}}
+    assert spec["placement"] == {
+        "mode": "Colocated",
+        "gpusPerNode": 8,
+        "resourceName": "nvidia.com/gpu",
+        "fractions": {"trainer": 0.4, "rollout": 0.4},
+    }
     assert spec["runPolicy"]["cleanup"] == {"onSuccess": "Delete", "onFailure": "Delete"}
     assert spec["pods"]["trainer"]["nodeSelector"] == {"pool": "a"}
     assert "reasoningGym" not in spec["data"]
@@ -62,18 +72,32 @@ def test_columns(operator: Kube, namespace: str) -> None:
     narrow = operator.run("get", "rlhfjobs", "-n", namespace).splitlines()[0].split()
     assert narrow == ["NAME", "PHASE", "REASON", "STEP", "REWARD", "TOK/S", "ETA", "RESTARTS", "GPUS", "AGE"]
     wide = operator.run("get", "rlhf", "-n", namespace, "-o", "wide").splitlines()[0].split()
-    assert wide[len(narrow):] == ["QUEUE", "CLUSTER", "CHECKPOINT", "MODE"]
+    assert wide[len(narrow) :] == ["QUEUE", "CLUSTER", "CHECKPOINT", "MODE"]
     assert "rlhfjob.rlhf.dev/sample" in operator.run("get", "all", "-n", namespace, "-o", "name")
 
 
 def progress_of(name: str, **status: Any) -> dict[str, Any]:
-    return {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFJob", "metadata": {"name": name}, "status": status or {"progress": {"step": 3, "display": "3/10"}}}
+    return {
+        "apiVersion": "rlhf.dev/v1alpha1",
+        "kind": "RLHFJob",
+        "metadata": {"name": name},
+        "status": status or {"progress": {"step": 3, "display": "3/10"}},
+    }
 
 
 def apply_as_driver(kube: Kube, namespace: str, driver_of: str, body: dict[str, Any], *options: str) -> None:
     user = f"system:serviceaccount:{namespace}:{driver_of}-driver"
-    kube.apply(body, "-n", namespace, "--server-side", "--subresource=status", f"--field-manager={DRIVER_FIELD_MANAGER}",
-               f"--as={user}", "--as-group=system:serviceaccounts", *options)
+    kube.apply(
+        body,
+        "-n",
+        namespace,
+        "--server-side",
+        "--subresource=status",
+        f"--field-manager={DRIVER_FIELD_MANAGER}",
+        f"--as={user}",
+        "--as-group=system:serviceaccounts",
+        *options,
+    )
 
 
 @pytest.fixture

@@ -14,7 +14,11 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 FINAL: list[tuple[str, dict[str, Any], list[str]]] = [
     ("model", {"model": {"path": "/var/lib/rlhf/models/nowhere"}}, ["spec.model.path", "/var/lib/rlhf/models/nowhere"]),
     ("jsonl", {"data": {"jsonl": {"path": "/var/lib/rlhf/broken.jsonl"}}}, ["/var/lib/rlhf/broken.jsonl", "line 3"]),
-    ("code", {"rewards": [{"name": "typo", "type": "python", "code": "def rewrd(prompt, completion, **row):\n    return 1.0\n"}]}, ["typo", "reward"]),
+    (
+        "code",
+        {"rewards": [{"name": "typo", "type": "python", "code": "def rewrd(prompt, completion, **row):\n    return 1.0\n"}]},
+        ["typo", "reward"],
+    ),
 ]
 
 
@@ -35,8 +39,13 @@ def test_a_wrong_input_fails_at_once_and_says_which(
 
 def test_a_reward_that_raises_is_retried_then_ends_the_job_with_its_words(operator: Kube, namespace: str, volumes: Path) -> None:
     code = "def reward(prompt, completion, **row):\n    raise ValueError('the judge is asleep')\n"
-    job = sample("tiny-colocated.yaml", "raises", namespace, runPolicy={"backoffLimit": 0},
-                 rewards=[{"name": "judge", "type": "python", "code": code, "retries": 1}])
+    job = sample(
+        "tiny-colocated.yaml",
+        "raises",
+        namespace,
+        runPolicy={"backoffLimit": 0},
+        rewards=[{"name": "judge", "type": "python", "code": code, "retries": 1}],
+    )
     operator.apply(job)
     failed = wait_for_condition(operator, namespace, "raises", "Failed", 300)
     assert failed["reason"] == "BackoffLimitExceeded" or "judge" in failed["message"]
@@ -45,7 +54,9 @@ def test_a_reward_that_raises_is_retried_then_ends_the_job_with_its_words(operat
 
 
 def test_a_missing_image_is_told_and_ends_at_the_provisioning_deadline(operator: Kube, namespace: str) -> None:
-    operator.apply(sample("tiny-colocated.yaml", "noimage", namespace, image="no-such-image:ever", runPolicy={"provisioningDeadlineSeconds": 40}))
+    operator.apply(
+        sample("tiny-colocated.yaml", "noimage", namespace, image="no-such-image:ever", runPolicy={"provisioningDeadlineSeconds": 40})
+    )
     wait_for(lambda: condition(operator, namespace, "noimage", "ClusterReady").get("reason") == "ImagePullFailed", 40, "ImagePullFailed")
     assert "no-such-image:ever" in condition(operator, namespace, "noimage", "ClusterReady")["message"]
     failed = wait_for_condition(operator, namespace, "noimage", "Failed", 90)
@@ -68,7 +79,13 @@ def test_a_checkpoint_of_another_model_is_refused(operator: Kube, namespace: str
     first = sample("tiny-colocated.yaml", "first", namespace, trainer__steps=1, checkpoint__path=directory)
     operator.apply(first)
     wait_for_condition(operator, namespace, "first", "Complete", 300)
-    other = sample("tiny-colocated.yaml", "other", namespace, checkpoint__path=directory, model={**first["spec"]["model"], "path": "/var/lib/rlhf/models/tiny-wide"})
+    other = sample(
+        "tiny-colocated.yaml",
+        "other",
+        namespace,
+        checkpoint__path=directory,
+        model={**first["spec"]["model"], "path": "/var/lib/rlhf/models/tiny-wide"},
+    )
     make_wider_model(volumes)
     operator.apply(other)
     failed = wait_for_condition(operator, namespace, "other", "Failed", 300)
@@ -82,4 +99,6 @@ def make_wider_model(volumes: Path) -> None:
 
     from tests.cluster.conftest import CLONE
 
-    subprocess.run([sys.executable, "-m", "hack.tiny_model", str(volumes / "models" / "tiny-wide"), "--hidden-size", "128"], cwd=CLONE, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "hack.tiny_model", str(volumes / "models" / "tiny-wide"), "--hidden-size", "128"], cwd=CLONE, check=True
+    )

@@ -119,6 +119,8 @@ def test_nothing_is_written_while_nothing_changes(operator: Kube, namespace: str
 def wait_for_change(kube: Kube, namespace: str, seen: dict[str, object], seconds: float) -> None:
     version = seen["metadata"]["resourceVersion"]  # type: ignore[index]
     try:
-        wait_for(lambda: (kube.find("rlhfjob", "waits", "-n", namespace) or {})["metadata"]["resourceVersion"] != version, seconds, "a write")
+        wait_for(
+            lambda: (kube.find("rlhfjob", "waits", "-n", namespace) or {})["metadata"]["resourceVersion"] != version, seconds, "a write"
+        )
     except pytest.fail.Exception as unchanged:
         raise AssertionError from unchanged
