@@ -20,6 +20,7 @@ from rlhf_worker.errors import Diverged
 from rlhf_worker.experience import PackedBatch, TrainSequence, pack
 from rlhf_worker.model import PolicyModule, load_policy, logprobs_of, shard
 from rlhf_worker.pretrained import identity, load_config, load_tokenizer, make_readable
+from rlhf_worker.weights.sender import Sender
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 ADAM_BETAS = (0.9, 0.95)
@@ -157,8 +158,6 @@ class Trainer:
 
     def connect(self, engines: list[ActorHandle], backend: str, address: tuple[str, int]) -> None:
         """Open the way to the engines. Rank 0 sends."""
-        from rlhf_worker.weights.sender import Sender
-
         self.sender = Sender(self.config, self.module, self.rank, engines, backend, address)
 
     def send(self) -> int:
