@@ -2,7 +2,8 @@
 
 import pytest
 
-from rlhf_worker.actors.engine import check_context, check_engine_args, check_known, request_seed
+from rlhf_worker.actors.engine import request_seed
+from rlhf_worker.actors.engine_args import check_context, check_engine_args, check_known
 from rlhf_worker.errors import BadSpec
 from tests.worker.configs import run_config
 

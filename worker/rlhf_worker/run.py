@@ -8,6 +8,7 @@ says whether that makes sense (rlhf_api.progress), and /dev/termination-log carr
 """
 
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from yaml import YAMLError
 
 from rlhf_api.progress import EXIT_BAD_DATA, EXIT_BAD_SPEC, EXIT_OK
 from rlhf_api.run import RunConfig
-from rlhf_worker.actors.engine import check_engine_args
+from rlhf_worker.actors.engine_args import check_engine_args
 from rlhf_worker.actors.group import call, call_all
 from rlhf_worker.crew import Crew, close, start
 from rlhf_worker.errors import BadData, BadSpec
@@ -29,6 +30,7 @@ from rlhf_worker.progress import Reporter, StatusReporter, in_cluster_client
 from rlhf_worker.stop import EXIT_TERMINATED, Stop, Terminated
 
 EXIT_FAILED = 1
+RAY_DEADLINE_SECONDS = 300.0
 PLACEMENT_DEADLINE_SECONDS = 600.0
 FILE_DEADLINE_SECONDS = 3600.0
 TERMINATION_LOG = Path("/dev/termination-log")
@@ -130,6 +132,20 @@ def run(path: Path) -> int:
     return guarded(lambda: _run(path))
 
 
+def _connect(config: RunConfig, stop: Stop) -> None:
+    """To the Ray of this pod. The kubelet starts both containers at once, so its head may need a while."""
+    deadline = time.monotonic() + RAY_DEADLINE_SECONDS
+    while True:
+        try:
+            ray.init(address="auto", namespace=config.job.name, log_to_driver=True)
+            return
+        except ConnectionError:
+            if time.monotonic() > deadline:
+                raise
+        stop.check()
+        stop.wait(0.5)
+
+
 def _run(path: Path) -> None:
     stop = Stop()
     stop.install()
@@ -139,7 +155,8 @@ def _run(path: Path) -> None:
         raise BadSpec(f"run config {path}: {error}") from error
     reporter = StatusReporter(config, in_cluster_client())
     try:
-        ray.init(address="auto", namespace=config.job.name, log_to_driver=True)
+        reporter.update(detail="waiting for Ray's head")
+        _connect(config, stop)
         drive(config, reporter, stop)
     except BaseException as error:
         cause = root_cause(error)
