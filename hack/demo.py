@@ -129,13 +129,12 @@ def on_cluster(cfg: settings.Settings, manifest: Path) -> int:
 
 
 def on_this_machine(cfg: settings.Settings, manifest: Path) -> int:
-    """The same manifest without Kubernetes: only its paths are those of a directory that this user may write."""
+    """The same manifest without Kubernetes; a directory of this user stands for the node's."""
     volumes = cfg.cache / "local"
     print("[demo] no cluster can run here: the same manifest runs by rlhf_worker local", flush=True)
     step("model", lambda: prepare_model(cfg.cache, volumes))
-    mapped = volumes / manifest.name
-    mapped.write_text(manifest.read_text().replace(NODE_DIRECTORY, str(volumes)))
-    return subprocess.run([sys.executable, "-m", "rlhf_worker", "local", str(mapped)], check=False).returncode
+    command = [sys.executable, "-m", "rlhf_worker", "local", str(manifest), "--volume", f"{NODE_DIRECTORY}={volumes}"]
+    return subprocess.run(command, check=False).returncode
 
 
 def main() -> int:

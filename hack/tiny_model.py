@@ -1,10 +1,12 @@
-"""Make the tiny model of the tests: a random Llama of 2 layers with a character tokenizer. Under 1 MB, the same bytes every time.
+"""Make the tiny model of the tests and samples: a random Llama of 2 layers with a character tokenizer, and prompts for it
+(prompts.jsonl). Under 1 MB, the same bytes every time.
 
-usage: python hack/tiny_model.py <directory>
+usage: python -m hack.tiny_model DIRECTORY [--hidden-size N]
 """
 
+import argparse
+import json
 import string
-import sys
 from pathlib import Path
 
 import torch
@@ -28,22 +30,32 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=512)
 
 
-def model(tie: bool = True) -> LlamaForCausalLM:
+def model(tie: bool = True, hidden_size: int = HIDDEN) -> LlamaForCausalLM:
     """Random weights from seed 0, float32."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(SPECIAL) + len(CHARACTERS), hidden_size=HIDDEN, intermediate_size=2 * HIDDEN, num_hidden_layers=LAYERS,
+        vocab_size=len(SPECIAL) + len(CHARACTERS), hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, max_position_embeddings=512,
         tie_word_embeddings=tie, pad_token_id=0, bos_token_id=1, eos_token_id=2, dtype="float32",
     )
     return LlamaForCausalLM(config)
 
 
-def write(directory: Path) -> None:
-    model().save_pretrained(directory)
+def prompts() -> list[str]:
+    """64 sums of one-digit numbers."""
+    return [f"{a} + {b} =" for a in range(1, 9) for b in range(1, 9)]
+
+
+def write(directory: Path, hidden_size: int = HIDDEN) -> None:
+    model(hidden_size=hidden_size).save_pretrained(directory)
     tokenizer().save_pretrained(directory)
+    (directory / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts()))
     make_readable(directory)
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--hidden-size", type=int, default=HIDDEN)
+    given = parser.parse_args()
+    write(given.directory, given.hidden_size)

@@ -79,7 +79,7 @@ def run_mode(mode: str, work: Path, steps: int) -> dict[str, Any]:
 
 def child(path: Path, out: Path) -> int:
     """One run by the local driver, with what its reporter was told."""
-    from rlhf_worker.local import LocalRay, Overrides, configure
+    from rlhf_worker.local import LocalRay, configure
     from rlhf_worker.progress import ConsoleReporter
     from rlhf_worker.run import drive, guarded
     from rlhf_worker.stop import Stop
@@ -93,7 +93,7 @@ def child(path: Path, out: Path) -> int:
             self.steps.append({"step": step, "equal": proof.equal, "unproven": proof.unproven, "probe": proof.probe, **values})
 
     def work() -> None:
-        config = configure(path, Overrides())
+        config = configure(path, [])
         reporter = Recorder(config)
         reporter.steps = []
         with LocalRay(config, verbose=True):

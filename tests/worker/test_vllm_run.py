@@ -44,7 +44,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(manifest: Path, tiny: Path, checkpoints: Path, *more: str) -> list[str]:
-    return [sys.executable, "-u", "-m", "rlhf_worker", "local", str(manifest), "--model", str(tiny), "--checkpoint", str(checkpoints), *more]
+    """The sample's directories are these; a manifest that `changed` wrote keeps the sample's paths."""
+    separated = "separated" in manifest.name
+    mounts = {"models/tiny": tiny, f"checkpoints/tiny-{'separated' if separated else 'colocated'}": checkpoints}
+    volumes = [word for mount, directory in mounts.items() for word in ("--volume", f"/var/lib/rlhf/{mount}={directory}")]
+    return [sys.executable, "-u", "-m", "rlhf_worker", "local", str(manifest), *volumes, *more]
 
 
 def run(manifest: Path, tiny: Path, checkpoints: Path, *more: str) -> Run:
@@ -154,7 +158,7 @@ def test_sigterm_saves_and_exits_143(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_model_ends_the_run_before_any_engine(tmp_path: Path) -> None:
-    done = run(SAMPLES / "tiny-colocated.yaml", tmp_path / "no-model", tmp_path)
+    done = run(SAMPLES / "tiny-colocated.yaml", tmp_path / "no-model", tmp_path / "out")
     assert done.code == 64
     assert "BadSpec: spec.model.path: " in done.output and "no such directory" in done.output
 

@@ -18,8 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
     local = commands.add_parser("local", help="run an RLHFJob on this machine, without Kubernetes")
     local.add_argument("manifest", type=Path)
     local.add_argument("--steps", type=int, help="instead of spec.trainer.steps")
-    local.add_argument("--checkpoint", type=Path, metavar="DIR", help="instead of spec.checkpoint.path; the run resumes from a checkpoint in it")
-    local.add_argument("--model", metavar="PATH", help="instead of spec.model.path")
+    local.add_argument("--volume", action="append", default=[], metavar="MOUNT=DIR", help="DIR of this machine stands for MOUNT in the pods, such as /checkpoints=./out")
     local.add_argument("--verbose", action="store_true", help="show what the actors print")
     gguf = commands.add_parser("import-gguf", help="turn a GGUF file into a bfloat16 Hugging Face checkpoint")
     gguf.add_argument("file", type=Path)
@@ -33,10 +32,9 @@ def _dispatch(given: argparse.Namespace) -> int:
     if given.command == "run":
         return run(given.config)
     if given.command == "local":
-        from rlhf_worker.local import Overrides, local
+        from rlhf_worker.local import Volume, local
 
-        overrides = Overrides(steps=given.steps, checkpoint=given.checkpoint, model=given.model)
-        return guarded(lambda: local(given.manifest, overrides, given.verbose))
+        return guarded(lambda: local(given.manifest, [Volume.parse(text) for text in given.volume], given.steps, given.verbose))
     from rlhf_worker.gguf import import_gguf
 
     return guarded(lambda: import_gguf(given.file, given.directory))

@@ -6,8 +6,10 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -23,34 +25,50 @@ OBJECT_STORE_BYTES = 512 << 20
 START_TRIES = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Overrides:
-    """What the command line changes of the manifest."""
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """A directory of this machine that stands for a mount of the pods."""
 
-    steps: int | None = None
-    checkpoint: Path | None = None
-    model: str | None = None
+    mount: str
+    directory: str
+
+    @classmethod
+    def parse(cls, text: str) -> "Volume":
+        """`MOUNT=DIR`. Raises BadSpec."""
+        mount, sign, directory = text.partition("=")
+        if not (sign and mount.startswith("/") and directory):
+            raise BadSpec(f"--volume {text!r} is not MOUNT=DIR with an absolute MOUNT")
+        return cls(mount.rstrip("/"), str(Path(directory).absolute()))
+
+    def replaces(self, value: str) -> bool:
+        return value == self.mount or value.startswith(self.mount + "/")
 
 
-def configure(path: Path, overrides: Overrides) -> RunConfig:
+def mapped(node: Any, volumes: Sequence[Volume]) -> Any:
+    """Every path of a manifest that lies in a mount, at its place on this machine; the deepest mount wins."""
+    if isinstance(node, dict):
+        return {key: mapped(value, volumes) for key, value in node.items()}
+    if isinstance(node, list):
+        return [mapped(value, volumes) for value in node]
+    fitting = [v for v in volumes if isinstance(node, str) and v.replaces(node)]
+    if not fitting:
+        return node
+    deepest = max(fitting, key=lambda volume: len(volume.mount))
+    return deepest.directory + node.removeprefix(deepest.mount)
+
+
+def configure(path: Path, volumes: Sequence[Volume], steps: int | None = None) -> RunConfig:
     """Raises BadSpec with everything that is wrong with the manifest."""
     try:
-        config = resolve(load_job(path))
+        config = RunConfig.model_validate(mapped(resolve(load_job(path)).to_dict(), volumes))
     except InvalidJob as error:
         raise BadSpec("; ".join(error.problems)) from error
-    changes: dict[str, object] = {}
-    if overrides.steps is not None:
-        changes["trainer"] = config.trainer.model_copy(update={"steps": overrides.steps})
-    if overrides.checkpoint is not None:
-        changes["checkpoint"] = config.checkpoint.model_copy(update={"path": str(overrides.checkpoint.absolute())})
-    if overrides.model is not None:
-        changes["model"] = config.model.model_copy(update={"path": overrides.model})
-    return config.model_copy(update=changes)
+    return config if steps is None else config.model_copy(update={"trainer": config.trainer.model_copy(update={"steps": steps})})
 
 
-def local(path: Path, overrides: Overrides, verbose: bool = False) -> Result:
+def local(path: Path, volumes: Sequence[Volume], steps: int | None = None, verbose: bool = False) -> Result:
     """To the end of the run; it resumes when the checkpoint path holds a checkpoint. Raises what ends it."""
-    config = configure(path, overrides)
+    config = configure(path, volumes, steps)
     stop = Stop()
     stop.install()
     reporter = ConsoleReporter(config)
