@@ -94,7 +94,7 @@ class RolloutSpec(Model):
     samples_per_prompt: Annotated[int, Field(ge=2)] = Field(8, description="Completions of one prompt: the group of GRPO.")
     max_tokens: PositiveInt = Field(512, description="Most tokens of one completion.")
     temperature: Annotated[float, Field(gt=0, le=10)] = Field(1.0, description="Sampling temperature; the trainer's log probabilities use the same.")
-    seed: int | None = Field(None, ge=0, description="Seed of the engines' sampling. Unset: drawn from the job's seed.")
+    seed: int | None = Field(None, ge=0, description="Gives every sample a seed of its own, so that a resumed run draws the same samples. It costs speed on GPU (vLLM then samples request by request). Unset: each engine has one stream of random numbers, from trainer.seed.")
     deadline_seconds: Annotated[float, Field(gt=0)] = Field(1800.0, description="Deadline for generating one step's batch.")
     engine_args: FreeObject = Field(default_factory=dict, description="Further vLLM engine arguments by their python names, such as max_model_len.")
 

@@ -2,7 +2,7 @@
 
 usage: python hack/bench/gpu_placement.py [--out DIR] [--steps N] [--layers N]
 
-Makes a random model of Qwen3-0.6B's shape with a character tokenizer, runs `rlhf_worker`'s own local driver on it, and prints a JSON
+Makes a random model of Qwen3-0.6B's shape with a word for every token, runs `rlhf_worker`'s own local driver on it, and prints a JSON
 line and a Markdown table: the GPUs of every role, the checksums after each sync, and the seconds of each phase. Needs 2 GPUs.
 """
 
@@ -17,10 +17,12 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY = 151936
 REWARD = '''
 def reward(prompt, completion, **row):
-    """Share of the completion's characters that are an e."""
-    return completion.count("e") / len(completion) if completion else 0.0
+    """Share of the completion's words that hold a 7."""
+    words = completion.split()
+    return sum("7" in word for word in words) / len(words) if words else 0.0
 '''
 MODES: dict[str, dict[str, Any]] = {
     "colocated": {
@@ -36,17 +38,25 @@ def write_model(directory: Path, layers: int) -> int:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from hack.tiny_model import tokenizer
-
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=8,
+        vocab_size=VOCABULARY, hidden_size=1024, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=8,
         head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2, dtype="bfloat16",
     )
     model = Qwen3ForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return sum(p.numel() for p in model.parameters())
+
+
+def tokenizer() -> Any:
+    """A word for every token id, so that random weights write text that a reward can tell apart."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w3"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w3")
 
 
 def manifest(mode: str, work: Path, steps: int) -> dict[str, Any]:
@@ -65,7 +75,7 @@ def manifest(mode: str, work: Path, steps: int) -> dict[str, Any]:
 
 
 def write_prompts(path: Path) -> None:
-    path.write_text("".join(json.dumps({"prompt": f"{a} + {b} ="}) + "\n" for a in range(16) for b in range(16)))
+    path.write_text("".join(json.dumps({"prompt": f"w{a + 4} w{b + 4}"}) + "\n" for a in range(16) for b in range(16)))
 
 
 def run_mode(mode: str, work: Path, steps: int) -> dict[str, Any]:

@@ -106,7 +106,8 @@ class Loop:
         return [_sample(prompt, made) for p, prompt in enumerate(prompts) for made in groups[p]]
 
     def _request(self, prompt: Prompt, number: int, index: int) -> Request:
-        return Request(prompt.token_ids, request_seed(self.config.sampling_seed, number, prompt.uid, index))
+        seed = self.config.rollout.seed
+        return Request(prompt.token_ids, None if seed is None else request_seed(seed, number, prompt.uid, index))
 
     def _penalised(self, scored: list[ScoredSample]) -> torch.Tensor:
         """Rewards (B,) float32, less the KL penalty of each sample's tokens where the spec puts it there."""

@@ -28,7 +28,7 @@ CPU_KV_CACHE_BYTES = 256 << 20
 @dataclass(frozen=True, slots=True)
 class Request:
     token_ids: list[int]
-    seed: int
+    seed: int | None  # None: the engine's own stream of random numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Engine:
     def _engine_args(self, backend: str) -> dict[str, Any]:
         config, ranks = self.config, len(self.bundles)
         args: dict[str, Any] = {
-            "max_model_len": needed_context(config), "seed": config.sampling_seed, "disable_log_stats": True,
+            "max_model_len": needed_context(config), "seed": config.sampling_seed + self.index, "disable_log_stats": True,
             "gpu_memory_utilization": 0.9 * config.placement.engine_fraction,
         }
         if self.device == "cpu":
