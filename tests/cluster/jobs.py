@@ -76,7 +76,7 @@ def rewards(volumes: Path, job: Object) -> dict[int, float]:
     for file in sorted(directory.glob("events.*"), key=lambda f: f.stat().st_mtime):
         events = EventAccumulator(str(file))
         events.Reload()
-        found.update({event.step: event.value for event in events.Scalars("reward")})
+        found.update({event.step: event.value for event in events.Scalars("reward/mean")})
     return found
 
 
