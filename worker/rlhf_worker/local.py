@@ -69,10 +69,9 @@ def configure(path: Path, volumes: Sequence[Volume], steps: int | None = None) -
 def local(path: Path, volumes: Sequence[Volume], steps: int | None = None, verbose: bool = False) -> Result:
     """To the end of the run; it resumes when the checkpoint path holds a checkpoint. Raises what ends it."""
     config = configure(path, volumes, steps)
-    stop = Stop()
-    stop.install()
-    reporter = ConsoleReporter(config)
+    stop, reporter = Stop(), ConsoleReporter(config)
     with LocalRay(config, verbose):
+        stop.install()  # after ray.init, which takes SIGTERM for itself
         return drive(config, reporter, stop)
 
 
