@@ -65,10 +65,13 @@ def test_other_failures_leave_the_actors_traceback_in_3_kb(log: Path) -> None:
 
 def test_a_stop_interrupts_only_what_may_be_dropped() -> None:
     stop = Stop()
-    with stop.abandonable(), pytest.raises(Terminated):
+    stop.interrupt()
+    with stop.abandonable():
         stop._on_signal(15, None)
-    assert stop.asked
-    stop._on_signal(15, None)  # outside: only the flag
+        assert stop.asked
+        with pytest.raises(Terminated):
+            stop.interrupt()
+    stop.interrupt()  # outside: only the flag
     with pytest.raises(Terminated), stop.abandonable():
         pass
 

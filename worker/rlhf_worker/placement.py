@@ -6,6 +6,7 @@
 import contextlib
 import os
 import socket
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlhf_api.job import PlacementMode
 from rlhf_api.placement import Placement
 from rlhf_worker.errors import PlacementFailed
+from rlhf_worker.stop import interrupt_if_asked
 
 PROBE_SHARE = 0.001  # of a GPU, for the moment of looking at a bundle
 
@@ -105,12 +107,19 @@ def reserve(placement: Placement, deadline_seconds: float, name: str) -> Stage:
     _remove_left(name)
     wanted = wanted_bundles(placement)
     group = placement_group(wanted, strategy="PACK", name=name)
-    if not group.wait(timeout_seconds=deadline_seconds):
+    if not _wait(group, deadline_seconds):
         remove_placement_group(group)
         raise PlacementFailed(f"no placement for {len(wanted)} GPUs after {deadline_seconds:g} s: {shortage(placement, ray.cluster_resources())}")
     look = ray.remote(_look)
     calls = [look.options(**_probe_options(group, index)).remote(index) for index in range(len(wanted))]
     return Stage(group, tie(placement, ray.get(calls, timeout=deadline_seconds)))
+
+
+def _wait(group: PlacementGroup, deadline_seconds: float) -> bool:
+    end = time.monotonic() + deadline_seconds
+    while not (ready := group.wait(timeout_seconds=1)) and time.monotonic() < end:
+        interrupt_if_asked()
+    return bool(ready)
 
 
 def _remove_left(name: str) -> None:

@@ -157,6 +157,7 @@ def _run(path: Path) -> None:
     try:
         reporter.update(detail="waiting for Ray's head")
         _connect(config, stop)
+        stop.install()  # again: ray.init takes SIGTERM for itself
         drive(config, reporter, stop)
     except BaseException as error:
         cause = root_cause(error)

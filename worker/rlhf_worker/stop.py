@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import ClassVar
 
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
@@ -14,23 +15,32 @@ class Terminated(Exception):
 
 
 class Stop:
-    """A flag that SIGTERM (and, for a run by hand, SIGINT) sets; inside `abandonable` it also interrupts the main thread at once."""
+    """A flag that SIGTERM (and, for a run by hand, SIGINT) sets; inside `abandonable`, `interrupt_if_asked` raises.
+
+    The handler itself raises nothing: Ray's waits turn an exception from a handler into a SystemError.
+    """
+
+    installed: ClassVar["Stop | None"] = None  # signals belong to the process, so there is one
 
     def __init__(self) -> None:
         self._asked = threading.Event()
         self._may_abandon = False
 
     def install(self) -> None:
-        """Main thread only."""
+        """Main thread only, and after ray.init, which takes SIGTERM for itself."""
+        Stop.installed = self
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        again = self._asked.is_set()
+        if self._asked.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self._asked.set()
-        if self._may_abandon or (again and number == signal.SIGINT):
-            self._may_abandon = False
-            raise Terminated(f"signal {signal.Signals(number).name}")
+
+    def interrupt(self) -> None:
+        """Raises Terminated if asked while what runs may be dropped."""
+        if self._may_abandon:
+            self.check()
 
     @property
     def asked(self) -> bool:
@@ -53,3 +63,9 @@ class Stop:
 
     def wait(self, seconds: float) -> None:
         self._asked.wait(seconds)
+
+
+def interrupt_if_asked() -> None:
+    """Every wait of the driver calls this between its slices. Raises Terminated."""
+    if Stop.installed is not None:
+        Stop.installed.interrupt()

@@ -8,14 +8,18 @@ import ray
 from ray.actor import ActorHandle
 
 from rlhf_worker.errors import DeadlineExceeded
+from rlhf_worker.stop import interrupt_if_asked
+
+SLICE_SECONDS = 0.5  # of a wait, between looks at whether the run was asked to end
 
 
 def gather(calls: Sequence[Any], deadline_seconds: float, what: str) -> list[Any]:
     """Results in the calls' order. The first failure ends the wait at once. Raises DeadlineExceeded, or what an actor raised."""
     end, pending = time.monotonic() + deadline_seconds, list(calls)
     while pending:
-        done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, end - time.monotonic()))
-        if not done:
+        done, pending = ray.wait(pending, num_returns=1, timeout=min(SLICE_SECONDS, max(0.0, end - time.monotonic())))
+        interrupt_if_asked()
+        if not done and time.monotonic() > end:
             raise DeadlineExceeded(f"{what}: {len(pending)} of {len(calls)} not done after {deadline_seconds:g} s")
         ray.get(done)
     return list(ray.get(list(calls)))
