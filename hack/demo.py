@@ -24,6 +24,7 @@ NODE_DIRECTORY = "/var/lib/rlhf"
 MODEL = "models/smollm2-135m-instruct"
 SAMPLE = Path("manifests/samples/smollm2-colocated.yaml")
 FINISHED = {"Complete": 0, "Failed": 1}
+POLL_SECONDS = 3.0  # a kubectl costs half a second of a core, which the training needs
 HEADER = f"{'TIME':>6}  {'PHASE':<12} {'REASON':<22} {'STEP':>7} {'REWARD':>8} {'TOK/S':>8} {'WEIGHTS':>7}  DETAIL"
 
 
@@ -59,7 +60,7 @@ def watch(kube: Kube, name: str, namespace: str) -> Iterator[Object]:
             yield status
         if conditions(status, "True").keys() & FINISHED.keys():
             return
-        time.sleep(1)
+        time.sleep(POLL_SECONDS)
 
 
 def conditions(status: Object, value: str) -> dict[str, Object]:

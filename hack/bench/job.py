@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from hack.cluster import settings
+from hack.cluster.kube import Api
 from hack.kubectl import OPERATOR_NAMESPACE, Kube, kube
 
 MANIFEST = Path("manifests/samples/tiny-colocated.yaml")
@@ -28,11 +29,11 @@ OPERATOR_USER = f"system:serviceaccount:{OPERATOR_NAMESPACE}:"
 Object = dict[str, Any]
 
 
-def phases(cluster: Kube, name: str, seconds: float) -> tuple[dict[str, float], list[tuple[float, Object]]]:
+def phases(api: Api, name: str, seconds: float) -> tuple[dict[str, float], list[tuple[float, Object]]]:
     """Seconds from now at which each phase was first seen, and every progress report with its time."""
     start, seen, reports = time.monotonic(), dict[str, float](), list[tuple[float, Object]]()
     while time.monotonic() - start < seconds:
-        status = (cluster.find("rlhfjob", name) or {}).get("status", {})
+        status = (api.find(f"/apis/rlhf.dev/v1alpha1/namespaces/default/rlhfjobs/{name}") or {}).get("status", {})
         seen.setdefault(status.get("phase", "Pending"), time.monotonic() - start)
         if (progress := status.get("progress")) and (not reports or reports[-1][1] != progress):
             reports.append((time.monotonic() - start, progress))
@@ -95,7 +96,7 @@ def main() -> None:
     cluster.run("delete", "rlhfjob", name, "--ignore-not-found", "--wait", "--cascade=foreground")
     subprocess.run(["rm", "-rf", str(cfg.volumes / "checkpoints" / name)], check=True)
     cluster.run("apply", "-f", str(MANIFEST))
-    seen, reports = phases(cluster, name, 900)
+    seen, reports = phases(Api.from_kubeconfig(cfg.kubeconfig), name, 900)
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
     print("| from apply to | seconds |\n|---|---|")
     print("\n".join(f"| {phase} | {at:.1f} |" for phase, at in seen.items()))

@@ -18,6 +18,7 @@ from hack.cluster import settings
 from hack.kubectl import Kube, kube
 
 T = TypeVar("T")
+POLL_SECONDS = 2.0  # a kubectl costs half a second of a core, which the jobs under test need
 CLONE = Path(__file__).resolve().parents[2]
 numbers = count(int(time.time()) % 100000)
 
@@ -64,5 +65,5 @@ def wait_for(probe: Callable[[], T | None], seconds: float, what: Callable[[], A
     while time.monotonic() < deadline:
         if found := probe():
             return found
-        time.sleep(0.5)
+        time.sleep(POLL_SECONDS)
     pytest.fail(f"not within {seconds:.0f} s: {what if isinstance(what, str) else what()}", pytrace=True)
