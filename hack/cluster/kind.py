@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 
-from hack.cluster.settings import GPU_RESOURCE, KUBERAY, KUBERAY_CHARTS, LOGICAL_GPUS, OPERATOR_IMAGE, WORKER_IMAGE, Settings
+from hack.cluster.settings import GPU_RESOURCE, KUBERAY, KUBERAY_CHART, LOGICAL_GPUS, OPERATOR_IMAGE, WORKER_IMAGE, Settings
 from hack.cluster.steps import ClusterError, output, say, step
 
 _DOCKERFILES = {OPERATOR_IMAGE: "images/operator.Dockerfile", WORKER_IMAGE: "images/worker.Dockerfile"}
@@ -80,9 +80,11 @@ def _declare_gpus(cfg: Settings) -> None:
 
 
 def _install_kuberay(cfg: Settings) -> None:
-    chart = ["helm", "upgrade", "--install", "kuberay-operator", "kuberay-operator", "--repo", KUBERAY_CHARTS, "--version", KUBERAY]
+    name = os.environ.get("KUBERAY_CHART", KUBERAY_CHART)
+    chart = ["helm", "upgrade", "--install", "kuberay-operator", name, "--version", KUBERAY]
     where = ["--namespace", "kuberay-system", "--create-namespace", "--wait", "--timeout", "5m"]
-    output([*chart, *where], "see the message of helm", env=dict(os.environ, KUBECONFIG=str(cfg.kubeconfig)))
+    remedy = "add KubeRay's chart repository to Helm under the name kuberay, or set KUBERAY_CHART to a chart"
+    output([*chart, *where], remedy, env=dict(os.environ, KUBECONFIG=str(cfg.kubeconfig)))
 
 
 def _kubectl(cfg: Settings, *arguments: str) -> str:
