@@ -45,9 +45,6 @@ class Placement(Model):
     def gpus(self) -> int:
         return sum(group.pods * group.gpus_per_pod for group in self.groups)
 
-    def group_of(self, slot: int) -> PodGroup:
-        return next(group for group in self.groups if slot in group.slots)
-
 
 def _group(name: GroupName, gpus: int, most: int, first_slot: int) -> PodGroup:
     """`gpus` GPUs in as few equal pods of at most `most` GPUs as there can be; the rules made sure that it divides."""

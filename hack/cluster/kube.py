@@ -17,7 +17,6 @@ from typing import Any
 
 Object = dict[str, Any]
 MERGE = "application/merge-patch+json"
-APPLY = "application/apply-patch+yaml"
 
 
 class ApiError(Exception):

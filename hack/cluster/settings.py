@@ -20,7 +20,6 @@ GO_AT_LEAST = (1, 26)
 # Outside the private ranges, so that no route of this machine's own network is hidden (RFC 2544 test addresses).
 POD_RANGE = "198.18.0.0/16"
 SERVICE_RANGE = "198.19.0.0/20"
-SERVICE_API_SERVER = "198.19.0.1"
 LINK_PREFIX = "198.19.128.0"
 LINK_SLOTS = 8192  # /30 links in 198.19.128.0/17
 

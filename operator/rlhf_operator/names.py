@@ -21,12 +21,6 @@ def cluster_name(job: str, number: int) -> str:
     return f"{job}-{number}"
 
 
-def cluster_number(job: str, cluster: str) -> int | None:
-    """The inverse of `cluster_name`; None for a name that is not one of the job's."""
-    prefix, _, digits = cluster.rpartition("-")
-    return int(digits) if prefix == job and digits.isdigit() else None
-
-
 def run_config_name(job: str) -> str:
     return f"{job}-run"
 

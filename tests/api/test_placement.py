@@ -47,9 +47,9 @@ def test_colocated_takes_the_fractions_and_separated_whole_gpus() -> None:
     assert (apart.trainer_fraction, apart.engine_fraction) == (1.0, 1.0)
 
 
-def test_group_of_knows_every_slot() -> None:
+def test_the_groups_hold_every_slot_in_order() -> None:
     placement = placed(**SEPARATED, trainer__gpus=2, rollout__engines=2)
-    assert [placement.group_of(slot).ray_resource for slot in range(placement.gpus)] == ["rlhf-trainer"] * 2 + ["rlhf-rollout"] * 2
+    assert [group.ray_resource for slot in range(placement.gpus) for group in placement.groups if slot in group.slots] == ["rlhf-trainer"] * 2 + ["rlhf-rollout"] * 2
 
 
 @given(

@@ -27,6 +27,11 @@ def hack_cluster(verb: str) -> int:
     return subprocess.run([sys.executable, "-m", "hack.cluster", verb], cwd=CLONE, check=False).returncode
 
 
+def make_model(directory: Path, *options: str) -> None:
+    """The tiny model and its prompts, by hack/tiny_model.py."""
+    subprocess.run([sys.executable, "-m", "hack.tiny_model", str(directory), *options], cwd=CLONE, check=True)
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Kube]:
     if hack_cluster("up") != 0:
@@ -47,7 +52,7 @@ def operator(cluster: Kube) -> Kube:
 def volumes(cluster: Kube) -> Path:
     """This machine's side of /var/lib/rlhf in the pods, with the tiny model in it."""
     directory = settings.from_environment().volumes
-    subprocess.run([sys.executable, "-m", "hack.tiny_model", str(directory / "models" / "tiny")], cwd=CLONE, check=True)
+    make_model(directory / "models" / "tiny")
     return directory
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hack.kubectl import Kube
-from tests.cluster.conftest import wait_for
+from tests.cluster.conftest import make_model, wait_for
 from tests.cluster.jobs import condition, released, sample, status, wait_for_condition
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -86,19 +86,8 @@ def test_a_checkpoint_of_another_model_is_refused(operator: Kube, namespace: str
         checkpoint__path=directory,
         model={**first["spec"]["model"], "path": "/var/lib/rlhf/models/tiny-wide"},
     )
-    make_wider_model(volumes)
+    make_model(volumes / "models" / "tiny-wide", "--hidden-size", "128")
     operator.apply(other)
     failed = wait_for_condition(operator, namespace, "other", "Failed", 300)
     assert directory in failed["message"]
     assert status(operator, namespace, "other")["lastFailure"]["exitCode"] == 65
-
-
-def make_wider_model(volumes: Path) -> None:
-    import subprocess
-    import sys
-
-    from tests.cluster.conftest import CLONE
-
-    subprocess.run(
-        [sys.executable, "-m", "hack.tiny_model", str(volumes / "models" / "tiny-wide"), "--hidden-size", "128"], cwd=CLONE, check=True
-    )
