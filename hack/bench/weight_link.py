@@ -111,11 +111,11 @@ class Side:
         free, total = torch.cuda.mem_get_info()
         return {"reserved": torch.cuda.memory_reserved() / MIB, "device": (total - free) / MIB}
 
-    def connect(self, ports: list[int]) -> str:
-        """One NCCL communicator a port. Returns NCCL's version."""
+    def connect(self, port: int) -> str:
+        """One more NCCL communicator. Returns NCCL's version."""
         from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
 
-        self.comms += [stateless_init_process_group("127.0.0.1", port, self.rank, 2, 0) for port in ports]
+        self.comms.append(stateless_init_process_group("127.0.0.1", port, self.rank, 2, 0))
         return str(self.comms[0].nccl.ncclGetVersion())
 
     def nccl(self, name: str) -> list[Sample]:
@@ -319,9 +319,11 @@ class Pair:
 
     def connect(self) -> None:
         if not self.connected:
-            before = self.both("memory")
-            version = self.both("connect", free_ports(COMMUNICATORS), seconds=START_SECONDS)[0]
-            print(f"NCCL {version}: MiB before {before}, after {self.both('memory')} ({COMMUNICATORS} communicators)", flush=True)
+            memory = [self.both("memory")]
+            for port in free_ports(COMMUNICATORS):
+                version = self.both("connect", port, seconds=START_SECONDS)[0]
+                memory.append(self.both("memory"))
+            print(f"NCCL {version}: MiB of each side before the communicators and after each: {memory}", flush=True)
             self.connected = True
 
     def open(self) -> None:
@@ -412,6 +414,8 @@ def sweep(report: Report, pair: Pair, plan: Plan, size: int) -> None:
         except Exception as error:
             report.failed(where, name, error)
             pair.close()
+    if pair.sides:
+        print(f"\nMiB of each side at the end: {pair.both('memory')}", flush=True)
 
 
 def explore(shape: str, parts: list[str], environments: list[dict[str, str]], report: Report) -> None:
