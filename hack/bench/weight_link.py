@@ -13,7 +13,6 @@ import ctypes
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hack.bench.weight_ray import free_ports, local_ray, on
-from hack.bench.weight_shapes import SHAPES, elements, parameters
+from hack.bench.weight_base import SHAPES, Sample, elements, free_ports, local_ray, on, parameters, timed
 
 WARMUP, REPEAT = 2, 10
 COMMUNICATORS = 4
@@ -34,28 +32,6 @@ START_SECONDS, DEADLINE_SECONDS = 200.0, 60.0
 MIB = 1 << 20
 DEVICE = "cuda"
 Work = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Seconds."""
-
-    wall: float
-    event: float
-    host: float
-
-
-def timed(work: Work) -> Sample:
-    """From an idle device to an idle device."""
-    torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    began = time.perf_counter()
-    start.record()
-    work()
-    end.record()
-    host = time.perf_counter() - began
-    torch.cuda.synchronize()
-    return Sample(time.perf_counter() - began, start.elapsed_time(end) / 1e3, host)
 
 
 def graphed(work: Work) -> Work:
