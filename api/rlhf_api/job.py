@@ -125,10 +125,10 @@ class PlacementSpec(Model):
 
 
 class WeightSyncSpec(Model):
-    backend: Literal["auto", "nccl", "ipc", "gloo"] = Field("auto", description="auto: ipc when Colocated on GPU, nccl when Separated on GPU, gloo on CPU.")
+    backend: Literal["auto", "nccl", "ipc", "shm", "gloo", "vllm-nccl", "vllm-ipc", "sharded_rdt"] = Field("auto", description="auto: on GPU ipc when Colocated and nccl when Separated; on CPU shm on one node and gloo on several. vllm-nccl, vllm-ipc and sharded_rdt are vLLM's own.")
     verify: bool = Field(True, description="Prove after the first sync, and every verifyEverySteps, that the engines hold the trainer's weights.")
     verify_every_steps: PositiveInt = Field(50, description="Steps between two proofs.")
-    deadline_seconds: Annotated[float, Field(gt=0)] = Field(300.0, description="Deadline of one sync; past it the run stops and resumes from its checkpoint.")
+    deadline_seconds: Annotated[float, Field(gt=0)] = Field(300.0, description="Deadline of one sync. Past it the sync is tried again without the engines that died; if none did, the run stops and resumes from its checkpoint.")
 
 
 class CheckpointSpec(Model):

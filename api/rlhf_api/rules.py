@@ -101,7 +101,8 @@ def _reward_names(job: RLHFJob) -> Iterator[str]:
 
 def _backend(job: RLHFJob) -> Iterator[str]:
     backend, mode = job.spec.weight_sync.backend, job.spec.placement.mode
-    if (backend, mode) in {("ipc", PlacementMode.SEPARATED), ("nccl", PlacementMode.COLOCATED)}:
+    shared, apart = ("ipc", "vllm-ipc"), ("nccl", "vllm-nccl", "sharded_rdt")
+    if backend in (shared if mode is PlacementMode.SEPARATED else apart):
         yield f"backend is {backend}, mode is {mode}"
 
 
@@ -131,8 +132,8 @@ RULES = (
          "engines on more than one node must fill whole nodes: change rollout.engines, rollout.tensorParallelSize or placement.gpusPerNode", "rollout.engines", _whole_engines),
     Rule("spec", "self.rollout.promptsPerStep * self.rollout.samplesPerPrompt >= self.trainer.gpus * self.trainer.updatesPerStep",
          "a step's batch must hold a sample for each rank and update: raise rollout.promptsPerStep or lower trainer.updatesPerStep", "rollout.promptsPerStep", _batch),
-    Rule("spec", "!(self.weightSync.backend == 'ipc' && self.placement.mode == 'Separated') && !(self.weightSync.backend == 'nccl' && self.placement.mode == 'Colocated')",
-         "ipc needs Colocated (one GPU's memory, shared), nccl needs Separated (one rank a GPU): use auto", "weightSync.backend", _backend),
+    Rule("spec", "!(self.weightSync.backend in (self.placement.mode == 'Separated' ? ['ipc', 'vllm-ipc'] : ['nccl', 'vllm-nccl', 'sharded_rdt']))",
+         "ipc and vllm-ipc need Colocated (one GPU's memory, shared), nccl, vllm-nccl and sharded_rdt need Separated (one rank a GPU): use auto", "weightSync.backend", _backend),
     Rule("spec.data", "[has(self.jsonl), has(self.parquet), has(self.dataset), has(self.reasoningGym)].filter(x, x).size() == 1",
          "set exactly one of jsonl, parquet, dataset and reasoningGym", "data", _one_source),
     Rule("spec.rewards", "self.all(r, self.exists_one(other, other.name == r.name))", "names must be unique", "rewards", _reward_names),

@@ -12,7 +12,8 @@ from rlhf_worker.actors.group import call, call_all, gather
 from rlhf_worker.actors.policy import RemotePolicy
 from rlhf_worker.placement import Stage, check_seats
 from rlhf_worker.progress import Reporter
-from rlhf_worker.weights.sync import WeightSync, choose_backend
+from rlhf_worker.weights.backends import choose
+from rlhf_worker.weights.sync import WeightSync
 
 START_DEADLINE_SECONDS = 1800.0
 CLOSE_DEADLINE_SECONDS = 60.0
@@ -33,7 +34,7 @@ class Crew:
 def start(config: RunConfig, stage: Stage, reporter: Reporter) -> tuple[Crew, dict[str, list[str]]]:
     """Every actor, loaded, connected, and proven to sit where the plan says."""
     reporter.update(detail="starting feed, trainer and engines")
-    backend = choose_backend(config, stage.device)
+    backend = choose(config, stage.device, one_node=len({bundle.node for bundle in stage.bundles.values()}) == 1)
     feed = RemoteFeed.options(**stage.options(config.placement.trainer_slots[0], 0.0)).remote(config)
     policy, engines = _policy(config, stage), _engines(config, stage)
     opened = [feed.open.remote(), *(engine.start.remote(backend) for engine in engines)]

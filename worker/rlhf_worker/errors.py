@@ -27,3 +27,7 @@ class Diverged(Exception):
 
 class RewardFailed(Exception):
     """A reward gave no value for a sample, in any of its tries. The message names the reward, the prompt and the reward's own error."""
+
+
+class LinkBroken(Exception):
+    """A weight sync failed between its ranks: one of them died, or its link did. What they hold is not a version."""

@@ -49,7 +49,7 @@ def step_fields(step: int, total: int, values: Mapping[str, float], eta_seconds:
 
 def sync_fields(synced: Synced, before: Sync | None) -> dict[str, Any]:
     proven = synced.version if synced.proof else before.verified_version if before else None
-    return {"sync": Sync(version=synced.version, seconds=f"{synced.seconds:.2f}", backend=synced.backend, verified_version=proven)}
+    return {"sync": Sync(version=synced.version, seconds=f"{synced.seconds:.3f}", backend=synced.backend, verified_version=proven)}
 
 
 class Reporter(Protocol):
@@ -190,4 +190,4 @@ def proven(synced: Synced) -> str:
     proof = synced.proof
     assert proof is not None
     probe = f", probe within {proof.probe:.2g}" if proof.probe is not None else ""
-    return f"weights version {synced.version} delivered by {synced.backend}: {proof.equal} checksums equal, {proof.unproven} packed{probe}"
+    return f"weights version {synced.version} delivered by {synced.backend}: {proof.equal} checksums equal, {proof.indirect} packed or loaded{probe}, in {proof.seconds:.2f} s"

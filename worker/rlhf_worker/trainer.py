@@ -3,6 +3,7 @@
 Every public method is a collective: all ranks call it at once.
 """
 
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from rlhf_api.run import RunConfig
 from rlhf_worker import checkpoint, losses
 from rlhf_worker.errors import Diverged
 from rlhf_worker.experience import PackedBatch, TrainSequence, pack
-from rlhf_worker.model import PolicyModule, load_policy, logprobs_of, shard
+from rlhf_worker.model import PREFIX, PolicyModule, load_policy, logprobs_of, shard
 from rlhf_worker.pretrained import identity, load_config, load_tokenizer, make_readable
-from rlhf_worker.weights.sender import Sender
+from rlhf_worker.weights.backends import Sender
+from rlhf_worker.weights.source import PolicySource
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 ADAM_BETAS = (0.9, 0.95)
@@ -41,6 +43,7 @@ class Trainer:
         self.device = torch.device(device)
         self.root = Path(config.checkpoint.path)
         self.version = 0
+        self.sender: Sender | None = None
         if device == "cpu":
             torch.set_num_threads(threads)
 
@@ -57,6 +60,7 @@ class Trainer:
         trainer, algorithm = self.config.trainer, self.config.algorithm
         self.mesh = init_device_mesh(self.device.type, (self.world,))
         self.module = self._module()
+        self.source = PolicySource(self._named, getattr(torch, self.config.model.dtype))
         self.reference = self._module().requires_grad_(False) if algorithm.kl.coefficient > 0 else None
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), lr=trainer.learning_rate, betas=ADAM_BETAS, weight_decay=trainer.weight_decay, fused=self.device.type == "cuda"
@@ -67,6 +71,10 @@ class Trainer:
         module = load_policy(config.model, config.rollout.temperature, gradient_checkpointing=config.trainer.gradient_checkpointing)
         shard(module, self.mesh, config.model.dtype)
         return module.to(self.device)
+
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters by their checkpoint names."""
+        return ((name.removeprefix(PREFIX), parameter) for name, parameter in self.module.named_parameters())
 
     def train(self, updates: list[list[PackedBatch]]) -> dict[str, float]:
         """This rank's micro-batches of each optimizer update. Returns means over the step, the same on every rank. Raises Diverged.
@@ -156,21 +164,23 @@ class Trainer:
                 sums[int(number)] = sums.get(int(number), 0.0) + value
         return sums
 
-    def connect(self, engines: list[ActorHandle], backend: str, address: tuple[str, int]) -> None:
-        """Open the way to the engines. Rank 0 sends."""
-        self.sender = Sender(self.config, self.module, self.rank, engines, backend, address)
+    def connect(self, engines: list[ActorHandle], backend: str, address: tuple[str, int], distrusted: frozenset[str]) -> list[str]:
+        """Open the way to the engines, in place of the one before. Returns what an administrator should know of it."""
+        if self.sender is not None:
+            self.sender.close()
+        self.sender = Sender(self.config, self.source, self.rank, engines, backend, address, distrusted)
+        return self.sender.notes()
 
-    def send(self) -> int:
+    def send(self, *, prove: bool) -> int:
         """The weights into all engines; returns their version."""
-        self.sender.send()
+        assert self.sender is not None
+        self.sender.send(prove=prove)
         return self.version
 
-    def digests(self, shapes: list[dict[str, tuple[int, ...]]], packed: dict[str, list[str]]) -> list[dict[str, str]] | None:
-        """What each rank of an engine must hold; on rank 0 only."""
-        if self.rank == 0:
-            return self.sender.digests(shapes, packed)
-        self.sender.gather_only()
-        return None
+    def checksums(self) -> list[dict[str, int]]:
+        """This rank's share of what each engine rank's parameters must sum up to."""
+        assert self.sender is not None
+        return self.sender.checksums()
 
     def probe(self, token_ids: list[int]) -> list[float]:
         """Log probability of each token after the first, at temperature 1."""
@@ -203,7 +213,7 @@ class Trainer:
     def export(self) -> str:
         """The model as a Hugging Face checkpoint under <checkpoint.path>/export, in the engine's dtype."""
         target = self.root / "export"
-        weights = {name: tensor.cpu() for name, tensor in self.sender.source if self.rank == 0}
+        weights = {name: tensor.cpu() for name, tensor in self.source if self.rank == 0}
         if self.rank == 0:
             self.module.lm.save_pretrained(target, state_dict=weights)
             load_tokenizer(self.config.model).save_pretrained(target)

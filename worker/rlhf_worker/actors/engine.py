@@ -6,7 +6,9 @@ vLLM is imported after the environment is set, because it reads it at import.
 import asyncio
 import hashlib
 import os
+import pickle
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +19,13 @@ from rlhf_worker.actors.engine_args import check_context, check_engine_args, che
 from rlhf_worker.errors import DeadlineExceeded
 from rlhf_worker.placement import Seat
 from rlhf_worker.pretrained import context_length, load_config, require_path
+from rlhf_worker.weights.backends import engine_backend
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    from rlhf_worker.weights.compare import EngineSums
 
 CPU_KV_CACHE_BYTES = 256 << 20
 
@@ -56,6 +61,7 @@ class Engine:
         self.bundles = bundles
         self.threads = threads
         self.version = 0
+        self.stale = False  # between a sync's begin and its end: what it holds is no version
         self.llm: AsyncLLM | None = None
         self._requests = 0
 
@@ -107,7 +113,7 @@ class Engine:
         return args | {
             "model": str(Path(config.model.path).expanduser()) if config.model.path.startswith("~") else config.model.path,
             "dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code, "tensor_parallel_size": ranks,
-            "distributed_executor_backend": self._executor(), "logprobs_mode": "processed_logprobs", "weight_transfer_config": {"backend": backend},
+            "distributed_executor_backend": self._executor(), "logprobs_mode": "processed_logprobs", "weight_transfer_config": {"backend": engine_backend(backend)},
         }
 
     def _executor(self) -> Any:
@@ -134,10 +140,13 @@ class Engine:
     async def generate(self, requests: list[Request], deadline_seconds: float) -> list[Completion]:
         """One completion a request, in order. Raises DeadlineExceeded.
 
+        Raises RuntimeError between a sync that failed and the next one that does not.
         All requests wait in the queue before the first is scheduled, so that the same requests make the same batches, and on
         one machine the same bits, whatever the timing.
         """
         llm = self._running()
+        if self.stale:
+            raise RuntimeError(f"engine {self.index} holds a part of a sync, after version {self.version}: it serves nothing until a whole one")
         await llm.pause_generation(mode="keep", clear_cache=False)
         tasks = [asyncio.create_task(self._one(request)) for request in requests]
         try:
@@ -191,25 +200,26 @@ class Engine:
         pairs = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
         return [by_token[token].logprob for token, by_token in pairs if by_token is not None]
 
-    async def digests(self) -> list[dict[str, str]]:
-        """SHA-256 of every parameter of each tensor-parallel rank, by vLLM's names."""
-        ranks = await self._running().compute_weight_checksums()
-        return [{name.rsplit(":", 1)[1]: digest for name, digest in rank.items()} for rank in ranks]
+    async def alive(self) -> None:
+        """Returns if the engine and its workers do."""
+        await self._running().check_health()
 
-    async def layout(self) -> tuple[list[dict[str, tuple[int, ...]]], dict[str, list[str]]]:
-        """Shapes of every rank's parameters, and vLLM's fused modules with the checkpoint's in each (qkv_proj: q_proj, k_proj, v_proj)."""
-        ranks = await self._running().collective_rpc(_layout)
-        return [shapes for shapes, _ in ranks], ranks[0][1]
+    async def checksums(self) -> list["EngineSums"]:
+        """Of each tensor-parallel rank."""
+        from rlhf_worker.weights.receiver import checksums
+
+        return [pickle.loads(rank) for rank in await self._running().collective_rpc(checksums)]
 
     async def pause(self) -> None:
         await self._running().pause_generation(mode="keep", clear_cache=False)
+        self.stale = True
 
     async def adopt(self, version: int) -> None:
         """The new weights are in place: forget what the old ones computed, and count from the new version."""
         llm = self._running()
         await llm.reset_prefix_cache(reset_running_requests=True)
         await llm.update_weight_version(str(version))
-        self.version = version
+        self.version, self.stale = version, False
 
     async def resume(self) -> None:
         await self._running().resume_generation()
@@ -225,6 +235,19 @@ class Engine:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         await self._running().init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def weight_plan(self, metas: bytes, distrusted: frozenset[str]) -> list[bytes]:
+        """Of each tensor-parallel rank, a pickled RankPlan for the trainer's pickled ParamMetas."""
+        from rlhf_worker.weights.receiver import plan_of
+
+        plans: list[bytes] = await self._running().collective_rpc(partial(plan_of, metas=metas, distrusted=distrusted))
+        return plans
+
+    async def sync_weights(self, update_info: dict[str, Any]) -> None:
+        """A whole sync of the planned backend in one call of the workers."""
+        from rlhf_worker.weights.receiver import sync
+
+        await self._running().collective_rpc(partial(sync, update_info=update_info))
 
     async def start_weight_update(self) -> None:
         await self._running().start_weight_update()
@@ -250,12 +273,6 @@ def _worker_seat(worker: Any) -> Seat:
 
         return Seat.of_uuid(str(torch.cuda.get_device_properties(worker.device).uuid))
     return Seat.here("cpu")
-
-
-def _layout(worker: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, list[str]]]:
-    """Runs in a vLLM worker process."""
-    model = worker.model_runner.get_model()
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}, dict(getattr(model, "packed_modules_mapping", {}))
 
 
 RemoteEngine = ray.remote(Engine)

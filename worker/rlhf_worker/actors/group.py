@@ -25,6 +25,21 @@ def gather(calls: Sequence[Any], deadline_seconds: float, what: str) -> list[Any
     return list(ray.get(list(calls)))
 
 
+def answering(actors: Sequence[ActorHandle], method: str, *, deadline_seconds: float) -> list[ActorHandle]:
+    """Those whose method returns in time, without an error."""
+    calls = {actor: getattr(actor, method).remote() for actor in actors}
+    done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=deadline_seconds)
+    return [actor for actor, answer in calls.items() if answer in done and not _failed(answer)]
+
+
+def _failed(answer: Any) -> bool:
+    try:
+        ray.get(answer)
+    except ray.exceptions.RayError:
+        return True
+    return False
+
+
 def call(actor: ActorHandle, method: str, *args: Any, deadline_seconds: float, what: str) -> Any:
     """One actor's result. Raises as `gather` does."""
     return gather([getattr(actor, method).remote(*args)], deadline_seconds, what)[0]

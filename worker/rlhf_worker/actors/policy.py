@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from rlhf_worker.checkpoint import RunState
     from rlhf_worker.experience import PackedBatch
 
-Shapes = list[dict[str, tuple[int, ...]]]
-
 
 class Policy:
     """Created in its bundle by `crew`; the work begins with `join`, so that a failure is the call's and not the actor's."""
@@ -53,14 +51,14 @@ class Policy:
     def kl_sums(self, batches: "list[PackedBatch]") -> dict[int, float]:
         return self.trainer.kl_sums(batches)
 
-    def connect(self, engines: list[ActorHandle], backend: str, address: tuple[str, int]) -> None:
-        self.trainer.connect(engines, backend, address)
+    def connect(self, engines: list[ActorHandle], backend: str, address: tuple[str, int], distrusted: frozenset[str]) -> list[str]:
+        return self.trainer.connect(engines, backend, address, distrusted)
 
-    def send(self) -> int:
-        return self.trainer.send()
+    def send(self, prove: bool) -> int:
+        return self.trainer.send(prove=prove)
 
-    def digests(self, shapes: Shapes, packed: dict[str, list[str]]) -> list[dict[str, str]] | None:
-        return self.trainer.digests(shapes, packed)
+    def checksums(self) -> list[dict[str, int]]:
+        return self.trainer.checksums()
 
     def probe(self, token_ids: list[int]) -> list[float]:
         return self.trainer.probe(token_ids)

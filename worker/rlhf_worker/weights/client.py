@@ -1,5 +1,6 @@
-"""vLLM's weight-sync client for several engines in one group, every call with a deadline."""
+"""The trainer's calls to the engines of a sync, all of them at once, each with a deadline."""
 
+import pickle
 import time
 from typing import Any
 
@@ -7,10 +8,14 @@ import ray
 from ray.actor import ActorHandle
 
 from rlhf_worker.errors import DeadlineExceeded
+from rlhf_worker.weights.plan import RankPlan
 
 
 class EnginesClient:
-    """Fans each call out to all engines. vLLM's own Ray client gives every engine the same rank offset, so it serves one only."""
+    """vLLM's client protocol for several engines, and the one-call sync of the `planned` backend.
+
+    vLLM's own Ray client gives every engine the same rank offset, so it serves one only.
+    """
 
     def __init__(self, engines: list[ActorHandle], ranks_per_engine: int, deadline_seconds: float) -> None:
         self.engines = engines
@@ -23,15 +28,33 @@ class EnginesClient:
         """A new sync: the deadline counts from here."""
         self._end = time.monotonic() + self.deadline_seconds
 
-    def _all(self, method: str, *args: Any) -> None:
-        calls = [getattr(engine, method).remote(*args) for engine in self.engines]
-        self._wait(method, calls)
+    def _all(self, method: str, *args: Any) -> list[Any]:
+        return self._wait(method, [getattr(engine, method).remote(*args) for engine in self.engines])
 
-    def _wait(self, method: str, calls: list[Any]) -> None:
+    def _wait(self, method: str, calls: list[Any]) -> list[Any]:
         try:
-            ray.get(calls, timeout=max(0.0, self._end - time.monotonic()))
+            return list(ray.get(calls, timeout=max(0.0, self._end - time.monotonic())))
         except ray.exceptions.GetTimeoutError:
             raise DeadlineExceeded(f"weight sync: {method} took longer than spec.weightSync.deadlineSeconds ({self.deadline_seconds:g} s)") from None
+
+    # The planned backend.
+
+    def plans(self, metas: bytes, distrusted: frozenset[str]) -> list[RankPlan]:
+        """Of each tensor-parallel rank, the same in every engine. Raises RuntimeError when engines differ."""
+        found: list[list[RankPlan]] = [[pickle.loads(plan) for plan in plans] for plans in self._all("weight_plan", metas, distrusted)]
+        for index, plans in enumerate(found[1:], 1):
+            if plans != found[0]:
+                raise RuntimeError(f"weight sync: engine {index} lays its parameters out in another way than engine 0")
+        return found[0]
+
+    def connect(self, terms: bytes) -> None:
+        calls = [engine.init_weight_transfer.remote({"terms": terms, "engine": index}) for index, engine in enumerate(self.engines)]
+        self._wait("init_weight_transfer", calls)
+
+    def sync(self, *, handles: bytes | None = None, proof: bool = False) -> None:
+        self._all("sync_weights", {"handles": handles, "proof": proof})
+
+    # vLLM's protocol, for its own backends.
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         calls = [engine.init_weight_transfer.remote(self._of(init_info, index)) for index, engine in enumerate(self.engines)]

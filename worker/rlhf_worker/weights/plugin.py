@@ -1,7 +1,6 @@
-"""vLLM's plugin entry point (`vllm.general_plugins`): makes the gloo backend known in every process that vLLM starts."""
+"""vLLM's plugin entry point (`vllm.general_plugins`): makes the planned backend known in every process that vLLM starts."""
 
-NAME = "gloo"
-MODULE = "rlhf_worker.weights.gloo"
+NAME = "planned"
 
 
 def register() -> None:
@@ -9,6 +8,6 @@ def register() -> None:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory, WeightTransferTrainerFactory
 
     if NAME not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(NAME, MODULE, "GlooWeightTransferEngine")
+        WeightTransferEngineFactory.register_engine(NAME, "rlhf_worker.weights.receiver", "PlannedWeightTransferEngine")
     if NAME not in WeightTransferTrainerFactory._registry:
-        WeightTransferTrainerFactory.register_engine(NAME, MODULE, "GlooTrainerWeightTransferEngine")
+        WeightTransferTrainerFactory.register_engine(NAME, "rlhf_worker.weights.sender", "PlannedTrainerWeightTransferEngine")

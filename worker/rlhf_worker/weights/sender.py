@@ -1,65 +1,186 @@
-"""A trainer rank's end of the weight transfer, by vLLM's trainer factory."""
+"""A trainer rank's end of a sync: vLLM's trainer engine `planned`. Each rank gives the rows that it holds, and gathers nothing."""
+
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import ClassVar, Self, TypeVar
 
 import torch
-from ray.actor import ActorHandle
-from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine
-from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+import torch.distributed as dist
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine, WeightSource
 
-from rlhf_api.run import RunConfig
-from rlhf_worker.model import PolicyModule
+from rlhf_worker.errors import LinkBroken
+from rlhf_worker.weights import checksum, mapped, wire
 from rlhf_worker.weights.client import EnginesClient
-from rlhf_worker.weights.plugin import register
+from rlhf_worker.weights.plan import Group, Hop, Piece, RankPlan, pieces, to_all, waves, whole
+from rlhf_worker.weights.recorder import placed
 from rlhf_worker.weights.source import PolicySource
-from rlhf_worker.weights.verify import Ledger
+from rlhf_worker.weights.terms import Terms
 
-IPC_BUFFER_BYTES = 512 << 20  # staged on a GPU that trainer and engine share
-
-
-class Sender:
-    """Every rank has one; rank 0 talks to the engines, the others take part in gathering each parameter."""
-
-    def __init__(
-        self, config: RunConfig, module: PolicyModule, rank: int, engines: list[ActorHandle], backend: str, address: tuple[str, int]
-    ) -> None:
-        register()
-        self.source = PolicySource(module, getattr(torch, config.model.dtype))
-        ranks_per_engine = config.rollout.tensor_parallel_size
-        deadline = config.weight_sync.deadline_seconds
-        self.client = EnginesClient(engines, ranks_per_engine, deadline)
-        world = 1 + len(engines) * ranks_per_engine
-        info = _init_info(backend, rank, address, world, deadline)
-        self.engine: TrainerWeightTransferEngine[TrainerInitInfo] = WeightTransferTrainerFactory.trainer_init(
-            info, client=self.client, source=self.source
-        )
-
-    def send(self) -> None:
-        """Raises DeadlineExceeded, or what an engine raised."""
-        self.client.begin()
-        self.engine.send_weights()
-
-    def digests(self, shapes: list[dict[str, tuple[int, ...]]], packed: dict[str, list[str]]) -> list[dict[str, str]]:
-        """What each rank of an engine with parameters of `shapes` must hold."""
-        ledger = Ledger(shapes, packed)
-        for name, tensor in self.source:
-            ledger.add(name, tensor)
-        return ledger.digests
-
-    def gather_only(self) -> None:
-        """The other ranks' part of `digests`."""
-        for _ in self.source:
-            pass
+T = TypeVar("T")
 
 
-def _init_info(backend: str, rank: int, address: tuple[str, int], world: int, deadline: float) -> TrainerInitInfo:
-    host, port = address
-    if backend == "ipc":
-        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+@dataclass
+class PlannedTrainerInitInfo(TrainerInitInfo):
+    backend: ClassVar[str] = "planned"
 
-        return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=IPC_BUFFER_BYTES)
-    if backend == "nccl":
-        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    link: str  # "ipc" | "shm" | "nccl" | "gloo"
+    address: tuple[str, int]  # of a free port on rank 0's host
+    world: int = 1  # trainer ranks, which are the default process group where there are several
+    deadline_seconds: float = field(default=300.0, kw_only=True)
+    distrusted: frozenset[str] = field(default=frozenset(), kw_only=True)  # parameters whose record did not stand the test
 
-        return NCCLTrainerInitInfo(rank=rank, master_address=host, master_port=port, world_size=world, packed=True)
-    from rlhf_worker.weights.gloo import GlooTrainerInitInfo
 
-    return GlooTrainerInitInfo(rank=rank, master_address=host, master_port=port, world_size=world, timeout_seconds=deadline)
+class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrainerInitInfo]):
+    """Called on every trainer rank. Rank 0 talks to the engines."""
+
+    init_info_cls = PlannedTrainerInitInfo
+    client: EnginesClient
+    source: PolicySource
+    channel: wire.Channel | None = None
+    plans: list[RankPlan]  # of each tensor-parallel rank; engines of one run are alike
+
+    @classmethod
+    def trainer_init(cls, init_info: PlannedTrainerInitInfo, *, client: EnginesClient, source: WeightSource | None = None) -> Self:
+        """Raises DeadlineExceeded when an engine does not join, and what an engine raised."""
+        assert isinstance(source, PolicySource)
+        engine = cls(client=client, source=source, is_sender=init_info.is_sender)
+        engine.info = init_info
+        engine.connect()
+        return engine
+
+    def connect(self) -> None:
+        """Plans from the engines, and the link to them."""
+        self.shards = self.source.held()
+        metas = self.source.own_metas()
+        self.plans = self._agree(lambda: self.client.plans(pickle.dumps(metas), self.info.distrusted))
+        self.group = Group(self.info.world, len(self.client.engines), len(self.plans))
+        extents = self._all({name: shard.extent for name, shard in self.shards.items()})
+        mapping = self.info.link in ("ipc", "shm")
+        handles = self._all(self._export()) if mapping else None
+        self.terms = Terms(self.info.link, metas, tuple(extents), self.group, tuple(handles) if handles else None, self.info.address, self.info.deadline_seconds)
+        self.needs = [[p for p in pieces(plan, extents, self.terms.dtypes) if p.rank == self.info.rank] for plan in self.plans]
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            joined = pool.submit(self.client.connect, pickle.dumps(self.terms)) if self.is_sender else None
+            if not mapping:
+                self._join()
+            if joined is not None:
+                joined.result()
+
+    def _agree(self, ask: Callable[[], list[RankPlan]]) -> list[RankPlan]:
+        """What rank 0 learnt, on every rank."""
+        found = [ask() if self.is_sender else None]
+        if self.info.world > 1:
+            dist.broadcast_object_list(found, src=0)
+        assert found[0] is not None
+        return found[0]
+
+    def _all(self, own: T) -> list[T]:
+        if self.info.world == 1:
+            return [own]
+        found: list[T] = [own] * self.info.world
+        dist.all_gather_object(found, own)
+        return found
+
+    def _export(self) -> dict[str, mapped.Handle]:
+        handles = mapped.export({name: shard.local for name, shard in self.shards.items()})
+        self.places = self._places()  # afterwards: on CPU the memory has moved just now
+        return handles
+
+    def _places(self) -> list[int]:
+        return [shard.local.data_ptr() for shard in self.shards.values()]
+
+    def _join(self) -> None:
+        device = next(iter(self.shards.values())).local.device
+        address = wire.Address(self.info.address, self.info.rank, self.group.size, self.info.deadline_seconds)
+        self.channel = wire.GlooChannel(address) if device.type == "cpu" else wire.NcclChannel(address, device)
+        by_rank = [waves(own, rank, self.group, self.terms.stage_limit) for rank, own in enumerate(self.needs)]
+        self.hops = [[hop for hops in wave for hop in hops] for wave in zip_longest(*by_rank, fillvalue=())]
+        self.stage = wire.make_stage(self.hops, self.info.rank, device)
+        self.waves = self._waves()
+        self.places = self._places()
+
+    def _waves(self) -> list[wire.Wave]:
+        dtypes = {target: getattr(torch, name) for plan in self.plans for target, name in plan.dtypes.items()}
+        return [self._wave(hops, dtypes, self.stage[number % 2]) for number, hops in enumerate(self.hops)]
+
+    def _wave(self, hops: Sequence[Hop], dtypes: Mapping[str, torch.dtype], stage: Tensor) -> wire.Wave:
+        return wire.make_wave(hops, self.info.rank, self._take, self._take, lambda piece: dtypes[piece.move.target], stage)
+
+    def _take(self, piece: Piece) -> Tensor:
+        return placed(self.shards[piece.move.source].local, piece.move.take)
+
+    def send_weights(self, *, proof: bool = False) -> None:
+        """The weights, as they are now, into every engine. On all ranks, after the last optimizer step has ended on all of them.
+
+        proof: let the engines note checksums of what they pack away. Raises DeadlineExceeded, LinkBroken, or what an engine raised.
+        """
+        self.shards = self.source.held()
+        moved = self.places != self._places()
+        if self.info.link in ("ipc", "shm"):
+            self._let_read(moved, proof)
+            return
+        if moved:
+            self.waves, self.places = self._waves(), self._places()
+        channel = self.channel
+        assert channel is not None
+        pool = ThreadPoolExecutor(max_workers=1)
+        received = pool.submit(self.client.sync, proof=proof) if self.is_sender else None
+        try:
+            if received is not None:
+                received.add_done_callback(lambda told: channel.abort() if told.exception() is not None else None)
+            wire.run(channel, self.waves)
+            self._send_whole(channel)
+            if received is not None:
+                received.result()
+        except LinkBroken:
+            if received is not None and received.done():
+                received.result()  # what the engine said is nearer to the cause
+            raise
+        finally:
+            pool.shutdown(wait=False)  # a receiver that hangs must not hang the trainer
+
+    def _let_read(self, moved: bool, proof: bool) -> None:
+        handles = None
+        if self.info.world > 1:
+            flag = torch.tensor([moved])
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            moved = bool(flag.item())
+        if moved:
+            handles = pickle.dumps(tuple(self._all(self._export())))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if self.is_sender:
+            self.client.sync(handles=handles, proof=proof)
+
+    def _send_whole(self, channel: wire.Channel) -> None:
+        """The tensors that engines load by load_weights, one at a time, to every rank that does."""
+        for meta in self.terms.metas:
+            takers = [rank for rank, plan in enumerate(self.plans) if meta.name in plan.reload]
+            if not takers:
+                continue
+            receivers = [self.group.number(engine, rank) for rank in takers for engine in range(self.group.engines)]
+            dtype = self.source.dtype
+            parts = pieces(whole(meta.name, torch.Size(meta.shape).numel(), str(dtype).removeprefix("torch.")), self.terms.shards, self.terms.dtypes)
+            hops = to_all([part for part in parts if part.rank == self.info.rank], receivers)
+            stage = torch.empty(sum(h.piece.move.put.numel * dtype.itemsize + wire.ALIGNMENT for h in hops), dtype=torch.uint8, device=self.stage[0].device)
+            wire.run(channel, [self._wave(hops, {meta.name: dtype}, stage)])
+
+    def checksums(self) -> list[dict[str, int]]:
+        """This rank's share of what every parameter of each tensor-parallel rank must sum up to, modulo 2^64."""
+        return [self._sums(plan, own) for plan, own in zip(self.plans, self.needs, strict=True)]
+
+    def _sums(self, plan: RankPlan, own: Sequence[Piece]) -> dict[str, int]:
+        device = next(iter(self.shards.values())).local.device
+        totals = {target: torch.zeros((), dtype=torch.int64, device=device) for target in plan.dtypes}
+        for piece in own:
+            checksum.add(totals[piece.move.target], self.shards[piece.move.source].local, piece.move, getattr(torch, plan.dtypes[piece.move.target]))
+        return {target: int(total) for target, total in totals.items()}
+
+    def shutdown(self) -> None:
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None

@@ -1,4 +1,4 @@
-"""One weight sync, seen from the driver: pause, send, adopt, resume, and the proof."""
+"""One weight sync, seen from the driver: pause, send, adopt, resume; the proof; and what happens when an engine is lost."""
 
 import time
 from collections.abc import Sequence
@@ -6,26 +6,29 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
 
-from rlhf_api.job import PlacementMode
 from rlhf_api.run import RunConfig
-from rlhf_worker.actors.group import call, call_all
-from rlhf_worker.errors import BadSpec, SyncMismatch
-from rlhf_worker.weights.compare import differences
+from rlhf_worker.actors.group import answering, call, call_all
+from rlhf_worker.errors import DeadlineExceeded, LinkBroken, SyncMismatch
+from rlhf_worker.weights.backends import PLANNED
+from rlhf_worker.weights.compare import Compared, compare
 
 # Log probabilities of the probe may differ by this much: the engine rounds in other places than the trainer.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.25}
 PROBE_LENGTH = 64
+ANSWER_SECONDS = 30.0  # that an engine has, after a failed sync, to say that it lives
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """How the delivery of a version was proven: parameters with equal checksums, those without, and the probe's largest difference."""
+    """How the delivery of a version was proven."""
 
     version: int
-    equal: int
-    unproven: int
-    probe: float | None
+    equal: int  # parameters whose checksums are equal, over all engine ranks
+    indirect: int  # parameters that the model computes with only after packing or load_weights: they need the probe
+    probe: float | None  # largest difference of log probabilities
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +39,10 @@ class Synced:
     proof: Proof | None
 
 
-def choose_backend(config: RunConfig, device: str) -> str:
-    """Raises BadSpec for a backend that the device cannot run."""
-    wish = config.weight_sync.backend
-    colocated = config.placement.mode is PlacementMode.COLOCATED
-    automatic = "gloo" if device == "cpu" else "ipc" if colocated else "nccl"
-    if wish != "auto" and (wish == "gloo") != (device == "cpu"):
-        raise BadSpec(f"spec.weightSync.backend is {wish}, but the run is on {device}: use auto, or {automatic}")
-    return automatic if wish == "auto" else wish
-
-
 class WeightSync:
-    """Holds both ends; the policy's rank 0 moves the bytes."""
+    """Holds both ends. `engines` is the run's own list: an engine that is lost for good goes from it."""
 
-    def __init__(self, config: RunConfig, policy: Sequence[ActorHandle], engines: Sequence[ActorHandle], backend: str) -> None:
+    def __init__(self, config: RunConfig, policy: Sequence[ActorHandle], engines: list[ActorHandle], backend: str) -> None:
         self.config = config
         self.policy = policy
         self.engines = engines
@@ -57,32 +50,60 @@ class WeightSync:
         self._deadline = config.weight_sync.deadline_seconds
 
     def connect(self) -> None:
-        """Once, after both ends have loaded."""
+        """Once, after both ends have loaded the same checkpoint: what vLLM made of it tests the plan."""
+        self._connect(frozenset())
+        same = "load_format" not in self.config.rollout.engine_args
+        if self.backend in PLANNED and same and (wrong := frozenset(name for names in self._compare().wrong.values() for name in names)):
+            self._connect(wrong)
+
+    def _connect(self, distrusted: frozenset[str]) -> None:
+        self.distrusted = distrusted
         address = call(self.policy[0], "address", deadline_seconds=self._deadline, what="weight sync: a port")
-        self._policy("connect", list(self.engines), self.backend, address)
+        for line in self._policy("connect", list(self.engines), self.backend, address, distrusted)[0]:
+            print(f"weight sync: {line}", flush=True)
 
     def __call__(self, *, prove: bool) -> Synced:
-        """Every engine ends on the policy's version. Raises DeadlineExceeded, SyncMismatch, or what an actor raised."""
+        """Every engine ends on the policy's version. An engine that died is left out, and the others get the weights whole.
+
+        Raises DeadlineExceeded, LinkBroken, SyncMismatch, or what an actor raised; engines that hold a part serve nothing then.
+        """
         start = time.monotonic()
-        self._engines("pause")
-        version = self._policy("send")[0]
-        self._engines("adopt", version)
-        self._engines("resume")
+        while True:
+            try:
+                version = self._send(prove=prove)
+                break
+            except (DeadlineExceeded, LinkBroken, RayActorError, RayTaskError) as error:
+                self._without_the_dead(error)
         seconds = time.monotonic() - start
         return Synced(version, seconds, self.backend, self.prove(version) if prove else None)
 
+    def _send(self, *, prove: bool) -> int:
+        self._engines("pause")
+        version: int = self._policy("send", prove)[0]
+        self._engines("adopt", version)
+        self._engines("resume")
+        return version
+
+    def _without_the_dead(self, error: Exception) -> None:
+        """Connect again with the engines that are left. Raises `error` when none died, or none is left."""
+        alive = answering(self.engines, "alive", deadline_seconds=ANSWER_SECONDS)
+        if len(alive) == len(self.engines) or not alive:
+            raise error
+        print(f"weight sync: {len(self.engines) - len(alive)} of {len(self.engines)} engines are lost ({error}); going on without", flush=True)
+        self.engines[:] = alive
+        self._connect(self.distrusted)
+
     def prove(self, version: int) -> Proof:
-        """Checksums of every parameter where the engine still holds it as it came; for the others, the probe. Raises SyncMismatch."""
-        shapes, packed = self._engines("layout")[0]
-        expected = self._policy("digests", shapes, packed)[0]
-        equal, unproven = 0, 0
-        for index, engine in enumerate(self._engines("digests")):
-            for rank, (trainer, held) in enumerate(zip(expected, engine, strict=True)):
-                wrong, without = differences(trainer, held)
-                if wrong:
-                    raise SyncMismatch(f"engine {index} rank {rank} differs from the trainer at version {version} in {len(wrong)} parameters: {wrong[:5]}")
-                equal, unproven = equal + len(held) - len(without), unproven + len(without)
-        return Proof(version, equal, unproven, self._probe(version) if unproven else None)
+        """Checksums of every parameter that was written in place or packed; a probe where something is packed or loaded. Raises SyncMismatch."""
+        start = time.monotonic()
+        compared = self._compare() if self.backend in PLANNED else Compared({}, 0, 0)
+        for (engine, rank), names in compared.wrong.items():
+            raise SyncMismatch(f"engine {engine} rank {rank} differs from the trainer at version {version} in {len(names)} parameters: {names[:5]}")
+        probe = self._probe(version) if compared.indirect or not compared.equal else None
+        return Proof(version, compared.equal, compared.indirect, probe, time.monotonic() - start)
+
+    def _compare(self) -> Compared:
+        return compare(self._policy("checksums"), self._engines("checksums"))
 
     def _probe(self, version: int) -> float:
         """Largest difference of a fixed sequence's log probabilities between the trainer and each engine."""
@@ -97,4 +118,4 @@ class WeightSync:
         return call_all(self.engines, method, *args, deadline_seconds=self._deadline, what=f"weight sync: {method} of the engines")
 
     def _policy(self, method: str, *args: object) -> list[Any]:
-        return call_all(self.policy, method, *args, deadline_seconds=self._deadline, what=f"weight sync: {method} of the trainer")
+        return call_all(self.policy, method, *args, deadline_seconds=2 * self._deadline, what=f"weight sync: {method} of the trainer")

@@ -1,0 +1,124 @@
+"""Which way the weights take, and a trainer rank's end of it by vLLM's trainer factory."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rlhf_api.job import PlacementMode
+from rlhf_api.run import RunConfig
+from rlhf_worker.errors import BadSpec
+from rlhf_worker.weights.plan import RankPlan
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from vllm.distributed.weight_transfer.base import TrainerInitInfo
+
+    from rlhf_worker.weights.source import PolicySource
+
+PLANNED = ("ipc", "shm", "nccl", "gloo")  # ours; the others are vLLM's own
+IPC_BUFFER_BYTES = 512 << 20  # that vLLM's ipc backend stages on a GPU
+
+
+def choose(config: RunConfig, device: str, *, one_node: bool) -> str:
+    """device: "cuda" or "cpu". one_node: every role sees the same node's memory. Raises BadSpec for a wish that cannot be met."""
+    wish = config.weight_sync.backend
+    able = _able(config, device, one_node=one_node)
+    if wish == "auto":
+        return able[0]
+    if wish not in able:
+        where = f"{config.placement.mode.value} on {device}, {'one node' if one_node else 'several nodes'}"
+        raise BadSpec(f"spec.weightSync.backend is {wish}, but the run is {where}: use auto, or one of {', '.join(able)}")
+    return wish
+
+
+def _able(config: RunConfig, device: str, *, one_node: bool) -> list[str]:
+    """Backends that this run can use, best first."""
+    if device == "cpu":
+        return ["shm", "gloo"] if one_node else ["gloo"]
+    if config.placement.mode is PlacementMode.SEPARATED:
+        return ["nccl", "vllm-nccl", "sharded_rdt"]
+    return ["ipc", "vllm-ipc"] if one_node else ["vllm-ipc"]
+
+
+def engine_backend(backend: str) -> str:
+    """The name under which vLLM's engine knows it."""
+    return "planned" if backend in PLANNED else backend.removeprefix("vllm-")
+
+
+def trainer_info(
+    backend: str, rank: int, address: tuple[str, int], config: RunConfig, engines: int, distrusted: frozenset[str]
+) -> "TrainerInitInfo":
+    """Of this trainer rank. Raises BadSpec for a backend whose packages are missing."""
+    ranks, deadline = config.rollout.tensor_parallel_size, config.weight_sync.deadline_seconds
+    if backend in PLANNED:
+        from rlhf_worker.weights.sender import PlannedTrainerInitInfo
+
+        return PlannedTrainerInitInfo(backend, address, len(config.placement.trainer_slots), rank=rank, deadline_seconds=deadline, distrusted=distrusted)
+    if backend == "vllm-ipc":
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+        return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=IPC_BUFFER_BYTES)
+    if backend == "vllm-nccl":
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        return NCCLTrainerInitInfo(rank=rank, master_address=address[0], master_port=address[1], world_size=1 + engines * ranks, packed=True)
+    return _sharded_rdt(rank, engines, ranks, deadline)
+
+
+class Sender:
+    """A trainer rank's end. Rank 0 talks to the engines."""
+
+    def __init__(
+        self, config: RunConfig, source: "PolicySource", rank: int, engines: list["ActorHandle"], backend: str, address: tuple[str, int],
+        distrusted: frozenset[str],
+    ) -> None:
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        from rlhf_worker.weights.client import EnginesClient
+        from rlhf_worker.weights.plugin import register
+
+        register()
+        self.planned = backend in PLANNED
+        self.client = EnginesClient(engines, config.rollout.tensor_parallel_size, config.weight_sync.deadline_seconds)
+        info = trainer_info(backend, rank, address, config, len(engines), distrusted)
+        self.engine: Any = WeightTransferTrainerFactory.trainer_init(info, client=self.client, source=source)
+
+    def send(self, *, prove: bool) -> None:
+        """Raises DeadlineExceeded, LinkBroken, or what an engine raised."""
+        self.client.begin()
+        self.engine.send_weights(**{"proof": prove} if self.planned else {})
+
+    def checksums(self) -> list[dict[str, int]]:
+        found: list[dict[str, int]] = self.engine.checksums()
+        return found
+
+    def notes(self) -> list[str]:
+        """What is not written in place, and why."""
+        return describe(self.engine.plans) if self.planned else []
+
+    def close(self) -> None:
+        self.engine.shutdown()
+
+
+def describe(plans: Sequence[RankPlan]) -> list[str]:
+    """What the plans leave to load_weights or leave alone, a line a reason."""
+    reasons: dict[str, list[str]] = {}
+    for plan in plans:
+        for name, why in plan.reload.items():
+            reasons.setdefault(why, []).append(name)
+    lines = [f"{len(set(names))} tensors go through load_weights, such as {names[0]}: {why}" for why, names in reasons.items()]
+    kept = sorted({name for plan in plans for name in plan.kept})
+    return lines + ([f"{len(kept)} parameters stay as vLLM loaded them, such as {kept[0]}: the trainer has no tensor for them"] if kept else [])
+
+
+def _sharded_rdt(rank: int, engines: int, ranks: int, deadline: float) -> "TrainerInitInfo":
+    from importlib.util import find_spec
+
+    if find_spec("nixl") is None:
+        raise BadSpec("spec.weightSync.backend is sharded_rdt, which needs the package nixl in spec.image: add it, or use auto")
+    import ray
+    from vllm.distributed.weight_transfer.sharded_rdt_trainer import ShardedRDTTrainerInitInfo
+
+    return ShardedRDTTrainerInitInfo(
+        rank=rank, num_consumers=engines * ranks, workers_per_replica=ranks, trainer_actor_namespace=ray.get_runtime_context().namespace,
+        stall_timeout_s=deadline,
+    )

@@ -1,0 +1,70 @@
+"""The trainer's memory as the engine's processes see it: CUDA IPC on GPUs of one host, shared memory on CPUs.
+
+Handles are made once and opened once. The engine's process must see the GPU that holds the memory; another GPU's is read over peer access.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
+
+DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: the index of the device, which is another in the other process
+
+
+class Unreachable(Exception):
+    """Another process's memory cannot be opened here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """Of one contiguous tensor."""
+
+    dtype: str
+    numel: int
+    cuda: tuple[Any, ...] | None  # what rebuild_cuda_tensor takes
+    file: str | None  # of the shared memory, and where the tensor begins in it, in elements
+    offset: int = 0
+
+
+def export(tensors: Mapping[str, Tensor]) -> dict[str, Handle]:
+    """Handles of contiguous tensors, which must live as long as the handles are used. On CPU their memory moves, in place, into shared memory."""
+    return {name: _export(tensor.detach()) for name, tensor in tensors.items()}
+
+
+def _export(tensor: Tensor) -> Handle:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if tensor.is_cuda:
+        _, arguments = reduce_tensor(tensor)  # type: ignore[no-untyped-call]
+        return Handle(dtype, tensor.numel(), tuple(arguments), None)
+    if not tensor.numel():
+        return Handle(dtype, 0, None, None)
+    descriptor, _ = tensor.untyped_storage()._share_fd_cpu_()
+    return Handle(dtype, tensor.numel(), None, f"/proc/{os.getpid()}/fd/{descriptor}", int(tensor.storage_offset()))
+
+
+def open_all(handles: Mapping[str, Handle], device: torch.device) -> dict[str, Tensor]:
+    """Flat tensors over the exporter's memory. They keep it mapped until they are dropped. Raises Unreachable."""
+    files: dict[str, Any] = {}
+    try:
+        return {name: _open(handle, device, files) for name, handle in handles.items()}
+    except (RuntimeError, OSError) as error:
+        raise Unreachable(f"a trainer rank's memory cannot be opened in the engine's process: {error}") from error
+
+
+def _open(handle: Handle, device: torch.device, files: dict[str, Any]) -> Tensor:
+    dtype = getattr(torch, handle.dtype)
+    if handle.cuda is not None:
+        arguments = list(handle.cuda)
+        arguments[DEVICE_ARGUMENT] = device.index
+        opened: Tensor = rebuild_cuda_tensor(*arguments)  # type: ignore[no-untyped-call]
+        return opened.view(-1)
+    if handle.file is None:
+        return torch.empty(0, dtype=dtype)
+    if handle.file not in files:
+        files[handle.file] = torch.UntypedStorage.from_file(handle.file, shared=True, nbytes=Path(handle.file).stat().st_size)
+    return torch.empty(0, dtype=dtype).set_(files[handle.file], handle.offset, (handle.numel,), (1,))

@@ -1,0 +1,253 @@
+"""Where every element of a sync comes from and where it goes. Pure integers: neither torch nor I/O.
+
+    recorder: Move   a slice of a checkpoint tensor -> a slice of an engine's parameter, one set an engine rank
+    pieces:   Piece  a move cut to the rows that one trainer rank holds
+    waves:    Hop    a piece from one rank of the group to another, in the order in which links carry them
+
+Ranks of the group: the trainer's first, then every engine's tensor-parallel ranks, engine by engine.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from math import prod
+
+Extent = tuple[int, int]  # flat elements [start, stop) of a whole checkpoint tensor
+Shards = Mapping[str, Extent]  # what one trainer rank holds, by checkpoint name
+MOST_RUNS = 1 << 20
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4}
+
+
+class Incomplete(Exception):
+    """The trainer does not hold what an engine needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A strided view of flat memory, in elements."""
+
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.size)
+
+    @property
+    def last(self) -> int:
+        """The highest element that it touches."""
+        return self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride, strict=True))
+
+    @property
+    def contiguous(self) -> bool:
+        return self.last - self.offset + 1 == self.numel and list(self.stride) == sorted(self.stride, reverse=True)
+
+    def narrow(self, dim: int, start: int, stop: int) -> "View":
+        size = (*self.size[:dim], stop - start, *self.size[dim + 1 :])
+        return View(self.offset + start * self.stride[dim], size, self.stride)
+
+    def runs(self) -> Iterator[Extent]:
+        """Its contiguous stretches, in no order."""
+        dims = sorted((d for d in zip(self.stride, self.size, strict=True) if d[1] > 1), reverse=True)
+        length = 1
+        while dims and dims[-1][0] == length:
+            length *= dims.pop()[1]
+        for index in product(*(range(n) for _, n in dims)):
+            start = self.offset + sum(i * s for i, (s, _) in zip(index, dims, strict=True))
+            yield start, start + length
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """`take` of the contiguous checkpoint tensor `source` fills `put` of the contiguous parameter `target`; both views are of one size."""
+
+    source: str
+    take: View
+    target: str
+    put: View
+
+    def narrow(self, dim: int, start: int, stop: int) -> "Move":
+        return Move(self.source, self.take.narrow(dim, start, stop), self.target, self.put.narrow(dim, start, stop))
+
+    def simplified(self) -> "Move":
+        """The same elements in as few dimensions as both views allow."""
+        dims: list[tuple[int, int, int]] = []
+        for n, take, put in zip(self.take.size, self.take.stride, self.put.stride, strict=True):
+            if n == 1:
+                continue
+            if dims and dims[-1][1] == n * take and dims[-1][2] == n * put:
+                dims[-1] = (dims[-1][0] * n, take, put)
+            else:
+                dims.append((n, take, put))
+        size, takes, puts = (tuple(column) for column in zip(*dims, strict=True)) if dims else ((1,), (1,), (1,))
+        return Move(self.source, View(self.take.offset, size, takes), self.target, View(self.put.offset, size, puts))
+
+    def cut(self, start: int, stop: int) -> Iterator["Move"]:
+        """The parts that take from elements [start, stop) of the source."""
+        take = self.take
+        if start <= take.offset and take.last < stop:
+            yield self
+        elif take.last >= start and take.offset < stop and take.numel > 1:
+            # Along the widest step, at most two indices straddle a border; those are cut along the next.
+            dim = max((d for d, n in enumerate(take.size) if n > 1), key=lambda d: take.stride[d])
+            step, inner = take.stride[dim], take.last - take.offset - (take.size[dim] - 1) * take.stride[dim]
+            first = max(0, -((take.offset - start) // step))
+            end = min(take.size[dim], (stop - 1 - inner - take.offset) // step + 1)
+            if first < end:
+                yield self.narrow(dim, first, end)
+            for index in {first - 1, end} if first < end else range(max(0, end), min(first, take.size[dim])):
+                if 0 <= index < take.size[dim]:
+                    yield from self.narrow(dim, index, index + 1).cut(start, stop)
+
+    def chunks(self, limit: int) -> Iterator["Move"]:
+        """Parts of at most `limit` elements each."""
+        if self.put.numel <= limit:
+            yield self
+            return
+        dim = next(d for d, n in enumerate(self.put.size) if n > 1)
+        inner = self.put.numel // self.put.size[dim]
+        step = max(1, limit // inner)
+        for start in range(0, self.put.size[dim], step):
+            yield from self.narrow(dim, start, min(start + step, self.put.size[dim])).chunks(limit)
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlan:
+    """What one engine rank needs. A tensor named in `reload` comes whole and goes through the model's own load_weights."""
+
+    moves: tuple[Move, ...]
+    dtypes: Mapping[str, str]  # of the parameters that the moves fill, such as "bfloat16"
+    reload: Mapping[str, str]  # checkpoint tensor -> why it cannot be written in place
+    kept: tuple[str, ...]  # parameters that no checkpoint tensor fills: they stay as they were loaded
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A move from trainer rank `rank`, whose `take` counts from the first element that this rank holds."""
+
+    rank: int
+    move: Move
+    itemsize: int  # bytes an element on the wire, which is as wide as the engine's parameter
+    staged: bool  # one of the ends must copy: it is strided, or the trainer's type is another
+
+
+def fills_once(views: Sequence[View], numel: int) -> bool:
+    """Whether the views touch every one of `numel` elements exactly once."""
+    if sum(view.numel for view in views) != numel:
+        return False
+    if sum(view.numel // max(1, _run_length(view)) for view in views) > MOST_RUNS:
+        return False
+    runs = sorted(run for view in views for run in view.runs())
+    return all(stop == start for (_, stop), (start, _) in pairwise([(0, 0), *runs, (numel, numel)]))
+
+
+def _run_length(view: View) -> int:
+    start, stop = next(view.runs(), (0, 0))
+    return stop - start
+
+
+def pieces(plan: RankPlan, shards: Sequence[Shards], dtypes: Mapping[str, str]) -> list[Piece]:
+    """The plan's moves, cut by who holds what; `dtypes` are the trainer's, by checkpoint name.
+
+    Where several trainer ranks hold an element, the first gives it. Raises Incomplete.
+    """
+    found: list[Piece] = []
+    for move in plan.moves:
+        reached, have, dtype = 0, 0, plan.dtypes[move.target]
+        for rank, (start, stop) in _owners(move.source, shards):
+            for part in move.cut(max(start, reached), stop):
+                own = Move(move.source, View(part.take.offset - start, part.take.size, part.take.stride), move.target, part.put).simplified()
+                staged = dtypes[move.source] != dtype or not (own.take.contiguous and own.put.contiguous)
+                found.append(Piece(rank, own, ITEMSIZE[dtype], staged))
+                have += part.put.numel
+            reached = max(reached, stop)
+        if have != move.put.numel:
+            raise Incomplete(f"the trainer holds {have} of the {move.put.numel} elements of {move.source} that {move.target} needs")
+    return found
+
+
+def _owners(source: str, shards: Sequence[Shards]) -> list[tuple[int, Extent]]:
+    """Ranks with a part of the tensor, by its first element."""
+    held = [(rank, own[source]) for rank, own in enumerate(shards) if source in own and own[source][0] < own[source][1]]
+    return sorted(held, key=lambda item: (item[1], item[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One send and its receive. An engine rank sends on from the same view of the same parameter that it received."""
+
+    sender: int
+    receiver: int
+    piece: Piece
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Who takes part in a sync: trainer ranks 0 .. trainers - 1, then `ranks` tensor-parallel ranks of each engine."""
+
+    trainers: int
+    engines: int
+    ranks: int
+
+    def number(self, engine: int, rank: int) -> int:
+        return self.trainers + engine * self.ranks + rank
+
+    @property
+    def size(self) -> int:
+        return self.number(self.engines, 0)
+
+
+def waves(needs: Sequence[Piece], rank: int, group: Group, limit: int) -> list[list[Hop]]:
+    """The order in which the links carry what tensor-parallel rank `rank` of every engine needs.
+
+    All members of the group run a wave's hops at once, and the waves one after the other. limit: bytes that a pair may stage, or pass
+    on, in one wave; what goes straight from memory to memory knows no limit. One engine: trainer ranks send to it. Several: each piece
+    leaves the trainer once, for one engine in turn, which passes it on to the others while the trainer sends the next wave (as a
+    broadcast does, without a communicator for each pair: a trainer's link carries every slice once, however many engines there are).
+    """
+    made: list[list[Hop]] = []
+    filled: dict[tuple[int, int], tuple[int, int]] = {}  # pair -> its wave and the bytes in it
+    turn: dict[int, int] = {}
+    for part in (part for piece in needs for part in _parts(piece, group.engines, limit)):
+        first = group.number(turn.get(part.rank, 0) % group.engines, rank)
+        turn[part.rank] = turn.get(part.rank, 0) + 1
+        wave = _room(filled, (part.rank, first), part.move.put.numel * part.itemsize if part.staged or group.engines > 1 else 0, limit)
+        _put(made, wave, Hop(part.rank, first, part))
+        for receiver in (group.number(engine, rank) for engine in range(group.engines)):
+            if receiver != first:
+                _put(made, wave + 1, Hop(first, receiver, part))
+    return made
+
+
+def _parts(piece: Piece, engines: int, limit: int) -> Iterator[Piece]:
+    if not piece.staged and engines == 1:
+        yield piece
+        return
+    for move in piece.move.chunks(max(1, limit // piece.itemsize)):
+        yield Piece(piece.rank, move, piece.itemsize, piece.staged)
+
+
+def _room(filled: dict[tuple[int, int], tuple[int, int]], pair: tuple[int, int], nbytes: int, limit: int) -> int:
+    """The first wave in which the pair can carry this many bytes more."""
+    wave, used = filled.get(pair, (0, 0))
+    if used and used + nbytes > limit:
+        wave, used = wave + 1, 0
+    filled[pair] = (wave, used + nbytes)
+    return wave
+
+
+def _put(made: list[list[Hop]], wave: int, hop: Hop) -> None:
+    while len(made) <= wave:
+        made.append([])
+    made[wave].append(hop)
+
+
+def whole(source: str, numel: int, dtype: str) -> RankPlan:
+    """A checkpoint tensor as it is: what an engine's own load_weights takes."""
+    view = View(0, (numel,), (1,))
+    return RankPlan((Move(source, view, source, view),), {source: dtype}, {}, ())
+
+
+def to_all(parts: Sequence[Piece], receivers: Sequence[int]) -> list[Hop]:
+    return [Hop(part.rank, receiver, part) for part in parts for receiver in receivers]

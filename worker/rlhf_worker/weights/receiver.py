@@ -1,0 +1,206 @@
+"""An engine rank's end of a sync: vLLM's weight-transfer engine `planned`. Weights land where the model computes with them.
+
+`plan_of`, `sync` and `checksums` run in a vLLM worker process by its collective RPC, pickled: one call an engine.
+"""
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import set_current_vllm_config
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from rlhf_worker.weights import checksum, mapped, wire
+from rlhf_worker.weights.compare import EngineSums
+from rlhf_worker.weights.plan import Hop, Piece, RankPlan, pieces, to_all, waves, whole
+from rlhf_worker.weights.recorder import Recording, placed, record
+from rlhf_worker.weights.terms import Terms
+
+
+@dataclass
+class PlannedInitInfo(WeightTransferInitInfo):
+    terms: bytes  # pickled Terms
+    engine: int  # which of the group's engines this is
+
+
+@dataclass
+class PlannedUpdateInfo(WeightTransferUpdateInfo):
+    handles: bytes | None = None  # pickled, when the trainer's memory has moved
+    proof: bool = False  # also sum up what is gone once it is packed
+
+
+class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedUpdateInfo]):
+    init_info_cls = PlannedInitInfo
+    update_info_cls = PlannedUpdateInfo
+    recording: Recording
+    terms: Terms
+    held: list[dict[str, Tensor]] | None = None  # by trainer rank: its memory
+    channel: wire.Channel | None = None
+    copies: tuple[list[Tensor], list[Tensor]] = ([], [])  # from the trainer's memory into live parameters
+    waves: Sequence[wire.Wave] = ()
+    packed_sums: dict[str, int]
+
+    def plan(self, metas: Sequence[ParamMeta], distrusted: frozenset[str]) -> RankPlan:
+        self.shutdown()
+        self.recording = record(self.model, metas, distrusted)
+        return self.recording.plan
+
+    @property
+    def rank(self) -> int:
+        return int(self.parallel_config.rank)
+
+    def init_transfer_engine(self, init_info: PlannedInitInfo) -> None:
+        self.terms = pickle.loads(init_info.terms)
+        self.needs = pieces(self.recording.plan, self.terms.shards, self.terms.dtypes)
+        if self.terms.handles is not None:
+            self._open(self.terms.handles)
+            return
+        me = self.terms.group.number(init_info.engine, self.rank)
+        address = wire.Address(self.terms.address, me, self.terms.group.size, self.terms.deadline_seconds)
+        self.channel = wire.GlooChannel(address) if self.device.type == "cpu" else wire.NcclChannel(address, self.device)
+        self.me, self.hops = me, waves(self.needs, self.rank, self.terms.group, self.terms.stage_limit)
+        self.stage = wire.make_stage(self.hops, me, self.device)
+
+    def start_weight_update(self) -> None:
+        pass
+
+    def receive_weights(self, update_info: PlannedUpdateInfo) -> None:
+        if update_info.handles is not None:
+            self._open(pickle.loads(update_info.handles))
+        self.packed_sums.clear()
+        for zeros in self.recording.zeros:
+            zeros.zero_()  # a deep sleep forgets them
+        if self.held is not None:
+            self._read(update_info.proof)
+        else:
+            self._receive(update_info.proof)
+        for layer in self.recording.repack:
+            _process(layer)
+        if self.recording.plan.reload:
+            self._reload()
+
+    def finish_weight_update(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        if self.channel is not None:
+            self.channel.close()
+        self.held, self.channel, self.copies, self.waves = None, None, ([], []), ()
+        self.packed_sums = {}
+
+    # Memory that this process sees.
+
+    def _open(self, handles: Sequence[Mapping[str, mapped.Handle]]) -> None:
+        self.copies = ([], [])  # the old mapping goes before the new one comes
+        self.held = [mapped.open_all(own, self.device) for own in handles]
+        direct = [piece for piece in self.needs if piece.move.target in self.recording.live]
+        self.copies = ([self._put(piece) for piece in direct], [self._take(piece) for piece in direct])
+
+    def _take(self, piece: Piece) -> Tensor:
+        assert self.held is not None
+        return placed(self.held[piece.rank][piece.move.source], piece.move.take)
+
+    def _put(self, piece: Piece) -> Tensor:
+        return placed(self.recording.live[piece.move.target], piece.move.put)
+
+    def _read(self, proof: bool) -> None:
+        if self.copies[0]:
+            torch._foreach_copy_(*self.copies)
+        for name, (layer, shape, dtype) in self.recording.images.items():
+            self._pack(name, layer, self._image([p for p in self.needs if p.move.target == name], shape, dtype), proof)
+
+    def _image(self, parts: Sequence[Piece], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A parameter as it is before it is packed: the trainer's own memory where that has the same form, else assembled."""
+        if len(parts) == 1 and not parts[0].staged and parts[0].move.put.numel == torch.Size(shape).numel():
+            return self._take(parts[0]).view(shape)
+        image = torch.zeros(shape, dtype=dtype)
+        for part in parts:
+            placed(image, part.move.put).copy_(self._take(part))
+        return image
+
+    def _pack(self, name: str, layer: nn.Module, image: Tensor, proof: bool) -> None:
+        if proof:
+            self.packed_sums[name] = int(checksum.whole(image))
+        layer.weight = nn.Parameter(image, requires_grad=False)
+        _process(layer)
+
+    # Memory at the other end of a link.
+
+    def _receive(self, proof: bool) -> None:
+        assert self.channel is not None
+        images = {name: torch.zeros(shape, dtype=dtype) for name, (_, shape, dtype) in self.recording.images.items()}
+        if images or not self.waves:
+            targets = {**self.recording.live, **images}
+            self.waves = [self._wave(hops, self.stage[number % 2], targets) for number, hops in enumerate(self.hops)]
+        wire.run(self.channel, self.waves)
+        for name, (layer, _, _) in self.recording.images.items():
+            self._pack(name, layer, images[name], proof)
+
+    def _wave(self, hops: Sequence[Hop], stage: Tensor, targets: Mapping[str, Tensor]) -> wire.Wave:
+        def put(piece: Piece) -> Tensor:
+            return placed(targets[piece.move.target], piece.move.put)
+
+        return wire.make_wave(hops, self.me, put, put, lambda piece: targets[piece.move.target].dtype, stage)
+
+    # What load_weights must do itself.
+
+    def _reload(self) -> None:
+        """Whole tensors, one at a time, through the model's own loader; vLLM processes a layer as soon as it is complete."""
+        for layer in self.recording.reload:
+            initialize_layerwise_reload(layer)
+        with disable_mtp_completeness_check():
+            for meta in (meta for meta in self.terms.metas if meta.name in self.recording.plan.reload):
+                self.model.load_weights([(meta.name, self._whole(meta))])
+        for layer in self.recording.reload:
+            finalize_layerwise_reload(layer, self.model_config)
+
+    def _whole(self, meta: ParamMeta) -> Tensor:
+        dtype = self.model_config.dtype
+        made = torch.empty(meta.shape, dtype=dtype, device=self.device)
+        parts = pieces(whole(meta.name, made.numel(), str(dtype).removeprefix("torch.")), self.terms.shards, self.terms.dtypes)
+        if self.channel is not None:
+            wire.run(self.channel, [self._wave(to_all(parts, [self.me]), made, {meta.name: made})])
+            return made
+        for part in parts:
+            placed(made, part.move.put).copy_(self._take(part))
+        return made
+
+    # Proof.
+
+    def checksums(self) -> EngineSums:
+        """Of every planned parameter as it is now; of those that are packed away, as they came with the last sync that asked for proof."""
+        live = {name: checksum.whole(tensor) for name, tensor in self.recording.live.items()}
+        own = self.recording
+        return EngineSums({**{name: int(total) for name, total in live.items()}, **self.packed_sums}, len(own.images) + len(own.repack) + len(own.plan.reload))
+
+
+def _process(layer: Any) -> None:
+    """vLLM's own step after loading: on CPU, the packed copy that the layer computes with."""
+    layer.quant_method.process_weights_after_loading(layer)
+
+
+def _engine(worker: Any) -> PlannedWeightTransferEngine:
+    engine: PlannedWeightTransferEngine = worker.weight_transfer_engine
+    return engine
+
+
+def plan_of(worker: Any, metas: bytes, distrusted: frozenset[str]) -> bytes:
+    with set_current_vllm_config(worker.vllm_config):
+        return pickle.dumps(_engine(worker).plan(pickle.loads(metas), distrusted))
+
+
+def sync(worker: Any, update_info: dict[str, Any]) -> None:
+    """The three calls of vLLM's protocol in one."""
+    worker.start_weight_update()
+    worker.update_weights(update_info)
+    worker.finish_weight_update()
+
+
+def checksums(worker: Any) -> bytes:
+    """Pickled EngineSums."""
+    return pickle.dumps(_engine(worker).checksums())
