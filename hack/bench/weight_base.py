@@ -4,9 +4,11 @@ import os
 import socket
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_IGNORE_UNHANDLED_ERRORS": "1", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1",
     # Multicast can put GPUs that a virtual machine shares with others out of service.
     "NCCL_NVLS_ENABLE": "0",
 }
@@ -69,10 +71,21 @@ def write_model(directory: Path, shape: str, dtype: str) -> None:
     model_config(shape, dtype).save_pretrained(directory)
 
 
+def site() -> Path:
+    """A directory for PYTHONPATH by which vLLM finds the worker's plugin where only its sources are, not its installed metadata."""
+    plugins = tomllib.loads((ROOT / "worker" / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
+    info = Path(tempfile.mkdtemp(prefix="bench-site-")) / "rlhf_worker-0.dist-info"
+    if not {entry.name for entry in entry_points(group="vllm.general_plugins")} >= set(plugins):
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rlhf-worker\nVersion: 0\n")
+        (info / "entry_points.txt").write_text("[vllm.general_plugins]\n" + "".join(f"{name} = {value}\n" for name, value in plugins.items()))
+    return info.parent
+
+
 @contextmanager
 def local_ray() -> Iterator[None]:
     """Raises what ray.init raises."""
-    paths = [str(ROOT), str(ROOT / "api"), str(ROOT / "worker"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT), str(ROOT / "api"), str(ROOT / "worker"), str(site()), os.environ.get("PYTHONPATH", "")]
     os.environ.update(ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, paths))})
     os.environ.pop("RAY_ADDRESS", None)
     ray.init(
