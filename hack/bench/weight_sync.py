@@ -6,7 +6,8 @@ A trainer process holds random bfloat16 tensors of a Qwen3 shape; an engine proc
 GPUs, colocated one, cpu none (SmolLM2-135M's shape in float32). `wall` is the trainer's clock around send_weights(), device idle
 before and after; `times` is the median over that of the mode's floor, the fastest that the hardware does: a bare NCCL send, one
 _foreach_copy_, a memcpy and the packing. Extra memory is what the device has in use after the syncs over what it had before
-connecting. Rows are printed, and written to DIR, as they come.
+connecting; `record s` is what the engine needs, once, to plan; `equal` counts the timed syncs after which every parameter's checksum was
+the trainer's. Rows are printed, and written to DIR, as they come.
 """
 
 import argparse
@@ -30,7 +31,7 @@ START_SECONDS, RUN_SECONDS = 300.0, 240.0
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": str(os.cpu_count()), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
-COLUMNS = ["mode", "shape", "way", "median ms", "min ms", "GB/s", "times", "events min ms", "connect s", "extra MiB trainer", "extra MiB engine", "equal"]
+COLUMNS = ["mode", "shape", "way", "median ms", "min ms", "GB/s", "times", "events min ms", "connect s", "record s", "extra MiB trainer", "extra MiB engine", "equal"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ MODES = {
         ("_foreach_copy_ alone",),
     ),
     "cpu": Mode(
-        ("", ""), "cpu", "float32", {"planned": ["memcpy of the bytes", "packing alone", "ours, CPU"]}, ("memcpy of the bytes", "packing alone"),
+        ("", ""), "cpu", "float32", {"planned": ["memcpy of the bytes", "packing alone", "ours, shared memory", "ours, gloo"]}, ("memcpy of the bytes", "packing alone"),
     ),
 }
 
@@ -91,13 +92,13 @@ class Ends:
     def measure(self, way: str) -> dict[str, Any]:
         """Raises what the actors raise, GetTimeoutError included."""
         size, held = ray.get(self.trainer.bytes.remote()), [self.memory()]
-        connect = ray.get(self.trainer.connect.remote(way, self.engine), timeout=RUN_SECONDS)
+        connected = ray.get(self.trainer.connect.remote(way, self.engine), timeout=RUN_SECONDS)
         held.append(self.memory())
-        samples, verdicts = ray.get(self.trainer.syncs.remote(way), timeout=RUN_SECONDS)
+        samples, verdicts = ray.get(self.trainer.syncs.remote(), timeout=RUN_SECONDS)
         held.append(self.memory())
         ray.get(self.trainer.close.remote(), timeout=RUN_SECONDS)
         return {
-            "bytes": size, "connect_seconds": connect, "samples": [asdict(sample) for sample in samples], "equal": verdicts,
+            **connected, "bytes": size, "samples": [asdict(sample) for sample in samples], "equal": verdicts,
             "memory_mib": dict(zip(["before", "connected", "synced"], held, strict=True)),
         }
 
@@ -132,7 +133,8 @@ def cells(row: dict[str, Any], floor: float) -> list[str]:
     figures = [1e3 * median(row), 1e3 * min(walls), row["bytes"] / min(walls) / 1e9, median(row) / floor, 1e3 * min(events)]
     proven = sum(verdict is True for verdict in row["equal"])
     equal = "" if all(verdict is None for verdict in row["equal"]) else f"{proven} of {len(row['equal'])}"
-    return [*head, *(f"{figure:.2f}" for figure in figures), f"{row['connect_seconds']:.2f}", extra_mib(row, 0), extra_mib(row, 1), equal]
+    seconds = [f"{row[key]:.2f}" if key in row else "" for key in ("connect_seconds", "record_seconds")]
+    return [*head, *(f"{figure:.2f}" for figure in figures), *seconds, extra_mib(row, 0), extra_mib(row, 1), equal]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -4,17 +4,16 @@ A way is a function from (trainer, engine) to a `Connected`; what is timed is it
 drives a sync from there.
 """
 
+import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 import torch
 from ray.actor import ActorHandle
-from torch import Tensor
-from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
@@ -22,13 +21,16 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from hack.bench.weight_base import Sample, free_ports, parameters, timed
 from rlhf_worker.actors.engine import Engine
+from rlhf_worker.weights.backends import IPC_BUFFER_BYTES, describe
 from rlhf_worker.weights.client import EnginesClient
+from rlhf_worker.weights.compare import compare
 from rlhf_worker.weights.plugin import register
+from rlhf_worker.weights.sender import PlannedTrainerInitInfo
+from rlhf_worker.weights.source import PolicySource
 
 HOST = "127.0.0.1"
 DEADLINE_SECONDS = 120.0
 WARMUP, REPEAT = 2, 20
-IPC_BUFFER_BYTES = 512 << 20
 MIB = 1 << 20
 
 
@@ -67,31 +69,20 @@ class BenchEngine(Engine):
         return (await self._running().collective_rpc(function, args=args))[0]
 
 
-class TensorSource(WeightSource):  # type: ignore[misc]  # vLLM's, which mypy does not follow
-    """Named tensors, as they are."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self.tensors.items())
-
-
 def nothing() -> None:
-    """What most ways do before and after a sync."""
+    """What most ways do before and after a sync, and to prove it."""
 
 
 @dataclass
 class Connected:
-    """send: the timed part; returns a Sample where it was timed elsewhere. before and after: not timed."""
+    """send: the timed part; returns a Sample where it was timed elsewhere. The others are not timed."""
 
     send: Callable[[], object]
     before: Callable[[], object] = nothing
     after: Callable[[], object] = nothing
+    equal: Callable[[], bool | None] = nothing  # whether the engine holds what the trainer has; None where nothing compares them
     close: Callable[[], object] = nothing
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 class BenchTrainer:
@@ -110,13 +101,16 @@ class BenchTrainer:
     def memory(self) -> dict[str, float]:
         return memory()
 
-    def connect(self, way: str, engine: ActorHandle) -> float:
-        """Returns the seconds that it took. Raises what either end raises."""
+    def source(self) -> PolicySource:
+        return PolicySource(lambda: self.tensors.items(), next(iter(self.tensors.values())).dtype)
+
+    def connect(self, way: str, engine: ActorHandle) -> dict[str, Any]:
+        """Returns the seconds that it took, and what is to be noted. Raises what either end raises."""
         began = time.perf_counter()
         self.connected = WAYS[way](self, engine)
-        return time.perf_counter() - began
+        return {"connect_seconds": time.perf_counter() - began, **self.connected.notes}
 
-    def syncs(self, way: str) -> tuple[list[Sample], list[bool | None]]:
+    def syncs(self) -> tuple[list[Sample], list[bool | None]]:
         """Samples of the timed syncs, and the verdict on each."""
         samples, verdicts = [], []
         for _ in range(WARMUP + REPEAT):
@@ -124,17 +118,13 @@ class BenchTrainer:
             self.connected.before()
             samples.append(self._sync())
             self.connected.after()
-            verdicts.append(self.verify(way))
+            verdicts.append(self.connected.equal())
         return samples[WARMUP:], verdicts[WARMUP:]
 
     def _sync(self) -> Sample:
         sent: list[object] = []
         sample = timed(lambda: sent.append(self.connected.send()), self.device)
         return sent[0] if isinstance(sent[0], Sample) else sample
-
-    def verify(self, way: str) -> bool | None:
-        """Whether the engine holds what the trainer has; None where nothing compares them."""
-        return None
 
     def close(self) -> None:
         self.connected.close()
@@ -146,9 +136,9 @@ def client_of(engine: ActorHandle) -> EnginesClient:
 
 
 def through_vllm(trainer: BenchTrainer, engine: ActorHandle, info: Any) -> Connected:
-    """One of vLLM's backends (or ours in its registry), as it comes."""
+    """One of vLLM's backends, as it comes."""
     client = client_of(engine)
-    transfer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=TensorSource(trainer.tensors))
+    transfer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=trainer.source())
     return Connected(transfer.send_weights, before=client.begin, close=transfer.shutdown)
 
 
@@ -170,7 +160,7 @@ def ipc_packed(trainer: BenchTrainer, engine: ActorHandle) -> Connected:
 
 def one_by_one(trainer: BenchTrainer, engine: ActorHandle) -> Connected:
     """A broadcast and an RPC for every parameter: what trainers do that use vLLM's API in the plainest way."""
-    client, source = client_of(engine), TensorSource(trainer.tensors)
+    client, source = client_of(engine), trainer.source()
     transfer = WeightTransferTrainerFactory.trainer_init(nccl_info(packed=False), client=client, source=source)
     pool = ThreadPoolExecutor(max_workers=1)
 
@@ -275,16 +265,26 @@ def pack(worker: Any) -> Sample:
     return timed(work, "cpu")
 
 
-def connect_planned(tensors: dict[str, Tensor], rank: int, world: int, client: EnginesClient, link: str) -> Any:
-    # The trainer's tensors by checkpoint name, its rank of `world`, the engines, "nccl" | "ipc" | "cpu". Returns an object with send_weights().
-    raise NotImplementedError
-
-
 def planned(link: str) -> Callable[[BenchTrainer, ActorHandle], Connected]:
+    """Ours. link: "ipc" | "shm" | "nccl" | "gloo"."""
+
     def connect(trainer: BenchTrainer, engine: ActorHandle) -> Connected:
         register()
-        client = client_of(engine)
-        return Connected(connect_planned(trainer.tensors, 0, 1, client, link).send_weights, before=client.begin)
+        client, source = client_of(engine), trainer.source()
+        began = time.perf_counter()
+        plans = client.plans(pickle.dumps(source.own_metas()), frozenset())
+        notes = {"record_seconds": time.perf_counter() - began, "moves": [len(plan.moves) for plan in plans], "fallbacks": describe(plans)}
+        info = PlannedTrainerInitInfo(link, (HOST, free_ports(1)[0]), rank=0, deadline_seconds=DEADLINE_SECONDS)
+        transfer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+
+        def equal() -> bool:
+            if trainer.device == "cpu":  # what is packed away is summed up as it comes, which would be timed: send it once more
+                client.begin()
+                transfer.send_weights(proof=True)
+            held = ray.get(engine.checksums.remote(), timeout=DEADLINE_SECONDS)
+            return not compare([transfer.checksums()], [held]).wrong
+
+        return Connected(transfer.send_weights, before=client.begin, equal=equal, close=transfer.shutdown, notes=notes)
 
     return connect
 
@@ -292,5 +292,5 @@ def planned(link: str) -> Callable[[BenchTrainer, ActorHandle], Connected]:
 WAYS: dict[str, Callable[[BenchTrainer, ActorHandle], Connected]] = {
     "bare NCCL send": bare_nccl, "vLLM nccl packed": nccl_packed, "one RPC a parameter": one_by_one, "ours, NCCL": planned("nccl"),
     "_foreach_copy_ alone": copy_alone, "vLLM ipc as it comes": ipc, "vLLM ipc packed": ipc_packed, "ours, IPC": planned("ipc"),
-    "memcpy of the bytes": copy_alone, "packing alone": packing, "ours, CPU": planned("cpu"),
+    "memcpy of the bytes": copy_alone, "packing alone": packing, "ours, shared memory": planned("shm"), "ours, gloo": planned("gloo"),
 }
