@@ -101,7 +101,7 @@ def child(path: Path, out: Path) -> int:
         def stepped(self, step: int, values: Any, *, eta_seconds: int, synced: Any) -> None:
             super().stepped(step, values, eta_seconds=eta_seconds, synced=synced)
             proof = synced.proof
-            self.steps.append({"step": step, "equal": proof.equal, "unproven": proof.unproven, "probe": proof.probe, **values})
+            self.steps.append({"step": step, "equal": proof.equal, "indirect": proof.indirect, "probe": proof.probe, "proof/seconds": proof.seconds, **values})
 
     def work() -> None:
         config = configure(path, [])
@@ -119,17 +119,15 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
     for mode, run in found.items():
         lines += [f"### {mode}", "", "| role | host/GPU |", "|---|---|"]
         lines += [f"| {role} | {', '.join(seats)} |" for role, seats in run["seats"].items()]
-        lines += ["", "| step | generate s | score s | train s | sync s | proof and rest s | step s | checksums equal | not comparable |", "|---|" + "---|" * 8]
+        lines += ["", "| step | generate s | score s | train s | sync s | proof s | step s | checksums equal | packed or loaded |", "|---|" + "---|" * 8]
         lines += [_row(step) for step in run["steps"]] + [""]
     return "\n".join(lines)
 
 
 def _row(step: dict[str, Any]) -> str:
     phases = [step[f"seconds/{name}"] for name in ("generate", "score", "train")]
-    sync = step["sync/seconds"]
-    rest = step["seconds/step"] - sum(phases) - sync
-    cells = [*phases, sync, rest, step["seconds/step"]]
-    return f"| {step['step']} | " + " | ".join(f"{value:.3f}" for value in cells) + f" | {step['equal']} | {step['unproven']} |"
+    cells = [*phases, step["sync/seconds"], step["proof/seconds"], step["seconds/step"]]
+    return f"| {step['step']} | " + " | ".join(f"{value:.3f}" for value in cells) + f" | {step['equal']} | {step['indirect']} |"
 
 
 def main() -> int:

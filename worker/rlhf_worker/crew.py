@@ -69,7 +69,7 @@ def _engines(config: RunConfig, stage: Stage) -> list[Any]:
     for index, slots in enumerate(placement.engine_slots):
         bundles = [stage.bundles[slot].index for slot in slots]
         options = stage.options(slots[0], placement.engine_fraction if len(slots) == 1 else 0.0)
-        engines.append(RemoteEngine.options(**options).remote(config, index, stage.device, bundles, threads[slots[0]]))
+        engines.append(RemoteEngine.options(**options).remote(config, index, stage.device, bundles, stage.visible(slots[0]), threads[slots[0]]))
     return engines
 
 

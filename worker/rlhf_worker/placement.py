@@ -90,6 +90,11 @@ class Stage:
         crowd = Counter(self.bundles[slot].node for slot in slots)
         return {slot: max(1, self.bundles[slot].cpus // crowd[self.bundles[slot].node]) for slot in slots}
 
+    def visible(self, slot: int) -> list[str]:
+        """Ray's numbers of the GPUs of the slot's node, the slot's own first."""
+        own = self.bundles[slot]
+        return [own.gpu, *sorted({b.gpu for b in self.bundles.values() if b.node == own.node and b.gpu != own.gpu}, key=_number)]
+
     def close(self) -> None:
         remove_placement_group(self.group)
 

@@ -54,11 +54,13 @@ def request_seed(seed: int, step: int, uid: str, index: int) -> int:
 class Engine:
     """Created in its bundle by `placement`; `start` does the work, so that a failure is the call's and not the actor's."""
 
-    def __init__(self, config: RunConfig, index: int, device: str, bundles: list[int], threads: int) -> None:
+    def __init__(self, config: RunConfig, index: int, device: str, bundles: list[int], gpus: list[str], threads: int) -> None:
+        """bundles: one a tensor-parallel rank; gpus: all of this node, the first rank's own first."""
         self.config = config
         self.index = index
         self.device = device
         self.bundles = bundles
+        self.gpus = gpus
         self.threads = threads
         self.version = 0
         self.stale = False  # between a sync's begin and its end: what it holds is no version
@@ -70,7 +72,7 @@ class Engine:
         check_engine_args(self.config)
         require_path(self.config.model)
         check_context(self.config, context_length(load_config(self.config.model)))
-        self._environment()
+        self._environment(backend)
         import vllm
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -79,7 +81,7 @@ class Engine:
         self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args(backend)))
         return str(vllm.__version__)
 
-    def _environment(self) -> None:
+    def _environment(self, backend: str) -> None:
         env = {
             "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
             # Functions and CUDA IPC handles travel from this actor to its own worker processes, and nowhere else.
@@ -95,6 +97,9 @@ class Engine:
                 # Lets vLLM keep its one worker in the engine process: the threads are not bound, so it needs none of its own.
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             }
+        elif backend == "ipc" and len(self.bundles) == 1:
+            # A handle opens only where the GPU that holds the memory is visible: other trainer ranks' too.
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
         os.environ.update(env)
         if len(self.bundles) > 1 and not os.environ.get("CUDA_VISIBLE_DEVICES"):
             # This actor holds no GPU, its workers do; an empty list would hide them from vLLM's view of the machine.
