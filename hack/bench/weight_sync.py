@@ -7,7 +7,7 @@ GPUs, colocated one, cpu none (SmolLM2-135M's shape in float32). `wall` is the t
 before and after; `times` is the median over that of the mode's floor, the fastest that the hardware does: a bare NCCL send, one
 _foreach_copy_, a memcpy and the packing. Extra memory is what the device has in use after the syncs over what it had before
 connecting; `record s` is what the engine needs, once, to plan; `equal` counts the timed syncs after which every parameter's checksum was
-the trainer's. Rows are printed, and written to DIR, as they come.
+the trainer's (on a CPU after sending once more, since what is packed is summed up as it comes). Rows are printed, and written to DIR, as they come.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import ray
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hack.bench.weight_base import SHAPES, local_ray, on, write_model
-from hack.bench.weight_sync_actors import REPEAT, BenchEngine, BenchTrainer, memory
+from hack.bench.weight_sync_actors import REPEAT, BenchEngine, BenchTrainer, memory, settle
 
 START_SECONDS, RUN_SECONDS = 300.0, 240.0
 CPU_ENVIRONMENT = {
@@ -97,6 +97,7 @@ class Ends:
         samples, verdicts = ray.get(self.trainer.syncs.remote(), timeout=RUN_SECONDS)
         held.append(self.memory())
         ray.get(self.trainer.close.remote(), timeout=RUN_SECONDS)
+        ray.get(self.engine.collective.remote(settle), timeout=RUN_SECONDS)
         return {
             **connected, "bytes": size, "samples": [asdict(sample) for sample in samples], "equal": verdicts,
             "memory_mib": dict(zip(["before", "connected", "synced"], held, strict=True)),

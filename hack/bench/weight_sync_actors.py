@@ -4,6 +4,7 @@ A way is a function from (trainer, engine) to a `Connected`; what is timed is it
 drives a sync from there.
 """
 
+import gc
 import pickle
 import time
 from collections.abc import Callable
@@ -40,6 +41,14 @@ def memory(_: Any = None) -> dict[str, float]:
         return {}
     free, total = torch.cuda.mem_get_info()
     return {"allocated": torch.cuda.memory_allocated() / MIB, "reserved": torch.cuda.memory_reserved() / MIB, "device": (total - free) / MIB}
+
+
+def settle(_: Any = None) -> None:
+    """Gives back what nobody uses, so that the next way's memory is its own. Also runs in vLLM's worker."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
 
 
 class BenchEngine(Engine):
@@ -129,6 +138,7 @@ class BenchTrainer:
     def close(self) -> None:
         self.connected.close()
         self.connected = Connected(nothing)
+        settle()
 
 
 def client_of(engine: ActorHandle) -> EnginesClient:
@@ -155,7 +165,10 @@ def ipc(trainer: BenchTrainer, engine: ActorHandle) -> Connected:
 
 
 def ipc_packed(trainer: BenchTrainer, engine: ActorHandle) -> Connected:
-    return through_vllm(trainer, engine, IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=IPC_BUFFER_BYTES))
+    buffer = max(IPC_BUFFER_BYTES, *(tensor.nbytes for tensor in trainer.tensors.values()))  # it refuses a tensor that does not fit
+    made = through_vllm(trainer, engine, IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=buffer))
+    made.notes["buffer_bytes"] = buffer
+    return made
 
 
 def one_by_one(trainer: BenchTrainer, engine: ActorHandle) -> Connected:
@@ -220,7 +233,6 @@ def wait_bare(worker: Any) -> None:
 def leave_bare(worker: Any) -> None:
     worker.bare_group.destroy()
     del worker.bare_group, worker.bare_buffer
-    torch.cuda.empty_cache()
 
 
 def copy_alone(trainer: BenchTrainer, engine: ActorHandle) -> Connected:
