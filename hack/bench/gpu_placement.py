@@ -29,6 +29,14 @@ MODES: dict[str, dict[str, Any]] = {
         "rollout": {"engines": 2}, "trainer": {"gpus": 2},
         "placement": {"mode": "Colocated", "gpusPerNode": 2, "fractions": {"trainer": 0.4, "rollout": 0.4}},
     },
+    "tensor-parallel": {
+        "rollout": {"engines": 1, "tensorParallelSize": 2}, "trainer": {"gpus": 2},
+        "placement": {"mode": "Colocated", "gpusPerNode": 2, "fractions": {"trainer": 0.4, "rollout": 0.4}},
+    },
+    "sleeping": {
+        "rollout": {"engines": 1, "engineArgs": {"enforce_eager": True, "enable_sleep_mode": True}}, "trainer": {"gpus": 1},
+        "placement": {"mode": "Colocated", "gpusPerNode": 1, "fractions": {"trainer": 0.4, "rollout": 0.4}},
+    },
     "separated": {"rollout": {"engines": 1}, "trainer": {"gpus": 1}, "placement": {"mode": "Separated", "gpusPerNode": 1}},
 }
 

@@ -6,7 +6,7 @@ A trainer process holds random bfloat16 tensors of a Qwen3 shape; an engine proc
 GPUs, colocated one, cpu none (SmolLM2-135M's shape in float32). `wall` is the trainer's clock around send_weights(), device idle
 before and after; `times` is the median over that of the mode's floor, the fastest that the hardware does: a bare NCCL send, one
 _foreach_copy_, a memcpy and the packing. Extra memory is what the device has in use after the syncs over what it had before
-connecting; `record s` is what the engine needs, once, to plan; `equal` counts the timed syncs after which every parameter's checksum was
+connecting, without what torch only keeps for later; `record s` is what the engine needs, once, to plan; `equal` counts the timed syncs after which every parameter's checksum was
 the trainer's (on a CPU after sending once more, since what is packed is summed up as it comes). Rows are printed, and written to DIR, as they come.
 """
 
@@ -44,18 +44,18 @@ class Mode:
     backends: dict[str, list[str]]
     floor: tuple[str, ...]  # ways whose times add up to what cannot be beaten
 
-    @property
-    def shares(self) -> bool:
-        return self.device == "cuda" and self.gpus[0] == self.gpus[1]
+    def options(self, end: int) -> dict[str, Any]:
+        """Of the trainer's actor (0) or the engine's (1)."""
+        return on(self.gpus[end], CPU_ENVIRONMENT if self.device == "cpu" else {})
 
 
 MODES = {
     "separated": Mode(
-        ("0", "1"), "cuda", "bfloat16", {"nccl": ["bare NCCL send", "vLLM nccl packed", "one RPC a parameter"], "planned": ["ours, NCCL"]},
+        ("0", "1"), "cuda", "bfloat16", {"planned": ["bare NCCL send", "ours, NCCL"], "nccl": ["vLLM nccl packed", "one RPC a parameter"]},
         ("bare NCCL send",),
     ),
     "colocated": Mode(
-        ("0", "0"), "cuda", "bfloat16", {"ipc": ["_foreach_copy_ alone", "vLLM ipc as it comes", "vLLM ipc packed"], "planned": ["ours, IPC"]},
+        ("1", "1"), "cuda", "bfloat16", {"planned": ["_foreach_copy_ alone", "ours, IPC"], "ipc": ["vLLM ipc as it comes", "vLLM ipc packed"]},
         ("_foreach_copy_ alone",),
     ),
     "cpu": Mode(
@@ -64,54 +64,68 @@ MODES = {
 }
 
 
-class Ends:
-    """A trainer and an engine with one backend, started when first needed and thrown away after a failure."""
+class Fleet:
+    """Trainers and engines, all started at once; what a failure has touched is thrown away, and started again when it is next needed."""
 
-    def __init__(self, mode: Mode, shape: str, backend: str, model: Path) -> None:
-        self.mode, self.shape, self.backend, self.model = mode, shape, backend, model
-        self.trainer: Any = None
-        self.engine: Any = None
+    def __init__(self) -> None:
+        self.models: dict[tuple[str, str], Path] = {}
+        self.trainers: dict[tuple[str, str], Any] = {}  # by mode and shape
+        self.engines: dict[tuple[str, str, str], Any] = {}  # by GPU, shape and backend: modes share them
 
-    def start(self) -> None:
-        """Raises what the actors raise."""
-        if self.trainer is not None:
-            return
-        environment = CPU_ENVIRONMENT if self.mode.device == "cpu" else {}
-        gpus = [on(gpu, environment) for gpu in self.mode.gpus]
-        self.trainer = ray.remote(BenchTrainer).options(**gpus[0]).remote(self.shape, self.mode.dtype, self.mode.device)
-        if self.mode.shares:  # vLLM measures the GPU while it starts, so nobody else may grow then
-            ray.get(self.trainer.bytes.remote(), timeout=START_SECONDS)
-        self.engine = ray.remote(BenchEngine).options(**gpus[1]).remote()
-        started = self.engine.start.remote(self.backend, model=str(self.model), dtype=self.mode.dtype, device=self.mode.device)
-        ray.get([started, self.trainer.bytes.remote()], timeout=START_SECONDS)
+    def start(self, wanted: list[tuple[str, str, str]]) -> None:
+        """Of (mode, shape, backend). Raises what the actors raise."""
+        calls = []
+        for mode, shape, backend in wanted:
+            calls += self._trainer(mode, shape) + self._engine(mode, shape, backend)
+        ray.get(calls, timeout=START_SECONDS)
 
-    def memory(self) -> list[dict[str, float]]:
-        found: list[dict[str, float]] = ray.get([self.trainer.memory.remote(), self.engine.collective.remote(memory)], timeout=RUN_SECONDS)
-        return found
+    def _trainer(self, name: str, shape: str) -> list[Any]:
+        mode = MODES[name]
+        if (name, shape) in self.trainers:
+            return []
+        made = ray.remote(BenchTrainer).options(**mode.options(0)).remote(shape, mode.dtype, mode.device)
+        self.trainers[name, shape] = made
+        return [made.bytes.remote()]
 
-    def measure(self, way: str) -> dict[str, Any]:
+    def _engine(self, name: str, shape: str, backend: str) -> list[Any]:
+        mode = MODES[name]
+        if (mode.gpus[1], shape, backend) in self.engines:
+            return []
+        if (shape, mode.dtype) not in self.models:
+            self.models[shape, mode.dtype] = Path(tempfile.mkdtemp(prefix=f"bench-{shape}-"))
+            write_model(self.models[shape, mode.dtype], shape, mode.dtype)
+        made = ray.remote(BenchEngine).options(**mode.options(1)).remote()
+        self.engines[mode.gpus[1], shape, backend] = made
+        return [made.start.remote(backend, model=str(self.models[shape, mode.dtype]), dtype=mode.dtype, device=mode.device)]
+
+    def ends(self, name: str, shape: str, backend: str) -> tuple[Any, Any]:
+        self.start([(name, shape, backend)])
+        return self.trainers[name, shape], self.engines[MODES[name].gpus[1], shape, backend]
+
+    def measure(self, name: str, shape: str, backend: str, way: str) -> dict[str, Any]:
         """Raises what the actors raise, GetTimeoutError included."""
-        size, held = ray.get(self.trainer.bytes.remote()), [self.memory()]
-        connected = ray.get(self.trainer.connect.remote(way, self.engine), timeout=RUN_SECONDS)
-        held.append(self.memory())
-        samples, verdicts = ray.get(self.trainer.syncs.remote(), timeout=RUN_SECONDS)
-        held.append(self.memory())
-        ray.get(self.trainer.close.remote(), timeout=RUN_SECONDS)
-        ray.get(self.engine.collective.remote(settle), timeout=RUN_SECONDS)
+        trainer, engine = self.ends(name, shape, backend)
+
+        def memories() -> list[dict[str, float]]:
+            """Of what is held; memory that torch only keeps for later is given back first."""
+            ray.get([trainer.settle.remote(), engine.collective.remote(settle)], timeout=RUN_SECONDS)
+            found: list[dict[str, float]] = ray.get([trainer.memory.remote(), engine.collective.remote(memory)], timeout=RUN_SECONDS)
+            return found
+
+        size, held = ray.get(trainer.bytes.remote()), [memories()]
+        connected = ray.get(trainer.connect.remote(way, engine), timeout=RUN_SECONDS)
+        samples, verdicts = ray.get(trainer.syncs.remote(), timeout=RUN_SECONDS)
+        held.append(memories())
+        ray.get(trainer.close.remote(), timeout=RUN_SECONDS)
         return {
             **connected, "bytes": size, "samples": [asdict(sample) for sample in samples], "equal": verdicts,
-            "memory_mib": dict(zip(["before", "connected", "synced"], held, strict=True)),
+            "memory_mib": dict(zip(["before", "synced"], held, strict=True)),
         }
 
-    def close(self) -> None:
-        if self.engine is not None:
-            try:
-                ray.get(self.engine.close.remote(), timeout=30)
-            except Exception as error:  # it is thrown away in any case
-                print(f"closing the engine: {error!r}", file=sys.stderr, flush=True)
-        for actor in filter(None, [self.trainer, self.engine]):
-            ray.kill(actor)
-        self.trainer = self.engine = None
+    def discard(self, name: str, shape: str, backend: str) -> None:
+        for actor in (self.trainers.pop((name, shape), None), self.engines.pop((MODES[name].gpus[1], shape, backend), None)):
+            if actor is not None:
+                ray.kill(actor)
 
 
 def extra_mib(row: dict[str, Any], end: int) -> str:
@@ -161,34 +175,13 @@ class Report:
         print(markdown(self.rows).splitlines()[-1], flush=True)
 
 
-def measure(name: str, shape: str, only: str, report: Report) -> None:
-    """Every way of one mode with one shape. A way that fails is reported, and the next one gets processes of its own."""
-    mode = MODES[name]
-    model = Path(tempfile.mkdtemp(prefix=f"bench-{shape}-"))
-    write_model(model, shape, mode.dtype)
-    for backend, ways in mode.backends.items():
-        ends = Ends(mode, shape, backend, model)
-        wanted = [way for way in ways if only in way]
-        for index, way in enumerate(wanted):
-            found, started = attempt(ends, way)
-            report.add({"mode": name, "shape": shape, "way": way, **found})
-            if not started:
-                for left in wanted[index + 1 :]:
-                    report.add({"mode": name, "shape": shape, "way": left, "error": "as above"})
-                break
-        ends.close()
-
-
-def attempt(ends: Ends, way: str) -> tuple[dict[str, Any], bool]:
-    """What was measured, or the error; and whether both ends had started."""
-    started = False
+def attempt(fleet: Fleet, name: str, shape: str, backend: str, way: str) -> dict[str, Any]:
+    """What was measured, or the error."""
     try:
-        ends.start()
-        started = True
-        return ends.measure(way), started
+        return fleet.measure(name, shape, backend, way)
     except Exception as error:
-        ends.close()
-        return {"error": " ".join(str(error).split()) or repr(error)}, started
+        fleet.discard(name, shape, backend)
+        return {"error": " ".join(str(error).split()) or repr(error)}
 
 
 def main() -> None:
@@ -201,10 +194,15 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     report = Report(given.out)
     print(f"median and minimum of {REPEAT}\n\n" + markdown([]), flush=True)
+    wanted = [
+        (mode, shape, backend, way) for mode in given.modes for shape in (["135M"] if mode == "cpu" else given.shapes)
+        for backend, ways in MODES[mode].backends.items() for way in ways if given.only in way
+    ]
     with local_ray():
-        for mode in given.modes:
-            for shape in ["135M"] if mode == "cpu" else given.shapes:
-                measure(mode, shape, given.only, report)
+        fleet = Fleet()
+        fleet.start([(mode, shape, backend) for mode, shape, backend, _ in wanted])
+        for mode, shape, backend, way in wanted:
+            report.add({"mode": mode, "shape": shape, "way": way, **attempt(fleet, mode, shape, backend, way)})
     print("\n" + markdown(report.rows), flush=True)
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -92,6 +93,7 @@ class Connected:
     equal: Callable[[], bool | None] = nothing  # whether the engine holds what the trainer has; None where nothing compares them
     close: Callable[[], object] = nothing
     notes: dict[str, Any] = field(default_factory=dict)
+    repeat: int = REPEAT
 
 
 class BenchTrainer:
@@ -103,6 +105,7 @@ class BenchTrainer:
         kind = getattr(torch, dtype)
         self.tensors = {name: torch.empty(size, dtype=kind, device=device).normal_(std=0.02) for name, size in parameters(shape).items()}
         self.connected = Connected(nothing)
+        self.deadline_seconds = DEADLINE_SECONDS
 
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -110,19 +113,34 @@ class BenchTrainer:
     def memory(self) -> dict[str, float]:
         return memory()
 
+    def settle(self) -> None:
+        settle()
+
     def source(self) -> PolicySource:
         return PolicySource(lambda: self.tensors.items(), next(iter(self.tensors.values())).dtype)
 
-    def connect(self, way: str, engine: ActorHandle) -> dict[str, Any]:
+    def files(self) -> int:
+        """Open in this process."""
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    def connect(self, way: str, engine: ActorHandle, deadline_seconds: float = DEADLINE_SECONDS) -> dict[str, Any]:
         """Returns the seconds that it took, and what is to be noted. Raises what either end raises."""
-        began = time.perf_counter()
+        began, self.deadline_seconds = time.perf_counter(), deadline_seconds
         self.connected = WAYS[way](self, engine)
         return {"connect_seconds": time.perf_counter() - began, **self.connected.notes}
+
+    def send(self, count: int) -> float:
+        """Seconds of so many syncs in a row."""
+        began = time.perf_counter()
+        for _ in range(count):
+            self.connected.before()
+            self.connected.send()
+        return time.perf_counter() - began
 
     def syncs(self) -> tuple[list[Sample], list[bool | None]]:
         """Samples of the timed syncs, and the verdict on each."""
         samples, verdicts = [], []
-        for _ in range(WARMUP + REPEAT):
+        for _ in range(WARMUP + self.connected.repeat):
             torch._foreach_add_(list(self.tensors.values()), 1e-3)  # no sync may live on what the one before delivered
             self.connected.before()
             samples.append(self._sync())
@@ -186,7 +204,7 @@ def one_by_one(trainer: BenchTrainer, engine: ActorHandle) -> Connected:
             received.result()
         client.finish_weight_update()
 
-    return Connected(send, before=client.begin, close=transfer.shutdown)
+    return Connected(send, before=client.begin, close=transfer.shutdown, repeat=5)  # seconds each: five say enough
 
 
 def bare_nccl(trainer: BenchTrainer, engine: ActorHandle) -> Connected:
@@ -282,19 +300,20 @@ def planned(link: str) -> Callable[[BenchTrainer, ActorHandle], Connected]:
 
     def connect(trainer: BenchTrainer, engine: ActorHandle) -> Connected:
         register()
-        client, source = client_of(engine), trainer.source()
+        client, source = EnginesClient([engine], 1, trainer.deadline_seconds), trainer.source()
         began = time.perf_counter()
         plans = client.plans(pickle.dumps(source.own_metas()), frozenset())
         notes = {"record_seconds": time.perf_counter() - began, "moves": [len(plan.moves) for plan in plans], "fallbacks": describe(plans)}
-        info = PlannedTrainerInitInfo(link, (HOST, free_ports(1)[0]), rank=0, deadline_seconds=DEADLINE_SECONDS)
+        info = PlannedTrainerInitInfo(link, (HOST, free_ports(1)[0]), rank=0, deadline_seconds=trainer.deadline_seconds)
         transfer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 
         def equal() -> bool:
             if trainer.device == "cpu":  # what is packed away is summed up as it comes, which would be timed: send it once more
                 client.begin()
                 transfer.send_weights(proof=True)
-            held = ray.get(engine.checksums.remote(), timeout=DEADLINE_SECONDS)
-            return not compare([transfer.checksums()], [held]).wrong
+            theirs = engine.checksums.remote()
+            ours = transfer.checksums()
+            return not compare([ours], [ray.get(theirs, timeout=DEADLINE_SECONDS)]).wrong
 
         return Connected(transfer.send_weights, before=client.begin, equal=equal, close=transfer.shutdown, notes=notes)
 

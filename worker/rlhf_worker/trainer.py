@@ -60,6 +60,9 @@ class Trainer:
         trainer, algorithm = self.config.trainer, self.config.algorithm
         self.mesh = init_device_mesh(self.device.type, (self.world,))
         self.module = self._module()
+        self.places = [
+            (name.removeprefix(PREFIX), self.module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name, _ in self.module.named_parameters()
+        ]
         self.source = PolicySource(self._named, getattr(torch, self.config.model.dtype))
         self.reference = self._module().requires_grad_(False) if algorithm.kl.coefficient > 0 else None
         self.optimizer = torch.optim.AdamW(
@@ -74,7 +77,8 @@ class Trainer:
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters by their checkpoint names."""
-        return ((name.removeprefix(PREFIX), parameter) for name, parameter in self.module.named_parameters())
+        # Looked up in their modules each time: FSDP may replace the objects. Walking the modules anew would cost more than a sync.
+        return ((name, getattr(module, key)) for name, module, key in self.places)
 
     def train(self, updates: list[list[PackedBatch]]) -> dict[str, float]:
         """This rank's micro-batches of each optimizer update. Returns means over the step, the same on every rank. Raises Diverged.

@@ -64,6 +64,7 @@ class Engine:
         self.threads = threads
         self.version = 0
         self.stale = False  # between a sync's begin and its end: what it holds is no version
+        self.sleep_level = 1
         self.llm: AsyncLLM | None = None
         self._requests = 0
 
@@ -230,8 +231,9 @@ class Engine:
         await self._running().resume_generation()
 
     async def sleep(self) -> None:
-        """Give the GPU's memory back while the trainer works: weights go to the host, the KV cache is dropped."""
-        await self._running().sleep(level=1)
+        """Give the GPU's memory back while the trainer works. Level 1 moves the weights to the host, 2 drops them; the KV cache goes in any case."""
+        self.stale = True
+        await self._running().sleep(level=self.sleep_level)
 
     async def wake(self, tags: list[str]) -> None:
         await self._running().wake_up(tags)
@@ -246,6 +248,8 @@ class Engine:
         from rlhf_worker.weights.receiver import plan_of
 
         plans: list[bytes] = await self._running().collective_rpc(partial(plan_of, metas=metas, distrusted=distrusted))
+        # A sync brings back all that a plan covers; what it leaves alone must survive a sleep on the host.
+        self.sleep_level = 1 if any(pickle.loads(plan).kept for plan in plans) else 2
         return plans
 
     async def sync_weights(self, update_info: dict[str, Any]) -> None:

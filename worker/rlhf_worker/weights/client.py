@@ -47,12 +47,27 @@ class EnginesClient:
                 raise RuntimeError(f"weight sync: engine {index} lays its parameters out in another way than engine 0")
         return found[0]
 
-    def connect(self, terms: bytes) -> None:
-        calls = [engine.init_weight_transfer.remote({"terms": terms, "engine": index}) for index, engine in enumerate(self.engines)]
+    def begin_connect(self, terms: bytes) -> list[Any]:
+        return [engine.init_weight_transfer.remote({"terms": terms, "engine": index}) for index, engine in enumerate(self.engines)]
+
+    def end_connect(self, calls: list[Any]) -> None:
         self._wait("init_weight_transfer", calls)
 
-    def sync(self, *, handles: bytes | None = None, proof: bool = False) -> None:
-        self._all("sync_weights", {"handles": handles, "proof": proof})
+    def begin_sync(self, *, handles: bytes | None = None, proof: bool = False) -> list[Any]:
+        """Calls for `end_sync`. The engines receive from now on."""
+        return [engine.sync_weights.remote({"handles": handles, "proof": proof}) for engine in self.engines]
+
+    def end_sync(self, calls: list[Any]) -> None:
+        self._wait("sync_weights", calls)
+
+    def failed(self, calls: list[Any]) -> bool:
+        """Whether an engine has ended with an error."""
+        done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
+        try:
+            ray.get(done)
+        except ray.exceptions.RayError:
+            return True
+        return False
 
     # vLLM's protocol, for its own backends.
 

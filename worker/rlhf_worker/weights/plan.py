@@ -129,7 +129,11 @@ class Piece:
     rank: int
     move: Move
     itemsize: int  # bytes an element on the wire, which is as wide as the engine's parameter
-    staged: bool  # one of the ends must copy: it is strided, or the trainer's type is another
+    packed: bool  # travels in one send with others of its wave: it is strided, of another type than the trainer's, or small
+
+    @property
+    def nbytes(self) -> int:
+        return self.move.put.numel * self.itemsize
 
 
 def fills_once(views: Sequence[View], numel: int) -> bool:
@@ -147,8 +151,8 @@ def _run_length(view: View) -> int:
     return stop - start
 
 
-def pieces(plan: RankPlan, shards: Sequence[Shards], dtypes: Mapping[str, str]) -> list[Piece]:
-    """The plan's moves, cut by who holds what; `dtypes` are the trainer's, by checkpoint name.
+def pieces(plan: RankPlan, shards: Sequence[Shards], dtypes: Mapping[str, str], small: int = 0) -> list[Piece]:
+    """The plan's moves, cut by who holds what. dtypes: the trainer's, by checkpoint name; small: bytes below which a piece is packed.
 
     Where several trainer ranks hold an element, the first gives it. Raises Incomplete.
     """
@@ -158,8 +162,8 @@ def pieces(plan: RankPlan, shards: Sequence[Shards], dtypes: Mapping[str, str]) 
         for rank, (start, stop) in _owners(move.source, shards):
             for part in move.cut(max(start, reached), stop):
                 own = Move(move.source, View(part.take.offset - start, part.take.size, part.take.stride), move.target, part.put).simplified()
-                staged = dtypes[move.source] != dtype or not (own.take.contiguous and own.put.contiguous)
-                found.append(Piece(rank, own, ITEMSIZE[dtype], staged))
+                packed = dtypes[move.source] != dtype or not (own.take.contiguous and own.put.contiguous) or own.put.numel * ITEMSIZE[dtype] < small
+                found.append(Piece(rank, own, ITEMSIZE[dtype], packed))
                 have += part.put.numel
             reached = max(reached, stop)
         if have != move.put.numel:
@@ -201,7 +205,7 @@ class Group:
 def waves(needs: Sequence[Piece], rank: int, group: Group, limit: int) -> list[list[Hop]]:
     """The order in which the links carry what tensor-parallel rank `rank` of every engine needs.
 
-    All members of the group run a wave's hops at once, and the waves one after the other. limit: bytes that a pair may stage, or pass
+    All members of the group run a wave's hops at once, and the waves one after the other. limit: bytes that a pair may pack, or pass
     on, in one wave; what goes straight from memory to memory knows no limit. One engine: trainer ranks send to it. Several: each piece
     leaves the trainer once, for one engine in turn, which passes it on to the others while the trainer sends the next wave (as a
     broadcast does, without a communicator for each pair: a trainer's link carries every slice once, however many engines there are).
@@ -212,7 +216,7 @@ def waves(needs: Sequence[Piece], rank: int, group: Group, limit: int) -> list[l
     for part in (part for piece in needs for part in _parts(piece, group.engines, limit)):
         first = group.number(turn.get(part.rank, 0) % group.engines, rank)
         turn[part.rank] = turn.get(part.rank, 0) + 1
-        wave = _room(filled, (part.rank, first), part.move.put.numel * part.itemsize if part.staged or group.engines > 1 else 0, limit)
+        wave = _room(filled, (part.rank, first), part.nbytes if part.packed or group.engines > 1 else 0, limit)
         _put(made, wave, Hop(part.rank, first, part))
         for receiver in (group.number(engine, rank) for engine in range(group.engines)):
             if receiver != first:
@@ -221,11 +225,11 @@ def waves(needs: Sequence[Piece], rank: int, group: Group, limit: int) -> list[l
 
 
 def _parts(piece: Piece, engines: int, limit: int) -> Iterator[Piece]:
-    if not piece.staged and engines == 1:
+    if not piece.packed and engines == 1:
         yield piece
         return
     for move in piece.move.chunks(max(1, limit // piece.itemsize)):
-        yield Piece(piece.rank, move, piece.itemsize, piece.staged)
+        yield Piece(piece.rank, move, piece.itemsize, piece.packed)
 
 
 def _room(filled: dict[tuple[int, int], tuple[int, int]], pair: tuple[int, int], nbytes: int, limit: int) -> int:

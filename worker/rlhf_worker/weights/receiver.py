@@ -56,7 +56,7 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
 
     def init_transfer_engine(self, init_info: PlannedInitInfo) -> None:
         self.terms = pickle.loads(init_info.terms)
-        self.needs = pieces(self.recording.plan, self.terms.shards, self.terms.dtypes)
+        self.needs = pieces(self.recording.plan, self.terms.shards, self.terms.dtypes, self.terms.small)
         if self.terms.handles is not None:
             self._open(self.terms.handles)
             return
@@ -116,8 +116,8 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
 
     def _image(self, parts: Sequence[Piece], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A parameter as it is before it is packed: the trainer's own memory where that has the same form, else assembled."""
-        if len(parts) == 1 and not parts[0].staged and parts[0].move.put.numel == torch.Size(shape).numel():
-            return self._take(parts[0]).view(shape)
+        if len(parts) == 1 and parts[0].move.take.contiguous and (held := self._take(parts[0])).dtype == dtype and held.numel() == torch.Size(shape).numel():
+            return held.view(shape)
         image = torch.zeros(shape, dtype=dtype)
         for part in parts:
             placed(image, part.move.put).copy_(self._take(part))
@@ -145,7 +145,7 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
         def put(piece: Piece) -> Tensor:
             return placed(targets[piece.move.target], piece.move.put)
 
-        return wire.make_wave(hops, self.me, put, put, lambda piece: targets[piece.move.target].dtype, stage)
+        return wire.make_wave(hops, self.me, put, lambda piece: targets[piece.move.target].dtype, stage)
 
     # What load_weights must do itself.
 
@@ -164,7 +164,8 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
         made = torch.empty(meta.shape, dtype=dtype, device=self.device)
         parts = pieces(whole(meta.name, made.numel(), str(dtype).removeprefix("torch.")), self.terms.shards, self.terms.dtypes)
         if self.channel is not None:
-            wire.run(self.channel, [self._wave(to_all(parts, [self.me]), made, {meta.name: made})])
+            hops = to_all(parts, [self.me])
+            wire.run(self.channel, [self._wave(hops, wire.make_stage([hops], self.me, self.device)[0], {meta.name: made})])
             return made
         for part in parts:
             placed(made, part.move.put).copy_(self._take(part))

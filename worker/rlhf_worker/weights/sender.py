@@ -2,7 +2,6 @@
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import ClassVar, Self, TypeVar
@@ -55,6 +54,7 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
     def connect(self) -> None:
         """Plans from the engines, and the link to them."""
         self.shards = self.source.held()
+        self.device = next(iter(self.shards.values())).local.device
         metas = self.source.own_metas()
         self.plans = self._agree(lambda: self.client.plans(pickle.dumps(metas), self.info.distrusted))
         self.group = Group(self.info.world, len(self.client.engines), len(self.plans))
@@ -62,13 +62,11 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         mapping = self.info.link in ("ipc", "shm")
         handles = self._all(self._export()) if mapping else None
         self.terms = Terms(self.info.link, metas, tuple(extents), self.group, tuple(handles) if handles else None, self.info.address, self.info.deadline_seconds)
-        self.needs = [[p for p in pieces(plan, extents, self.terms.dtypes) if p.rank == self.info.rank] for plan in self.plans]
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            joined = pool.submit(self.client.connect, pickle.dumps(self.terms)) if self.is_sender else None
-            if not mapping:
-                self._join()
-            if joined is not None:
-                joined.result()
+        self.needs = [[p for p in pieces(plan, extents, self.terms.dtypes, self.terms.small) if p.rank == self.info.rank] for plan in self.plans]
+        joining = self.client.begin_connect(pickle.dumps(self.terms)) if self.is_sender else []
+        if not mapping:
+            self._join()
+        self.client.end_connect(joining)
 
     def _agree(self, ask: Callable[[], list[RankPlan]]) -> list[RankPlan]:
         """What rank 0 learnt, on every rank."""
@@ -87,28 +85,31 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
 
     def _export(self) -> dict[str, mapped.Handle]:
         handles = mapped.export({name: shard.local for name, shard in self.shards.items()})
-        self.places = self._places()  # afterwards: on CPU the memory has moved just now
+        self.places = [shard.local.data_ptr() for shard in self.shards.values()]  # afterwards: on CPU the memory has moved just now
         return handles
 
-    def _places(self) -> list[int]:
-        return [shard.local.data_ptr() for shard in self.shards.values()]
+    def _moved(self) -> bool:
+        """Whether parameters lie elsewhere than at the last sync: offloaded and back, or replaced."""
+        if [tensor.data_ptr() for tensor in self.source.locals()] == self.places:
+            return False
+        self.shards = self.source.held()
+        self.places = [shard.local.data_ptr() for shard in self.shards.values()]
+        return True
 
     def _join(self) -> None:
-        device = next(iter(self.shards.values())).local.device
         address = wire.Address(self.info.address, self.info.rank, self.group.size, self.info.deadline_seconds)
-        self.channel = wire.GlooChannel(address) if device.type == "cpu" else wire.NcclChannel(address, device)
+        self.channel = wire.GlooChannel(address) if self.device.type == "cpu" else wire.NcclChannel(address, self.device)
         by_rank = [waves(own, rank, self.group, self.terms.stage_limit) for rank, own in enumerate(self.needs)]
         self.hops = [[hop for hops in wave for hop in hops] for wave in zip_longest(*by_rank, fillvalue=())]
-        self.stage = wire.make_stage(self.hops, self.info.rank, device)
-        self.waves = self._waves()
-        self.places = self._places()
+        self.stage = wire.make_stage(self.hops, self.info.rank, self.device)
+        self.waves, self.places = self._waves(), [shard.local.data_ptr() for shard in self.shards.values()]
 
     def _waves(self) -> list[wire.Wave]:
         dtypes = {target: getattr(torch, name) for plan in self.plans for target, name in plan.dtypes.items()}
         return [self._wave(hops, dtypes, self.stage[number % 2]) for number, hops in enumerate(self.hops)]
 
     def _wave(self, hops: Sequence[Hop], dtypes: Mapping[str, torch.dtype], stage: Tensor) -> wire.Wave:
-        return wire.make_wave(hops, self.info.rank, self._take, self._take, lambda piece: dtypes[piece.move.target], stage)
+        return wire.make_wave(hops, self.info.rank, self._take, lambda piece: dtypes[piece.move.target], stage)
 
     def _take(self, piece: Piece) -> Tensor:
         return placed(self.shards[piece.move.source].local, piece.move.take)
@@ -118,43 +119,33 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
 
         proof: let the engines note checksums of what they pack away. Raises DeadlineExceeded, LinkBroken, or what an engine raised.
         """
-        self.shards = self.source.held()
-        moved = self.places != self._places()
-        if self.info.link in ("ipc", "shm"):
-            self._let_read(moved, proof)
+        if self.channel is None:
+            self._let_read(proof)
             return
-        if moved:
-            self.waves, self.places = self._waves(), self._places()
-        channel = self.channel
-        assert channel is not None
-        pool = ThreadPoolExecutor(max_workers=1)
-        received = pool.submit(self.client.sync, proof=proof) if self.is_sender else None
+        calls = self.client.begin_sync(proof=proof) if self.is_sender else []
+        if self._moved():
+            self.waves = self._waves()
         try:
-            if received is not None:
-                received.add_done_callback(lambda told: channel.abort() if told.exception() is not None else None)
-            wire.run(channel, self.waves)
-            self._send_whole(channel)
-            if received is not None:
-                received.result()
+            wire.run(self.channel, self.waves, lambda: self.client.failed(calls))
+            self._send_whole(self.channel)
         except LinkBroken:
-            if received is not None and received.done():
-                received.result()  # what the engine said is nearer to the cause
+            if self.client.failed(calls):
+                self.client.end_sync(calls)  # what an engine said is nearer to the cause
             raise
-        finally:
-            pool.shutdown(wait=False)  # a receiver that hangs must not hang the trainer
+        self.client.end_sync(calls)
 
-    def _let_read(self, moved: bool, proof: bool) -> None:
-        handles = None
+    def _let_read(self, proof: bool) -> None:
+        moved, handles = self._moved(), None
         if self.info.world > 1:
             flag = torch.tensor([moved])
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             moved = bool(flag.item())
         if moved:
             handles = pickle.dumps(tuple(self._all(self._export())))
-        if torch.cuda.is_available():
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
         if self.is_sender:
-            self.client.sync(handles=handles, proof=proof)
+            self.client.end_sync(self.client.begin_sync(handles=handles, proof=proof))
 
     def _send_whole(self, channel: wire.Channel) -> None:
         """The tensors that engines load by load_weights, one at a time, to every rank that does."""
@@ -166,16 +157,14 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
             dtype = self.source.dtype
             parts = pieces(whole(meta.name, torch.Size(meta.shape).numel(), str(dtype).removeprefix("torch.")), self.terms.shards, self.terms.dtypes)
             hops = to_all([part for part in parts if part.rank == self.info.rank], receivers)
-            stage = torch.empty(sum(h.piece.move.put.numel * dtype.itemsize + wire.ALIGNMENT for h in hops), dtype=torch.uint8, device=self.stage[0].device)
-            wire.run(channel, [self._wave(hops, {meta.name: dtype}, stage)])
+            wire.run(channel, [self._wave(hops, {meta.name: dtype}, wire.make_stage([hops], self.info.rank, self.device)[0])])
 
     def checksums(self) -> list[dict[str, int]]:
         """This rank's share of what every parameter of each tensor-parallel rank must sum up to, modulo 2^64."""
         return [self._sums(plan, own) for plan, own in zip(self.plans, self.needs, strict=True)]
 
     def _sums(self, plan: RankPlan, own: Sequence[Piece]) -> dict[str, int]:
-        device = next(iter(self.shards.values())).local.device
-        totals = {target: torch.zeros((), dtype=torch.int64, device=device) for target in plan.dtypes}
+        totals = {target: torch.zeros((), dtype=torch.int64, device=self.device) for target in plan.dtypes}
         for piece in own:
             checksum.add(totals[piece.move.target], self.shards[piece.move.source].local, piece.move, getattr(torch, plan.dtypes[piece.move.target]))
         return {target: int(total) for target, total in totals.items()}

@@ -6,7 +6,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta
 
 from rlhf_worker.weights.mapped import Handle
 from rlhf_worker.weights.plan import Group, Shards
-from rlhf_worker.weights.wire import STAGE_BYTES
+from rlhf_worker.weights.wire import SMALL_BYTES, STAGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,10 @@ class Terms:
     @property
     def dtypes(self) -> dict[str, str]:
         return {meta.name: str(meta.dtype).removeprefix("torch.") for meta in self.metas}
+
+    @property
+    def small(self) -> int:
+        return SMALL_BYTES if self.link == "nccl" else 0
 
     @property
     def stage_limit(self) -> int:

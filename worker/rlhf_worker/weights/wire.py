@@ -17,8 +17,10 @@ from rlhf_worker.errors import DeadlineExceeded, LinkBroken
 from rlhf_worker.weights.plan import Hop, Piece
 
 STAGE_BYTES = 32 << 20  # a rank packs this much ahead of the link, twice: one half is filled while the other is sent
+SMALL_BYTES = 16 << 20  # NCCL: a send costs as much as 4 MB on the link (docs/benchmarks.md); packing, beside the link, next to nothing
 ALIGNMENT = 256
 POLL_SECONDS = 2e-5
+LOOK_SECONDS = 0.05  # between looks at whether a peer has failed
 
 Resolve = Callable[[Piece], Tensor]
 Pairs = tuple[list[Tensor], list[Tensor]]  # destinations and sources
@@ -35,16 +37,17 @@ class Address:
 class Channel(Protocol):
     """A group of ranks. What is called within a session happens wave by wave; the session's end waits for it."""
 
-    def session(self) -> AbstractContextManager[None]: ...
+    def session(self, failed: Callable[[], bool]) -> AbstractContextManager[None]: ...
     def pack(self, wave: int, pairs: Pairs) -> None: ...
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None: ...
     def unpack(self, pairs: Pairs) -> None: ...
-    def abort(self) -> None: ...
     def close(self) -> None: ...
 
 
 @dataclass(slots=True)
 class Wave:
+    """One rank's part of a wave. What is packed for a peer lies in one stretch of the stage, in one order at both ends."""
+
     before: Pairs = field(default_factory=lambda: ([], []))  # into the stage
     sends: list[tuple[Tensor, int]] = field(default_factory=list)
     receives: list[tuple[Tensor, int]] = field(default_factory=list)
@@ -53,38 +56,42 @@ class Wave:
 
 def make_stage(waves: Sequence[Sequence[Hop]], me: int, device: torch.device) -> list[Tensor]:
     """Two halves, each as large as this rank's largest wave needs."""
-    mine = [[hop.piece for hop in hops if me in (hop.sender, hop.receiver) and hop.piece.staged] for hops in waves]
-    nbytes = max((sum(_padded(piece.move.put.numel * piece.itemsize) for piece in pieces) for pieces in mine), default=0)
-    return [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
+    need = max((sum(_padded(hop.piece.nbytes) for hop in hops if hop.piece.packed and me in (hop.sender, hop.receiver)) for hops in waves), default=0)
+    return [torch.empty(need, dtype=torch.uint8, device=device) for _ in range(2)]
 
 
 def _padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def make_wave(hops: Sequence[Hop], me: int, take: Resolve, put: Resolve, dtype: Callable[[Piece], torch.dtype], stage: Tensor) -> Wave:
-    """This rank's part. take: the view to send; put: the view to receive into; stage: bytes for what is strided or of another type."""
+def make_wave(hops: Sequence[Hop], me: int, resolve: Resolve, dtype: Callable[[Piece], torch.dtype], stage: Tensor) -> Wave:
+    """resolve: the view that a piece is sent from, or received into; dtype: of the piece on the wire; stage: bytes for what is packed."""
     wave, used = Wave(), 0
+    by_pair: dict[tuple[int, int], list[Piece]] = {}
     for hop in hops:
-        if me not in (hop.sender, hop.receiver):
-            continue
-        view, wire = (take if hop.sender == me else put)(hop.piece), dtype(hop.piece)
-        flat = view
-        if view.dtype != wire or not view.is_contiguous():
-            nbytes = view.numel() * wire.itemsize
-            flat = stage[used : used + nbytes].view(wire).view(view.shape)
-            used += _padded(nbytes)
-            into, out = (flat, view) if hop.sender == me else (view, flat)
-            pairs = wave.before if hop.sender == me else wave.after
-            pairs[0].append(into)
-            pairs[1].append(out)
-        (wave.sends if hop.sender == me else wave.receives).append((flat, hop.receiver if hop.sender == me else hop.sender))
+        if me in (hop.sender, hop.receiver):
+            by_pair.setdefault((hop.sender, hop.receiver), []).append(hop.piece)
+    for (sender, receiver), pieces in by_pair.items():
+        sending, start = sender == me, used
+        ends, peer = (wave.sends, receiver) if sending else (wave.receives, sender)
+        for piece in pieces:
+            view = resolve(piece)
+            if not piece.packed:
+                ends.append((view, peer))
+                continue
+            flat = stage[used : used + piece.nbytes].view(dtype(piece)).view(view.shape)
+            used += _padded(piece.nbytes)
+            into, out = (wave.before if sending else wave.after)
+            into.append(flat if sending else view)
+            out.append(view if sending else flat)
+        if used > start:
+            ends.append((stage[start:used], peer))
     return wave
 
 
-def run(channel: Channel, waves: Sequence[Wave]) -> None:
-    """Raises DeadlineExceeded or LinkBroken; what was received until then is in place, and worthless."""
-    with channel.session():
+def run(channel: Channel, waves: Sequence[Wave], failed: Callable[[], bool] = lambda: False) -> None:
+    """failed: asked now and then whether there is still anyone to wait for. Raises DeadlineExceeded or LinkBroken; what came is worthless then."""
+    with channel.session(failed):
         for number, wave in enumerate(waves):
             channel.pack(number, wave.before)
             channel.exchange(wave.sends, wave.receives)
@@ -103,7 +110,8 @@ class GlooChannel:
         self.group = group
 
     @contextmanager
-    def session(self) -> Iterator[None]:
+    def session(self, failed: Callable[[], bool]) -> Iterator[None]:
+        """gloo notices by itself that a peer is gone, or that the time is up."""
         try:
             yield
         except RuntimeError as error:
@@ -123,11 +131,15 @@ class GlooChannel:
         for item in work:
             item.wait()
 
-    def abort(self) -> None:
-        """gloo notices by itself that a peer is gone, or that the time is up."""
-
     def close(self) -> None:
         del self.group
+
+
+class _Communicator(PyNcclCommunicator):
+    """vLLM's, without the reduction by which it warms up: that connects rings of all ranks, half a gigabyte on each, for collectives that never come."""
+
+    def all_reduce(self, in_tensor: Tensor, out_tensor: Tensor | None = None, op: object = None, stream: object = None) -> None:
+        return None
 
 
 class NcclChannel:
@@ -142,41 +154,49 @@ class NcclChannel:
             store.barrier(timeout=address.deadline_seconds)  # NCCL's own start has no deadline
         except (RuntimeError, TimeoutError) as error:
             raise DeadlineExceeded(f"weight sync: not all of {address.world} ranks joined within {address.deadline_seconds:g} s") from error
-        self.nccl = PyNcclCommunicator(store, device)
+        self.nccl = _Communicator(store, device)
         self.link, self.packing = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
         self.carried: list[torch.cuda.Event] = []  # a wave each
-        self.receives = self.expired = self.aborted = False
+        self.receives = self.expired = False
 
     @contextmanager
-    def session(self) -> Iterator[None]:
+    def session(self, failed: Callable[[], bool]) -> Iterator[None]:
+        # The first send to a peer waits for it inside NCCL; only from another thread can it be ended.
+        end = time.monotonic() + self.deadline_seconds
         timer = threading.Timer(self.deadline_seconds, self._expire)
         timer.daemon = True
-        timer.start()
+        if not self.carried:
+            timer.start()
         self.carried = []
         for stream in (self.link, self.packing):
             stream.wait_stream(torch.cuda.current_stream())
         try:
             yield
-            ends = [stream.record_event() for stream in (self.link, self.packing)]
-            while not all(event.query() for event in ends) and not self.aborted:
-                time.sleep(POLL_SECONDS)
+            self._wait(end, failed)
         except RuntimeError as error:
-            if not self.aborted:
+            if not self.expired:
                 raise LinkBroken(f"weight sync over NCCL: {error}") from error
         finally:
             timer.cancel()
         if self.expired:
             raise DeadlineExceeded(f"weight sync: a rank did not send or receive within {self.deadline_seconds:g} s")
-        if self.aborted:
-            raise LinkBroken("weight sync over NCCL: an engine failed")
+
+    def _wait(self, end: float, failed: Callable[[], bool]) -> None:
+        """Until all that was enqueued is done. Aborting is the one way to end kernels that wait for a peer that is gone."""
+        ends = [stream.record_event() for stream in (self.link, self.packing)]
+        look = time.monotonic() + LOOK_SECONDS
+        while not self.expired and not all(event.query() for event in ends):
+            time.sleep(POLL_SECONDS)
+            if (now := time.monotonic()) > end:
+                self._expire()
+            elif now > look:
+                look = now + LOOK_SECONDS
+                if failed():
+                    self.nccl.destroy()
+                    raise LinkBroken("weight sync over NCCL: an engine failed")
 
     def _expire(self) -> None:
         self.expired = True
-        self.abort()
-
-    def abort(self) -> None:
-        """The one way to end kernels, and calls of NCCL, that wait for a peer that is gone."""
-        self.aborted = True
         self.nccl.destroy()
 
     def pack(self, wave: int, pairs: Pairs) -> None:
