@@ -157,6 +157,7 @@ class NcclChannel:
         self.nccl = _Communicator(store, device)
         self.link, self.packing = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
         self.carried: list[torch.cuda.Event] = []  # a wave each
+        self.unpacked: list[torch.cuda.Event] = []
         self.receives = self.expired = False
 
     @contextmanager
@@ -167,7 +168,7 @@ class NcclChannel:
         timer.daemon = True
         if not self.carried:
             timer.start()
-        self.carried = []
+        self.carried, self.unpacked = [], []
         for stream in (self.link, self.packing):
             stream.wait_stream(torch.cuda.current_stream())
         try:
@@ -203,20 +204,12 @@ class NcclChannel:
         """Into the half of the stage that wave - 2 has left. What a rank passes on came with wave - 1, and is packed after that."""
         if pairs[0]:
             self._copy(pairs, after=self.carried[-1:] if self.receives else self.carried[-2:-1])
-
-    def unpack(self, pairs: Pairs) -> None:
-        if pairs[0]:
-            self._copy(pairs, after=self.carried[-1:])
-
-    def _copy(self, pairs: Pairs, after: Sequence[torch.cuda.Event]) -> None:
-        for event in after:
-            self.packing.wait_event(event)
-        with torch.cuda.stream(self.packing):
-            torch._foreach_copy_(*pairs)
+            self.link.wait_event(self.packing.record_event())
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
-        self.link.wait_stream(self.packing)
         self.receives = self.receives or bool(receives)
+        for event in self.unpacked[-2:-1]:  # of wave - 2, whose half of the stage this wave receives into
+            self.link.wait_event(event)
         self.nccl.group_start()
         for tensor, peer in sends:
             self.nccl.send(tensor, peer, self.link)
@@ -224,6 +217,17 @@ class NcclChannel:
             self.nccl.recv(tensor, peer, self.link)
         self.nccl.group_end()
         self.carried.append(self.link.record_event())
+
+    def unpack(self, pairs: Pairs) -> None:
+        if pairs[0]:
+            self._copy(pairs, after=self.carried[-1:])
+        self.unpacked.append(self.packing.record_event())
+
+    def _copy(self, pairs: Pairs, after: Sequence[torch.cuda.Event]) -> None:
+        for event in after:
+            self.packing.wait_event(event)
+        with torch.cuda.stream(self.packing):
+            torch._foreach_copy_(*pairs)
 
     def close(self) -> None:
         self.nccl.destroy()
