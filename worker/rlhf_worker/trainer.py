@@ -76,7 +76,8 @@ class Trainer:
         return module.to(self.device)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters by their checkpoint names."""
+        """Parameters by their checkpoint names, sharded."""
+        self.module.reshard()  # type: ignore[operator]  # a forward pass without a backward leaves the root's whole
         # Looked up in their modules each time: FSDP may replace the objects. Walking the modules anew would cost more than a sync.
         return ((name, getattr(module, key)) for name, module, key in self.places)
 

@@ -119,11 +119,11 @@ class Engine:
         return args | {
             "model": str(Path(config.model.path).expanduser()) if config.model.path.startswith("~") else config.model.path,
             "dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code, "tensor_parallel_size": ranks,
-            "distributed_executor_backend": self._executor(), "logprobs_mode": "processed_logprobs", "weight_transfer_config": {"backend": engine_backend(backend)},
+            "distributed_executor_backend": self._executor(backend), "logprobs_mode": "processed_logprobs", "weight_transfer_config": {"backend": engine_backend(backend)},
         }
 
-    def _executor(self) -> Any:
-        if len(self.bundles) == 1:
+    def _executor(self, backend: str) -> Any:
+        if len(self.bundles) == 1 and backend != "sharded_rdt":  # whose workers must be Ray's
             return "uni"
         if self.device == "cpu":
             from rlhf_worker.actors.cpu_executor import CPURayExecutor

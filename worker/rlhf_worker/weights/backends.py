@@ -1,6 +1,7 @@
 """Which way the weights take, and a trainer rank's end of it by vLLM's trainer factory."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from rlhf_api.job import PlacementMode
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from rlhf_worker.weights.source import PolicySource
 
 PLANNED = ("ipc", "shm", "nccl", "gloo")  # ours; the others are vLLM's own
-IPC_BUFFER_BYTES = 512 << 20  # that vLLM's ipc backend stages on a GPU
+IPC_BUFFER_BYTES = 512 << 20  # that vLLM's ipc backend stages on a GPU, or its largest tensor, which must fit
 
 
 def choose(config: RunConfig, device: str, *, one_node: bool) -> str:
@@ -45,9 +46,9 @@ def engine_backend(backend: str) -> str:
 
 
 def trainer_info(
-    backend: str, rank: int, address: tuple[str, int], config: RunConfig, engines: int, distrusted: frozenset[str]
+    backend: str, rank: int, address: tuple[str, int], config: RunConfig, engines: int, largest: int, distrusted: frozenset[str]
 ) -> "TrainerInitInfo":
-    """Of this trainer rank. Raises BadSpec for a backend whose packages are missing."""
+    """Of this trainer rank. largest: bytes of the largest tensor in the engine's type. Raises BadSpec for a backend whose packages are missing."""
     ranks, deadline = config.rollout.tensor_parallel_size, config.weight_sync.deadline_seconds
     if backend in PLANNED:
         from rlhf_worker.weights.sender import PlannedTrainerInitInfo
@@ -56,7 +57,7 @@ def trainer_info(
     if backend == "vllm-ipc":
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-        return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=IPC_BUFFER_BYTES)
+        return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=max(IPC_BUFFER_BYTES, largest))
     if backend == "vllm-nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
@@ -79,7 +80,8 @@ class Sender:
         register()
         self.planned = backend in PLANNED
         self.client = EnginesClient(engines, config.rollout.tensor_parallel_size, config.weight_sync.deadline_seconds)
-        info = trainer_info(backend, rank, address, config, len(engines), distrusted)
+        largest = max(prod(meta.shape) * meta.dtype.itemsize for meta in source.metadata())
+        info = trainer_info(backend, rank, address, config, len(engines), largest, distrusted)
         self.engine: Any = WeightTransferTrainerFactory.trainer_init(info, client=self.client, source=source)
 
     def send(self, *, prove: bool) -> None:

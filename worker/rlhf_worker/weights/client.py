@@ -76,10 +76,12 @@ class EnginesClient:
         self._wait("init_weight_transfer", calls)
 
     def _of(self, init_info: dict[str, Any], index: int) -> dict[str, Any]:
-        """Rank 0 is the trainer; engine e's workers follow in order. The ipc backend has no ranks."""
-        if "rank_offset" not in init_info:
-            return init_info
-        return {**init_info, "rank_offset": 1 + index * self.ranks_per_engine}
+        """nccl: rank 0 is the trainer, and engine e's workers follow in order. sharded_rdt: which of how many engines. ipc has no ranks."""
+        if "rank_offset" in init_info:
+            return {**init_info, "rank_offset": 1 + index * self.ranks_per_engine}
+        if "trainer_actor_names" in init_info:
+            return {**init_info, "replica_rank": index, "num_replicas": len(self.engines)}
+        return init_info
 
     def start_weight_update(self) -> None:
         self._all("start_weight_update")

@@ -89,10 +89,13 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         return handles
 
     def _moved(self) -> bool:
-        """Whether parameters lie elsewhere than at the last sync: offloaded and back, or replaced."""
+        """Whether parameters lie elsewhere than at the last sync: offloaded and back, or replaced. Raises RuntimeError when they are other parts."""
         if [tensor.data_ptr() for tensor in self.source.locals()] == self.places:
             return False
-        self.shards = self.source.held()
+        shards = self.source.held()
+        if changed := [name for name, shard in shards.items() if shard.extent != self.shards[name].extent]:
+            raise RuntimeError(f"weight sync: this rank holds other rows of {changed[0]} than when it was connected ({len(changed)} such tensors)")
+        self.shards = shards
         self.places = [shard.local.data_ptr() for shard in self.shards.values()]
         return True
 

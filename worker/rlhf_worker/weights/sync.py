@@ -17,7 +17,7 @@ from rlhf_worker.weights.compare import Compared, compare
 # Log probabilities of the probe may differ by this much: the engine rounds in other places than the trainer.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.25}
 PROBE_LENGTH = 64
-ANSWER_SECONDS = 30.0  # that an engine has, after a failed sync, to say that it lives
+ANSWER_SECONDS = 30.0  # that an engine has at most, after a failed sync, to say that it lives
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class WeightSync:
 
     def _without_the_dead(self, error: Exception) -> None:
         """Connect again with the engines that are left. Raises `error` when none died, or none is left."""
-        alive = answering(self.engines, "alive", deadline_seconds=ANSWER_SECONDS)
+        alive = answering(self.engines, "alive", deadline_seconds=min(ANSWER_SECONDS, self._deadline))
         if len(alive) == len(self.engines) or not alive:
             raise error
         print(f"weight sync: {len(self.engines) - len(alive)} of {len(self.engines)} engines are lost ({error}); going on without", flush=True)

@@ -1,0 +1,107 @@
+"""Both ends of a weight sync, real: two FSDP ranks, vLLM engines on the CPU, gloo between them; what is lost, half done or changed."""
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from hack.tiny_model import write
+from rlhf_api.run import RunConfig
+from rlhf_worker import crew as crews
+from rlhf_worker.actors.engine import Request
+from rlhf_worker.actors.group import call, call_all
+from rlhf_worker.crew import Crew
+from rlhf_worker.errors import SyncMismatch
+from rlhf_worker.local import LocalRay
+from rlhf_worker.placement import reserve
+from rlhf_worker.progress import ConsoleReporter
+from tests.worker.configs import run_config
+from tests.worker.poked import PokedEngine, flip_one_element, freeze
+
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(900)]
+ENGINES, RANKS = 3, 2
+DEADLINE = 20.0
+PLANNED = 14  # parameters of the tiny model, tied embeddings once
+FUSED = "model.layers.0.self_attn.qkv_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    path = tmp_path_factory.mktemp("tiny")
+    write(path)
+    return run_config(
+        model={"path": str(path), "dtype": "float32"}, data={"jsonl": {"path": str(path / "prompts.jsonl")}, "maxPromptTokens": 16},
+        rollout={"engines": ENGINES, "maxTokens": 16}, trainer={"steps": 4, "gpus": RANKS}, placement={"mode": "Separated"},
+        weightSync={"backend": "gloo", "deadlineSeconds": DEADLINE}, checkpoint={"path": str(path / "checkpoints")},
+        rewards=[{"name": "r", "type": "python", "function": "tests.worker.reward_functions:length"}],
+    )
+
+
+@pytest.fixture(scope="module")
+def crew(config: RunConfig) -> Iterator[Crew]:
+    """One for all tests, in the order in which they lose engines."""
+    with pytest.MonkeyPatch.context() as patch, LocalRay(config, verbose=False):
+        patch.setattr(crews, "RemoteEngine", ray.remote(PokedEngine))
+        stage = reserve(config.placement, 60, name="weight-sync")
+        yield crews.start(config, stage, ConsoleReporter(config))[0]
+
+
+def generated(crew: Crew, index: int) -> list[int]:
+    made = call(crew.engines[index], "generate", [Request([3, 4, 5], seed=7)], 60.0, deadline_seconds=120, what="generation")
+    return list(made[0].token_ids)
+
+
+def test_all_engines_hold_every_parameter(crew: Crew) -> None:
+    """Rows of two ranks, passed on from engine to engine: checksums of each parameter, and the same tokens from each engine."""
+    proof = crew.sync(prove=True).proof
+    assert proof is not None and proof.probe is not None
+    assert proof.equal == ENGINES * PLANNED and proof.probe < 1e-4
+    assert len({tuple(generated(crew, index)) for index in range(ENGINES)}) == 1
+
+
+def test_one_flipped_element_is_seen(crew: Crew) -> None:
+    name = call(crew.engines[1], "poke", flip_one_element, deadline_seconds=DEADLINE, what="poke")
+    with pytest.raises(SyncMismatch, match=rf"engine 1 rank 0 differs from the trainer at version 0 in 1 parameters: \['{name}'\]"):
+        crew.sync.prove(0)
+    assert crew.sync(prove=True).proof is not None
+
+
+def test_what_the_plan_leaves_to_load_weights_arrives_all_the_same(crew: Crew) -> None:
+    crew.sync._connect(frozenset({FUSED, "model.norm.weight"}))
+    proof = crew.sync(prove=True).proof
+    assert proof is not None and proof.probe is not None
+    assert proof.equal == ENGINES * (PLANNED - 2) and proof.probe < 1e-4
+    crew.sync._connect(frozenset())
+
+
+def test_an_engine_that_holds_a_part_serves_nothing_until_a_whole_sync(crew: Crew) -> None:
+    call_all(crew.engines, "pause", deadline_seconds=DEADLINE, what="pause")
+    with pytest.raises(RuntimeError, match="holds a part of a sync, after version 0: it serves nothing"):
+        generated(crew, 0)
+    crew.sync(prove=False)
+    assert len(generated(crew, 0)) == 16
+
+
+def test_an_engine_that_hangs_is_left_out_after_the_deadline(crew: Crew) -> None:
+    frozen = call(crew.engines[2], "poke", freeze, deadline_seconds=DEADLINE, what="freeze")
+    try:
+        synced = crew.sync(prove=True)
+    finally:
+        os.kill(frozen, signal.SIGKILL)
+    assert synced.proof is not None and synced.proof.equal == (ENGINES - 1) * PLANNED
+    assert len(crew.engines) == ENGINES - 1
+
+
+def test_an_engine_that_dies_is_left_out(crew: Crew) -> None:
+    ray.kill(crew.engines[0])
+    synced = crew.sync(prove=True)
+    assert synced.proof is not None and synced.proof.equal == PLANNED
+    assert len(crew.engines) == 1 and len(generated(crew, 0)) == 16
+
+
+def test_without_any_engine_the_sync_fails(crew: Crew) -> None:
+    ray.kill(crew.engines[0])
+    with pytest.raises(ray.exceptions.RayActorError):
+        crew.sync(prove=False)
