@@ -25,6 +25,6 @@ def flip_one_element(worker: Any) -> str:
 
 
 def freeze(worker: Any) -> int:
-    """Soon after this call this process neither works nor dies. Returns its number."""
+    """Soon after this call (its answer must still go out) this process neither works nor dies. Returns its number."""
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGSTOP)).start()
     return os.getpid()

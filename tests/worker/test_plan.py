@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_worker.weights.plan import Group, Incomplete, Move, Piece, RankPlan, View, fills_once, pieces, waves
+from rlhf_worker.weights.plan import Group, Incomplete, Move, Piece, RankPlan, View, fills_once, pieces, unused, waves
 
 
 def viewed(tensor: torch.Tensor, view: View) -> torch.Tensor:
@@ -112,3 +112,7 @@ def test_a_slice_leaves_the_trainer_once_whatever_the_number_of_engines() -> Non
         hops = [hop for wave in waves(needs, 0, Group(1, engines, 1), 16) for hop in wave]
         assert sum(hop.piece.move.put.numel for hop in hops if hop.sender == 0) == 64
         assert len(hops) == 8 * engines
+
+
+def test_a_tensor_that_reaches_nothing_is_named() -> None:
+    assert unused([plan(Move("a", View(0, (1,), (1,)), "t", View(0, (1,), (1,)))), RankPlan((), {}, {"b": "quantised"}, ())], ["a", "b", "c"]) == ["c"]

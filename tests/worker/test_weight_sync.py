@@ -2,7 +2,9 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import ray
@@ -53,6 +55,13 @@ def generated(crew: Crew, index: int) -> list[int]:
     return list(made[0].token_ids)
 
 
+def wait_until_stopped(pid: int) -> None:
+    end = time.monotonic() + DEADLINE
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
 def test_all_engines_hold_every_parameter(crew: Crew) -> None:
     """Rows of two ranks, passed on from engine to engine: checksums of each parameter, and the same tokens from each engine."""
     proof = crew.sync(prove=True).proof
@@ -87,6 +96,7 @@ def test_an_engine_that_holds_a_part_serves_nothing_until_a_whole_sync(crew: Cre
 def test_an_engine_that_hangs_is_left_out_after_the_deadline(crew: Crew) -> None:
     frozen = call(crew.engines[2], "poke", freeze, deadline_seconds=DEADLINE, what="freeze")
     try:
+        wait_until_stopped(frozen)
         synced = crew.sync(prove=True)
     finally:
         os.kill(frozen, signal.SIGKILL)

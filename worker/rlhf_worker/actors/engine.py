@@ -207,8 +207,8 @@ class Engine:
         return [by_token[token].logprob for token, by_token in pairs if by_token is not None]
 
     async def alive(self) -> None:
-        """Returns if the engine and its workers do."""
-        await self._running().check_health()
+        """Returns if the engine's workers answer."""
+        await self._running().collective_rpc("check_health")
 
     async def checksums(self) -> list["EngineSums"]:
         """Of each tensor-parallel rank."""

@@ -171,6 +171,12 @@ def pieces(plan: RankPlan, shards: Sequence[Shards], dtypes: Mapping[str, str], 
     return found
 
 
+def unused(plans: Sequence[RankPlan], names: Sequence[str]) -> list[str]:
+    """Checkpoint tensors that reach no parameter of any rank."""
+    used = {move.source for plan in plans for move in plan.moves} | {name for plan in plans for name in plan.reload}
+    return [name for name in names if name not in used]
+
+
 def _owners(source: str, shards: Sequence[Shards]) -> list[tuple[int, Extent]]:
     """Ranks with a part of the tensor, by its first element."""
     held = [(rank, own[source]) for rank, own in enumerate(shards) if source in own and own[source][0] < own[source][1]]

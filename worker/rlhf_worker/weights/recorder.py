@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.distributed.weight_transfer.base import ParamMeta
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.layerwise import _get_original_loader, get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, to_meta_tensor
 from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 
@@ -127,12 +127,20 @@ def _as_loaded(live: list[tuple[nn.Module, dict[str, Any]]]) -> Iterator[None]:
         for layer, _ in live:
             for name, noted in get_layerwise_info(layer).restore_metadata[0].items():
                 if name in layer._parameters and name not in SKIP_TENSORS:
-                    layer._parameters[name] = restore_layer_refs(to_meta_tensor(noted), layer)
+                    layer._parameters[name] = restore_layer_refs(_as_noted(noted), layer)
         yield
     finally:
         for layer, own in live:
             layer._parameters.clear()
             layer._parameters.update(own)
+
+
+def _as_noted(noted: Tensor) -> Any:
+    """A copy on meta with the parameter's own loader: an earlier reload leaves one of vLLM's around it, which puts everything off."""
+    copy: Any = to_meta_tensor(noted)
+    if hasattr(copy, "weight_loader"):
+        copy.weight_loader = _get_original_loader(copy)
+    return copy
 
 
 def _parameters(live: list[tuple[nn.Module, dict[str, Any]]], names: dict[int, str]) -> dict[int, _Parameter]:

@@ -14,7 +14,7 @@ from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeight
 from rlhf_worker.errors import LinkBroken
 from rlhf_worker.weights import checksum, mapped, wire
 from rlhf_worker.weights.client import EnginesClient
-from rlhf_worker.weights.plan import Group, Hop, Piece, RankPlan, pieces, to_all, waves, whole
+from rlhf_worker.weights.plan import Group, Hop, Incomplete, Piece, RankPlan, pieces, to_all, unused, waves, whole
 from rlhf_worker.weights.recorder import placed
 from rlhf_worker.weights.source import PolicySource
 from rlhf_worker.weights.terms import Terms
@@ -52,11 +52,13 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         return engine
 
     def connect(self) -> None:
-        """Plans from the engines, and the link to them."""
+        """Plans from the engines, and the link to them. Raises Incomplete when a tensor would be left behind."""
         self.shards = self.source.held()
         self.device = next(iter(self.shards.values())).local.device
         metas = self.source.own_metas()
         self.plans = self._agree(lambda: self.client.plans(pickle.dumps(metas), self.info.distrusted))
+        if left := unused(self.plans, [meta.name for meta in metas]):
+            raise Incomplete(f"weight sync: vLLM's load_weights takes no notice of {len(left)} of the trainer's tensors, such as {left[0]}")
         self.group = Group(self.info.world, len(self.client.engines), len(self.plans))
         extents = self._all({name: shard.extent for name, shard in self.shards.items()})
         mapping = self.info.link in ("ipc", "shm")
