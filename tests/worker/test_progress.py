@@ -60,7 +60,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_a_step_is_applied_to_the_jobs_own_status(server: Server, reporter: StatusReporter) -> None:
-    synced = Synced(3, 0.123, "gloo", Proof(3, 5, 2, 1e-4))
+    synced = Synced(3, 0.123, "gloo", Proof(3, 5, 2, 1e-4, 0.5))
     reporter.stepped(4, STEP, eta_seconds=75, synced=synced)
     reporter.close()
     request, body = server.requests[-1], server.applied[-1]
@@ -72,12 +72,12 @@ def test_a_step_is_applied_to_the_jobs_own_status(server: Server, reporter: Stat
     assert set(body["status"]) == {"progress"}
     told = body["status"]["progress"]
     assert told | {"step": 4, "display": "4/10", "reward": "0.512", "eta": "1m15s", "tokensPerSecond": "812", "mismatch": "0.0012"} == told
-    assert told["sync"] == {"version": 3, "seconds": "0.12", "backend": "gloo", "verifiedVersion": 3}
+    assert told["sync"] == {"version": 3, "seconds": "0.123", "backend": "gloo", "verifiedVersion": 3}
     assert "reportTime" in told
 
 
 def test_a_sync_without_proof_keeps_the_last_proven_version(server: Server, reporter: StatusReporter) -> None:
-    reporter.stepped(1, STEP, eta_seconds=1, synced=Synced(1, 0.1, "gloo", Proof(1, 5, 0, None)))
+    reporter.stepped(1, STEP, eta_seconds=1, synced=Synced(1, 0.1, "gloo", Proof(1, 5, 0, None, 0.5)))
     reporter.stepped(2, STEP, eta_seconds=1, synced=Synced(2, 0.1, "gloo", None))
     reporter.close()
     assert server.applied[-1]["status"]["progress"]["sync"]["verifiedVersion"] == 1

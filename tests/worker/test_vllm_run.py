@@ -83,7 +83,7 @@ def test_trainer_and_engine_shared_the_logical_gpu(learned: Run) -> None:
 
 
 def test_every_proof_was_exact_where_it_can_be(learned: Run) -> None:
-    proofs = re.findall(r"weights version (\d+) delivered by gloo: (\d+) checksums equal, (\d+) packed, probe within (\S+)", learned.output)
+    proofs = re.findall(r"weights version (\d+) delivered by shm: (\d+) checksums equal, (\d+) packed or loaded, probe within (\S+),", learned.output)
     assert [int(version) for version, *_ in proofs] == [0, 10, 20, 30]
     assert all(int(equal) > 0 and float(probe) < 1e-4 for _, equal, _, probe in proofs)
 
@@ -138,7 +138,7 @@ def test_separated_with_two_engines_and_two_ranks(tiny: Path, tmp_path: Path) ->
     assert done.code == 0, done.output
     seats = re.findall(r"^(?:trainer|engine) \d: (\S+)$", done.output, re.MULTILINE)
     assert len(seats) == len(set(seats)) == 4
-    assert len(re.findall(r"delivered by gloo", done.output)) == 4
+    assert len(re.findall(r"delivered by shm", done.output)) == 4
 
 
 def test_sigterm_saves_and_exits_143(tiny: Path, tmp_path: Path) -> None:

@@ -96,10 +96,14 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
     # Memory that this process sees.
 
     def _open(self, handles: Sequence[Mapping[str, mapped.Handle]]) -> None:
-        self.copies = ([], [])  # the old mapping goes before the new one comes
+        self.copies, self.held = ([], []), None  # the old mapping goes before the new one comes
         self.held = [mapped.open_all(own, self.device) for own in handles]
         direct = [piece for piece in self.needs if piece.move.target in self.recording.live]
         self.copies = ([self._put(piece) for piece in direct], [self._take(piece) for piece in direct])
+        self.parts: dict[str, list[Piece]] = {name: [] for name in self.recording.images}
+        for piece in self.needs:
+            if piece.move.target in self.parts:
+                self.parts[piece.move.target].append(piece)
 
     def _take(self, piece: Piece) -> Tensor:
         assert self.held is not None
@@ -112,7 +116,7 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
         if self.copies[0]:
             torch._foreach_copy_(*self.copies)
         for name, (layer, shape, dtype) in self.recording.images.items():
-            self._pack(name, layer, self._image([p for p in self.needs if p.move.target == name], shape, dtype), proof)
+            self._pack(name, layer, self._image(self.parts[name], shape, dtype), proof)
 
     def _image(self, parts: Sequence[Piece], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A parameter as it is before it is packed: the trainer's own memory where that has the same form, else assembled."""

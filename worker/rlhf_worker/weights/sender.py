@@ -92,7 +92,7 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
 
     def _moved(self) -> bool:
         """Whether parameters lie elsewhere than at the last sync: offloaded and back, or replaced. Raises RuntimeError when they are other parts."""
-        if [tensor.data_ptr() for tensor in self.source.locals()] == self.places:
+        if [tensor.data_ptr() for tensor in self.source.local_tensors()] == self.places:
             return False
         shards = self.source.held()
         if changed := [name for name, shard in shards.items() if shard.extent != self.shards[name].extent]:
@@ -141,14 +141,15 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
 
     def _let_read(self, proof: bool) -> None:
         moved, handles = self._moved(), None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         if self.info.world > 1:
+            # Also the moment from which every rank's weights are what they should be.
             flag = torch.tensor([moved])
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             moved = bool(flag.item())
         if moved:
             handles = pickle.dumps(tuple(self._all(self._export())))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
         if self.is_sender:
             self.client.end_sync(self.client.begin_sync(handles=handles, proof=proof))
 

@@ -33,7 +33,7 @@ class PolicySource(WeightSource):
         """No copies: the tensors are the parameters' own memory. Raises ValueError for a layout that is not rows."""
         return {name: _held(name, parameter.detach()) for name, parameter in self._named()}
 
-    def locals(self) -> list[Tensor]:
+    def local_tensors(self) -> list[Tensor]:
         """The tensors of `held`, in its order: cheap, for each sync."""
         return [parameter._local_tensor if isinstance(parameter, DTensor) else parameter.detach() for _, parameter in self._named()]
 

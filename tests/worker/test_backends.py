@@ -1,0 +1,50 @@
+"""Which backend a run gets, and what is said when it cannot have the one it wants."""
+
+from typing import Any
+
+import pytest
+
+from rlhf_worker.errors import BadSpec
+from rlhf_worker.weights.backends import choose, describe, engine_backend
+from rlhf_worker.weights.plan import RankPlan
+from tests.worker.configs import run_config
+
+
+def config(mode: str, backend: str = "auto") -> Any:
+    return run_config(placement={"mode": mode}, weightSync={"backend": backend})
+
+
+@pytest.mark.parametrize(("mode", "device", "one_node", "backend"), [
+    ("Colocated", "cuda", True, "ipc"), ("Colocated", "cuda", False, "vllm-ipc"), ("Separated", "cuda", True, "nccl"), ("Separated", "cuda", False, "nccl"),
+    ("Colocated", "cpu", True, "shm"), ("Separated", "cpu", True, "shm"), ("Separated", "cpu", False, "gloo"), ("Colocated", "cpu", False, "gloo"),
+])
+def test_auto(mode: str, device: str, one_node: bool, backend: str) -> None:
+    assert choose(config(mode), device, one_node=one_node) == backend
+
+
+def test_a_wish_that_can_be_met_is_met() -> None:
+    assert choose(config("Colocated", "gloo"), "cpu", one_node=True) == "gloo"
+    assert choose(config("Separated", "vllm-nccl"), "cuda", one_node=False) == "vllm-nccl"
+
+
+@pytest.mark.parametrize(("mode", "wish", "device", "one_node", "said"), [
+    ("Separated", "nccl", "cpu", True, "is nccl, but the run is Separated on cpu, one node: use auto, or one of shm, gloo"),
+    ("Colocated", "shm", "cpu", False, "is shm, but the run is Colocated on cpu, several nodes: use auto, or one of gloo"),
+    ("Colocated", "ipc", "cuda", False, "is ipc, but the run is Colocated on cuda, several nodes: use auto, or one of vllm-ipc"),
+])
+def test_a_wish_that_cannot_be_met_names_what_can(mode: str, wish: str, device: str, one_node: bool, said: str) -> None:
+    with pytest.raises(BadSpec, match=said):
+        choose(config(mode, wish), device, one_node=one_node)
+
+
+def test_vllm_knows_ours_by_one_name_and_its_own_by_theirs() -> None:
+    assert {engine_backend(name) for name in ("ipc", "shm", "nccl", "gloo")} == {"planned"}
+    assert (engine_backend("vllm-nccl"), engine_backend("sharded_rdt")) == ("nccl", "sharded_rdt")
+
+
+def test_what_is_not_written_in_place_is_told_with_its_reason() -> None:
+    plans = [RankPlan((), {}, {"a.weight": "Fp8 may store it in another form", "b.weight": "Fp8 may store it in another form"}, ("k_scale",))] * 2
+    assert describe(plans) == [
+        "2 tensors go through load_weights, such as a.weight: Fp8 may store it in another form",
+        "1 parameters stay as vLLM loaded them, such as k_scale: the trainer has no tensor for them",
+    ]

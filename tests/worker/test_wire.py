@@ -1,0 +1,97 @@
+"""Waves carried out on every rank of a group at once, in one process: what a link would carry is copied from list to list."""
+
+from collections import deque
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rlhf_worker.weights.mapped import Unreachable, export, open_all
+from rlhf_worker.weights.plan import Group, Hop, Move, Piece, RankPlan, View, pieces, waves
+from rlhf_worker.weights.recorder import placed
+from rlhf_worker.weights.wire import Wave, make_stage, make_wave
+
+COLUMNS = 8
+DTYPES = {"big": torch.bfloat16, "norm": torch.float32}
+
+
+def plan(rank: int, ranks: int, rows: int) -> RankPlan:
+    """A matrix cut by columns (strided at the trainer, and of another type there), and a vector that every rank holds."""
+    width = COLUMNS // ranks
+    big = Move("big", View(rank * width, (rows, width), (COLUMNS, 1)), "big", View(0, (rows, width), (width, 1)))
+    return RankPlan((big.simplified(), Move("norm", View(0, (rows,), (1,)), "norm", View(0, (rows,), (1,)))), {"big": "bfloat16", "norm": "float32"}, {}, ())
+
+
+def carry(posted: dict[int, Wave]) -> None:
+    """One wave: every rank packs, then the links carry, then every rank unpacks."""
+    links: dict[tuple[int, int], deque[Tensor]] = {}
+    for rank, wave in posted.items():
+        for into, out in zip(*wave.before, strict=True):
+            into.copy_(out)
+        for tensor, peer in wave.sends:
+            links.setdefault((rank, peer), deque()).append(tensor.clone())
+    for rank, wave in posted.items():
+        for tensor, peer in wave.receives:
+            tensor.copy_(links[peer, rank].popleft())
+        for into, out in zip(*wave.after, strict=True):
+            into.copy_(out)
+    assert not any(links.values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.builds(Group, st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2])), st.integers(1, 7), st.sampled_from([16, 64, 1 << 20]), st.sampled_from([0, 1 << 20]))
+def test_every_engine_rank_ends_with_its_slice(group: Group, rows: int, limit: int, small: int) -> None:
+    whole = {"big": torch.randn(rows, COLUMNS), "norm": torch.randn(rows)}
+    parts = {name: list(tensor.tensor_split(group.trainers)) for name, tensor in whole.items()}
+    shards = [{name: extent(own, rank) for name, own in parts.items()} for rank in range(group.trainers)]
+    needs = [pieces(plan(rank, group.ranks, rows), shards, {"big": "float32", "norm": "float32"}, small) for rank in range(group.ranks)]
+    held = {group.number(e, r): {"big": torch.zeros(rows, COLUMNS // group.ranks, dtype=torch.bfloat16), "norm": torch.zeros(rows)}
+            for e in range(group.engines) for r in range(group.ranks)}
+
+    def resolve(rank: int, piece: Piece) -> Tensor:
+        if rank < group.trainers:
+            return placed(parts[piece.move.source][rank].contiguous(), piece.move.take)
+        return placed(held[rank][piece.move.target], piece.move.put)
+
+    order = [waves(own, rank, group, limit) for rank, own in enumerate(needs)]
+    for number in range(max(map(len, order))):
+        hops = [hop for own in order if number < len(own) for hop in own[number]]
+        carry({rank: wave_of(hops, rank, resolve) for rank in range(group.size)})
+    for rank, tensors in held.items():
+        column = (rank - group.trainers) % group.ranks
+        assert torch.equal(tensors["big"], whole["big"].to(torch.bfloat16).chunk(group.ranks, dim=1)[column])
+        assert torch.equal(tensors["norm"], whole["norm"])
+
+
+def wave_of(hops: list[Hop], rank: int, resolve: object) -> Wave:
+    stage = make_stage([hops], rank, torch.device("cpu"))[0]
+    return make_wave(hops, rank, lambda piece: resolve(rank, piece), lambda piece: DTYPES[piece.move.target], stage)  # type: ignore[operator]
+
+
+def extent(parts: list[Tensor], rank: int) -> tuple[int, int]:
+    start = sum(part.numel() for part in parts[:rank])
+    return start, start + parts[rank].numel()
+
+
+def test_small_pieces_of_a_pair_are_one_send() -> None:
+    many = [Piece(0, Move(f"s{i}", View(0, (4,), (1,)), f"t{i}", View(0, (4,), (1,))), 4, True) for i in range(5)]
+    hops = waves(many, 0, Group(1, 1, 1), 1 << 20)[0]
+    wave = make_wave(hops, 0, lambda _: torch.ones(4), lambda _: torch.float32, make_stage([hops], 0, torch.device("cpu"))[0])
+    assert len(wave.sends) == 1 and len(wave.before[0]) == 5
+
+
+def test_mapped_memory_is_the_trainers_own() -> None:
+    weight, empty = torch.arange(12.0).view(3, 4), torch.empty(0)
+    view = weight[1:]
+    opened = open_all(export({"w": view, "none": empty}), torch.device("cpu"))
+    view.mul_(2)
+    assert torch.equal(opened["w"], weight[1:].reshape(-1)) and opened["none"].numel() == 0
+
+
+def test_memory_of_a_process_that_is_gone_is_unreachable() -> None:
+    handle = export({"w": torch.ones(4)})["w"]
+    gone = type(handle)(handle.dtype, handle.numel, None, "/proc/1/fd/999999")
+    with pytest.raises(Unreachable, match="memory cannot be opened in the engine's process"):
+        open_all({"w": gone}, torch.device("cpu"))
