@@ -1,5 +1,6 @@
 """Waves carried out on every rank of a group at once, in one process: what a link would carry is copied from list to list."""
 
+import shutil
 from collections import deque
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rlhf_worker.errors import BadSpec
 from rlhf_worker.weights.mapped import Unreachable, export, open_all
 from rlhf_worker.weights.plan import Group, Hop, Move, Piece, RankPlan, View, pieces, waves
 from rlhf_worker.weights.recorder import placed
@@ -88,6 +90,12 @@ def test_mapped_memory_is_the_trainers_own() -> None:
     opened = open_all(export({"w": view, "none": empty}), torch.device("cpu"))
     view.mul_(2)
     assert torch.equal(opened["w"], weight[1:].reshape(-1)) and opened["none"].numel() == 0
+
+
+def test_too_little_shared_memory_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    with pytest.raises(BadSpec, match=r"spec\.weightSync\.backend: the parameters need 1 MiB in /dev/shm, which has 0 MiB free: set it to gloo"):
+        export({"w": torch.ones(1 << 18)})
 
 
 def test_memory_of_a_process_that_is_gone_is_unreachable() -> None:

@@ -153,7 +153,7 @@ class Engine:
         llm = self._running()
         if self.stale:
             raise RuntimeError(f"engine {self.index} holds a part of a sync, after version {self.version}: it serves nothing until a whole one")
-        await llm.pause_generation(mode="keep", clear_cache=False)
+        await self._hold()
         tasks = [asyncio.create_task(self._one(request)) for request in requests]
         try:
             await asyncio.sleep(0)  # let every task hand its request over
@@ -216,19 +216,22 @@ class Engine:
 
         return [pickle.loads(rank) for rank in await self._running().collective_rpc(checksums)]
 
+    async def _hold(self) -> None:
+        """No step runs from here to the next resume; requests wait. vLLM's own pause_generation sleeps 20 ms more, for the order of outputs."""
+        await self._running().engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+
     async def pause(self) -> None:
-        await self._running().pause_generation(mode="keep", clear_cache=False)
+        """The weights are about to change: until `adopt` this engine serves nothing."""
         self.stale = True
+        await self._hold()
 
     async def adopt(self, version: int) -> None:
-        """The new weights are in place: forget what the old ones computed, and count from the new version."""
+        """The new weights are in place: forget what the old ones computed, count from the new version, and go on."""
         llm = self._running()
         await llm.reset_prefix_cache(reset_running_requests=True)
         await llm.update_weight_version(str(version))
         self.version, self.stale = version, False
-
-    async def resume(self) -> None:
-        await self._running().resume_generation()
+        await llm.resume_generation()
 
     async def sleep(self) -> None:
         """Give the GPU's memory back while the trainer works. Level 1 moves the weights to the host, 2 drops them; the KV cache goes in any case."""
@@ -256,9 +259,11 @@ class Engine:
         """A whole sync of the planned backend in one call of the workers."""
         from rlhf_worker.weights.receiver import sync
 
+        await self.pause()
         await self._running().collective_rpc(partial(sync, update_info=update_info))
 
     async def start_weight_update(self) -> None:
+        await self.pause()
         await self._running().start_weight_update()
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:

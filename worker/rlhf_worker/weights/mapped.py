@@ -4,7 +4,8 @@ Handles are made once and opened once. The engine's process must see the GPU tha
 """
 
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
+from rlhf_worker.errors import BadSpec
+
+SHARED_MEMORY = "/dev/shm"
 DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: the index of the device, which is another in the other process
 
 
@@ -32,8 +36,23 @@ class Handle:
 
 
 def export(tensors: Mapping[str, Tensor]) -> dict[str, Handle]:
-    """Handles of contiguous tensors, which must live as long as the handles are used. On CPU their memory moves, in place, into shared memory."""
+    """Handles of contiguous tensors, which must live as long as the handles are used. On CPU their memory moves, in place, into shared memory.
+
+    Raises BadSpec when there is too little of that.
+    """
+    _check_room(tensors.values())
     return {name: _export(tensor.detach()) for name, tensor in tensors.items()}
+
+
+def _check_room(tensors: Iterable[Tensor]) -> None:
+    """Before the kernel answers with SIGBUS."""
+    own = [tensor for tensor in tensors if not tensor.is_cuda and not tensor.is_shared()]  # type: ignore[no-untyped-call]
+    need = sum(tensor.nbytes for tensor in own)
+    if need and need > (free := shutil.disk_usage(SHARED_MEMORY).free):
+        raise BadSpec(
+            f"spec.weightSync.backend: the parameters need {need >> 20} MiB in {SHARED_MEMORY}, which has {free >> 20} MiB free: "
+            "set it to gloo, or give the pods more"
+        )
 
 
 def _export(tensor: Tensor) -> Handle:

@@ -34,8 +34,8 @@ class PolicySource(WeightSource):
         return {name: _held(name, parameter.detach()) for name, parameter in self._named()}
 
     def local_tensors(self) -> list[Tensor]:
-        """The tensors of `held`, in its order: cheap, for each sync."""
-        return [parameter._local_tensor if isinstance(parameter, DTensor) else parameter.detach() for _, parameter in self._named()]
+        """The memory of `held`, in its order: cheap, for each sync."""
+        return [parameter._local_tensor if isinstance(parameter, DTensor) else parameter for _, parameter in self._named()]
 
     def own_metas(self) -> tuple[ParamMeta, ...]:
         """In the trainer's own types."""

@@ -1,4 +1,4 @@
-"""One weight sync, seen from the driver: pause, send, adopt, resume; the proof; and what happens when an engine is lost."""
+"""One weight sync, seen from the driver: send, adopt; the proof; and what happens when an engine is lost."""
 
 import time
 from collections.abc import Sequence
@@ -78,10 +78,8 @@ class WeightSync:
         return Synced(version, seconds, self.backend, self.prove(version) if prove else None)
 
     def _send(self, *, prove: bool) -> int:
-        self._engines("pause")
         version: int = self._policy("send", prove)[0]
         self._engines("adopt", version)
-        self._engines("resume")
         return version
 
     def _without_the_dead(self, error: Exception) -> None:
