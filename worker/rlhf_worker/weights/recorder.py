@@ -192,7 +192,8 @@ def _recording(parameters: list[_Parameter], layers: list[nn.Module], failed: di
         dtypes={p.name: str(p.recorded.dtype).removeprefix("torch.") for p in planned},
         reload=reload, kept=tuple(p.name for p in parameters if not p.fed),
     )
-    repack = [layer for layer in layers if _multiplies(layer) and any(layer in p.layers for p in planned if p.name in written)]
+    assembled = [layer for layer, _, _ in images.values()]
+    repack = [layer for layer in layers if _multiplies(layer) and layer not in assembled and any(layer in p.layers for p in planned if p.name in written)]
     whole = [layer for layer in layers if layer._parameters] if failed else bad
     zeros = [placed(p.live.data, put) for p in planned if p.name in written for put in p.zeros]
     return Recording(plan, written, zeros, images, repack, whole)
