@@ -128,5 +128,5 @@ def test_an_engine_that_dies_is_left_out(crew: Crew) -> None:
 
 def test_without_any_engine_the_sync_fails(crew: Crew) -> None:
     ray.kill(crew.engines[0])
-    with pytest.raises(ray.exceptions.RayActorError):
+    with pytest.raises(ray.exceptions.RayError, match="actor died"):
         crew.sync(prove=False)
