@@ -7,7 +7,7 @@ import pytest
 from rlhf_api.job import RLHFJobSpec
 from rlhf_api.placement import Placement, plan_placement
 from rlhf_worker.errors import PlacementFailed
-from rlhf_worker.placement import Bundle, Seat, check_seats, shortage, tie, wanted_bundles
+from rlhf_worker.placement import Bundle, Seat, Stage, check_seats, shortage, tie, wanted_bundles
 
 
 def plan(mode: str, gpus: int, engines: int, size: int, node: int) -> Placement:
@@ -77,3 +77,10 @@ def test_separated_roles_must_not_share() -> None:
 def test_two_ranks_on_one_gpu_are_an_error() -> None:
     with pytest.raises(PlacementFailed, match="several trainer ranks on one GPU"):
         check_seats(plan("Colocated", 2, 2, 1, 8), [A, A], [[A], [B]])
+
+
+def test_an_engine_sees_its_own_gpu_first_and_the_others_of_its_node() -> None:
+    bundles = {slot: Bundle(slot, node, gpu, "cuda", 8) for slot, (node, gpu) in enumerate([("a", "0"), ("a", "10"), ("a", "2"), ("b", "0")])}
+    stage = Stage(None, bundles)  # type: ignore[arg-type]
+    assert stage.visible(1) == ["10", "0", "2"]
+    assert stage.visible(3) == ["0"]
