@@ -22,16 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hack.bench.weight_base import local_ray
 from hack.bench.weight_sync import Fleet
-from hack.bench.weight_sync_actors import memory
+from hack.bench.weight_sync_actors import memory, open_files
 
 SHAPE = "0.6B"
 KILL_AFTER_SECONDS = 0.5
 WAYS = {"colocated": "ours, IPC", "separated": "ours, NCCL"}
-
-
-def files(_: Any = None) -> int:
-    """Open in this process. Also runs in vLLM's worker."""
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def hang_and_die(worker: Any) -> None:
@@ -43,7 +38,7 @@ def hang_and_die(worker: Any) -> None:
 def held(trainer: Any, engine: Any) -> dict[str, Any]:
     ray.get(trainer.settle.remote())
     ours, theirs = ray.get([trainer.memory.remote(), engine.collective.remote(memory)])
-    return {"trainer": ours | {"files": ray.get(trainer.files.remote())}, "engine": theirs | {"files": ray.get(engine.collective.remote(files))}}
+    return {"trainer": ours | {"files": ray.get(trainer.files.remote())}, "engine": theirs | {"files": ray.get(engine.collective.remote(open_files))}}
 
 
 def soak(fleet: Fleet, mode: str, count: int) -> dict[str, Any]:

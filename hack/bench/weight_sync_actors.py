@@ -44,6 +44,11 @@ def memory(_: Any = None) -> dict[str, float]:
     return {"allocated": torch.cuda.memory_allocated() / MIB, "reserved": torch.cuda.memory_reserved() / MIB, "device": (total - free) / MIB}
 
 
+def open_files(_: Any = None) -> int:
+    """Of this process. Also runs in vLLM's worker."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 def settle(_: Any = None) -> None:
     """Gives back what nobody uses, so that the next way's memory is its own. Also runs in vLLM's worker."""
     gc.collect()
@@ -120,8 +125,7 @@ class BenchTrainer:
         return PolicySource(lambda: self.tensors.items(), next(iter(self.tensors.values())).dtype)
 
     def files(self) -> int:
-        """Open in this process."""
-        return len(list(Path("/proc/self/fd").iterdir()))
+        return open_files()
 
     def connect(self, way: str, engine: ActorHandle, deadline_seconds: float = DEADLINE_SECONDS) -> dict[str, Any]:
         """Returns the seconds that it took, and what is to be noted. Raises what either end raises."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.weights.mapped import Unreachable, export, open_all
 from rlhf_worker.weights.plan import Group, Hop, Move, Piece, RankPlan, View, pieces, waves
-from rlhf_worker.weights.recorder import placed
+from rlhf_worker.weights.views import placed
 from rlhf_worker.weights.wire import Wave, make_stage, make_wave
 
 COLUMNS = 8

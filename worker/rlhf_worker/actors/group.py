@@ -29,12 +29,13 @@ def answering(actors: Sequence[ActorHandle], method: str, *, deadline_seconds: f
     """Those whose method returns in time, without an error."""
     calls = {actor: getattr(actor, method).remote() for actor in actors}
     done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=deadline_seconds)
-    return [actor for actor, answer in calls.items() if answer in done and not _failed(answer)]
+    return [actor for actor, answer in calls.items() if answer in done and not ended_badly(answer)]
 
 
-def _failed(answer: Any) -> bool:
+def ended_badly(call: Any) -> bool:
+    """Whether a call that has ended, ended with an error."""
     try:
-        ray.get(answer)
+        ray.get(call)
     except ray.exceptions.RayError:
         return True
     return False

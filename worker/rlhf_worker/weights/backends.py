@@ -46,9 +46,9 @@ def engine_backend(backend: str) -> str:
 
 
 def trainer_info(
-    backend: str, rank: int, address: tuple[str, int], config: RunConfig, engines: int, largest: int, distrusted: frozenset[str]
+    backend: str, rank: int, address: tuple[str, int], config: RunConfig, engines: int, source: "PolicySource", distrusted: frozenset[str]
 ) -> "TrainerInitInfo":
-    """Of this trainer rank. largest: bytes of the largest tensor in the engine's type. Raises BadSpec for a backend whose packages are missing."""
+    """Of this trainer rank. Raises BadSpec for a backend whose packages are missing."""
     ranks, deadline = config.rollout.tensor_parallel_size, config.weight_sync.deadline_seconds
     if backend in PLANNED:
         from rlhf_worker.weights.sender import PlannedTrainerInitInfo
@@ -57,6 +57,7 @@ def trainer_info(
     if backend == "vllm-ipc":
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
+        largest = max(prod(meta.shape) * meta.dtype.itemsize for meta in source.metadata())
         return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=max(IPC_BUFFER_BYTES, largest))
     if backend == "vllm-nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -80,8 +81,7 @@ class Sender:
         register()
         self.planned = backend in PLANNED
         self.client = EnginesClient(engines, config.rollout.tensor_parallel_size, config.weight_sync.deadline_seconds)
-        largest = max(prod(meta.shape) * meta.dtype.itemsize for meta in source.metadata())
-        info = trainer_info(backend, rank, address, config, len(engines), largest, distrusted)
+        info = trainer_info(backend, rank, address, config, len(engines), source, distrusted)
         self.engine: Any = WeightTransferTrainerFactory.trainer_init(info, client=self.client, source=source)
 
     def send(self, *, prove: bool) -> None:

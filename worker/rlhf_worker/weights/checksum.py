@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_worker.weights.plan import Move, View
-from rlhf_worker.weights.recorder import placed
+from rlhf_worker.weights.views import placed
 
 CHUNK = 1 << 20  # elements at a time: six int64 temporaries of them are 50 MB
 MASK = (1 << 64) - 1

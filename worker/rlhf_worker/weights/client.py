@@ -7,6 +7,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
+from rlhf_worker.actors.group import ended_badly
 from rlhf_worker.errors import DeadlineExceeded
 from rlhf_worker.weights.plan import RankPlan
 
@@ -62,12 +63,7 @@ class EnginesClient:
 
     def failed(self, calls: list[Any]) -> bool:
         """Whether an engine has ended with an error."""
-        done, _ = ray.wait(calls, num_returns=len(calls), timeout=0)
-        try:
-            ray.get(done)
-        except ray.exceptions.RayError:
-            return True
-        return False
+        return any(ended_badly(call) for call in ray.wait(calls, num_returns=len(calls), timeout=0)[0])
 
     # vLLM's protocol, for its own backends.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from rlhf_worker.errors import BadSpec
+from rlhf_worker.weights.views import dtype_name
 
 SHARED_MEMORY = "/dev/shm"
 DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: the index of the device, which is another in the other process
@@ -56,7 +57,7 @@ def _check_room(tensors: Iterable[Tensor]) -> None:
 
 
 def _export(tensor: Tensor) -> Handle:
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = dtype_name(tensor.dtype)
     if tensor.is_cuda:
         _, arguments = reduce_tensor(tensor)  # type: ignore[no-untyped-call]
         return Handle(dtype, tensor.numel(), tuple(arguments), None)

@@ -17,9 +17,10 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from rlhf_worker.weights import checksum, mapped, wire
 from rlhf_worker.weights.compare import EngineSums
-from rlhf_worker.weights.plan import Hop, Piece, RankPlan, pieces, to_all, waves, whole
-from rlhf_worker.weights.recorder import Recording, placed, record
+from rlhf_worker.weights.plan import Hop, Piece, RankPlan, to_all, waves
+from rlhf_worker.weights.recorder import Recording, record
 from rlhf_worker.weights.terms import Terms
+from rlhf_worker.weights.views import placed
 
 
 @dataclass
@@ -56,13 +57,13 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
 
     def init_transfer_engine(self, init_info: PlannedInitInfo) -> None:
         self.terms = pickle.loads(init_info.terms)
-        self.needs = pieces(self.recording.plan, self.terms.shards, self.terms.dtypes, self.terms.small)
+        self.needs = self.terms.pieces(self.recording.plan)
         if self.terms.handles is not None:
             self._open(self.terms.handles)
             return
         me = self.terms.group.number(init_info.engine, self.rank)
         address = wire.Address(self.terms.address, me, self.terms.group.size, self.terms.deadline_seconds)
-        self.channel = wire.GlooChannel(address) if self.device.type == "cpu" else wire.NcclChannel(address, self.device)
+        self.channel = wire.join(address, self.device)
         self.me, self.hops = me, waves(self.needs, self.rank, self.terms.group, self.terms.stage_limit)
         self.stage = wire.make_stage(self.hops, me, self.device)
 
@@ -166,7 +167,7 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
     def _whole(self, meta: ParamMeta) -> Tensor:
         dtype = self.model_config.dtype
         made = torch.empty(meta.shape, dtype=dtype, device=self.device)
-        parts = pieces(whole(meta.name, made.numel(), str(dtype).removeprefix("torch.")), self.terms.shards, self.terms.dtypes)
+        parts = self.terms.whole(meta, dtype)
         if self.channel is not None:
             hops = to_all(parts, [self.me])
             wire.run(self.channel, [self._wave(hops, wire.make_stage([hops], self.me, self.device)[0], {meta.name: made})])

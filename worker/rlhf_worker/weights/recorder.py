@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, to_meta_t
 from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 
 from rlhf_worker.weights.plan import ITEMSIZE, Move, RankPlan, View, fills_once
+from rlhf_worker.weights.views import dtype_name, placed
 
 # Layers whose parameters stay as they were loaded (on GPU), or are packed from them (on CPU). Others may shuffle, quantise or swizzle.
 PLAIN = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"}
@@ -189,7 +190,7 @@ def _recording(parameters: list[_Parameter], layers: list[nn.Module], failed: di
     written = {p.name: p.live.data for p in planned if p.name not in images}
     plan = RankPlan(
         moves=tuple(move for p in planned for move in p.moves),
-        dtypes={p.name: str(p.recorded.dtype).removeprefix("torch.") for p in planned},
+        dtypes={p.name: dtype_name(p.recorded.dtype) for p in planned},
         reload=reload, kept=tuple(p.name for p in parameters if not p.fed),
     )
     assembled = [layer for layer, _, _ in images.values()]
@@ -197,11 +198,6 @@ def _recording(parameters: list[_Parameter], layers: list[nn.Module], failed: di
     whole = [layer for layer in layers if layer._parameters] if failed else bad
     zeros = [placed(p.live.data, put) for p in planned if p.name in written for put in p.zeros]
     return Recording(plan, written, zeros, images, repack, whole)
-
-
-def placed(tensor: Tensor, view: View) -> Tensor:
-    """The view of a contiguous tensor's memory."""
-    return tensor.as_strided(view.size, view.stride, tensor.storage_offset() + view.offset)
 
 
 def _multiplies(layer: nn.Module) -> bool:
@@ -225,7 +221,7 @@ def _trouble(p: _Parameter) -> str | None:
     same = (p.live.shape, p.live.dtype, p.live.stride()) == (p.recorded.shape, p.recorded.dtype, p.recorded.stride())
     if not _packed_away(p) and not (same and p.live.is_contiguous()):
         return f"it is loaded as {p.recorded.dtype} {tuple(p.recorded.shape)} and kept as {p.live.dtype} {tuple(p.live.shape)}"
-    if str(p.recorded.dtype).removeprefix("torch.") not in ITEMSIZE:
+    if dtype_name(p.recorded.dtype) not in ITEMSIZE:
         return f"{p.recorded.dtype} is not among {', '.join(ITEMSIZE)}"
     if any(step < 1 for move in p.moves for step in (*move.take.stride, *move.put.stride)):
         return "load_weights repeats elements of a tensor"

@@ -14,10 +14,10 @@ from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeight
 from rlhf_worker.errors import LinkBroken
 from rlhf_worker.weights import checksum, mapped, wire
 from rlhf_worker.weights.client import EnginesClient
-from rlhf_worker.weights.plan import Group, Hop, Incomplete, Piece, RankPlan, pieces, to_all, unused, waves, whole
-from rlhf_worker.weights.recorder import placed
+from rlhf_worker.weights.plan import Group, Hop, Incomplete, Piece, RankPlan, to_all, unused, waves
 from rlhf_worker.weights.source import PolicySource
 from rlhf_worker.weights.terms import Terms
+from rlhf_worker.weights.views import placed
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         mapping = self.info.link in ("ipc", "shm")
         handles = self._all(self._export()) if mapping else None
         self.terms = Terms(self.info.link, metas, tuple(extents), self.group, tuple(handles) if handles else None, self.info.address, self.info.deadline_seconds)
-        self.needs = [[p for p in pieces(plan, extents, self.terms.dtypes, self.terms.small) if p.rank == self.info.rank] for plan in self.plans]
+        self.needs = [[p for p in self.terms.pieces(plan) if p.rank == self.info.rank] for plan in self.plans]
         joining = self.client.begin_connect(pickle.dumps(self.terms)) if self.is_sender else []
         if not mapping:
             self._join()
@@ -87,7 +87,7 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
 
     def _export(self) -> dict[str, mapped.Handle]:
         handles = mapped.export({name: shard.local for name, shard in self.shards.items()})
-        self.places = [shard.local.data_ptr() for shard in self.shards.values()]  # afterwards: on CPU the memory has moved just now
+        self.places = self._places()  # afterwards: on CPU the memory has moved just now
         return handles
 
     def _moved(self) -> bool:
@@ -98,16 +98,19 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         if changed := [name for name, shard in shards.items() if shard.extent != self.shards[name].extent]:
             raise RuntimeError(f"weight sync: this rank holds other rows of {changed[0]} than when it was connected ({len(changed)} such tensors)")
         self.shards = shards
-        self.places = [shard.local.data_ptr() for shard in self.shards.values()]
+        self.places = self._places()
         return True
+
+    def _places(self) -> list[int]:
+        return [shard.local.data_ptr() for shard in self.shards.values()]
 
     def _join(self) -> None:
         address = wire.Address(self.info.address, self.info.rank, self.group.size, self.info.deadline_seconds)
-        self.channel = wire.GlooChannel(address) if self.device.type == "cpu" else wire.NcclChannel(address, self.device)
+        self.channel = wire.join(address, self.device)
         by_rank = [waves(own, rank, self.group, self.terms.stage_limit) for rank, own in enumerate(self.needs)]
         self.hops = [[hop for hops in wave for hop in hops] for wave in zip_longest(*by_rank, fillvalue=())]
         self.stage = wire.make_stage(self.hops, self.info.rank, self.device)
-        self.waves, self.places = self._waves(), [shard.local.data_ptr() for shard in self.shards.values()]
+        self.waves, self.places = self._waves(), self._places()
 
     def _waves(self) -> list[wire.Wave]:
         dtypes = {target: getattr(torch, name) for plan in self.plans for target, name in plan.dtypes.items()}
@@ -161,8 +164,7 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
                 continue
             receivers = [self.group.number(engine, rank) for rank in takers for engine in range(self.group.engines)]
             dtype = self.source.dtype
-            parts = pieces(whole(meta.name, torch.Size(meta.shape).numel(), str(dtype).removeprefix("torch.")), self.terms.shards, self.terms.dtypes)
-            hops = to_all([part for part in parts if part.rank == self.info.rank], receivers)
+            hops = to_all([part for part in self.terms.whole(meta, dtype) if part.rank == self.info.rank], receivers)
             wire.run(channel, [self._wave(hops, {meta.name: dtype}, wire.make_stage([hops], self.info.rank, self.device)[0])])
 
     def checksums(self) -> list[dict[str, int]]:

@@ -1,11 +1,14 @@
 """What the two ends of a sync agree on when they connect."""
 
 from dataclasses import dataclass
+from math import prod
 
+import torch
 from vllm.distributed.weight_transfer.base import ParamMeta
 
 from rlhf_worker.weights.mapped import Handle
-from rlhf_worker.weights.plan import Group, Shards
+from rlhf_worker.weights.plan import Group, Piece, RankPlan, Shards, pieces, whole
+from rlhf_worker.weights.views import dtype_name
 from rlhf_worker.weights.wire import SMALL_BYTES, STAGE_BYTES
 
 
@@ -21,13 +24,14 @@ class Terms:
     address: tuple[str, int]
     deadline_seconds: float
 
-    @property
-    def dtypes(self) -> dict[str, str]:
-        return {meta.name: str(meta.dtype).removeprefix("torch.") for meta in self.metas}
+    def pieces(self, plan: RankPlan) -> list[Piece]:
+        """What one engine rank needs, cut by who holds it."""
+        dtypes = {meta.name: dtype_name(meta.dtype) for meta in self.metas}
+        return pieces(plan, self.shards, dtypes, SMALL_BYTES if self.link == "nccl" else 0)
 
-    @property
-    def small(self) -> int:
-        return SMALL_BYTES if self.link == "nccl" else 0
+    def whole(self, meta: ParamMeta, dtype: torch.dtype) -> list[Piece]:
+        """A checkpoint tensor as it is, in the engine's type."""
+        return pieces(whole(meta.name, prod(meta.shape), dtype_name(dtype)), self.shards, {meta.name: dtype_name(meta.dtype)})
 
     @property
     def stage_limit(self) -> int:

@@ -135,6 +135,11 @@ class GlooChannel:
         del self.group
 
 
+def join(address: Address, device: torch.device) -> Channel:
+    """Raises DeadlineExceeded when not every rank comes."""
+    return GlooChannel(address) if device.type == "cpu" else NcclChannel(address, device)
+
+
 class _Communicator(PyNcclCommunicator):
     """vLLM's, without the reduction by which it warms up: that connects rings of all ranks, half a gigabyte on each, for collectives that never come."""
 
