@@ -32,7 +32,7 @@ WAYS = {"colocated": "ours, IPC", "separated": "ours, NCCL"}
 def hang_and_die(worker: Any) -> None:
     """Runs in vLLM's worker: it does not take part in the next sync, and dies while the trainer waits for it."""
     threading.Timer(KILL_AFTER_SECONDS, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    time.sleep(60)
+    worker.weight_transfer_engine.receive_weights = lambda _: time.sleep(60)
 
 
 def held(trainer: Any, engine: Any) -> dict[str, Any]:
@@ -56,8 +56,7 @@ def killed(fleet: Fleet, deadline: float) -> dict[str, Any]:
     trainer, engine = fleet.ends("separated", SHAPE, "planned")
     ray.get(trainer.connect.remote(WAYS["separated"], engine, deadline))
     ray.get(trainer.send.remote(1))
-    engine.collective.remote(hang_and_die)
-    time.sleep(KILL_AFTER_SECONDS / 5)  # so that the worker is in there
+    ray.get(engine.collective.remote(hang_and_die))
     began = time.perf_counter()
     try:
         ray.get(trainer.send.remote(1))

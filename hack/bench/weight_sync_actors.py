@@ -167,11 +167,17 @@ def client_of(engine: ActorHandle) -> EnginesClient:
     return EnginesClient([engine], 1, DEADLINE_SECONDS)
 
 
+def held(client: EnginesClient) -> None:
+    """What comes before a sync whatever its way, and is not timed: the engine runs no step until the next resume."""
+    client.begin()
+    ray.get([engine.pause.remote() for engine in client.engines], timeout=DEADLINE_SECONDS)
+
+
 def through_vllm(trainer: BenchTrainer, engine: ActorHandle, info: Any) -> Connected:
     """One of vLLM's backends, as it comes."""
     client = client_of(engine)
     transfer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=trainer.source())
-    return Connected(transfer.send_weights, before=client.begin, close=transfer.shutdown)
+    return Connected(transfer.send_weights, before=lambda: held(client), close=transfer.shutdown)
 
 
 def nccl_info(*, packed: bool) -> NCCLTrainerInitInfo:
@@ -208,7 +214,7 @@ def one_by_one(trainer: BenchTrainer, engine: ActorHandle) -> Connected:
             received.result()
         client.finish_weight_update()
 
-    return Connected(send, before=client.begin, close=transfer.shutdown, repeat=5)  # seconds each: five say enough
+    return Connected(send, before=lambda: held(client), close=transfer.shutdown, repeat=5)  # seconds each: five say enough
 
 
 def bare_nccl(trainer: BenchTrainer, engine: ActorHandle) -> Connected:
@@ -319,7 +325,7 @@ def planned(link: str) -> Callable[[BenchTrainer, ActorHandle], Connected]:
             ours = transfer.checksums()
             return not compare([ours], [ray.get(theirs, timeout=DEADLINE_SECONDS)]).wrong
 
-        return Connected(transfer.send_weights, before=client.begin, equal=equal, close=transfer.shutdown, notes=notes)
+        return Connected(transfer.send_weights, before=lambda: held(client), equal=equal, close=transfer.shutdown, notes=notes)
 
     return connect
 

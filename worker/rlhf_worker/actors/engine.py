@@ -255,15 +255,7 @@ class Engine:
         self.sleep_level = 1 if any(pickle.loads(plan).kept for plan in plans) else 2
         return plans
 
-    async def sync_weights(self, update_info: dict[str, Any]) -> None:
-        """A whole sync of the planned backend in one call of the workers."""
-        from rlhf_worker.weights.receiver import sync
-
-        await self.pause()
-        await self._running().collective_rpc(partial(sync, update_info=update_info))
-
     async def start_weight_update(self) -> None:
-        await self.pause()
         await self._running().start_weight_update()
 
     async def update_weights(self, update_info: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from rlhf_worker.weights.plan import RankPlan
 
 
 class EnginesClient:
-    """vLLM's client protocol for several engines, and the one-call sync of the `planned` backend.
+    """vLLM's client protocol for several engines, and what the `planned` backend asks them when it connects.
 
     vLLM's own Ray client gives every engine the same rank offset, so it serves one only.
     """
@@ -53,13 +53,6 @@ class EnginesClient:
 
     def end_connect(self, calls: list[Any]) -> None:
         self._wait("init_weight_transfer", calls)
-
-    def begin_sync(self, *, handles: bytes | None = None, proof: bool = False) -> list[Any]:
-        """Calls for `end_sync`. The engines receive from now on."""
-        return [engine.sync_weights.remote({"handles": handles, "proof": proof}) for engine in self.engines]
-
-    def end_sync(self, calls: list[Any]) -> None:
-        self._wait("sync_weights", calls)
 
     def failed(self, calls: list[Any]) -> bool:
         """Whether an engine has ended with an error."""

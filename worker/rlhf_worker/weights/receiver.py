@@ -1,9 +1,11 @@
 """An engine rank's end of a sync: vLLM's weight-transfer engine `planned`. Weights land where the model computes with them.
 
-`plan_of`, `sync` and `checksums` run in a vLLM worker process by its collective RPC, pickled: one call an engine.
+`plan_of` and `checksums` run in a vLLM worker process by its collective RPC, pickled. A sync does not take that way: a thread here waits for
+the trainer's order. Nothing computes meanwhile, because the engine is held (its actor's `pause`).
 """
 
 import pickle
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +19,10 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from rlhf_worker.weights import checksum, mapped, wire
 from rlhf_worker.weights.compare import EngineSums
+from rlhf_worker.weights.control import Member
 from rlhf_worker.weights.plan import Hop, Piece, RankPlan, to_all, waves
 from rlhf_worker.weights.recorder import Recording, record
-from rlhf_worker.weights.terms import Terms
+from rlhf_worker.weights.terms import Order, Terms
 from rlhf_worker.weights.views import placed
 
 
@@ -31,8 +34,7 @@ class PlannedInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class PlannedUpdateInfo(WeightTransferUpdateInfo):
-    handles: bytes | None = None  # pickled, when the trainer's memory has moved
-    proof: bool = False  # also sum up what is gone once it is packed
+    order: Order
 
 
 class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedUpdateInfo]):
@@ -42,6 +44,7 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
     terms: Terms
     held: list[dict[str, Tensor]] | None = None  # by trainer rank: its memory
     channel: wire.Channel | None = None
+    member: Member | None = None
     copies: tuple[list[Tensor], list[Tensor]] = ([], [])  # from the trainer's memory into live parameters
     waves: Sequence[wire.Wave] = ()
     packed_sums: dict[str, int]
@@ -58,40 +61,67 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
     def init_transfer_engine(self, init_info: PlannedInitInfo) -> None:
         self.terms = pickle.loads(init_info.terms)
         self.needs = self.terms.pieces(self.recording.plan)
+        self.me = self.terms.group.number(init_info.engine, self.rank)
         if self.terms.handles is not None:
             self._open(self.terms.handles)
-            return
-        me = self.terms.group.number(init_info.engine, self.rank)
-        address = wire.Address(self.terms.address, me, self.terms.group.size, self.terms.deadline_seconds)
+        else:
+            self._join()
+        self.member = Member(self.terms.control, self.me, self.terms.deadline_seconds)
+        self.serving = threading.Thread(target=self._serve, args=(self.member,), name="weight sync", daemon=True)
+        self.serving.start()
+
+    def _join(self) -> None:
+        address = wire.Address(self.terms.address, self.me, self.terms.group.size, self.terms.deadline_seconds)
         self.channel = wire.join(address, self.device)
-        self.me, self.hops = me, waves(self.needs, self.rank, self.terms.group, self.terms.stage_limit)
-        self.stage = wire.make_stage(self.hops, me, self.device)
+        self.hops = waves(self.needs, self.rank, self.terms.group, self.terms.stage_limit)
+        self.stage = wire.make_stage(self.hops, self.me, self.device)
+
+    @torch.no_grad()
+    def _serve(self, member: Member) -> None:
+        """Until the trainer hangs up."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        while (order := member.next()) is not None:
+            failure: Exception | None = None
+            try:
+                self.receive_weights(PlannedUpdateInfo(order))
+            except Exception as error:
+                failure = error
+            member.answer(failure)
 
     def start_weight_update(self) -> None:
         pass
 
     def receive_weights(self, update_info: PlannedUpdateInfo) -> None:
-        if update_info.handles is not None:
-            self._open(pickle.loads(update_info.handles))
+        order = update_info.order
+        if order.handles is not None:
+            self._open(pickle.loads(order.handles))
         self.packed_sums.clear()
         for zeros in self.recording.zeros:
             zeros.zero_()  # a deep sleep forgets them
-        if self.held is not None:
-            self._read(update_info.proof)
-        else:
-            self._receive(update_info.proof)
-        for layer in self.recording.repack:
-            _process(layer)
-        if self.recording.plan.reload:
-            self._reload()
+        with set_current_vllm_config(self.vllm_config):
+            if self.channel is None:
+                self._read(order.proof)
+            else:
+                self._receive(self.channel, order.proof)
+            for layer in self.recording.repack:
+                _process(layer)
+            if self.recording.plan.reload:
+                self._reload()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def finish_weight_update(self) -> None:
         pass
 
     def shutdown(self) -> None:
+        """Also ends a sync that is under way."""
+        if self.member is not None:
+            self.member.close()
+            self.serving.join()
         if self.channel is not None:
             self.channel.close()
-        self.held, self.channel, self.copies, self.waves = None, None, ([], []), ()
+        self.member, self.held, self.channel, self.copies, self.waves = None, None, None, ([], []), ()
         self.packed_sums = {}
 
     # Memory that this process sees.
@@ -136,15 +166,17 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
 
     # Memory at the other end of a link.
 
-    def _receive(self, proof: bool) -> None:
-        assert self.channel is not None
+    def _receive(self, channel: wire.Channel, proof: bool) -> None:
         images = {name: torch.zeros(shape, dtype=dtype) for name, (_, shape, dtype) in self.recording.images.items()}
         if images or not self.waves:
             targets = {**self.recording.live, **images}
             self.waves = [self._wave(hops, self.stage[number % 2], targets) for number, hops in enumerate(self.hops)]
-        wire.run(self.channel, self.waves)
+        wire.run(channel, self.waves, self._given_up)
         for name, (layer, _, _) in self.recording.images.items():
             self._pack(name, layer, images[name], proof)
+
+    def _given_up(self) -> bool:
+        return self.member is None or self.member.hung_up()
 
     def _wave(self, hops: Sequence[Hop], stage: Tensor, targets: Mapping[str, Tensor]) -> wire.Wave:
         def put(piece: Piece) -> Tensor:
@@ -170,7 +202,7 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
         parts = self.terms.whole(meta, dtype)
         if self.channel is not None:
             hops = to_all(parts, [self.me])
-            wire.run(self.channel, [self._wave(hops, wire.make_stage([hops], self.me, self.device)[0], {meta.name: made})])
+            wire.run(self.channel, [self._wave(hops, wire.make_stage([hops], self.me, self.device)[0], {meta.name: made})], self._given_up)
             return made
         for part in parts:
             placed(made, part.move.put).copy_(self._take(part))
@@ -198,13 +230,6 @@ def _engine(worker: Any) -> PlannedWeightTransferEngine:
 def plan_of(worker: Any, metas: bytes, distrusted: frozenset[str]) -> bytes:
     with set_current_vllm_config(worker.vllm_config):
         return pickle.dumps(_engine(worker).plan(pickle.loads(metas), distrusted))
-
-
-def sync(worker: Any, update_info: dict[str, Any]) -> None:
-    """The three calls of vLLM's protocol in one."""
-    worker.start_weight_update()
-    worker.update_weights(update_info)
-    worker.finish_weight_update()
 
 
 def checksums(worker: Any) -> bytes:

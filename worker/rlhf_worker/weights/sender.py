@@ -4,7 +4,7 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,9 +14,10 @@ from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeight
 from rlhf_worker.errors import LinkBroken
 from rlhf_worker.weights import checksum, mapped, wire
 from rlhf_worker.weights.client import EnginesClient
+from rlhf_worker.weights.control import Hub, Meeting, Member
 from rlhf_worker.weights.plan import Group, Hop, Incomplete, Piece, RankPlan, to_all, unused, waves
 from rlhf_worker.weights.source import PolicySource
-from rlhf_worker.weights.terms import Terms
+from rlhf_worker.weights.terms import Order, Terms
 from rlhf_worker.weights.views import placed
 
 T = TypeVar("T")
@@ -39,6 +40,8 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
     init_info_cls = PlannedTrainerInitInfo
     client: EnginesClient
     source: PolicySource
+    hub: Hub | None = None  # of rank 0
+    member: Member | None = None  # of the others
     channel: wire.Channel | None = None
     plans: list[RankPlan]  # of each tensor-parallel rank; engines of one run are alike
 
@@ -63,14 +66,27 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         extents = self._all({name: shard.extent for name, shard in self.shards.items()})
         mapping = self.info.link in ("ipc", "shm")
         handles = self._all(self._export()) if mapping else None
-        self.terms = Terms(self.info.link, metas, tuple(extents), self.group, tuple(handles) if handles else None, self.info.address, self.info.deadline_seconds)
+        control = self._agree(self._open_hub)
+        self.terms = Terms(self.info.link, metas, tuple(extents), self.group, tuple(handles) if handles else None, self.info.address, control, self.info.deadline_seconds)
         self.needs = [[p for p in self.terms.pieces(plan) if p.rank == self.info.rank] for plan in self.plans]
         joining = self.client.begin_connect(pickle.dumps(self.terms)) if self.is_sender else []
         if not mapping:
             self._join()
+        self._meet(joining)
+
+    def _meet(self, joining: list[Any]) -> None:
+        """Every other rank opens its connection to rank 0."""
+        if self.hub is None:
+            self.member = Member(self.terms.control, self.info.rank, self.info.deadline_seconds)
+            return
+        self.hub.accept(self.group.size - 1, self.info.deadline_seconds, lambda: self.client.failed(joining))
         self.client.end_connect(joining)
 
-    def _agree(self, ask: Callable[[], list[RankPlan]]) -> list[RankPlan]:
+    def _open_hub(self) -> Meeting:
+        self.hub = Hub(self.info.address[0])
+        return self.hub.meeting
+
+    def _agree(self, ask: Callable[[], T]) -> T:
         """What rank 0 learnt, on every rank."""
         found = [ask() if self.is_sender else None]
         if self.info.world > 1:
@@ -127,20 +143,36 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
 
         proof: let the engines note checksums of what they pack away. Raises DeadlineExceeded, LinkBroken, or what an engine raised.
         """
-        if self.channel is None:
-            self._let_read(proof)
-            return
-        calls = self.client.begin_sync(proof=proof) if self.is_sender else []
+        try:
+            if self.channel is None:
+                self._let_read(proof)
+            else:
+                self._send(self.channel, proof)
+            if self.hub is not None:
+                self.hub.finish(self.info.deadline_seconds)
+        except BaseException:
+            self.shutdown()  # so that nobody goes on waiting for the others
+            raise
+
+    def _send(self, channel: wire.Channel, proof: bool) -> None:
+        self._order(None, proof)
         if self._moved():
             self.waves = self._waves()
         try:
-            wire.run(self.channel, self.waves, lambda: self.client.failed(calls))
-            self._send_whole(self.channel)
+            wire.run(channel, self.waves, self._given_up)
+            self._send_whole(channel)
         except LinkBroken:
-            if self.client.failed(calls):
-                self.client.end_sync(calls)  # what an engine said is nearer to the cause
+            if self.hub is not None and self.hub.failed():
+                self.hub.finish(0.0)  # what an engine said is nearer to the cause
             raise
-        self.client.end_sync(calls)
+
+    def _given_up(self) -> bool:
+        return self.hub.failed() if self.hub is not None else self.member is not None and self.member.hung_up()
+
+    def _order(self, handles: bytes | None, proof: bool) -> None:
+        """The engines receive from now on."""
+        if self.hub is not None:
+            self.hub.order(Order(handles, proof), range(self.group.trainers, self.group.size))
 
     def _let_read(self, proof: bool) -> None:
         moved, handles = self._moved(), None
@@ -153,8 +185,7 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
             moved = bool(flag.item())
         if moved:
             handles = pickle.dumps(tuple(self._all(self._export())))
-        if self.is_sender:
-            self.client.end_sync(self.client.begin_sync(handles=handles, proof=proof))
+        self._order(handles, proof)
 
     def _send_whole(self, channel: wire.Channel) -> None:
         """The tensors that engines load by load_weights, one at a time, to every rank that does."""
@@ -178,6 +209,7 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         return {target: int(total) for target, total in totals.items()}
 
     def shutdown(self) -> None:
-        if self.channel is not None:
-            self.channel.close()
-            self.channel = None
+        for end in (self.hub, self.member, self.channel):
+            if end is not None:
+                end.close()
+        self.channel = None

@@ -78,6 +78,7 @@ class WeightSync:
         return Synced(version, seconds, self.backend, self.prove(version) if prove else None)
 
     def _send(self, *, prove: bool) -> int:
+        self._engines("pause")
         version: int = self._policy("send", prove)[0]
         self._engines("adopt", version)
         return version

@@ -6,10 +6,19 @@ from math import prod
 import torch
 from vllm.distributed.weight_transfer.base import ParamMeta
 
+from rlhf_worker.weights.control import Meeting
 from rlhf_worker.weights.mapped import Handle
 from rlhf_worker.weights.plan import Group, Piece, RankPlan, Shards, pieces, whole
 from rlhf_worker.weights.views import dtype_name
 from rlhf_worker.weights.wire import SMALL_BYTES, STAGE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What an engine rank is told at each sync. It receives at once, and answers when the weights are in place."""
+
+    handles: bytes | None  # pickled, when the trainer's memory has moved
+    proof: bool  # also sum up what is gone once it is packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +31,7 @@ class Terms:
     group: Group
     handles: tuple[dict[str, Handle], ...] | None
     address: tuple[str, int]
+    control: Meeting
     deadline_seconds: float
 
     def pieces(self, plan: RankPlan) -> list[Piece]:
