@@ -32,7 +32,7 @@ COLUMNS = (
 def structural(node: Schema, defs: Schema) -> Schema:
     """One node of pydantic's schema as a node of a structural schema."""
     node = _resolve(node, defs)
-    out = {key: node[key] for key in KEEP if key in node and node[key] is not None}
+    out = {key: node[key] for key in KEEP if key in node and (node[key] is not None or key == "default")}
     out.update({key: value for key, value in node.items() if key.startswith("x-kubernetes-")})
     _bounds(node, out)
     if "properties" in node:
@@ -42,7 +42,7 @@ def structural(node: Schema, defs: Schema) -> Schema:
         _free(node, out, defs)
     if "items" in node:
         out["items"] = structural(node["items"], defs)
-    return {key: value for key, value in out.items() if value is not None}
+    return {key: value for key, value in out.items() if value is not None or key == "default"}
 
 
 def _resolve(node: Schema, defs: Schema) -> Schema:
@@ -79,12 +79,14 @@ def _free(node: Schema, out: Schema, defs: Schema) -> None:
 
 
 def _nested_defaults(node: Schema) -> None:
-    """An object whose fields all have defaults defaults to {}, so that the API server writes the inner ones."""
+    """An object whose fields all have defaults defaults to {}, so that the API server writes the inner ones; one that may be absent has none."""
     for name, child in node.get("properties", {}).items():
         _nested_defaults(child)
         if child.get("type") == "object" and "properties" in child and "default" not in child \
                 and name not in node.get("required", []) and not child.get("required"):
             child["default"] = {}
+        if child.get("default", ...) is None:
+            del child["default"]
     if "items" in node:
         _nested_defaults(node["items"])
 

@@ -3,10 +3,11 @@
 Every field carries its description here; `crd.py` prints the schema, `rules.py` holds the checks that span fields.
 """
 
+import re
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 from pydantic.alias_generators import to_camel
 
 from rlhf_api.base import Model
@@ -75,15 +76,51 @@ class DataSpec(Model):
     seed: int = Field(0, ge=0, description="Seed of the shuffle of every epoch (and of reasoningGym's problems).")
 
 
+class JudgeSpec(Model):
+    model: Annotated[str, Field(min_length=1, max_length=256)] = Field(description="Name of the model that the server serves.")
+    prompt: Annotated[str, Field(min_length=1, max_length=65536)] = Field(description="What the judge is asked, with {completion}, {prompt} and {column} of the row in it. Other braces stay as they are.")
+    pattern: Annotated[str, Field(min_length=1, max_length=1024)] = Field(r"(?i)score\W{1,5}(-?\d+(?:\.\d+)?)", description="Regular expression of python whose one group is the score; the last match in the answer counts.")
+    low: float = Field(0.0, description="Lowest score, which is worth 0. A score outside of low to high is asked for again.")
+    high: float = Field(10.0, description="Highest score, which is worth 1.")
+    max_tokens: PositiveInt = Field(512, description="Most tokens of one answer.")
+    api_key_env: str | None = Field(None, max_length=256, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="Variable of the trainer pods' environment (pods.trainer.env) that holds the server's key.")
+
+    @field_validator("pattern")
+    @classmethod
+    def _one_group(cls, pattern: str) -> str:
+        try:
+            groups = re.compile(pattern).groups
+        except re.error as error:
+            raise ValueError(f"no regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError(f"needs exactly one group (...), the score: it has {groups}; write (?:...) for others")
+        return pattern
+
+
+class CriticSpec(Model):
+    model: ModelSpec | None = Field(None, description="Where the critic's backbone starts; its value head starts at zero. Unset: spec.model.")
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="Learning rate of the critic's AdamW.")
+    warmup_steps: int = Field(0, ge=0, description="First steps in which the critic alone is trained.")
+    gpus: PositiveInt | None = Field(None, description="FSDP ranks with a GPU each of their own, in the trainer's pods. Unset: the critic shares the trainer's ranks.")
+
+
+class ReferenceSpec(Model):
+    model: ModelSpec | None = Field(None, description="The frozen model of the KL term. Unset: spec.model, as it was before training. It must have the same tokenizer.")
+    gpus: PositiveInt | None = Field(None, description="FSDP ranks with a GPU each of their own, in the trainer's pods. Unset: the reference shares the trainer's ranks.")
+
+
 class RewardSpec(Model):
     name: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")] = Field(description="Name in metrics; unique in the list.")
-    type: Literal["python", "http"] = Field(description="python: a function in a subprocess. http: a service.")
+    type: Literal["python", "http", "judge", "model"] = Field(description="python: a function in a subprocess. http: a service. judge: a language model behind an OpenAI-compatible chat URL. model: a sequence-classification model with one label, on the trainer's GPUs.")
     weight: float = Field(1.0, description="Factor of this reward in the sum.")
     function: str | None = Field(None, max_length=512, description="python: module:function, importable in the image. Called as f(prompt=..., completion=..., **row) -> float.")
     code: str | None = Field(None, max_length=65536, description="python: source text that defines reward(prompt, completion, **row) -> float.")
-    url: str | None = Field(None, max_length=2048, pattern=r"^https?://.+", description='http: POST {"samples": [{"prompt", "completion", ...row}]} -> {"rewards": [float, ...]}.')
-    timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(30.0, description="Deadline of one call: of one sample for python, of one batch for http.")
-    workers: Annotated[int, Field(ge=1, le=256)] = Field(2, description="python: subprocesses. http: concurrent requests.")
+    url: str | None = Field(None, max_length=2048, pattern=r"^https?://.+", description='http: POST {"samples": [{"prompt", "completion", ...row}]} -> {"rewards": [float, ...]}. judge: the whole URL of chat completions, such as http://judge:8000/v1/chat/completions.')
+    judge: JudgeSpec | None = Field(None, description="judge: what is asked, and how the answer becomes a number.")
+    model: ModelSpec | None = Field(None, description="model: the checkpoint. It scores prompt and completion as text, by its own tokenizer and chat template.")
+    gpus: PositiveInt | None = Field(None, description="model: FSDP ranks with a GPU each of their own, in the trainer's pods. Unset: the model shares the trainer's ranks.")
+    timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(30.0, description="Deadline of one call: of one sample for python and judge, of one batch for http.")
+    workers: Annotated[int, Field(ge=1, le=256)] = Field(2, description="python: subprocesses. http and judge: concurrent requests.")
     retries: Annotated[int, Field(ge=0, le=20)] = Field(2, description="Further tries of a failed sample, before the run stops with the reward's error.")
 
 
@@ -109,6 +146,9 @@ class TrainerSpec(Model):
     updates_per_step: PositiveInt = Field(1, description="Optimizer updates a step: the batch is split into as many parts.")
     tokens_per_micro_batch: PositiveInt = Field(8192, description="Token budget of one packed micro-batch on one rank.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass.")
+    batching: Literal["packed", "padded"] = Field("packed", description="packed: sequences end to end, without padding. padded: one a row, by the model's own attention, for models without variable-length attention; slower.")
+    compile: bool = Field(False, description="torch.compile of every decoder layer: slower first steps, faster later ones.")
+    offload: bool = Field(False, description="Parameters and optimizer state of a role lie in the host's memory while the role is not used.")
     seed: int = Field(0, ge=0, description="Seed of the job.")
 
 
@@ -136,6 +176,36 @@ class CheckpointSpec(Model):
     every_steps: PositiveInt = Field(20, description="Steps between two checkpoints; the last step is always saved.")
     keep: PositiveInt = Field(3, description="Newest checkpoints kept.")
     export: bool = Field(True, description="Write the final model as a Hugging Face checkpoint to <path>/export.")
+
+
+class EvaluationSpec(Model):
+    name: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")] = Field(description="Name in metrics (eval/<name>/...); unique in the list.")
+    data: DataSpec = Field(description="The prompts, in the order of the source.")
+    every_steps: PositiveInt = Field(50, description="Steps between two evaluations. One more comes before the first step and one after the last.")
+    samples: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="Completions of one prompt.")
+    temperature: Annotated[float, Field(ge=0, le=10)] = Field(0.0, description="Sampling temperature; 0 takes the likeliest token.")
+    max_tokens: PositiveInt | None = Field(None, description="Most tokens of one completion. Default: rollout.maxTokens.")
+    limit: PositiveInt | None = Field(None, description="Use the first rows only. Default: all.")
+
+
+class WandbSpec(Model):
+    project: Annotated[str, Field(min_length=1, max_length=128)] = Field(description="Project of the run.")
+    entity: str | None = Field(None, max_length=128, description="User or team. Default: the key's own.")
+    name: str | None = Field(None, max_length=128, description="Name of the run. Default: the job's.")
+    mode: Literal["online", "offline"] = Field("online", description="online needs WANDB_API_KEY in pods.trainer.env. offline: files under <checkpoint.path>/wandb for wandb sync.")
+
+
+class MlflowSpec(Model):
+    tracking_uri: Annotated[str, Field(min_length=1, max_length=2048)] = Field(description="Server, such as http://mlflow:5000, or a database or directory inside the trainer pods.")
+    experiment: Annotated[str, Field(min_length=1, max_length=256)] = Field("rlhfjob", description="Experiment; it is made if there is none.")
+
+
+class TelemetrySpec(Model):
+    tensorboard: bool = Field(True, description="Scalars under <checkpoint.path>/tensorboard.")
+    wandb: WandbSpec | None = Field(None, description="Log to Weights & Biases. The image must have the package wandb.")
+    mlflow: MlflowSpec | None = Field(None, description="Log to MLflow. The image must have the package mlflow or mlflow-skinny.")
+    prometheus_port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(None, description="Serve the newest value of each metric at /metrics on this port of the first trainer pod.")
+    rollouts_every_steps: int = Field(10, ge=0, description="Steps between two that leave all their samples in <checkpoint.path>/rollouts/step-N.parquet, for rlhf_worker replay. 0: none.")
 
 
 class CleanupSpec(Model):
@@ -183,11 +253,15 @@ class RLHFJobSpec(Model):
     algorithm: AlgorithmSpec = Field(default_factory=AlgorithmSpec, description="The algorithm and its numbers.")
     data: DataSpec = Field(description="Where prompts come from.")
     rewards: list[RewardSpec] = Field(min_length=1, max_length=16, description="Rewards; their weighted sum is what is maximised.")
+    critic: CriticSpec | None = Field(None, description="The value model of ppo, which has one by these defaults when this is unset.")
+    reference: ReferenceSpec | None = Field(None, description="The frozen model of the KL term, which is there by these defaults when this is unset.")
     rollout: RolloutSpec = Field(default_factory=RolloutSpec, description="Generation by vLLM.")
     trainer: TrainerSpec = Field(description="Training by FSDP2.")
     placement: PlacementSpec = Field(default_factory=PlacementSpec, description="Which roles share which GPUs.")
     weight_sync: WeightSyncSpec = Field(default_factory=WeightSyncSpec, description="How new weights reach the engines.")
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec, description="Where and how often the run is saved.")
+    evaluation: list[EvaluationSpec] = Field(default_factory=list, max_length=16, description="Prompts on which the policy is judged by the same rewards, without training on them.")
+    telemetry: TelemetrySpec = Field(default_factory=TelemetrySpec, description="Where metrics and samples go.")
     run_policy: RunPolicySpec = Field(default_factory=RunPolicySpec, description="Retries, deadlines, cleanup.")
     queue: QueueSpec | None = Field(None, description="Queue that admits the job.")
     suspend: bool = Field(False, description="Save, then release every pod. Set back to false to resume.")

@@ -38,6 +38,7 @@ class Placement(Model):
     groups: list[PodGroup]
     trainer_slots: list[int] = Field(description="Slot of each FSDP rank.")
     trainer_fraction: float
+    role_slots: dict[str, list[int]] = Field(description="Slots of the ranks of each role that has GPUs of its own: they follow the trainer's, in its pods.")
     engine_slots: list[list[int]] = Field(description="Slots of each engine's tensor-parallel ranks.")
     engine_fraction: float
 
@@ -52,21 +53,32 @@ def _group(name: GroupName, gpus: int, most: int, first_slot: int) -> PodGroup:
     return PodGroup(name=name, pods=pods, gpus_per_pod=gpus // pods, first_slot=first_slot)
 
 
+def own_gpus(spec: RLHFJobSpec) -> dict[str, int]:
+    """GPUs of each role that does not share the trainer's: "critic", "reference", "reward:<name>"."""
+    roles = {"critic": spec.critic, "reference": spec.reference} | {f"reward:{reward.name}": reward for reward in spec.rewards}
+    return {name: role.gpus for name, role in roles.items() if role and role.gpus}
+
+
 def plan_placement(spec: RLHFJobSpec) -> Placement:
     """Roles to slots. The spec must have passed `rules.violations`."""
     rollout, trainer, placement = spec.rollout, spec.trainer, spec.placement
     size, colocated = rollout.tensor_parallel_size, placement.mode is PlacementMode.COLOCATED
-    groups = [_group("trainer", trainer.gpus, placement.gpus_per_node, 0)]
+    own, end = {}, trainer.gpus
+    for role, gpus in own_gpus(spec).items():
+        own[role] = list(range(end, end + gpus))
+        end += gpus
+    groups = [_group("trainer", end, placement.gpus_per_node, 0)]
     if not colocated:
         most = placement.gpus_per_node // size * size
-        groups.append(_group("rollout", rollout.engines * size, most, trainer.gpus))
-    first = 0 if colocated else trainer.gpus
+        groups.append(_group("rollout", rollout.engines * size, most, end))
+    first = 0 if colocated else end
     return Placement(
         mode=placement.mode,
         resource_name=placement.resource_name,
         groups=groups,
         trainer_slots=list(range(trainer.gpus)),
         trainer_fraction=placement.fractions.trainer if colocated else 1.0,
+        role_slots=own,
         engine_slots=[list(range(first + e * size, first + (e + 1) * size)) for e in range(rollout.engines)],
         engine_fraction=placement.fractions.rollout if colocated else 1.0,
     )

@@ -9,7 +9,8 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from rlhf_api.job import PlacementMode, RewardSpec, RLHFJob
+from rlhf_api.job import DataSpec, EvaluationSpec, PlacementMode, RewardSpec, RLHFJob
+from rlhf_api.placement import own_gpus
 
 NAME_PATTERN = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
 NAME_MAX = 40
@@ -48,9 +49,20 @@ def _tensor_parallel(job: RLHFJob) -> Iterator[str]:
 
 
 def _whole_nodes(job: RLHFJob) -> Iterator[str]:
-    gpus, node = job.spec.trainer.gpus, job.spec.placement.gpus_per_node
+    own, node = own_gpus(job.spec), job.spec.placement.gpus_per_node
+    gpus = job.spec.trainer.gpus + sum(own.values())
     if gpus > node and gpus % node:
-        yield f"trainer.gpus is {gpus}, placement.gpusPerNode is {node}"
+        yield f"they are {gpus} GPUs ({', '.join(f'{name} {count}' for name, count in {'trainer': job.spec.trainer.gpus, **own}.items())}), placement.gpusPerNode is {node}"
+
+
+def _critic(job: RLHFJob) -> Iterator[str]:
+    if job.spec.critic is not None and job.spec.algorithm.name != "ppo":
+        yield f"algorithm.name is {job.spec.algorithm.name}"
+
+
+def _reference(job: RLHFJob) -> Iterator[str]:
+    if job.spec.reference is not None and not job.spec.algorithm.kl.coefficient:
+        yield "the coefficient is 0"
 
 
 def _whole_engines(job: RLHFJob) -> Iterator[str]:
@@ -68,10 +80,14 @@ def _batch(job: RLHFJob) -> Iterator[str]:
         yield f"{samples} samples for {parts} parts"
 
 
-def _one_source(job: RLHFJob) -> Iterator[str]:
-    named = [name for name in SOURCES if getattr(job.spec.data, name) is not None]
-    if len(named) != 1:
-        yield f"{len(named)} are set"
+def _one_source(data: DataSpec) -> str:
+    named = [name for name in SOURCES if getattr(data, name) is not None]
+    return "" if len(named) == 1 else f"{len(named)} are set"
+
+
+def _train_source(job: RLHFJob) -> Iterator[str]:
+    if text := _one_source(job.spec.data):
+        yield text
 
 
 def _each_reward(complaint: Callable[[RewardSpec], str]) -> Check:
@@ -93,10 +109,46 @@ def _http_reward(reward: RewardSpec) -> str:
     return "url is missing" if reward.type == "http" and reward.url is None else ""
 
 
-def _reward_names(job: RLHFJob) -> Iterator[str]:
-    names = [reward.name for reward in job.spec.rewards]
+def _model_reward(reward: RewardSpec) -> str:
+    if reward.type == "model":
+        return "" if reward.model else "model is missing"
+    return f"type is {reward.type}" if reward.model or reward.gpus else ""
+
+
+def _judge_reward(reward: RewardSpec) -> str:
+    missing = [name for name, value in (("url", reward.url), ("judge", reward.judge)) if reward.type == "judge" and value is None]
+    return f"{' and '.join(missing)} missing" if missing else ""
+
+
+def _judge_scale(reward: RewardSpec) -> str:
+    judge = reward.judge
+    return f"low is {judge.low:g}, high is {judge.high:g}" if judge and judge.low >= judge.high else ""
+
+
+def _judge_prompt(reward: RewardSpec) -> str:
+    return "{completion} is missing" if reward.judge and "{completion}" not in reward.judge.prompt else ""
+
+
+def _own_metric(reward: RewardSpec) -> str:
+    return f"{reward.name} is taken" if reward.name in ("mean", "std") else ""
+
+
+def _unique(names: list[str]) -> Iterator[str]:
     if len(set(names)) != len(names):
         yield f"names are {', '.join(names)}"
+
+
+def _each_evaluation(complaint: Callable[[EvaluationSpec], str]) -> Check:
+    def check(job: RLHFJob) -> Iterator[str]:
+        for evaluation in job.spec.evaluation:
+            if text := complaint(evaluation):
+                yield f"evaluation[{evaluation.name}]: {text}"
+
+    return check
+
+
+def _same_samples(evaluation: EvaluationSpec) -> str:
+    return f"samples is {evaluation.samples}" if evaluation.samples > 1 and evaluation.temperature == 0 else ""
 
 
 def _backend(job: RLHFJob) -> Iterator[str]:
@@ -112,6 +164,8 @@ def _name(job: RLHFJob) -> Iterator[str]:
 
 
 COLOCATED = "self.placement.mode != 'Colocated' || "
+TRAINER_GPUS = ("self.trainer.gpus + (has(self.critic) && has(self.critic.gpus) ? self.critic.gpus : 0)"
+                " + (has(self.reference) && has(self.reference.gpus) ? self.reference.gpus : 0) + self.rewards.map(r, has(r.gpus) ? r.gpus : 0).sum()")  # fmt: skip
 SEPARATED = "self.placement.mode != 'Separated' || "
 
 RULES = (
@@ -123,8 +177,12 @@ RULES = (
          "the fractions of one GPU must sum to at most 1: lower fractions.trainer or fractions.rollout", "placement.fractions", _fractions),
     Rule("spec", "self.rollout.tensorParallelSize <= self.placement.gpusPerNode",
          "an engine must fit on one node: lower rollout.tensorParallelSize or raise placement.gpusPerNode", "rollout.tensorParallelSize", _tensor_parallel),
-    Rule("spec", "self.trainer.gpus <= self.placement.gpusPerNode || self.trainer.gpus % self.placement.gpusPerNode == 0",
-         "a trainer of more than one node must fill whole nodes: make trainer.gpus a multiple of placement.gpusPerNode", "trainer.gpus", _whole_nodes),
+    Rule("spec", f"[{TRAINER_GPUS}].all(gpus, gpus <= self.placement.gpusPerNode || gpus % self.placement.gpusPerNode == 0)",
+         "a trainer of more than one node must fill whole nodes: make trainer.gpus and the gpus of critic, reference and rewards a multiple of placement.gpusPerNode together",
+         "trainer.gpus", _whole_nodes),
+    Rule("spec", "!has(self.critic) || self.algorithm.name == 'ppo'", "only ppo has a critic: remove it, or set algorithm.name to ppo", "critic", _critic),
+    Rule("spec", "!has(self.reference) || self.algorithm.kl.coefficient > 0.0",
+         "there is no reference without a KL term: remove it, or set algorithm.kl.coefficient", "reference", _reference),
     Rule("spec", "self.rollout.tensorParallelSize > self.placement.gpusPerNode"
          " || self.rollout.engines <= self.placement.gpusPerNode / self.rollout.tensorParallelSize"
          " || (self.placement.mode == 'Colocated' ? self.placement.gpusPerNode % self.rollout.tensorParallelSize == 0"
@@ -135,11 +193,22 @@ RULES = (
     Rule("spec", "!(self.weightSync.backend in (self.placement.mode == 'Separated' ? ['ipc', 'vllm-ipc'] : ['nccl', 'vllm-nccl', 'sharded_rdt']))",
          "ipc and vllm-ipc need Colocated (one GPU's memory, shared), nccl, vllm-nccl and sharded_rdt need Separated (one rank a GPU): use auto", "weightSync.backend", _backend),
     Rule("spec.data", "[has(self.jsonl), has(self.parquet), has(self.dataset), has(self.reasoningGym)].filter(x, x).size() == 1",
-         "set exactly one of jsonl, parquet, dataset and reasoningGym", "data", _one_source),
-    Rule("spec.rewards", "self.all(r, self.exists_one(other, other.name == r.name))", "names must be unique", "rewards", _reward_names),
+         "set exactly one of jsonl, parquet, dataset and reasoningGym", "data", _train_source),
+    Rule("spec.rewards", "self.all(r, self.exists_one(other, other.name == r.name))", "names must be unique", "rewards", lambda job: _unique([r.name for r in job.spec.rewards])),
+    Rule("spec.rewards[]", "!(self.name in ['mean', 'std'])", "mean and std are metrics of the weighted sum: give the reward another name", "rewards", _each_reward(_own_metric)),
     Rule("spec.rewards[]", "self.type != 'python' || has(self.function) != has(self.code)",
          "a python reward needs exactly one of function and code", "rewards", _each_reward(_python_reward)),
     Rule("spec.rewards[]", "self.type != 'http' || has(self.url)", "an http reward needs url", "rewards", _each_reward(_http_reward)),
+    Rule("spec.rewards[]", "self.type == 'model' ? has(self.model) : !has(self.model) && !has(self.gpus)",
+         "a model reward needs model, and no other has model or gpus", "rewards", _each_reward(_model_reward)),
+    Rule("spec.rewards[]", "self.type != 'judge' || has(self.url) && has(self.judge)", "a judge reward needs url and judge", "rewards", _each_reward(_judge_reward)),
+    Rule("spec.rewards[]", "!has(self.judge) || self.judge.low < self.judge.high", "judge.low must be below judge.high", "rewards", _each_reward(_judge_scale)),
+    Rule("spec.rewards[]", "!has(self.judge) || self.judge.prompt.contains('{completion}')", "judge.prompt must hold {completion}", "rewards", _each_reward(_judge_prompt)),
+    Rule("spec.evaluation", "self.all(e, self.exists_one(one, one.name == e.name))", "names must be unique", "evaluation", lambda job: _unique([e.name for e in job.spec.evaluation])),
+    Rule("spec.evaluation[]", "[has(self.data.jsonl), has(self.data.parquet), has(self.data.dataset), has(self.data.reasoningGym)].filter(x, x).size() == 1",
+         "set exactly one of data.jsonl, data.parquet, data.dataset and data.reasoningGym", "evaluation", _each_evaluation(lambda e: _one_source(e.data))),
+    Rule("spec.evaluation[]", "self.samples == 1 || self.temperature > 0.0",
+         "several samples at temperature 0 are all the same: set temperature, or samples to 1", "evaluation", _each_evaluation(_same_samples)),
 )
 
 

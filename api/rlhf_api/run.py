@@ -7,7 +7,22 @@ from pydantic import ConfigDict
 from pydantic.alias_generators import to_camel
 
 from rlhf_api.base import Model
-from rlhf_api.job import AlgorithmSpec, CheckpointSpec, DataSpec, ModelSpec, RewardSpec, RLHFJob, RolloutSpec, TrainerSpec, WeightSyncSpec
+from rlhf_api.job import (
+    AlgorithmSpec,
+    CheckpointSpec,
+    CriticSpec,
+    DataSpec,
+    EvaluationSpec,
+    ModelSpec,
+    ReferenceSpec,
+    RewardSpec,
+    RLHFJob,
+    RLHFJobSpec,
+    RolloutSpec,
+    TelemetrySpec,
+    TrainerSpec,
+    WeightSyncSpec,
+)
 from rlhf_api.placement import Placement, plan_placement
 
 
@@ -25,11 +40,15 @@ class RunConfig(Model):
     algorithm: AlgorithmSpec
     data: DataSpec
     rewards: list[RewardSpec]
+    critic: CriticSpec | None = None  # None: the run has none
+    reference: ReferenceSpec | None = None
     rollout: RolloutSpec
     trainer: TrainerSpec
     placement: Placement
     weight_sync: WeightSyncSpec
     checkpoint: CheckpointSpec
+    evaluation: list[EvaluationSpec]
+    telemetry: TelemetrySpec
 
     @property
     def sampling_seed(self) -> int:
@@ -49,6 +68,21 @@ def resolve(job: RLHFJob) -> RunConfig:
     spec = job.spec
     return RunConfig(
         job=JobRef(name=job.metadata.name, namespace=job.metadata.namespace, uid=job.metadata.uid),
-        model=spec.model, algorithm=spec.algorithm, data=spec.data, rewards=spec.rewards, rollout=spec.rollout,
+        model=spec.model, algorithm=spec.algorithm, data=spec.data, rewards=spec.rewards, critic=_critic(spec), reference=_reference(spec), rollout=spec.rollout,
         trainer=spec.trainer, placement=plan_placement(spec), weight_sync=spec.weight_sync, checkpoint=spec.checkpoint,
+        evaluation=spec.evaluation, telemetry=spec.telemetry,
     )
+
+
+def _critic(spec: RLHFJobSpec) -> CriticSpec | None:
+    if spec.algorithm.name != "ppo":
+        return None
+    critic = spec.critic or CriticSpec()
+    return critic.model_copy(update={"model": critic.model or spec.model})
+
+
+def _reference(spec: RLHFJobSpec) -> ReferenceSpec | None:
+    if not spec.algorithm.kl.coefficient:
+        return None
+    reference = spec.reference or ReferenceSpec()
+    return reference.model_copy(update={"model": reference.model or spec.model})

@@ -45,7 +45,15 @@ def rule(cel_part: str) -> Rule:
     return found
 
 
+
+def without(node: Object, key: str) -> Object:
+    return {name: value for name, value in node.items() if name != key}
+
+
+MODEL: Object = {"name": "rm", "type": "model", "model": {"path": "/rm"}}
 PYTHON: Object = {"name": "a", "type": "python", "function": "m:f"}
+JUDGE: Object = {"name": "j", "type": "judge", "url": "http://judge/v1/chat/completions", "judge": {"model": "m", "prompt": "rate {completion}"}}
+EVALUATION: Object = {"name": "held-out", "data": {"jsonl": {"path": "/data/test.jsonl"}}}
 
 # (a part of the rule's CEL, a job that breaks it and nothing else)
 BROKEN: list[tuple[str, Object]] = [
@@ -56,18 +64,33 @@ BROKEN: list[tuple[str, Object]] = [
     ("== self.trainer.gpus", a_job(trainer__gpus=4, rollout__engines=1, rollout__tensorParallelSize=2)),
     ("fractions", a_job(placement__fractions={"trainer": 0.6, "rollout": 0.5})),
     ("self.rollout.tensorParallelSize <=", a_job(placement__gpusPerNode=2, rollout__tensorParallelSize=4, trainer__gpus=4)),
-    ("self.trainer.gpus <=", a_job(placement__mode="Separated", placement__gpusPerNode=4, trainer__gpus=6)),
+    ("[self.trainer.gpus +", a_job(placement__mode="Separated", placement__gpusPerNode=4, trainer__gpus=6)),
+    ("[self.trainer.gpus +", a_job(placement__gpusPerNode=4, trainer__gpus=4, rollout__engines=4, rewards=[{**MODEL, "gpus": 2}])),
     ("self.rollout.engines <=", a_job(placement__mode="Separated", placement__gpusPerNode=4, rollout__engines=5)),
     ("self.rollout.engines <=", a_job(placement__gpusPerNode=4, rollout__engines=4, rollout__tensorParallelSize=3, trainer__gpus=12)),
     ("promptsPerStep", a_job(rollout__promptsPerStep=1, rollout__samplesPerPrompt=2, trainer__updatesPerStep=3)),
     ("'ipc'", a_job(weightSync__backend="ipc", placement__mode="Separated")),
     ("'ipc'", a_job(weightSync__backend="nccl")),
-    ("has(self.jsonl)", a_job(data={"chatTemplate": True})),
-    ("has(self.jsonl)", a_job(data__parquet={"path": "/data/prompts.parquet"})),
-    ("exists_one", a_job(rewards=[PYTHON, PYTHON])),
+    ("[has(self.jsonl)", a_job(data={"chatTemplate": True})),
+    ("[has(self.jsonl)", a_job(data__parquet={"path": "/data/prompts.parquet"})),
+    ("exists_one(other", a_job(rewards=[PYTHON, PYTHON])),
     ("has(self.function)", a_job(rewards=[{"name": "a", "type": "python"}])),
     ("has(self.function)", a_job(rewards=[{**PYTHON, "code": "def reward(prompt, completion, **row): return 0.0"}])),
-    ("has(self.url)", a_job(rewards=[{"name": "a", "type": "http"}])),
+    ("'http' || has(self.url)", a_job(rewards=[{"name": "a", "type": "http"}])),
+    ("'mean'", a_job(rewards=[{**PYTHON, "name": "std"}])),
+    ("has(self.url) && has(self.judge)", a_job(rewards=[without(JUDGE, "url")])),
+    ("has(self.url) && has(self.judge)", a_job(rewards=[without(JUDGE, "judge")])),
+    ("judge.low <", a_job(rewards=[{**JUDGE, "judge": {**JUDGE["judge"], "low": 5, "high": 5}}])),
+    ("judge.prompt", a_job(rewards=[{**JUDGE, "judge": {**JUDGE["judge"], "prompt": "rate {prompt}"}}])),
+    ("self.type == 'model'", a_job(rewards=[{"name": "a", "type": "model"}])),
+    ("self.type == 'model'", a_job(rewards=[{**PYTHON, "gpus": 1}])),
+    ("self.type == 'model'", a_job(rewards=[{**PYTHON, "model": {"path": "/m"}}])),
+    ("has(self.critic) ||", a_job(critic={})),
+    ("has(self.reference) ||", a_job(reference={"gpus": 1})),
+    ("exists_one(one", a_job(evaluation=[EVALUATION, EVALUATION])),
+    ("has(self.data.jsonl)", a_job(evaluation=[{**EVALUATION, "data": {}}])),
+    ("has(self.data.jsonl)", a_job(evaluation=[{**EVALUATION, "data": {**EVALUATION["data"], "parquet": {"path": "/p"}}}])),
+    ("self.samples == 1", a_job(evaluation=[{**EVALUATION, "samples": 2}])),
 ]
 
 # (a changed field of a living job, its new value): each refused by a transition rule.
@@ -82,5 +105,9 @@ FROZEN: list[tuple[str, Any]] = [
     ("placement", {"mode": "Separated"}),
     ("weightSync", {"verify": False}),
     ("checkpoint", {"everySteps": 1}),
+    ("evaluation", [EVALUATION]),
+    ("telemetry", {"rolloutsEverySteps": 1}),
+    ("critic", {"warmupSteps": 1}),
+    ("reference", {"model": {"path": "/other"}}),
     ("queue", {"name": "team-a"}),
 ]

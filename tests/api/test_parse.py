@@ -97,3 +97,15 @@ def test_a_run_config_survives_its_file(tmp_path: Path, changes: dict[str, Any])
 def test_the_sampling_seed_falls_back_to_the_jobs() -> None:
     assert resolve(parse_job(a_job(trainer__seed=7))).sampling_seed == 7
     assert resolve(parse_job(a_job(trainer__seed=7, rollout__seed=0))).sampling_seed == 0
+
+
+JUDGE = {"name": "j", "type": "judge", "url": "http://judge/", "judge": {"model": "m", "prompt": "rate {completion}"}}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("score (", "no regular expression"), ("score", "exactly one group"), (r"(a)(\d)", r"it has 2; write \(\?:")],
+)
+def test_a_judges_pattern_must_have_one_group(pattern: str, message: str) -> None:
+    with pytest.raises(InvalidJob, match=rf"spec\.rewards\[0\]\.judge\.pattern: .*{message}"):
+        parse_job(a_job(rewards=[{**JUDGE, "judge": {**JUDGE["judge"], "pattern": pattern}}]))  # type: ignore[dict-item]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from rlhf_api.job import RLHFJob
 from rlhf_api.placement import Placement, plan_placement
 from rlhf_api.rules import violations
-from tests.api.specs import a_job
+from tests.api.specs import MODEL, a_job
 
 Changes = dict[str, Any]
 
@@ -47,6 +47,18 @@ def test_colocated_takes_the_fractions_and_separated_whole_gpus() -> None:
     assert (apart.trainer_fraction, apart.engine_fraction) == (1.0, 1.0)
 
 
+def test_roles_with_gpus_of_their_own_follow_the_trainer_in_its_pods() -> None:
+    changes: Changes = {"trainer__gpus": 2, "critic": {"gpus": 2}, "reference": {"gpus": 1}}
+    rewards = [{**MODEL, "gpus": 3}, {**MODEL, "name": "shared"}]
+    shared = placed(**changes, rewards=rewards, rollout__engines=2)
+    assert groups(shared) == [("trainer", 1, 8, 0)]
+    assert shared.role_slots == {"critic": [2, 3], "reference": [4], "reward:rm": [5, 6, 7]}
+    assert shared.engine_slots == [[0], [1]]
+    apart = placed(**changes, **SEPARATED, rewards=rewards, placement__gpusPerNode=4)
+    assert groups(apart) == [("trainer", 2, 4, 0), ("rollout", 1, 1, 8)]
+    assert apart.engine_slots == [[8]]
+
+
 def test_the_groups_hold_every_slot_in_order() -> None:
     placement = placed(**SEPARATED, trainer__gpus=2, rollout__engines=2)
     assert [group.ray_resource for slot in range(placement.gpus) for group in placement.groups if slot in group.slots] == ["rlhf-trainer"] * 2 + ["rlhf-rollout"] * 2
@@ -58,10 +70,12 @@ def test_the_groups_hold_every_slot_in_order() -> None:
     engines=st.integers(1, 18),
     size=st.integers(1, 9),
     gpus=st.integers(1, 36),
+    own=st.integers(0, 9),
 )
-def test_whatever_the_rules_let_through_fits(mode: str, node: int, engines: int, size: int, gpus: int) -> None:
+def test_whatever_the_rules_let_through_fits(mode: str, node: int, engines: int, size: int, gpus: int, own: int) -> None:
     raw = a_job(
-        placement__mode=mode, placement__gpusPerNode=node, rollout__engines=engines, rollout__tensorParallelSize=size, trainer__gpus=gpus
+        placement__mode=mode, placement__gpusPerNode=node, rollout__engines=engines, rollout__tensorParallelSize=size, trainer__gpus=gpus,
+        rewards=[{**MODEL, **({"gpus": own} if own else {})}],
     )
     job = RLHFJob.model_validate(raw)
     if violations(job):
@@ -71,5 +85,7 @@ def test_whatever_the_rules_let_through_fits(mode: str, node: int, engines: int,
     assert sorted(pod_of) == list(range(placement.gpus))
     assert all(group.gpus_per_pod <= node for group in placement.groups)
     assert all(len({pod_of[slot] for slot in slots}) == 1 for slots in placement.engine_slots)
-    used = placement.trainer_slots + [slot for slots in placement.engine_slots for slot in slots]
-    assert sorted(used) == sorted([*range(placement.gpus)] * (2 if mode == "Colocated" else 1))
+    engine_slots = [slot for slots in placement.engine_slots for slot in slots]
+    own_slots = [slot for slots in placement.role_slots.values() for slot in slots]
+    assert sorted(engine_slots) == (placement.trainer_slots if mode == "Colocated" else [*range(gpus + own, placement.gpus)])
+    assert placement.trainer_slots + own_slots == [*range(gpus + own)]
