@@ -1,0 +1,89 @@
+"""How many groups may be under way, and which a step trains: the bound on staleness. Pure.
+
+A group is `samplesPerPrompt` completions of one prompt. With B groups a step and v finished steps, admission keeps
+
+    in flight + finished <= (v + staleness + 1) * B - consumed        (AReaL, arXiv 2505.24298)
+
+and a step takes every group that could not wait for the next one. Both together mean that no group is trained more than
+`staleness` steps after its first token, and that none is thrown away for its age.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from rlhf_worker.experience import Prompt, ScoredSample
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """One prompt on its way from the data to a step. `born`: steps that were finished when its generation began."""
+
+    prompt: Prompt
+    born: int
+    samples: list[ScoredSample] = field(default_factory=list)
+
+
+class Admission:
+    """Between the data and the steps: groups in flight, finished groups, and how many more may begin.
+
+    `rounds`: with dynamic sampling a step may cost at most rounds * batch groups; past that, uninformative ones are kept.
+    """
+
+    def __init__(self, batch: int, staleness: int, rounds: int = 1, step: int = 0) -> None:
+        self.batch, self.staleness, self.rounds = batch, staleness, rounds
+        self.version = step
+        self.consumed = step * batch
+        self.dropped = 0  # since the last step was taken
+        self._under_way: list[Group] = []  # in the order of their admission
+        self._ready: set[Group] = set()
+
+    @property
+    def room(self) -> int:
+        """Groups that may begin now."""
+        return (self.version + self.staleness + 1) * self.batch - self.consumed - len(self._under_way)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is in flight."""
+        return len(self._ready) == len(self._under_way)
+
+    def admit(self, prompts: Iterable[Prompt]) -> list[Group]:
+        """Groups of these prompts, at most `room`."""
+        begun = [Group(prompt, self.version) for prompt in prompts]
+        if len(begun) > self.room:
+            raise ValueError(f"{len(begun)} groups do not fit into a room of {self.room}")
+        self._under_way += begun
+        return begun
+
+    def finish(self, group: Group, *, informative: bool) -> None:
+        """Its samples are scored. One that teaches nothing is dropped, which makes room for another, while the rounds last."""
+        if informative or self.dropped >= (self.rounds - 1) * self.batch:
+            self._ready.add(group)
+        else:
+            self.dropped += 1
+            self._under_way.remove(group)
+
+    def take(self) -> list[Group] | None:
+        """The groups of the next step, the oldest finished first; None while they are too few, or would leave an older one behind for too long."""
+        taken = [group for group in self._under_way if group in self._ready][: self.batch]
+        left = [group for group in self._under_way if group not in taken]
+        if len(taken) < self.batch or self._too_late(left):
+            return None
+        self._ready.difference_update(taken)
+        self._under_way = left
+        self.consumed += self.batch
+        self.dropped = 0
+        return taken
+
+    def _too_late(self, left: list[Group]) -> bool:
+        """Whether the steps to come, of `batch` groups each, cannot train all of `left` in time."""
+        late = self.version - self.staleness
+        return any(sum(group.born <= late + steps for group in left) > steps * self.batch for steps in range(self.staleness + 1))
+
+    def advance(self, step: int) -> None:
+        """`step` steps are finished and the engines hold their weights."""
+        self.version = step
+
+    def pending(self) -> list[str]:
+        """Uids of the prompts that were drawn and not trained: what a resumed run generates first."""
+        return [group.prompt.uid for group in self._under_way]
