@@ -88,10 +88,10 @@ class Side:
         return {"reserved": torch.cuda.memory_reserved() / MIB, "device": (total - free) / MIB}
 
     def connect(self, port: int) -> str:
-        """One more NCCL communicator. Returns NCCL's version."""
-        from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
+        """One more NCCL communicator, as a sync has it. Returns NCCL's version."""
+        from rlhf_worker.weights.wire import Address, NcclChannel
 
-        self.comms.append(stateless_init_process_group("127.0.0.1", port, self.rank, 2, 0))
+        self.comms.append(NcclChannel(Address(("127.0.0.1", port), self.rank, 2, START_SECONDS), torch.device("cuda", 0)).nccl)
         return str(self.comms[0].nccl.ncclGetVersion())
 
     def nccl(self, name: str) -> list[Sample]:

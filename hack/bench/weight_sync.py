@@ -3,8 +3,8 @@
 usage: python hack/bench/weight_sync.py [--modes separated colocated cpu] [--shapes 0.6B 4B 8B] [--only TEXT] [--out DIR]
 
 A trainer process holds random bfloat16 tensors of a Qwen3 shape; an engine process is vLLM with dummy weights. Separated needs two
-GPUs, colocated one, cpu none (SmolLM2-135M's shape in float32). `wall` is the trainer's clock around send_weights(), device idle
-before and after; `times` is the median over that of the mode's floor, the fastest that the hardware does: a bare NCCL send, one
+GPUs, colocated one, cpu none (SmolLM2-135M's shape in float32). The engine is held before each sync, whatever the way. `wall` is the
+trainer's clock around send_weights(), with all that tells the engine of it, device idle before and after; `times` is the median over that of the mode's floor, the fastest that the hardware does: a bare NCCL send, one
 _foreach_copy_, a memcpy and the packing. Extra memory is what the device has in use after the syncs over what it had before
 connecting, without what torch only keeps for later; `record s` is what the engine needs, once, to plan; `equal` counts the timed syncs after which every parameter's checksum was
 the trainer's (on a CPU after sending once more, since what is packed is summed up as it comes). Rows are printed, and written to DIR, as they come.
