@@ -17,7 +17,8 @@ def a_sample(row: int = 0, text: str = "yes", tokens: int = 2, **fields: Any) ->
         logprobs=[-0.5] * tokens,
         text=text,
         finish_reason="stop",
-        weight_version=0,
+        mask=[True] * tokens,
+        versions=[0] * tokens,
     )
 
 
@@ -32,9 +33,18 @@ def sequences(lengths: list[tuple[int, int]], seed: int = 0, vocabulary: int = 2
         TrainSequence(
             token_ids=[rng.randrange(vocabulary) for _ in range(prompt + completion)],
             prompt_length=prompt,
-            rollout_logprobs=[-rng.random() * 3 for _ in range(completion)],
-            advantages=[rng.uniform(-2, 2) for _ in range(completion)],
-            loss_weight=1.0 / (len(lengths) * max(1, completion)),
+            index=index,
+            mask=[True] * completion,
+            columns={
+                "rollout_logprobs": [-rng.random() * 3 for _ in range(completion)],
+                "advantages": [rng.uniform(-2, 2) for _ in range(completion)],
+                **evenly(len(lengths), completion, sum(c for _, c in lengths)),
+            },
         )
-        for prompt, completion in lengths
+        for index, (prompt, completion) in enumerate(lengths)
     ]
+
+
+def evenly(size: int, tokens: int, total: int) -> dict[str, list[float]]:
+    """Weights of a sequence among `size` of `total` tokens: the mean over sequences of the mean over tokens."""
+    return {"loss_weights": [1.0 / (size * max(1, tokens))] * tokens, "token_weights": [1.0 / max(1, total)] * tokens}

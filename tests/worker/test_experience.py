@@ -1,52 +1,64 @@
 """Packing: every token exactly once, in bounds, deterministic, as many micro-batches on each rank."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_worker.experience import PackedBatch, TrainSequence, chunks, empty_batch, equalise, pack, split, to_train_sequences
-from tests.worker.samples import a_sample, scored, sequences
+from rlhf_worker.experience import (
+    PackedBatch,
+    TrainSequence,
+    add_column,
+    at_targets,
+    by_sample,
+    chunks,
+    empty_batch,
+    equalise,
+    pack,
+    split,
+    to_train_sequences,
+)
+from tests.worker.samples import a_sample, sequences
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 20)), min_size=1, max_size=24)
 BUDGETS = st.integers(1, 64)
 
 
+CPU = torch.device("cpu")
+
+
 def unpack(batch: PackedBatch) -> list[TrainSequence]:
     """The sequences of a micro-batch, from its tensors alone."""
     found = []
-    for start, end in zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True):
-        mask = batch.target_mask[start:end]
-        prompt = end - start - int(mask.sum())
-        assert mask.tolist() == [False] * (prompt - 1) + [True] * int(mask.sum()) + [False]
-        tokens = batch.token_ids[start:end].tolist()
+    for number, (start, end) in enumerate(zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True)):
+        prompt, tokens = batch.prompt_lengths[number], batch.token_ids[start:end].tolist()
+        mask = batch.target_mask[start:end].tolist()
+        assert not any(mask[: prompt - 1]) and not mask[-1]
         assert batch.position_ids[start:end].tolist() == list(range(end - start))
-        assert batch.targets[start:end][mask].tolist() == tokens[prompt:]
-        weights = set(batch.loss_weights[start:end][mask].tolist())
-        assert len(weights) <= 1
-        found.append(
-            TrainSequence(
-                token_ids=tokens,
-                prompt_length=prompt,
-                rollout_logprobs=batch.rollout_logprobs[start:end][mask].tolist(),
-                advantages=batch.advantages[start:end][mask].tolist(),
-                loss_weight=weights.pop() if weights else 0.0,
-            )
-        )
-    for name in ("targets", "advantages", "rollout_logprobs", "loss_weights"):
-        assert not getattr(batch, name)[~batch.target_mask].any(), f"{name} must be 0 where nothing is predicted"
+        assert batch.targets[start:end].tolist() == [0] * (prompt - 1) + tokens[prompt:] + [0]
+        assert set(batch.sequence[start:end].tolist()) == {number}
+        columns = {name: column[start:end].tolist() for name, column in batch.columns.items()}
+        assert not any(any(column[: prompt - 1]) or column[-1] for column in columns.values())
+        inner = {name: column[prompt - 1 : -1] for name, column in columns.items()}
+        found.append(TrainSequence(token_ids=tokens, prompt_length=prompt, index=batch.indices[number], mask=mask[prompt - 1 : -1], columns=inner))
     return found
 
 
+def masked(given_: list[TrainSequence]) -> list[TrainSequence]:
+    """Every third completion token is an observation."""
+    return [replace(s, mask=[i % 3 != 1 for i in range(len(s.mask))]) for s in given_]
+
+
 def key(sequence: TrainSequence) -> tuple[object, ...]:
-    floats = torch.tensor([*sequence.rollout_logprobs, *sequence.advantages], dtype=torch.float32).tolist()
-    weight = torch.tensor(sequence.loss_weight if sequence.advantages else 0.0, dtype=torch.float32).item()
-    return (*sequence.token_ids, sequence.prompt_length, *floats, weight)
+    floats = [torch.tensor(column, dtype=torch.float32).tolist() for _, column in sorted(sequence.columns.items())]
+    return (sequence.index, sequence.token_ids, sequence.prompt_length, sequence.mask, sorted(sequence.columns), floats)
 
 
 @given(LENGTHS, BUDGETS)
 def test_every_sequence_is_packed_exactly_once_and_unchanged(lengths: list[tuple[int, int]], budget: int) -> None:
-    given_ = sequences(lengths)
+    given_ = masked(sequences(lengths))
     found = [sequence for batch in pack(given_, budget) for sequence in unpack(batch)]
     assert sorted(map(key, found)) == sorted(map(key, given_))
 
@@ -70,7 +82,7 @@ def test_packing_and_splitting_are_deterministic(lengths: list[tuple[int, int]],
 def test_every_rank_runs_as_many_micro_batches(lengths: list[tuple[int, int]], budget: int, parts: int) -> None:
     ranks = equalise([pack(part, budget) for part in split(sequences(lengths), parts)])
     assert len({len(batches) for batches in ranks}) == 1
-    weights = sum(float(batch.loss_weights.sum()) for batches in ranks for batch in batches)
+    weights = sum(float(batch.columns["loss_weights"].sum()) for batches in ranks for batch in batches)
     filled = sum(1 for _, completion in lengths if completion)
     assert weights == pytest.approx(filled / len(lengths), abs=1e-5), "the fillers weigh nothing"
 
@@ -106,29 +118,51 @@ def test_dtypes() -> None:
         "target_mask": torch.bool,
         "targets": torch.int64,
     }
-    assert batch.advantages.dtype == batch.rollout_logprobs.dtype == batch.loss_weights.dtype == torch.float32
+    assert batch.sequence.dtype == torch.int64
+    assert {column.dtype for column in batch.columns.values()} == {torch.float32}
 
 
-def test_token_weights_are_the_mean_over_sequences_of_the_mean_over_tokens() -> None:
-    found = to_train_sequences([scored(a_sample(tokens=2)), scored(a_sample(tokens=8))], [1.0, -1.0])
-    assert [s.loss_weight for s in found] == [1 / 4, 1 / 16]
-    assert [s.advantages for s in found] == [[1.0] * 2, [-1.0] * 8]
+def test_a_sample_becomes_a_sequence_with_its_number_and_its_engines_logprobs() -> None:
+    found = to_train_sequences([a_sample(tokens=2), a_sample(tokens=8)])
+    assert [s.index for s in found] == [0, 1]
     assert found[0].token_ids == [10, 11, 12, 50, 51]
     assert found[0].prompt_length == 3
+    assert found[1].columns == {"rollout_logprobs": [-0.5] * 8}
 
 
 def test_an_empty_completion_is_a_sequence_without_targets() -> None:
-    (sequence,) = to_train_sequences([scored(a_sample(tokens=0))], [1.0])
-    (batch,) = pack([sequence], 8)
+    (batch,) = pack(to_train_sequences([a_sample(tokens=0)]), 8)
     assert not batch.target_mask.any()
-    assert not batch.loss_weights.any()
+    assert by_sample(batch, torch.zeros(1)) == {0: []}
 
 
-def test_a_sample_with_a_logprob_missing_is_refused() -> None:
+@pytest.mark.parametrize("name", ["logprobs", "mask", "versions"])
+def test_a_sample_with_an_entry_missing_is_refused(name: str) -> None:
     sample = a_sample(tokens=2)
-    sample.logprobs.pop()
-    with pytest.raises(ValueError, match="prompt 0:0: 2 tokens but 1 logprobs"):
-        to_train_sequences([scored(sample)], [1.0])
+    getattr(sample, name).pop()
+    with pytest.raises(ValueError, match=f"prompt 0:0: 2 tokens but 1 {name}"):
+        to_train_sequences([sample])
+
+
+@given(LENGTHS, BUDGETS, st.integers(1, 4))
+def test_what_the_ranks_say_of_targets_finds_back_to_its_samples(lengths: list[tuple[int, int]], budget: int, parts: int) -> None:
+    given_ = masked(sequences(lengths))
+    ranks = equalise([pack(part, budget) for part in split(given_, parts)])
+    found = [by_sample(batch, at_targets(batch, CPU)[0]["advantages"]) for batches in ranks for batch in batches]
+    for sequence in add_column(given_, "seen", found):
+        wanted = [value if counts else 0.0 for value, counts in zip(sequence.columns["advantages"], sequence.mask, strict=True)]
+        assert sequence.columns["seen"] == pytest.approx(wanted)
+
+
+def test_a_sample_that_no_rank_answered_for_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        add_column(sequences([(1, 2), (1, 1)]), "values", [{0: [0.0, 0.0]}])
+
+
+def test_at_the_targets_of_a_filler_there_is_one_zero() -> None:
+    columns, sequence = at_targets(empty_batch(["advantages"]), CPU)
+    assert columns["advantages"].tolist() == [0.0]
+    assert sequence.tolist() == [0]
 
 
 @given(st.integers(0, 40), st.integers(1, 9))

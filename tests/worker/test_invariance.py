@@ -7,11 +7,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import backward
 
-from rlhf_worker.experience import PackedBatch, TrainSequence, equalise, pack, split
-from rlhf_worker.losses import kl, policy_loss
+from rlhf_api.job import AlgorithmSpec
+from rlhf_worker.algorithm.losses import policy_loss
+from rlhf_worker.experience import PackedBatch, TrainSequence, at_targets, equalise, pack, split
 from tests.worker.samples import sequences
 
 VOCABULARY, WIDTH, CLIP, BETA = 23, 8, 0.2, 0.1
+SPEC = AlgorithmSpec(clip_low=CLIP, clip_high=CLIP)
 
 
 class Tiny(nn.Module):
@@ -33,15 +35,13 @@ class Tiny(nn.Module):
 
 
 def packed_loss(model: Tiny, reference: Tiny, batch: PackedBatch) -> Tensor:
-    which = torch.bucketize(torch.arange(len(batch.token_ids)), batch.cu_seqlens[1:], right=True)
-    allowed = (which[:, None] == which[None, :]).tril()
-    mask = batch.target_mask
+    allowed = (batch.sequence[:, None] == batch.sequence[None, :]).tril()
+    mask = batch.target_mask if batch.target_mask.any() else torch.arange(len(batch.token_ids)) == 0
     new, ref = (m(batch.token_ids, batch.position_ids, allowed).gather(-1, batch.targets[:, None])[:, 0][mask] for m in (model, reference))
-    weights = batch.loss_weights[mask].double()
-    loss, _ = policy_loss(
-        new, batch.rollout_logprobs[mask].double(), batch.advantages[mask].double(), weights, clip_low=CLIP, clip_high=CLIP
-    )
-    return loss + BETA * (weights * kl("k3", new, ref)).sum()
+    columns, sequence = at_targets(batch, torch.device("cpu"))
+    columns = {name: column.double() for name, column in columns.items()}
+    columns |= {"old_logprobs": columns["rollout_logprobs"], "ref_logprobs": ref, "kl_weights": BETA * columns["loss_weights"]}
+    return policy_loss(SPEC, new, columns, sequence)[0]
 
 
 def oracle_loss(model: Tiny, reference: Tiny, items: list[TrainSequence]) -> Tensor:
@@ -61,8 +61,8 @@ def oracle_loss(model: Tiny, reference: Tiny, items: list[TrainSequence]) -> Ten
 
 def _term(new: Tensor, ref: Tensor, item: TrainSequence, i: int, t: int) -> Tensor:
     token, c = item.token_ids[t], t - item.prompt_length
-    logprob, advantage = new[i, t - 1, token], item.advantages[c]
-    ratio = torch.exp(logprob - item.rollout_logprobs[c])
+    logprob, advantage = new[i, t - 1, token], item.columns["advantages"][c]
+    ratio = torch.exp(logprob - item.columns["rollout_logprobs"][c])
     d = logprob - ref[i, t - 1, token].detach()
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
     return -surrogate + BETA * (torch.exp(-d) - 1 + d).clamp(max=10)
@@ -114,5 +114,5 @@ def test_the_mean_of_micro_batch_means_would_have_been_seen() -> None:
     expected = oracle_loss(model, reference, items).detach()
     batches = pack(items, 14)
     assert len(batches) == 2
-    wrong = torch.stack([packed_loss(model, reference, b).detach() / b.loss_weights.sum() for b in batches]).mean()
+    wrong = torch.stack([packed_loss(model, reference, b).detach() / b.columns["loss_weights"].sum() for b in batches]).mean()
     assert wrong != pytest.approx(float(expected), rel=1e-3)

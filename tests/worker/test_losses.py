@@ -6,16 +6,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.autograd import backward
 
-from rlhf_worker.advantage import grpo
-from rlhf_worker.losses import Estimator, kl, mismatch, policy_loss
+from rlhf_api.job import AlgorithmSpec
+from rlhf_worker.algorithm.advantage import grpo
+from rlhf_worker.algorithm.losses import Estimator, kl, mismatch, policy_loss
+
+
+def policy(new: Tensor, old: Tensor | None, advantages: Tensor, weights: Tensor, low: float = 0.2, high: float = 0.2) -> tuple[Tensor, dict[str, Tensor]]:
+    columns = {"advantages": advantages, "loss_weights": weights, "token_weights": weights, "rollout_logprobs": torch.zeros(len(new))}
+    columns |= {} if old is None else {"old_logprobs": old}
+    return policy_loss(AlgorithmSpec(clip_low=low, clip_high=high), new, columns, torch.zeros(len(new), dtype=torch.int64))
 
 
 def loss_of(ratio: float, advantage: float, low: float = 0.2, high: float = 0.2) -> float:
-    new = torch.tensor([math.log(ratio)])
-    loss, _ = policy_loss(new, torch.zeros(1), torch.tensor([advantage]), torch.ones(1), clip_low=low, clip_high=high)
-    return loss.item()
+    return policy(torch.tensor([math.log(ratio)]), torch.zeros(1), torch.tensor([advantage]), torch.ones(1), low, high)[0].item()
 
 
 def test_grpo_of_one_success_in_four() -> None:
@@ -62,7 +68,7 @@ def test_clips_are_separate() -> None:
 def test_gradient_stops_at_the_clip_only_where_it_would_go_further() -> None:
     new = torch.tensor([math.log(2.0), math.log(2.0), math.log(0.5), math.log(0.5)], requires_grad=True)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
-    loss, metrics = policy_loss(new, torch.zeros(4), advantages, torch.full((4,), 0.25), clip_low=0.2, clip_high=0.2)
+    loss, metrics = policy(new, torch.zeros(4), advantages, torch.full((4,), 0.25))
     backward(loss)
     torch.testing.assert_close(new.grad, torch.tensor([0.0, 0.5, -0.125, 0.0]))
     assert float(metrics["clip_fraction"]) == 0.5
@@ -70,21 +76,21 @@ def test_gradient_stops_at_the_clip_only_where_it_would_go_further() -> None:
 
 def test_on_policy_the_ratio_is_one_and_the_gradient_is_the_policy_gradient() -> None:
     new = torch.tensor([-1.0, -2.0], requires_grad=True)
-    loss, metrics = policy_loss(new, new, torch.tensor([2.0, -1.0]), torch.tensor([0.5, 0.5]), clip_low=0.2, clip_high=0.2)
+    loss, metrics = policy(new, None, torch.tensor([2.0, -1.0]), torch.tensor([0.5, 0.5]))
     backward(loss)
     torch.testing.assert_close(new.grad, torch.tensor([-1.0, 0.5]))
-    assert {name: float(value) for name, value in metrics.items()} == {"ratio": 1.0, "clip_fraction": 0.0, "policy_kl": 0.0}
+    assert {name: float(metrics[name]) for name in ("ratio", "clip_fraction", "policy_kl")} == {"ratio": 1.0, "clip_fraction": 0.0, "policy_kl": 0.0}
 
 
 def test_policy_kl_is_of_the_old_policy_that_sampled() -> None:
-    _, metrics = policy_loss(torch.tensor([math.log(2.0)]), torch.zeros(1), torch.ones(1), torch.ones(1), clip_low=0.2, clip_high=0.2)
+    _, metrics = policy(torch.tensor([math.log(2.0)]), torch.zeros(1), torch.ones(1), torch.ones(1))
     assert metrics["policy_kl"].item() == pytest.approx(2 - 1 - math.log(2))
     assert metrics["ratio"].item() == pytest.approx(2)
 
 
 def test_far_log_ratios_stay_finite() -> None:
     new = torch.tensor([500.0, -500.0, math.inf], requires_grad=True)
-    loss, metrics = policy_loss(new, torch.zeros(3), -torch.ones(3), torch.ones(3), clip_low=0.2, clip_high=0.2)
+    loss, metrics = policy(new, torch.zeros(3), -torch.ones(3), torch.ones(3))
     backward(loss)
     assert torch.isfinite(loss)
     assert new.grad is not None
@@ -94,7 +100,7 @@ def test_far_log_ratios_stay_finite() -> None:
 
 def test_a_token_of_weight_zero_counts_nowhere() -> None:
     new = torch.tensor([-1.0, 3.0], requires_grad=True)
-    loss, metrics = policy_loss(new, torch.tensor([-1.0, 0.0]), torch.ones(2), torch.tensor([1.0, 0.0]), clip_low=0.2, clip_high=0.2)
+    loss, metrics = policy(new, torch.tensor([-1.0, 0.0]), torch.ones(2), torch.tensor([1.0, 0.0]))
     backward(loss)
     assert loss.item() == -1.0
     assert new.grad is not None
@@ -117,7 +123,7 @@ def test_kl_of_the_same_model_is_exactly_zero_and_far_ones_are_clamped(estimator
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_no_gradient_flows_into_the_reference_or_the_old_policy(estimator: Estimator) -> None:
     new, fixed = (torch.full((3,), value, requires_grad=True) for value in (-1.0, -1.1))
-    loss, _ = policy_loss(new, fixed, torch.ones(3), torch.ones(3), clip_low=0.2, clip_high=0.2)
+    loss, _ = policy(new, fixed, torch.ones(3), torch.ones(3))
     backward(loss + kl(estimator, new, fixed).sum())
     assert new.grad is not None
     assert fixed.grad is None

@@ -30,8 +30,7 @@ def module(path: Path, temperature: float = 1.0, checkpointing: bool = False) ->
 
 def sequence(length: int, prompt: int = 3) -> TrainSequence:
     ids = torch.randint(3, 70, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-    n = length - prompt
-    return TrainSequence(token_ids=ids, prompt_length=prompt, rollout_logprobs=[0.0] * n, advantages=[1.0] * n, loss_weight=0.1)
+    return TrainSequence(token_ids=ids, prompt_length=prompt, index=0, mask=[True] * (length - prompt), columns={})
 
 
 def alone(lm: torch.nn.Module, item: TrainSequence, temperature: float) -> Tensor:

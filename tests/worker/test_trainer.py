@@ -9,9 +9,10 @@ import torch.distributed as dist
 
 from hack.tiny_model import write
 from rlhf_worker.errors import Diverged
-from rlhf_worker.experience import PackedBatch, TrainSequence, empty_batch, pack
+from rlhf_worker.experience import PackedBatch, TrainSequence, add_column, empty_batch, pack
 from rlhf_worker.trainer import Trainer, learning_rate
 from tests.worker.configs import run_config
+from tests.worker.samples import evenly
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +44,17 @@ def sequences(advantage: float = 1.0) -> list[TrainSequence]:
     lengths = (6, 9, 9, 12)
     return [
         TrainSequence(
-            token_ids=torch.randint(3, 70, (n,)).tolist(), prompt_length=3, rollout_logprobs=[-4.0] * (n - 3),
-            advantages=[advantage * (-1) ** n] * (n - 3), loss_weight=1 / (len(lengths) * (n - 3)),
+            token_ids=torch.randint(3, 70, (n,)).tolist(), prompt_length=3, index=index, mask=[True] * (n - 3),
+            columns={
+                "rollout_logprobs": [-4.0] * (n - 3), "advantages": [advantage * (-1) ** n] * (n - 3), **evenly(4, n - 3, sum(lengths) - 12),
+            },
         )
-        for n in lengths
-    ]
+        for index, n in enumerate(lengths)
+    ]  # fmt: skip
+
+
+def with_logprobs(made: Trainer, items: list[TrainSequence], column: str, role: str) -> list[TrainSequence]:
+    return add_column(items, column, [made.logprobs(role, pack(items, 1000))])
 
 
 def after(made: Trainer, updates: list[list[PackedBatch]]) -> tuple[dict[str, float], list[torch.Tensor]]:
@@ -57,7 +64,7 @@ def after(made: Trainer, updates: list[list[PackedBatch]]) -> tuple[dict[str, fl
 
 def test_packing_and_empty_batches_change_nothing(tiny: Path, tmp_path: Path) -> None:
     one, whole = after(trainer(tiny, tmp_path), [pack(sequences(), 1000)])
-    two, parts = after(trainer(tiny, tmp_path), [[*pack(sequences(), 12), empty_batch()]])
+    two, parts = after(trainer(tiny, tmp_path), [[*pack(sequences(), 12), empty_batch(sequences()[0].columns)]])
     assert one["ratio"] == pytest.approx(1.0) and one["clip_fraction"] == 0.0
     for name in one:
         assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
@@ -66,31 +73,26 @@ def test_packing_and_empty_batches_change_nothing(tiny: Path, tmp_path: Path) ->
 
 
 def test_later_updates_are_measured_against_the_policy_that_sampled(tiny: Path, tmp_path: Path) -> None:
-    first, second = (pack(part, 1000) for part in (sequences()[:2], sequences()[2:]))
-    metrics, _ = after(trainer(tiny, tmp_path), [first, second])
-    assert metrics["ratio"] != pytest.approx(1.0, abs=1e-4)
+    made = trainer(tiny, tmp_path)
+    items = with_logprobs(made, sequences(), "old_logprobs", "policy")
+    first, second = (pack(part, 1000) for part in (items[:2], items[2:]))
+    assert made.train([first])["ratio"] == pytest.approx(sum(first[0].columns["token_weights"].tolist()), abs=1e-6)
+    assert made.train([second])["ratio"] != pytest.approx(sum(second[0].columns["token_weights"].tolist()), abs=1e-4)
 
 
 def test_the_reference_is_the_model_before_training(tiny: Path, tmp_path: Path) -> None:
     made = trainer(tiny, tmp_path, coefficient=0.1)
-    batches = pack(sequences(), 1000)
+    batches = pack(with_logprobs(made, sequences(), "ref_logprobs", "reference"), 1000)
     assert made.train([batches])["kl"] == pytest.approx(0.0, abs=1e-7)
     assert made.train([batches])["kl"] > 1e-4
 
 
-def test_kl_sums_are_told_apart_by_sample(tiny: Path, tmp_path: Path) -> None:
-    made = trainer(tiny, tmp_path, coefficient=0.1)
-    made.train([pack(sequences(), 1000)])
-    tagged = [
-        TrainSequence(
-            token_ids=s.token_ids, prompt_length=s.prompt_length, rollout_logprobs=s.rollout_logprobs, advantages=[float(i)] * len(s.advantages), loss_weight=0.0
-        )
-        for i, s in enumerate(sequences())
-    ]
-    together = made.kl_sums(pack(tagged, 1000))
-    alone = {i: made.kl_sums(pack([item], 1000))[i] for i, item in enumerate(tagged)}
-    assert together.keys() == alone.keys() == {0, 1, 2, 3}
-    assert all(together[i] == pytest.approx(alone[i], abs=1e-4) for i in alone)
+def test_log_probabilities_are_told_apart_by_sample(tiny: Path, tmp_path: Path) -> None:
+    made = trainer(tiny, tmp_path)
+    together = made.logprobs("policy", pack(sequences(), 1000))
+    assert together.keys() == {0, 1, 2, 3}
+    for item in sequences():
+        assert together[item.index] == pytest.approx(made.logprobs("policy", pack([item], 1000))[item.index], abs=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_batch_on_disk(tiny: Path, tmp_path: Path) -> None:

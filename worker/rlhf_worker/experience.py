@@ -5,8 +5,8 @@ Every step is deterministic in its input. Padding does not exist here; it is the
 """
 
 import heapq
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -30,14 +30,18 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One completion, as the engine made it. `logprobs` are the engine's, at the sampling temperature, one a completion token."""
+    """One completion, as the engine and the environment made it. The lists have one entry a completion token.
+
+    `logprobs` are the engine's, at the sampling temperature; 0 where `mask` is False.
+    """
 
     prompt: Prompt
     token_ids: list[int]
     logprobs: list[float]
+    mask: list[bool]  # False: an observation, put there by the environment; no loss
+    versions: list[int]  # of the weights that made the token
     text: str
     finish_reason: str  # "stop" | "length"
-    weight_version: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,25 +55,33 @@ class ScoredSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSequence:
-    """What a trainer rank gets. The last two lists have one entry a completion token."""
+    """What a trainer rank gets of one sample. `mask` and each of `columns` have one entry a completion token."""
 
     token_ids: list[int]  # prompt + completion
     prompt_length: int
-    rollout_logprobs: list[float]
-    advantages: list[float]
-    loss_weight: float  # of each completion token in the update's one sum
+    index: int  # of the sample in its step; -1: a filler
+    mask: list[bool]
+    columns: dict[str, list[float]]
 
     @property
     def length(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def targets(self) -> int:
+        """Tokens that count in a loss."""
+        return sum(self.mask)
+
+    def with_columns(self, **columns: list[float]) -> "TrainSequence":
+        return replace(self, columns={**self.columns, **columns})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
     """One micro-batch: S sequences end to end, T tokens in all, on the CPU.
 
-    Position t predicts token t + 1. `target_mask` is True where that next token belongs to a completion; `targets`,
-    `advantages`, `rollout_logprobs` and `loss_weights` are aligned with it, and 0 elsewhere.
+    Position t predicts token t + 1. `target_mask` is True where that next token belongs to a completion and counts;
+    `targets` and `columns` are aligned with it, and 0 where the next token belongs to no completion.
     """
 
     token_ids: Tensor  # (T,) int64
@@ -78,34 +90,37 @@ class PackedBatch:
     max_length: int
     target_mask: Tensor  # (T,) bool
     targets: Tensor  # (T,) int64
-    advantages: Tensor  # (T,) float32
-    rollout_logprobs: Tensor  # (T,) float32
-    loss_weights: Tensor  # (T,) float32
+    indices: list[int]  # S sample numbers
+    prompt_lengths: list[int]  # S
+    sequence: Tensor  # (T,) int64: which of the S sequences a position belongs to
+    columns: dict[str, Tensor]  # (T,) float32 each
 
 
-def to_train_sequences(scored: Sequence[ScoredSample], advantages: Sequence[float]) -> list[TrainSequence]:
-    """`scored`: all B samples of one optimizer update over all ranks; `advantages`: one a sample.
-
-    Each completion token of sample i weighs 1 / (B |y_i|): the mean over sequences of the mean over tokens (GRPO, arXiv
-    2402.03300), whatever the ranks and micro-batches it is then split into.
-    """
-    size = len(scored)
-    return [_train_sequence(item.sample, advantage, size) for item, advantage in zip(scored, advantages, strict=True)]
+def to_train_sequences(samples: Sequence[Sample]) -> list[TrainSequence]:
+    """Numbered in order, with the one column that every sample brings: rollout_logprobs. Raises ValueError for lists of unlike length."""
+    return [_train_sequence(index, sample) for index, sample in enumerate(samples)]
 
 
-def _train_sequence(sample: Sample, advantage: float, size: int) -> TrainSequence:
-    tokens = len(sample.token_ids)
-    if len(sample.logprobs) != tokens:
-        raise ValueError(f"sample of prompt {sample.prompt.uid}: {tokens} tokens but {len(sample.logprobs)} logprobs")
+def _train_sequence(index: int, sample: Sample) -> TrainSequence:
+    tokens, uid = len(sample.token_ids), sample.prompt.uid
+    for name, values in (("logprobs", sample.logprobs), ("mask", sample.mask), ("versions", sample.versions)):
+        if len(values) != tokens:
+            raise ValueError(f"sample of prompt {uid}: {tokens} tokens but {len(values)} {name}")
     if not sample.prompt.token_ids:
-        raise ValueError(f"prompt {sample.prompt.uid} has no tokens, so nothing predicts its completion's first")
+        raise ValueError(f"prompt {uid} has no tokens, so nothing predicts its completion's first")
     return TrainSequence(
         token_ids=[*sample.prompt.token_ids, *sample.token_ids],
         prompt_length=len(sample.prompt.token_ids),
-        rollout_logprobs=list(sample.logprobs),
-        advantages=[advantage] * tokens,
-        loss_weight=1.0 / (size * max(tokens, 1)),
+        index=index,
+        mask=list(sample.mask),
+        columns={"rollout_logprobs": list(sample.logprobs)},
     )
+
+
+def add_column(sequences: Sequence[TrainSequence], name: str, found: Iterable[Mapping[int, list[float]]]) -> list[TrainSequence]:
+    """What the ranks answered by sample (`by_sample`), as a column. Raises KeyError for a sample that no rank answered for."""
+    values = {index: row for part in found for index, row in part.items()}
+    return [sequence.with_columns(**{name: values[sequence.index]}) for sequence in sequences]
 
 
 def chunks(items: Sequence[T], count: int) -> list[list[T]]:
@@ -152,11 +167,12 @@ def _packed(sequences: Sequence[TrainSequence]) -> PackedBatch:
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=cu_seqlens,
         max_length=max(lengths),
-        target_mask=_cat((_aligned(s, [True] * len(s.advantages), False) for s in sequences), torch.bool),
+        target_mask=_cat((_aligned(s, s.mask, False) for s in sequences), torch.bool),
         targets=_cat((_aligned(s, s.token_ids[s.prompt_length :], 0) for s in sequences), torch.int64),
-        advantages=_cat((_aligned(s, s.advantages, 0.0) for s in sequences), torch.float32),
-        rollout_logprobs=_cat((_aligned(s, s.rollout_logprobs, 0.0) for s in sequences), torch.float32),
-        loss_weights=_cat((_aligned(s, [s.loss_weight] * len(s.advantages), 0.0) for s in sequences), torch.float32),
+        indices=[s.index for s in sequences],
+        prompt_lengths=[s.prompt_length for s in sequences],
+        sequence=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
+        columns={name: _cat((_aligned(s, s.columns[name], 0.0) for s in sequences), torch.float32) for name in sequences[0].columns},
     )
 
 
@@ -171,10 +187,26 @@ def _aligned(sequence: TrainSequence, completion: Sequence[T], fill: T) -> list[
 
 def equalise(ranks: Sequence[Sequence[PackedBatch]]) -> list[list[PackedBatch]]:
     """As many micro-batches on each rank as on the fullest one: FSDP's collectives run once a micro-batch on every rank."""
-    count = max(len(batches) for batches in ranks)
-    return [[*batches, *(empty_batch() for _ in range(count - len(batches)))] for batches in ranks]
+    fullest = max(ranks, key=len)
+    filler = empty_batch(fullest[0].columns if fullest else ())
+    return [[*batches, *[filler] * (len(fullest) - len(batches))] for batches in ranks]
 
 
-def empty_batch() -> PackedBatch:
+def empty_batch(columns: Iterable[str] = ()) -> PackedBatch:
     """One token without a target: it takes part in the collectives and adds exactly 0 to the loss."""
-    return _packed([TrainSequence(token_ids=[0], prompt_length=1, rollout_logprobs=[], advantages=[], loss_weight=0.0)])
+    return _packed([TrainSequence(token_ids=[0], prompt_length=1, index=-1, mask=[], columns={name: [] for name in columns})])
+
+
+def at_targets(batch: PackedBatch, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """The columns and `sequence` at the N targets, (N,) each on `device`; for an empty batch one zero each, as log probabilities of it are one zero."""
+    where = batch.target_mask if batch.target_mask.any() else torch.arange(len(batch.target_mask)) == 0
+    return {name: column[where].to(device) for name, column in batch.columns.items()}, batch.sequence[where].to(device)
+
+
+def by_sample(batch: PackedBatch, values: Tensor) -> dict[int, list[float]]:
+    """One value a target, (N,), back to the samples: for each, one value a completion token, 0 where the mask is False. Fillers are left out."""
+    dense = torch.zeros(len(batch.token_ids), dtype=values.dtype)
+    if batch.target_mask.any():
+        dense[batch.target_mask] = values.detach().cpu()
+    rows = torch.split(dense, batch.cu_seqlens.diff().tolist())
+    return {index: row[prompt - 1 : -1].tolist() for index, prompt, row in zip(batch.indices, batch.prompt_lengths, rows, strict=True) if index >= 0}

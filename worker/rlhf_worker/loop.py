@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from rlhf_api.run import RunConfig
-from rlhf_worker import advantage
 from rlhf_worker.actors.engine import Completion, Request, request_seed
 from rlhf_worker.actors.group import call, call_all, call_each, gather
+from rlhf_worker.algorithm.shape import Shaped, passes, shape
 from rlhf_worker.crew import Crew
 from rlhf_worker.experience import (
     PackedBatch,
@@ -19,12 +19,14 @@ from rlhf_worker.experience import (
     Sample,
     ScoredSample,
     TrainSequence,
+    add_column,
     chunks,
     equalise,
     pack,
     split,
     to_train_sequences,
 )
+from rlhf_worker.errors import SaveFailed
 from rlhf_worker.progress import Reporter
 from rlhf_worker.stop import Stop, Terminated
 from rlhf_worker.telemetry import PhaseTimer
@@ -61,11 +63,13 @@ class Loop:
         try:
             while self.step < self.config.trainer.steps:
                 self._step()
+                self._told_of_saves(wait=False)
                 if self.step % self.config.checkpoint.every_steps == 0 or self.step == self.config.trainer.steps:
-                    self.save()
+                    self._begin_save()
                 if self.reporter.suspended:
                     self._drain()
                 self.stop.check()
+            self.save()
         except Terminated:
             self.save()
             raise
@@ -78,19 +82,20 @@ class Loop:
                 prompts = self._feed("draw", self.config.rollout.prompts_per_step)
             with timer.phase("generate"):  # 2. a group of completions for each
                 samples = self._generate(prompts, number)
-            with timer.phase("score"):  # 3. rewards, and the KL penalty where it is part of them
+            with timer.phase("score"):  # 3. rewards
                 scored = self._feed("score", samples, deadline_seconds=SCORE_DEADLINE_SECONDS)
-                rewards = self._penalised(scored)
-        with timer.phase("pack"):  # 4. advantages relative to the group, 5. packed micro-batches for each rank and update
-            advantages = advantage.grpo(rewards.view(len(prompts), -1)).flatten().tolist()
-            batches = self._batches(scored, advantages)
+            with timer.phase("forward"):  # 4. what the algorithm must know of the samples before it trains
+                sequences = self._forward(to_train_sequences(samples))
+        with timer.phase("pack"):  # 5. advantages and weights, 6. packed micro-batches for each rank and update
+            shaped = self._shape(sequences, scored)
+            batches = self._batches(shaped.updates)
         self._sleep()
-        with timer.phase("train"):  # 6. optimizer updates
-            trained = call_each(self.crew.policy, "train", batches, deadline_seconds=TRAIN_DEADLINE_SECONDS, what="training")[0]
-        with timer.phase("sync"):  # 7. the new weights into the engines
+        with timer.phase("train"):  # 7. optimizer updates
+            trained = call_each(self.crew.policy, "train", arguments=batches, deadline_seconds=TRAIN_DEADLINE_SECONDS, what="training")[0]
+        with timer.phase("sync"):  # 8. the new weights into the engines
             synced = self._sync(number)
-        self.step, self.sampler = number, self._feed("sampler_state")  # 8. the step is finished
-        self._report(scored, trained, synced, timer, time.monotonic() - start)
+        self.step, self.sampler = number, self._feed("sampler_state")  # 9. the step is finished
+        self._report(scored, trained | shaped.metrics, synced, timer, time.monotonic() - start)
 
     def _generate(self, prompts: list[Prompt], number: int) -> list[Sample]:
         """samples_per_prompt completions of each prompt, grouped by prompt. A prompt's group stays on one engine, for its prefix cache."""
@@ -109,29 +114,27 @@ class Loop:
         seed = self.config.rollout.seed
         return Request(prompt.token_ids, None if seed is None else request_seed(seed, number, prompt.uid, index))
 
-    def _penalised(self, scored: list[ScoredSample]) -> torch.Tensor:
-        """Rewards (B,) float32, less the KL penalty of each sample's tokens where the spec puts it there."""
-        rewards = torch.tensor([item.reward for item in scored], dtype=torch.float32)
-        term = self.config.algorithm.kl
-        if term.coefficient == 0 or term.place == "loss":
-            return rewards
-        tagged = to_train_sequences(scored, [float(i) for i in range(len(scored))])
-        ranks = equalise([pack(part, self.config.trainer.tokens_per_micro_batch) for part in self._split(tagged)])
-        found = call_each(self.crew.policy, "kl_sums", ranks, deadline_seconds=TRAIN_DEADLINE_SECONDS, what="KL to the reference")
-        sums = {index: value for part in found for index, value in part.items()}
-        return rewards - term.coefficient * torch.tensor([sums.get(i, 0.0) for i in range(len(scored))])
+    def _forward(self, sequences: list[TrainSequence]) -> list[TrainSequence]:
+        """With a column for each forward pass that the algorithm needs. Packed as they will be trained, so that the first ratio is exactly 1."""
+        updates = self.config.trainer.updates_per_step
+        for column, role in passes(self.config.algorithm, updates).items():
+            ranks = [[batch for update in rank for batch in update] for rank in self._batches(chunks(sequences, updates))]
+            found = call_each(self.crew.policy, "logprobs", role, arguments=ranks, deadline_seconds=TRAIN_DEADLINE_SECONDS, what=f"log probabilities of the {role}")
+            sequences = add_column(sequences, column, found)
+        return sequences
 
-    def _split(self, sequences: list[TrainSequence]) -> list[list[TrainSequence]]:
-        return split(sequences, len(self.crew.policy))
+    def _shape(self, sequences: list[TrainSequence], scored: list[ScoredSample]) -> Shaped:
+        rollout, algorithm = self.config.rollout, self.config.algorithm
+        groups = [index // rollout.samples_per_prompt for index in range(len(scored))]
+        rewards = [item.reward for item in scored]
+        updates = self.config.trainer.updates_per_step
+        return shape(algorithm, algorithm.kl.coefficient, sequences, rewards, groups, updates=updates, max_tokens=rollout.max_tokens)
 
-    def _batches(self, scored: list[ScoredSample], advantages: list[float]) -> list[list[list[PackedBatch]]]:
+    def _batches(self, updates: list[list[TrainSequence]]) -> list[list[list[PackedBatch]]]:
         """[rank][update][micro-batch]; as many micro-batches on every rank."""
-        trainer = self.config.trainer
-        updates = []
-        for part in chunks(list(zip(scored, advantages, strict=True)), trainer.updates_per_step):
-            sequences = to_train_sequences([item for item, _ in part], [value for _, value in part])
-            updates.append(equalise([pack(own, trainer.tokens_per_micro_batch) for own in self._split(sequences)]))
-        return [[update[rank] for update in updates] for rank in range(len(self.crew.policy))]
+        ranks, budget = len(self.crew.policy), self.config.trainer.tokens_per_micro_batch
+        packed = [equalise([pack(own, budget) for own in split(part, ranks)]) for part in updates]
+        return [[update[rank] for update in packed] for rank in range(ranks)]
 
     def _sleep(self) -> None:
         if self.crew.sleeps:
@@ -147,12 +150,28 @@ class Loop:
         return synced
 
     def save(self) -> None:
-        """A checkpoint of the last finished step, unless it is there already."""
-        if self.step == self.saved_step:
-            return
-        path = call_all(self.crew.policy, "save", self.step, self.sampler, deadline_seconds=FILE_DEADLINE_SECONDS, what="checkpoint")[0]
-        self.saved_step = self.step
-        self.reporter.saved(self.step, path)
+        """A whole checkpoint of the last finished step is there when this returns. Raises SaveFailed."""
+        self._begin_save()
+        if error := self._told_of_saves(wait=True):
+            raise SaveFailed(error)
+
+    def _begin_save(self) -> None:
+        """Unless it is there already, or being written. Training goes on while it is written, and when that fails: the next one may not."""
+        if self.step != self.saved_step:
+            call_all(self.crew.policy, "save", self.step, self.sampler, {}, deadline_seconds=FILE_DEADLINE_SECONDS, what="checkpoint")
+            self.saved_step = self.step
+
+    def _told_of_saves(self, *, wait: bool) -> str | None:
+        """Report the saves that have ended. Returns the error of the last of them."""
+        error = None
+        for outcome in call(self.crew.policy[0], "saved", wait, deadline_seconds=FILE_DEADLINE_SECONDS, what="end of a checkpoint"):
+            error = f"no checkpoint of step {outcome.step}: {outcome.error}" if outcome.error else None
+            if error:
+                self.saved_step = -1
+                self.reporter.warn(error)
+            else:
+                self.reporter.saved(outcome.step, outcome.path)
+        return error
 
     def _drain(self) -> None:
         """Save. When suspended, wait to be ended, or go on if the suspension is taken back."""
@@ -179,9 +198,11 @@ class Loop:
 
 
 def _sample(prompt: Prompt, made: Completion) -> Sample:
+    tokens = len(made.token_ids)
     return Sample(
-        prompt=prompt, token_ids=made.token_ids, logprobs=made.logprobs, text=made.text, finish_reason=made.finish_reason, weight_version=made.weight_version
-    )
+        prompt=prompt, token_ids=made.token_ids, logprobs=made.logprobs, mask=[True] * tokens, versions=[made.weight_version] * tokens,
+        text=made.text, finish_reason=made.finish_reason,
+    )  # fmt: skip
 
 
 def step_metrics(scored: list[ScoredSample], trained: dict[str, float], phases: dict[str, float], seconds: float) -> dict[str, float]:

@@ -3,11 +3,12 @@
 Every public method is a collective: all ranks call it at once.
 """
 
+import io
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
@@ -16,11 +17,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from rlhf_api.run import RunConfig
-from rlhf_worker import checkpoint, losses
+from rlhf_worker.algorithm.losses import policy_loss
+from rlhf_worker.checkpoint import Outcome, Restored, Roles, RunState, Saver
 from rlhf_worker.errors import Diverged
-from rlhf_worker.experience import PackedBatch, TrainSequence, pack
+from rlhf_worker.experience import PackedBatch, TrainSequence, at_targets, by_sample, pack
 from rlhf_worker.model import PREFIX, PolicyModule, load_policy, logprobs_of, shard
 from rlhf_worker.pretrained import identity, load_config, load_tokenizer, make_readable
+from rlhf_worker.storage import Store
 from rlhf_worker.weights.backends import Sender
 from rlhf_worker.weights.source import PolicySource
 
@@ -41,7 +44,7 @@ class Trainer:
         self.rank = rank
         self.world = len(config.placement.trainer_slots)
         self.device = torch.device(device)
-        self.root = Path(config.checkpoint.path)
+        self.store = Store(config.checkpoint.path)
         self.version = 0
         self.sender: Sender | None = None
         if device == "cpu":
@@ -65,6 +68,8 @@ class Trainer:
         ]
         self.source = PolicySource(self._named, getattr(torch, self.config.model.dtype))
         self.reference = self._module().requires_grad_(False) if algorithm.kl.coefficient > 0 else None
+        attempt = ray.get_runtime_context().get_job_id() if ray.is_initialized() else ""
+        self.saver = Saver(self.config.checkpoint.path, self.config.checkpoint.keep, ["policy"], attempt)
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), lr=trainer.learning_rate, betas=ADAM_BETAS, weight_decay=trainer.weight_decay, fused=self.device.type == "cuda"
         )
@@ -82,15 +87,10 @@ class Trainer:
         return ((name, getattr(module, key)) for name, module, key in self.places)
 
     def train(self, updates: list[list[PackedBatch]]) -> dict[str, float]:
-        """This rank's micro-batches of each optimizer update. Returns means over the step, the same on every rank. Raises Diverged.
-
-        With one update a batch the policy that made the samples is the policy that is trained, so its log probabilities are
-        those of the training pass itself, and the ratio is exactly 1.
-        """
-        old = [[self._frozen(self.module, batch) for batch in batches] for batches in updates] if len(updates) > 1 else None
+        """This rank's micro-batches of each optimizer update. Returns means over the step, the same on every rank. Raises Diverged."""
         sums: dict[str, Tensor] = {}
-        for index, batches in enumerate(updates):
-            made = [self._backward(batch, old[index][i] if old else None) for i, batch in enumerate(batches)]
+        for batches in updates:
+            made = [self._backward(batch) for batch in batches]
             step = self._step()
             for metrics in [*made, {name: value / self.world for name, value in step.items()}]:
                 for name, value in metrics.items():
@@ -98,28 +98,17 @@ class Trainer:
             self._check_finite(sums, batches)
         return self._reduced(sums)
 
-    def _backward(self, batch: PackedBatch, old: Tensor | None) -> dict[str, Tensor]:
+    def _backward(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Gradients of one micro-batch. FSDP averages over ranks, so the loss is multiplied by their number."""
-        algorithm = self.config.algorithm
-        logprobs = logprobs_of(self.module, batch, self.device)
-        advantages, rollout, weights = self._aligned(batch)
-        loss, metrics = losses.policy_loss(
-            logprobs, logprobs if old is None else old, advantages, weights, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high
-        )
-        if self.reference is not None:
-            terms = weights * losses.kl(algorithm.kl.estimator, logprobs, self._frozen(self.reference, batch))
-            metrics["kl"] = terms.detach().sum()
-            loss = loss + algorithm.kl.coefficient * terms.sum() if algorithm.kl.place == "loss" else loss
+        loss, metrics = policy_loss(self.config.algorithm, logprobs_of(self.module, batch, self.device), *at_targets(batch, self.device))
         torch.autograd.backward(loss * self.world)
-        sampled_by = logprobs.detach() if old is None else old
-        return {**metrics, **losses.mismatch(sampled_by, rollout, weights), "loss": loss.detach()}
+        return {**metrics, "loss": loss.detach()}
 
-    def _aligned(self, batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """advantages, rollout_logprobs, loss_weights (N,) of the targets; one zero each for an empty batch, as in `logprobs_of`."""
-        where = batch.target_mask
-        rows = (batch.advantages, batch.rollout_logprobs, batch.loss_weights)
-        picked = [(row[where] if where.any() else row[:1] * 0.0).to(self.device) for row in rows]
-        return picked[0], picked[1], picked[2]
+    def logprobs(self, role: str, batches: list[PackedBatch]) -> dict[int, list[float]]:
+        """Log probability of each completion token of each sample, by the policy or the reference."""
+        module = self.reference if role == "reference" else self.module
+        assert module is not None
+        return {index: row for batch in batches for index, row in by_sample(batch, self._frozen(module, batch)).items()}
 
     @torch.no_grad()
     def _frozen(self, module: PolicyModule, batch: PackedBatch) -> Tensor:
@@ -145,12 +134,12 @@ class Trainer:
         dist.all_reduce(bad)
         if not bad.item():
             return
-        path = self.root / "diverged" / f"version-{self.version}-rank-{self.rank}.pt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"metrics": {name: value.item() for name, value in sums.items()}, "batches": batches}, path)
+        name, dump = f"diverged/version-{self.version}-rank-{self.rank}.pt", io.BytesIO()
+        torch.save({"metrics": {name: value.item() for name, value in sums.items()}, "batches": batches}, dump)
+        self.store.write(name, dump.getvalue())
         raise Diverged(
             f"loss {sums['loss'].item():g}, gradient norm {sums['grad_norm'].item() * self.world:g} at update {self.version}: "
-            f"the batch is in {path}; lower spec.trainer.learningRate or look for bad rewards"
+            f"the batch is in {self.store.url(name)}; lower spec.trainer.learningRate or look for bad rewards"
         )
 
     def _reduced(self, sums: dict[str, Tensor]) -> dict[str, float]:
@@ -158,16 +147,6 @@ class Trainer:
         values = torch.stack([sums[name].float() for name in names])
         dist.all_reduce(values)
         return dict(zip(names, values.tolist(), strict=True))
-
-    def kl_sums(self, batches: list[PackedBatch]) -> dict[int, float]:
-        """Sum over tokens of the KL estimate for each sample; `advantages` carry the sample's number here."""
-        assert self.reference is not None
-        sums: dict[int, float] = {}
-        for batch in batches:
-            estimate = losses.kl(self.config.algorithm.kl.estimator, self._frozen(self.module, batch), self._frozen(self.reference, batch))
-            for number, value in zip(batch.advantages[batch.target_mask].tolist(), estimate.tolist(), strict=False):
-                sums[int(number)] = sums.get(int(number), 0.0) + value
-        return sums
 
     def connect(self, engines: list[ActorHandle], backend: str, address: tuple[str, int], distrusted: frozenset[str]) -> list[str]:
         """Open the way to the engines, in place of the one before. Returns what an administrator should know of it."""
@@ -190,42 +169,46 @@ class Trainer:
     def probe(self, token_ids: list[int]) -> list[float]:
         """Log probability of each token after the first, at temperature 1."""
         length = len(token_ids) - 1
-        sequence = TrainSequence(token_ids=token_ids, prompt_length=1, rollout_logprobs=[0.0] * length, advantages=[0.0] * length, loss_weight=0.0)
+        sequence = TrainSequence(token_ids=token_ids, prompt_length=1, index=0, mask=[True] * length, columns={})
         temperature, self.module.temperature = self.module.temperature, 1.0
         try:
             return [float(x) for x in self._frozen(self.module, pack([sequence], len(token_ids))[0]).tolist()]
         finally:
             self.module.temperature = temperature
 
-    def save(self, step: int, sampler: dict[str, Any]) -> str:
-        """The checkpoint's path."""
-        state = checkpoint.RunState(step=step, version=self.version, model=self._identity(), sampler=sampler)
-        return str(checkpoint.save(self.root, state, self.module, self.optimizer, self.config.checkpoint.keep))
+    def save(self, step: int, sampler: dict[str, Any], loop: dict[str, Any]) -> None:
+        """What the ranks hold now; it is written while they go on."""
+        state = RunState(step=step, version=self.version, model=self._identity(), sampler=sampler, loop=loop)
+        self.saver.begin(state, self._trained())
 
-    def restore(self) -> checkpoint.RunState | None:
-        """Of the newest whole checkpoint; None when there is none. Raises BadData."""
-        path = checkpoint.newest(self.root)
-        if path is None:
-            return None
-        state = checkpoint.read_run(path, self._identity())
-        checkpoint.load(path, self.module, self.optimizer)
-        self.version = state.version
-        return state
+    def saved(self, *, wait: bool) -> list[Outcome]:
+        """How the saves ended that ended since the last call."""
+        return self.saver.finished(wait=wait)
+
+    def restore(self) -> Restored:
+        """Of the newest whole checkpoint, if there is one. Raises BadData."""
+        found = self.saver.restore(self._identity(), self._trained())
+        self.version = found.state.version if found.state else 0
+        return found
+
+    def _trained(self) -> Roles:
+        return {"policy": (self.module, self.optimizer)}
 
     def _identity(self) -> dict[str, Any]:
         return identity(self.config.model, load_config(self.config.model))
 
     def export(self) -> str:
         """The model as a Hugging Face checkpoint under <checkpoint.path>/export, in the engine's dtype."""
-        target = self.root / "export"
         weights = {name: tensor.cpu() for name, tensor in self.source if self.rank == 0}
         if self.rank == 0:
-            self.module.lm.save_pretrained(target, state_dict=weights)
-            load_tokenizer(self.config.model).save_pretrained(target)
-            make_readable(target)
+            with self.store.publishing("export", "config.json") as target:
+                self.module.lm.save_pretrained(target, state_dict=weights)
+                load_tokenizer(self.config.model).save_pretrained(target)
+                make_readable(target)
         dist.barrier()
-        return str(target)
+        return self.store.url("export")
 
     def close(self) -> None:
         if dist.is_initialized():
+            self.saver.close()
             dist.destroy_process_group()

@@ -14,7 +14,7 @@ from rlhf_worker.placement import Seat
 from rlhf_worker.pretrained import require_path
 
 if TYPE_CHECKING:
-    from rlhf_worker.checkpoint import RunState
+    from rlhf_worker.checkpoint import Outcome, Restored
     from rlhf_worker.experience import PackedBatch
 
 
@@ -48,8 +48,8 @@ class Policy:
     def train(self, updates: "list[list[PackedBatch]]") -> dict[str, float]:
         return self.trainer.train(updates)
 
-    def kl_sums(self, batches: "list[PackedBatch]") -> dict[int, float]:
-        return self.trainer.kl_sums(batches)
+    def logprobs(self, role: str, batches: "list[PackedBatch]") -> dict[int, list[float]]:
+        return self.trainer.logprobs(role, batches)
 
     def connect(self, engines: list[ActorHandle], backend: str, address: tuple[str, int], distrusted: frozenset[str]) -> list[str]:
         return self.trainer.connect(engines, backend, address, distrusted)
@@ -63,10 +63,13 @@ class Policy:
     def probe(self, token_ids: list[int]) -> list[float]:
         return self.trainer.probe(token_ids)
 
-    def save(self, step: int, sampler: dict[str, Any]) -> str:
-        return self.trainer.save(step, sampler)
+    def save(self, step: int, sampler: dict[str, Any], loop: dict[str, Any]) -> None:
+        self.trainer.save(step, sampler, loop)
 
-    def restore(self) -> "RunState | None":
+    def saved(self, wait: bool) -> "list[Outcome]":
+        return self.trainer.saved(wait=wait)
+
+    def restore(self) -> "Restored":
         return self.trainer.restore()
 
     def export(self) -> str:
