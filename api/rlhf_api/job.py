@@ -124,15 +124,28 @@ class RewardSpec(Model):
     retries: Annotated[int, Field(ge=0, le=20)] = Field(2, description="Further tries of a failed sample, before the run stops with the reward's error.")
 
 
+class EnvironmentSpec(Model):
+    function: str | None = Field(None, max_length=512, description="module:Class, importable in the image. One object an episode: reset(prompt, **row), then step(completion) -> {\"observation\": str, \"done\": bool, \"reward\": float or None} after each turn.")
+    code: str | None = Field(None, max_length=65536, description="Source text that defines such a class, Environment.")
+    max_turns: Annotated[int, Field(ge=1, le=256)] = Field(8, description="Most turns of one episode.")
+    timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(30.0, description="Deadline of one reset or step. Past it the subprocess is killed, and the episodes in it begin again.")
+    workers: Annotated[int, Field(ge=1, le=256)] = Field(2, description="Subprocesses beside each engine; each holds many episodes and runs one call at a time.")
+    retries: Annotated[int, Field(ge=0, le=20)] = Field(2, description="Further tries of an episode whose environment failed, before the run stops with the environment's error.")
+    weight: float = Field(1.0, description="Factor of an episode's summed rewards, which are added to spec.rewards.")
+
+
 class RolloutSpec(Model):
+    engine: Literal["vllm", "hf"] = Field("vllm", description="vllm: engines of their own. hf: the trainer's ranks generate by transformers' generate, slowly and without a weight sync: for debugging.")
     engines: PositiveInt = Field(1, description="Number of vLLM engines.")
     tensor_parallel_size: PositiveInt = Field(1, description="GPUs of one engine.")
     prompts_per_step: PositiveInt = Field(64, description="Prompts drawn for one step.")
     samples_per_prompt: Annotated[int, Field(ge=2)] = Field(8, description="Completions of one prompt: the group of GRPO.")
-    max_tokens: PositiveInt = Field(512, description="Most tokens of one completion.")
+    max_tokens: PositiveInt = Field(512, description="Most tokens of one completion, over all of its turns and observations.")
     temperature: Annotated[float, Field(gt=0, le=10)] = Field(1.0, description="Sampling temperature; the trainer's log probabilities use the same.")
     seed: int | None = Field(None, ge=0, description="Gives every sample a seed of its own, so that a resumed run draws the same samples. It costs speed on GPU (vLLM then samples request by request). Unset: each engine has one stream of random numbers, from trainer.seed.")
-    deadline_seconds: Annotated[float, Field(gt=0)] = Field(1800.0, description="Deadline for generating one step's batch.")
+    staleness: Annotated[int, Field(ge=0, le=64)] = Field(0, description="Most steps between a sample's first token and its training. 0: generation and training take turns. More: they overlap, and the weights change under running requests; Separated only.")
+    environment: EnvironmentSpec | None = Field(None, description="Multi-turn: a python class that answers the model's turns. Its observations are part of the completion, count in maxTokens, and have no loss.")
+    deadline_seconds: Annotated[float, Field(gt=0)] = Field(1800.0, description="Deadline of one call of an engine: of its share of a step, or of one prompt's completions when staleness is more than 0.")
     engine_args: FreeObject = Field(default_factory=dict, description="Further vLLM engine arguments by their python names, such as max_model_len.")
 
 
@@ -255,7 +268,7 @@ class RLHFJobSpec(Model):
     rewards: list[RewardSpec] = Field(min_length=1, max_length=16, description="Rewards; their weighted sum is what is maximised.")
     critic: CriticSpec | None = Field(None, description="The value model of ppo, which has one by these defaults when this is unset.")
     reference: ReferenceSpec | None = Field(None, description="The frozen model of the KL term, which is there by these defaults when this is unset.")
-    rollout: RolloutSpec = Field(default_factory=RolloutSpec, description="Generation by vLLM.")
+    rollout: RolloutSpec = Field(default_factory=RolloutSpec, description="Generation.")
     trainer: TrainerSpec = Field(description="Training by FSDP2.")
     placement: PlacementSpec = Field(default_factory=PlacementSpec, description="Which roles share which GPUs.")
     weight_sync: WeightSyncSpec = Field(default_factory=WeightSyncSpec, description="How new weights reach the engines.")

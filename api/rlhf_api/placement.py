@@ -39,7 +39,7 @@ class Placement(Model):
     trainer_slots: list[int] = Field(description="Slot of each FSDP rank.")
     trainer_fraction: float
     role_slots: dict[str, list[int]] = Field(description="Slots of the ranks of each role that has GPUs of its own: they follow the trainer's, in its pods.")
-    engine_slots: list[list[int]] = Field(description="Slots of each engine's tensor-parallel ranks.")
+    engine_slots: list[list[int]] = Field(description="Slots of each engine's tensor-parallel ranks; none for rollout.engine hf.")
     engine_fraction: float
 
     @property
@@ -71,14 +71,14 @@ def plan_placement(spec: RLHFJobSpec) -> Placement:
     if not colocated:
         most = placement.gpus_per_node // size * size
         groups.append(_group("rollout", rollout.engines * size, most, end))
-    first = 0 if colocated else end
+    first, engines = 0 if colocated else end, 0 if rollout.engine == "hf" else rollout.engines
     return Placement(
         mode=placement.mode,
         resource_name=placement.resource_name,
         groups=groups,
         trainer_slots=list(range(trainer.gpus)),
-        trainer_fraction=placement.fractions.trainer if colocated else 1.0,
+        trainer_fraction=placement.fractions.trainer if colocated and engines else 1.0,
         role_slots=own,
-        engine_slots=[list(range(first + e * size, first + (e + 1) * size)) for e in range(rollout.engines)],
+        engine_slots=[list(range(first + e * size, first + (e + 1) * size)) for e in range(engines)],
         engine_fraction=placement.fractions.rollout if colocated else 1.0,
     )

@@ -33,8 +33,25 @@ class Rule:
 def _gpus(job: RLHFJob) -> Iterator[str]:
     rollout, trainer = job.spec.rollout, job.spec.trainer
     engine_gpus = rollout.engines * rollout.tensor_parallel_size
-    if job.spec.placement.mode is PlacementMode.COLOCATED and engine_gpus != trainer.gpus:
+    if job.spec.placement.mode is PlacementMode.COLOCATED and rollout.engine == "vllm" and engine_gpus != trainer.gpus:
         yield f"rollout.engines x rollout.tensorParallelSize is {engine_gpus}, trainer.gpus is {trainer.gpus}"
+
+
+def _staleness(job: RLHFJob) -> Iterator[str]:
+    if job.spec.rollout.staleness and job.spec.placement.mode is PlacementMode.COLOCATED:
+        yield f"staleness is {job.spec.rollout.staleness}, mode is Colocated"
+
+
+def _hf(job: RLHFJob) -> Iterator[str]:
+    rollout, mode = job.spec.rollout, job.spec.placement.mode
+    if rollout.engine == "hf" and (mode is PlacementMode.SEPARATED or rollout.engines * rollout.tensor_parallel_size != 1):
+        yield f"mode is {mode}, engines is {rollout.engines}, tensorParallelSize is {rollout.tensor_parallel_size}"
+
+
+def _environment(job: RLHFJob) -> Iterator[str]:
+    spec = job.spec.rollout.environment
+    if spec is not None and (spec.function is None) == (spec.code is None):
+        yield "neither is set" if spec.code is None else "both are set"
 
 
 def _fractions(job: RLHFJob) -> Iterator[str]:
@@ -171,8 +188,14 @@ SEPARATED = "self.placement.mode != 'Separated' || "
 RULES = (
     Rule("", f"self.metadata.name.size() <= {NAME_MAX} && self.metadata.name.matches('{NAME_PATTERN}')",
          f"must start with a letter and have at most {NAME_MAX} characters of a-z, 0-9 and -: names of pods and Services are made from it", "metadata.name", _name),
-    Rule("spec", COLOCATED + "self.rollout.engines * self.rollout.tensorParallelSize == self.trainer.gpus",
+    Rule("spec", COLOCATED + "self.rollout.engine == 'hf' || self.rollout.engines * self.rollout.tensorParallelSize == self.trainer.gpus",
          "Colocated needs rollout.engines x rollout.tensorParallelSize == trainer.gpus: change one of the three, or set placement.mode to Separated", "trainer.gpus", _gpus),
+    Rule("spec", "self.rollout.staleness == 0 || self.placement.mode == 'Separated'",
+         "generation and training overlap only on GPUs of their own: set placement.mode to Separated, or rollout.staleness to 0", "rollout.staleness", _staleness),
+    Rule("spec", "self.rollout.engine != 'hf' || self.placement.mode == 'Colocated' && self.rollout.engines * self.rollout.tensorParallelSize == 1",
+         "hf generates on the trainer's own GPUs: set placement.mode to Colocated and leave rollout.engines and rollout.tensorParallelSize at 1", "rollout.engine", _hf),
+    Rule("spec.rollout", "!has(self.environment) || has(self.environment.function) != has(self.environment.code)",
+         "an environment needs exactly one of function and code", "rollout.environment", _environment),
     Rule("spec", COLOCATED + "self.placement.fractions.trainer + self.placement.fractions.rollout <= 1.0",
          "the fractions of one GPU must sum to at most 1: lower fractions.trainer or fractions.rollout", "placement.fractions", _fractions),
     Rule("spec", "self.rollout.tensorParallelSize <= self.placement.gpusPerNode",

@@ -26,6 +26,7 @@ SEPARATED = {"placement__mode": "Separated"}
 CASES: list[tuple[str, Changes, list[tuple[str, int, int, int]], list[list[int]]]] = [
     ("one GPU, shared", {}, [("trainer", 1, 1, 0)], [[0]]),
     ("one GPU each", SEPARATED, [("trainer", 1, 1, 0), ("rollout", 1, 1, 1)], [[1]]),
+    ("no engine", {"rollout__engine": "hf", "trainer__gpus": 2}, [("trainer", 1, 2, 0)], []),
     ("one node, two engines of two", {"trainer__gpus": 4, "rollout__engines": 2, "rollout__tensorParallelSize": 2}, [("trainer", 1, 4, 0)], [[0, 1], [2, 3]]),
     ("two nodes, shared", {"trainer__gpus": 8, "rollout__engines": 8, "placement__gpusPerNode": 4}, [("trainer", 2, 4, 0)], [[i] for i in range(8)]),
     ("3 engines on one node", {**SEPARATED, "rollout__engines": 3, "trainer__gpus": 2}, [("trainer", 1, 2, 0), ("rollout", 1, 3, 2)], [[2], [3], [4]]),

@@ -50,6 +50,9 @@ def test_bad_names(name: str) -> None:
         {"placement__fractions": {"trainer": 0.9, "rollout": 0.1}},
         {"placement__mode": "Separated", "placement__fractions": {"trainer": 1, "rollout": 1}},
         {"weightSync__backend": "gloo"},
+        {"rollout__engine": "hf", "trainer__gpus": 2},
+        {"rollout__staleness": 3, "placement__mode": "Separated"},
+        {"rollout__environment": {"function": "package.module:Class"}},
     ],
 )
 def test_jobs_that_fit(changes: dict[str, Any]) -> None:
