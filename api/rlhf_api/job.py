@@ -79,7 +79,7 @@ class DataSpec(Model):
 class JudgeSpec(Model):
     model: Annotated[str, Field(min_length=1, max_length=256)] = Field(description="Name of the model that the server serves.")
     prompt: Annotated[str, Field(min_length=1, max_length=65536)] = Field(description="What the judge is asked, with {completion}, {prompt} and {column} of the row in it. Other braces stay as they are.")
-    pattern: Annotated[str, Field(min_length=1, max_length=1024)] = Field(r"(?i)score\W{1,5}(-?\d+(?:\.\d+)?)", description="Regular expression of python whose one group is the score; the last match in the answer counts.")
+    pattern: Annotated[str, Field(min_length=1, max_length=1024)] = Field(r"(?i)score[^\w-]{1,5}(-?\d+(?:\.\d+)?)", description="Regular expression of python whose one group is the score; the last match in the answer counts.")
     low: float = Field(0.0, description="Lowest score, which is worth 0. A score outside of low to high is asked for again.")
     high: float = Field(10.0, description="Highest score, which is worth 1.")
     max_tokens: PositiveInt = Field(512, description="Most tokens of one answer.")
@@ -185,10 +185,16 @@ class WeightSyncSpec(Model):
 
 
 class CheckpointSpec(Model):
-    path: Annotated[str, Field(min_length=2, max_length=4096, pattern=r"^/.+")] = Field("/checkpoints", description="Directory inside the trainer pods. Mount a volume there (pods.trainer.volumes) to keep it past the cluster.")
+    path: Annotated[str, Field(min_length=2, max_length=4096, pattern=r"^(/|[a-z][a-z0-9+.-]*://).+")] = Field("/checkpoints", description="Directory inside the trainer pods, on a volume (pods.trainer.volumes) if it is to outlive the cluster; or a URL that fsspec knows, such as s3://bucket/run, with its driver in spec.image and its credentials in pods.trainer.env.")
     every_steps: PositiveInt = Field(20, description="Steps between two checkpoints; the last step is always saved.")
     keep: PositiveInt = Field(3, description="Newest checkpoints kept.")
     export: bool = Field(True, description="Write the final model as a Hugging Face checkpoint to <path>/export.")
+
+    @property
+    def directory(self) -> str | None:
+        """Where `path` is in the pods' own files; None for a URL of another filesystem."""
+        path = self.path.removeprefix("file://")
+        return path if path.startswith("/") else None
 
 
 class EvaluationSpec(Model):

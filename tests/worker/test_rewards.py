@@ -18,6 +18,7 @@ import pytest
 from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import BadSpec, RewardFailed
 from rlhf_worker.rewards.http import HttpReward
+from rlhf_worker.rewards.judge import JudgeReward
 from rlhf_worker.rewards.scorer import Scorer
 from tests.worker.samples import a_sample
 
@@ -279,25 +280,30 @@ def test_a_traceback_shows_the_line_of_inline_code() -> None:
 # HTTP
 
 Answer = tuple[int, bytes]
+PARTIAL = b'{"rewards": ['  # sent as the beginning of something longer
 
 
 class Service:
     """A reward service on a free port that answers with what `answers` gives for each request in turn."""
 
-    def __init__(self, answer: Callable[[int, list[dict[str, Any]]], Answer | None]) -> None:
-        self.requests: list[list[dict[str, Any]]] = []
+    def __init__(self, answer: Callable[[int, Any], Answer | None], key: str = "samples") -> None:
+        self.requests: list[Any] = []
+        self.headers: list[Any] = []
         self.released = threading.Event()
         service = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                samples = json.loads(self.rfile.read(int(self.headers["content-length"])))["samples"]
-                service.requests.append(samples)
-                found = answer(len(service.requests), samples)
+                asked = json.loads(self.rfile.read(int(self.headers["content-length"])))[key]
+                service.requests.append(asked)
+                service.headers.append(self.headers)
+                found = answer(len(service.requests), asked)
                 if found is None:
                     service.released.wait(30)
                     return
                 self.send_response(found[0])
+                if found[1] == PARTIAL:
+                    self.send_header("content-length", "1000")
                 self.end_headers()
                 self.wfile.write(found[1])
 
@@ -348,12 +354,17 @@ def test_http_sends_the_row() -> None:
 
 BAD: dict[str, tuple[Answer | None, str]] = {
     "error": ((500, b"out of memory"), "HTTP 500: 'out of memory'"),
-    "no json": ((200, b"<html>"), r'must be \{"rewards": \[number, ...\]\}: \'<html>\''),
+    "no json": ((200, b"<html>"), r"the answer is no JSON: '<html>'"),
+    "deep json": ((200, b"[" * 100_000), "the answer is no JSON"),
+    "half an answer": ((200, PARTIAL), "RemoteProtocolError: peer closed connection"),
+    "not there": ((404, b"no such page"), "HTTP 404: 'no such page'"),
     "other json": ((200, b"[1]"), r'must be \{"rewards"'),
     "no list": (ok(3), r'must be \{"rewards"'),
     "too few": (ok([]), "0 rewards for 1 samples"),
     "too many": (ok([1, 2]), "2 rewards for 1 samples"),
     "nan": ((200, b'{"rewards": [NaN]}'), "returned nan, a finite number"),
+    "beyond floats": (ok([10**400]), "a finite number"),
+    "infinite": ((200, b'{"rewards": [1e999]}'), "returned inf, a finite number"),
     "null": (ok([None]), "returned None, a finite number"),
     "text": (ok(["1"]), "returned '1', a finite number"),
     "no answer": (None, r"no answer within 0\.5 s"),
@@ -388,3 +399,111 @@ def test_a_service_that_is_not_there_is_named() -> None:
 def test_a_row_that_is_no_json_is_named() -> None:
     with pytest.raises(RewardFailed, match="a column of the data is no JSON"):
         HttpReward(http("http://127.0.0.1:9/"), backoff=0.001).score([a_sample(blob=b"\x00")])
+
+
+def test_a_url_that_is_none_is_refused_at_once() -> None:
+    with pytest.raises(BadSpec, match=r"rewards\[h\]\.url: 'http://judge:port/' is no URL"):
+        Scorer([http("http://judge:port/")])
+
+
+def test_one_slow_batch_of_many_ends_the_run_with_its_name() -> None:
+    with Service(lambda _, samples: None if any(len(s["completion"]) == 70 for s in samples) else judged(0, samples)) as service:
+        with pytest.raises(RewardFailed, match=r"prompt 0:64, .*no answer within 1 s"):
+            values(http(service.url, retries=0, timeout_seconds=1), 150)
+
+
+# Models
+
+
+def test_values_of_a_model_are_joined_by_weight() -> None:
+    specs = [
+        RewardSpec.model_validate({"name": "m", "type": "model", "weight": 0.5, "model": {"path": "some/model"}}),
+        python("length", name="l", weight=2.0),
+    ]
+    samples = [a_sample(0, text="a"), a_sample(1, text="bc")]
+    with Scorer(specs) as scorer:
+        found = scorer.score(samples, {"m": [4.0, -2.0]})
+        assert [(s.reward, s.parts) for s in found] == [(4.0, {"m": 4.0, "l": 1.0}), (3.0, {"m": -2.0, "l": 2.0})]
+        with pytest.raises(RewardFailed, match=r"rewards\[m\], a model: returned nan"):
+            scorer.score(samples, {"m": [4.0, float("nan")]})
+        with pytest.raises(RewardFailed, match="1 values for 2 samples"):
+            scorer.score(samples, {"m": [4.0]})
+
+
+# A judge
+
+
+def judge(url: str, retries: int = 1, **fields: Any) -> JudgeReward:
+    asked = {"model": "judge-7b", "prompt": "Rate {completion} for {prompt}, truth {answer}. Say {\"score\": n}.", **fields}
+    spec = {"name": "j", "type": "judge", "url": url, "retries": retries, "workers": 4, "timeout_seconds": 5.0, "judge": asked}
+    return JudgeReward(RewardSpec.model_validate(spec), backoff=0.001)
+
+
+def says(text: Any) -> Answer:
+    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}).encode()
+
+
+def test_a_judge_is_asked_once_a_sample_and_its_last_score_counts() -> None:
+    def answer(_: int, messages: list[dict[str, str]]) -> Answer:
+        return says(f"A score: 9 is too much. score: {messages[0]['content'].count('x')}\n")
+
+    with Service(answer, key="messages") as service:
+        assert judge(service.url).score([a_sample(i, text="x" * i, answer=2) for i in range(11)]) == [i / 10 for i in range(11)]
+    assert len(service.requests) == 11
+
+
+def test_the_judges_prompt_is_filled_once_and_braces_are_text() -> None:
+    with Service(lambda *_: says("Score 3"), key="messages") as service:
+        judge(service.url).score([a_sample(text="{prompt} {nothing}", answer=["a", 1])])
+        chat = [{"role": "user", "content": "hi"}]
+        judge(service.url).score([a_sample(answer=0, prompt=chat)])
+    first, second = (request[0]["content"] for request in service.requests)
+    assert first == 'Rate {prompt} {nothing} for prompt 0, truth ["a", 1]. Say {"score": n}.'
+    assert second == 'Rate yes for prompt 0, truth 0. Say {"score": n}.'
+
+
+def test_a_hole_that_the_data_cannot_fill_is_a_bad_spec() -> None:
+    with pytest.raises(BadSpec, match=r"rewards\[j\]\.judge\.prompt: the data has no column 'answer', only 'prompt', 'completion'"):
+        judge("http://127.0.0.1:9/").score([a_sample()])
+
+
+def test_the_judges_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    with pytest.raises(BadSpec, match=r"judge\.apiKeyEnv: JUDGE_KEY is not set in the trainer pods"):
+        judge("http://127.0.0.1:9/", api_key_env="JUDGE_KEY")
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    with Service(lambda *_: says("score: 1"), key="messages") as service:
+        judge(service.url, api_key_env="JUDGE_KEY").score([a_sample(answer=1)])
+    assert service.headers[0]["authorization"] == "Bearer secret"
+
+
+GARBAGE: dict[str, tuple[Answer, str]] = {
+    "no score": (says("It is rather good, I think. " * 99), "no score by judge.pattern in the judge's answer 'It is rather good"),
+    "out of scale": (says("score: 11"), r"the score 11 is not in 0 to 10, in the judge's answer 'score: 11'"),
+    "below": (says("score: -1"), "the score -1 is not in 0 to 10"),
+    "nothing": (says(None), "no score by judge.pattern in the judge's answer None"),
+    "empty": (says(""), "no score"),
+    "not text": (says(7), "no answer of chat completions"),
+    "no choices": ((200, b'{"choices": []}'), "no answer of chat completions"),
+    "no chat": ((200, b"[1]"), "no answer of chat completions"),
+    "html": ((200, b"<html>"), "the answer is no JSON"),
+    "no model": ((404, b'{"message": "The model `judge-7b` does not exist."}'), "HTTP 404: .*does not exist"),
+}
+
+
+@pytest.mark.parametrize("case", GARBAGE)
+def test_a_judges_garbage_is_asked_again_and_never_a_zero(case: str) -> None:
+    answer, message = GARBAGE[case]
+    with Service(lambda *_: answer, key="temperature") as service:
+        with pytest.raises(RewardFailed, match=rf"rewards\[j\] failed 2 times on prompt 0:3.*{service.url}: .*{message}"):
+            judge(service.url).score([a_sample(3, answer=1)])
+    assert service.requests == [0.0, 1.0]
+    with Service(lambda n, _: answer if n == 1 else says("score: 0"), key="temperature") as service:
+        assert judge(service.url).score([a_sample(answer=1)]) == [0.0]
+
+
+def test_a_pattern_of_ones_own() -> None:
+    with Service(lambda *_: says("<verdict>B</verdict> 0.25/1"), key="messages") as service:
+        assert judge(service.url, pattern=r"([\d.]+)/1", low=0, high=0.5).score([a_sample(answer=1)]) == [0.5]
+        with pytest.raises(RewardFailed, match="the score 'B' is no number"):
+            judge(service.url, retries=0, pattern="<verdict>(.*)</verdict>").score([a_sample(answer=1)])

@@ -1,5 +1,6 @@
 """What one try of a reward needs, whatever its type."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -19,8 +20,9 @@ def arguments(sample: Sample) -> dict[str, Any]:
 
 def finite(value: Any) -> float:
     """A reward must be a finite number. Raises Failure."""
-    if isinstance(value, bool | int | float) and math.isfinite(value):
-        return float(value)
+    with contextlib.suppress(OverflowError):  # an integer beyond the floats
+        if isinstance(value, bool | int | float) and math.isfinite(value):
+            return float(value)
     raise Failure(f"returned {value!r:.200}, a finite number is needed")
 
 

@@ -1,13 +1,16 @@
 """All rewards of a run: each sample gets their weighted sum. A reward that fails ends the run with its own error; it is never a zero."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Protocol, Self
 
 from rlhf_api.job import RewardSpec
+from rlhf_worker.errors import RewardFailed
 from rlhf_worker.experience import Sample, ScoredSample
+from rlhf_worker.rewards.attempt import Failure, finite
 from rlhf_worker.rewards.http import HttpReward
+from rlhf_worker.rewards.judge import JudgeReward
 from rlhf_worker.rewards.pool import PythonReward
 
 
@@ -18,27 +21,38 @@ class Reward(Protocol):
     def close(self) -> None: ...
 
 
+KINDS: Mapping[str, Callable[[RewardSpec], Reward]] = {"python": PythonReward, "http": HttpReward, "judge": JudgeReward}
+
+
 class Scorer:
-    """Starts every reward, and loads its function: what cannot be loaded raises BadSpec here, before the first step."""
+    """Starts every reward, and loads its function: what cannot be loaded raises BadSpec here, before the first step.
+
+    Rewards of type model are computed by the trainer's ranks; `score` is handed their values.
+    """
 
     def __init__(self, specs: Sequence[RewardSpec]) -> None:
+        self._specs = specs
         self._rewards: list[Reward] = []
         self._executor = ThreadPoolExecutor(len(specs), thread_name_prefix="rewards")
         try:
             for spec in specs:
-                self._rewards.append(PythonReward(spec) if spec.type == "python" else HttpReward(spec))
+                if spec.type != "model":
+                    self._rewards.append(KINDS[spec.type](spec))
         except BaseException:
             self.close()
             raise
 
-    def score(self, samples: Sequence[Sample]) -> list[ScoredSample]:
-        """In the order of `samples`; all rewards run side by side. Raises RewardFailed."""
-        values = list(self._executor.map(lambda reward: reward.score(samples), self._rewards))
-        return [self._scored(sample, row) for sample, row in zip(samples, zip(*values, strict=True), strict=True)]
+    def score(self, samples: Sequence[Sample], models: Mapping[str, Sequence[float]] | None = None) -> list[ScoredSample]:
+        """In the order of `samples`; all rewards run side by side. `models`: by name of each reward of type model, one value a sample.
 
-    def _scored(self, sample: Sample, values: Sequence[float]) -> ScoredSample:
-        total = sum(reward.spec.weight * value for reward, value in zip(self._rewards, values, strict=True))
-        return ScoredSample(sample=sample, reward=total, parts={r.spec.name: v for r, v in zip(self._rewards, values, strict=True)})
+        Raises RewardFailed.
+        """
+        values = dict(zip((r.spec.name for r in self._rewards), self._executor.map(lambda r: r.score(samples), self._rewards), strict=True))
+        values |= {name: _checked(name, given, samples) for name, given in (models or {}).items()}
+        return [self._scored(sample, {spec.name: values[spec.name][i] for spec in self._specs}) for i, sample in enumerate(samples)]
+
+    def _scored(self, sample: Sample, parts: dict[str, float]) -> ScoredSample:
+        return ScoredSample(sample=sample, reward=sum(spec.weight * parts[spec.name] for spec in self._specs), parts=parts)
 
     def close(self) -> None:
         """End every subprocess, also in the middle of a call."""
@@ -51,3 +65,12 @@ class Scorer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _checked(name: str, values: Sequence[float], samples: Sequence[Sample]) -> list[float]:
+    try:
+        if len(values) != len(samples):
+            raise Failure(f"{len(values)} values for {len(samples)} samples")
+        return [finite(value) for value in values]
+    except Failure as failure:
+        raise RewardFailed(f"rewards[{name}], a model: {failure}") from None
