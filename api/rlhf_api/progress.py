@@ -38,6 +38,14 @@ class Saved(Model):
     time: str = Field(description="When it was whole.", json_schema_extra={"format": "date-time"})
 
 
+class Preflight(Model):
+    """What was tried before the first step."""
+
+    failed: str | None = Field(None, max_length=64, pattern=r"^[A-Za-z]+$", description="The check that failed; absent when all passed.")
+    message: str = Field(max_length=1024, description="What the failed check found, and the fix; or the checks that passed.")
+    seconds: str = Field(description="Time that all checks took.")
+
+
 class Progress(Model):
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
 
@@ -55,5 +63,7 @@ class Progress(Model):
     tokens_per_second: str | None = Field(None, description="Generated tokens of the last step over the whole step's time.")
     eta_seconds: int | None = Field(None, description="Seconds to the last step at the present pace.")
     eta: str | None = Field(None, description="etaSeconds in words, for the column.")
+    preflight: Preflight | None = Field(None, description="The checks before the first step.")
     sync: Sync | None = Field(None, description="The last weight sync.")
     checkpoint: Saved | None = Field(None, description="The newest whole checkpoint.")
+    save_error: str | None = Field(None, max_length=1024, description="Why the last save failed; absent when it did not. The run goes on, and fails when its last save does.")

@@ -30,6 +30,7 @@ class ConditionType(StrEnum):
     CLUSTER_READY = "ClusterReady"
     RUNNING = "Running"
     PROGRESSING = "Progressing"
+    PREFLIGHT_PASSED = "PreflightPassed"
     WEIGHTS_IN_SYNC = "WeightsInSync"
     CHECKPOINT_AVAILABLE = "CheckpointAvailable"
     SUSPENDED = "Suspended"

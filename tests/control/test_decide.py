@@ -236,6 +236,31 @@ def test_a_finished_job_tells_how_it_ended_not_what_it_lacks() -> None:
     }  # fmt: skip
 
 
+def test_a_failed_check_before_the_first_step_is_a_condition_by_its_name() -> None:
+    world = running()
+    assert world.condition("PreflightPassed") == ("Unknown", "NoReportYet")
+    world.report(state="Starting", preflight={"failed": "SharedMemory", "message": "/dev/shm has 64 MiB", "seconds": "1.0"})
+    world.settle()
+    assert world.condition("PreflightPassed") == ("False", "SharedMemory")
+    world.report(preflight={"message": "SharedMemory, Reduce", "seconds": "1.0"})
+    world.settle()
+    assert world.condition("PreflightPassed") == ("True", "ChecksPassed")
+
+
+def test_a_save_that_failed_is_told_and_the_checkpoint_before_it_counts() -> None:
+    world = running()
+    world.report(step=4, saveError="no checkpoint of step 4: disk full")
+    world.settle()
+    assert world.condition("CheckpointAvailable") == ("False", "SaveFailed")
+    kept = {"step": 2, "path": "/c/step-2", "time": "2026-01-01T12:00:00Z"}
+    world.report(step=4, checkpoint=kept, saveError="no checkpoint of step 4: disk full")
+    world.settle()
+    assert world.condition("CheckpointAvailable") == ("True", "LastSaveFailed")
+    world.report(step=6, checkpoint={**kept, "step": 6}, saveError=None)
+    world.settle()
+    assert world.condition("CheckpointAvailable") == ("True", "Saved")
+
+
 def test_a_kept_cluster_is_shown_as_kept() -> None:
     world = running(runPolicy={"cleanup": {"onSuccess": "Keep"}})
     world.driver_ends(0)

@@ -32,6 +32,7 @@ GOOD: list[dict[str, Any]] = [
     {"pods": {"trainer": {"volumes": [{"name": "s"}], "volumeMounts": [{"name": "s", "mountPath": "/dev/shm"}]}}},
     {"pods": {"rollout": {}}},
     {**TWO_PODS, "checkpoint__path": "/data/run", "pods": {"trainer": DATA}},
+    {**TWO_PODS, "checkpoint__path": "s3://bucket/run"},
 ]
 
 

@@ -123,6 +123,8 @@ def test_checkpoints_lie_where_the_user_mounts_or_in_the_pod() -> None:
     data = {"volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "c"}}], "volumeMounts": [{"name": "data", "mountPath": "/checkpoints"}]}
     theirs = pods_of(planned(a_job(pods={"trainer": data}))["RayCluster"])["trainer"]
     assert theirs["volumes"] == data["volumes"]
+    remote = pods_of(planned(a_job(checkpoint__path="s3://bucket/run"))["RayCluster"])["trainer"]
+    assert "rlhf-checkpoints" not in str(remote)
 
 
 def test_overrides_are_merged_by_name_and_unknown_fields_pass() -> None:

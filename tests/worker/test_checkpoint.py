@@ -1,20 +1,27 @@
-"""Checkpoints on one gloo rank: bit-exact, atomic, pruned, and of this model only."""
+"""Checkpoints on gloo ranks: bit-exact, in the background, whole or not there, pruned, checked file by file, and of this model only."""
 
+import errno
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
+from fsspec.implementations.memory import MemoryFileSystem
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 
 from rlhf_worker import checkpoint
-from rlhf_worker.checkpoint import RunState
-from rlhf_worker.errors import BadData
+from rlhf_worker.checkpoint import Restored, RunState, Saver, whole
+from rlhf_worker.errors import BadData, BadSpec
+from rlhf_worker.storage import Store
 
 MODEL = {"path": "/m", "hidden_size": 8}
 
@@ -26,69 +33,251 @@ def group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def made(seed: int) -> tuple[nn.Module, AdamW]:
+class Bucket(MemoryFileSystem):  # type: ignore[misc]
+    """An object store: whole objects by key, and a switch that breaks uploads."""
+
+    protocol = "bucket"
+    store: dict[str, Any] = {}  # noqa: RUF012
+    pseudo_dirs: list[str] = [""]  # noqa: RUF012
+    broken = False
+
+    def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
+        if Bucket.broken and "w" in mode:
+            raise OSError("connection reset")
+        return super()._open(path, mode, **more)
+
+
+fsspec.register_implementation("bucket", Bucket, clobber=True)
+
+
+@pytest.fixture(params=["directory", "file", "bucket"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    Bucket.store.clear()
+    return {"directory": str(tmp_path / "run"), "file": f"file://{tmp_path}/run", "bucket": "bucket://models/run"}[request.param]
+
+
+Made = tuple[nn.Module, AdamW]
+
+
+def made(seed: int, width: int = 8) -> Made:
     torch.manual_seed(seed)
-    module = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
-    fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    module = nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 1))
+    fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     return module, AdamW(module.parameters(), lr=0.01)
 
 
-def train(module: nn.Module, optimizer: AdamW, steps: int) -> None:
+def train(held: Made, steps: int, batch: int = 4) -> None:
+    module, optimizer = held
     for _ in range(steps):
-        module(torch.randn(4, 8)).square().mean().backward()
+        module(torch.randn(batch, 8)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
 def state(step: int) -> RunState:
-    return RunState(step=step, version=step, model=MODEL, sampler={"epoch": 0, "position": step})
+    return RunState(step=step, version=step, model=MODEL, sampler={"epoch": 0, "position": step}, loop={"kl": 0.1 * step})
 
 
-def weights(module: nn.Module) -> list[torch.Tensor]:
-    return [p.full_tensor().clone() for p in module.parameters()]  # type: ignore[attr-defined]
+def saver(root: str | Path, keep: int = 2, expected: tuple[str, ...] = ("policy",), attempt: str = "a") -> Saver:
+    return Saver(str(root), keep, expected, attempt)
 
 
-def test_two_n_steps_equal_n_and_a_resume_and_n_bit_for_bit(tmp_path: Path) -> None:
-    module, optimizer = made(0)
-    train(module, optimizer, 3)
-    path = checkpoint.save(tmp_path / "run", state(3), module, optimizer, keep=2)
-    train(module, optimizer, 3)
-    resumed, its_optimizer = made(1)
-    checkpoint.load(path, resumed, its_optimizer)
-    assert checkpoint.read_run(path, MODEL) == state(3)
-    train(resumed, its_optimizer, 3)
-    assert all(torch.equal(a, b) for a, b in zip(weights(module), weights(resumed), strict=True))
+def saved(root: str | Path, *steps: int, keep: int = 2) -> Made:
+    held, its = made(0), saver(root, keep)
+    for step in steps:
+        its.begin(state(step), {"policy": held})
+    outcomes = its.finished(wait=True)
+    assert [o.error for o in outcomes] == [None] * len(steps)
+    return held
 
 
-def test_the_newest_whole_one_counts_and_old_ones_go(tmp_path: Path) -> None:
-    module, optimizer = made(0)
-    for step in (2, 10, 9):
-        checkpoint.save(tmp_path, state(step), module, optimizer, keep=2)
-    assert [p.name for p in checkpoint.whole(tmp_path)] == ["step-9", "step-10"]
-    (tmp_path / "step-11").mkdir()  # died before run.json
-    newest = checkpoint.newest(tmp_path)
-    assert newest is not None and newest.name == "step-10"
-    assert checkpoint.newest(tmp_path / "nothing") is None
+def weights(held: Made) -> list[torch.Tensor]:
+    return [p.full_tensor().clone() for p in held[0].parameters()]  # type: ignore[attr-defined]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_two_n_steps_equal_n_and_a_resume_and_n_bit_for_bit(root: str) -> None:
+    """Policy and critic, also where the loop goes on while the files are still being written."""
+    roles = {"policy": made(0), "critic": made(7)}
+    for held in roles.values():
+        train(held, 3)
+    its = saver(root, expected=("policy", "critic"))
+    its.begin(state(3), roles)
+    for held in roles.values():
+        train(held, 3)
+    assert its.finished(wait=True) == [checkpoint.Outcome(step=3, path=f"{root}/step-3", error=None)]
+    resumed = {"policy": made(1), "critic": made(2)}
+    assert saver(root, expected=("policy", "critic")).restore(MODEL, resumed) == Restored(state(3), [])
+    for held in resumed.values():
+        train(held, 3)
+    assert all(same(weights(roles[name]), weights(resumed[name])) for name in roles)
+
+
+def test_only_the_newest_are_kept_and_a_half_written_one_does_not_count(root: str) -> None:
+    saved(root, 2, 9, 10)
+    store = Store(root)
+    store.write("step-11/policy/__0_0.distcp", b"died before run.json")
+    assert whole(store) == ["step-9", "step-10"]
+    assert store.read("latest") == b"step-10"
+    saved(root, 12)
+    assert [name for name in store.names() if name != "latest"] == ["step-10", "step-12"]
+    assert saver(f"{root}/nothing").restore(MODEL, {"policy": made(0)}) == Restored(None, [])
+
+
+def spoil(store: Store, name: str, how: str) -> None:
+    data = store.read(name)
+    store.remove(name)
+    if how != "gone":
+        store.write(name, data[:-9] if how == "cut" else data[:40] + bytes([data[40] ^ 1]) + data[41:])
+
+
+@pytest.mark.parametrize(
+    ("file", "how", "told"),
+    [
+        ("policy/__0_0.distcp", "flipped", "the checksum of step-9/policy/__0_0.distcp differs"),
+        ("policy/__0_0.distcp", "cut", r"step-9/policy/__0_0.distcp has \d+ bytes of \d+"),
+        ("policy/.metadata", "gone", "policy/.metadata"),
+        ("policy/rng.pt", "cut", r"policy/rng.pt has \d+ bytes"),
+        ("run.json", "flipped", "run.json is not as it was written"),
+        ("run.json", "cut", "run.json is not as it was written"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_by_name(root: str, file: str, how: str, told: str) -> None:
+    saved(root, 7, 9)
+    spoil(Store(root), f"step-9/{file}", how)
+    found = saver(root).restore(MODEL, {"policy": made(1)})
+    assert found.state == state(7)
+    (words,) = found.passed_over
+    assert re.search(told, words), words
+    assert f"{root}/step-9 is damaged" in words
+
+
+def test_when_all_are_damaged_the_run_stops_and_does_not_start_anew(tmp_path: Path) -> None:
+    saved(tmp_path, 7)
+    spoil(Store(str(tmp_path)), "step-7/run.json", "cut")
+    with pytest.raises(BadData, match=r"step-7 is damaged .* no whole one is left: set spec\.checkpoint\.path"):
+        saver(tmp_path).restore(MODEL, {"policy": made(1)})
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, state(1), *made(0), keep=1)
+    saved(tmp_path, 1)
     with pytest.raises(BadData, match=r"step-1 is of another model \(path '/m' there, '/other' here\): set spec\.checkpoint\.path"):
-        checkpoint.read_run(path, MODEL | {"path": "/other"})
+        saver(tmp_path).restore(MODEL | {"path": "/other"}, {"policy": made(1)})
 
 
-def test_an_unreadable_checkpoint_is_bad_data(tmp_path: Path) -> None:
-    module, optimizer = made(0)
-    path = checkpoint.save(tmp_path, state(1), module, optimizer, keep=1)
-    (path / checkpoint.RUN).write_text("{")
-    with pytest.raises(BadData, match=r"run\.json cannot be read"):
-        checkpoint.read_run(path, MODEL)
-    next(path.glob("*.distcp")).write_bytes(b"")
-    with pytest.raises(BadData, match="cannot be loaded"):
-        checkpoint.load(path, module, optimizer)
+def test_a_checkpoint_without_a_role_of_this_run_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    with pytest.raises(BadData, match="step-1 does not fit critic"):
+        saver(tmp_path).restore(MODEL, {"policy": made(1), "critic": made(2)})
 
 
-def test_latest_names_the_newest_for_people(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, state(7), *made(0), keep=1)
-    assert (tmp_path / "latest").read_text() == "step-7"
-    assert json.loads((path / "run.json").read_text())["sampler"] == {"epoch": 0, "position": 7}
+def test_other_shapes_are_refused(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    with pytest.raises(BadData, match=r"step-1 does not fit policy \(.*Size mismatch"):
+        saver(tmp_path).restore(MODEL, {"policy": made(1, width=16)})
+
+
+def test_a_full_disk_costs_the_save_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = saved(tmp_path, 1)
+    its, write = saver(tmp_path), checkpoint._Summed.write
+
+    def full(self: Any, data: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint._Summed, "write", full)
+    its.begin(state(2), {"policy": held})
+    train(held, 1)
+    (outcome,) = its.finished(wait=True)
+    assert outcome.step == 2 and outcome.error is not None
+    assert f"spec.checkpoint.path ({tmp_path}) has " in outcome.error and "lower spec.checkpoint.keep or use a larger volume" in outcome.error
+    assert whole(Store(str(tmp_path))) == ["step-1"] and not list(tmp_path.glob(".step-*"))
+    monkeypatch.setattr(checkpoint._Summed, "write", write)
+    its.begin(state(3), {"policy": held})
+    assert [o.error for o in its.finished(wait=True)] == [None]
+    assert whole(Store(str(tmp_path))) == ["step-1", "step-3"]
+
+
+def test_an_upload_that_breaks_leaves_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    Bucket.store.clear()
+    held = saved("bucket://models/run", 1)
+    monkeypatch.setattr(Bucket, "broken", True)
+    its = saver("bucket://models/run")
+    its.begin(state(2), {"policy": held})
+    (outcome,) = its.finished(wait=True)
+    assert outcome.error is not None and "connection reset" in outcome.error and "is remote" in outcome.error
+    assert whole(Store("bucket://models/run")) == ["step-1"]
+
+
+def test_a_part_of_an_earlier_driver_is_not_taken_for_this_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The critic has ranks of its own, and its part of a try that died still lies there."""
+    monkeypatch.setattr(checkpoint, "PARTS_DEADLINE_SECONDS", 0.5)
+    Store(str(tmp_path)).write(".step-1.partial/critic/part.json", json.dumps({"attempt": "before", "files": {}}).encode())
+    its = saver(tmp_path, expected=("policy", "critic"))
+    its.begin(state(1), {"policy": made(0)})
+    (outcome,) = its.finished(wait=True)
+    assert outcome.error is not None and "critic/part.json did not come in 0.5 s" in outcome.error
+
+
+def test_roles_of_two_rank_groups_make_one_checkpoint(tmp_path: Path) -> None:
+    policy, critic = made(0), made(1)
+    both = ("policy", "critic")
+    ours, theirs = saver(tmp_path, expected=both), saver(tmp_path, expected=both)
+    ours.begin(state(1), {"policy": policy})
+    theirs.begin(state(1), {"critic": critic})
+    assert [o.error for o in (*ours.finished(wait=True), *theirs.finished(wait=True))] == [None, None]
+    together = {"policy": made(2), "critic": made(3)}  # another placement: both on the same ranks now
+    assert saver(tmp_path, expected=both).restore(MODEL, together).state == state(1)
+    assert same(weights(critic), weights(together["critic"])) and same(weights(policy), weights(together["policy"]))
+
+
+@pytest.mark.parametrize(
+    ("path", "told"), [("nosuch://bucket/run", "Protocol not known: nosuch"), ("oss://bucket/run", "ossfs")]
+)
+def test_a_filesystem_without_a_driver_is_a_wrong_spec(path: str, told: str) -> None:
+    with pytest.raises(BadSpec, match=rf"spec\.checkpoint\.path: {path}: .*{told}.*put fsspec's driver for it into spec\.image"):
+        Store(path)
+
+
+def test_a_directory_is_published_whole_or_not_at_all(root: str) -> None:
+    store = Store(root)
+    for text in (b"one", b"two"):
+        with store.publishing("export", "config.json") as folder:
+            (folder / "config.json").write_bytes(text)
+            (folder / "model.safetensors").write_bytes(text)
+    with pytest.raises(OSError, match="full"), store.publishing("export", "config.json") as folder:
+        (folder / "config.json").write_bytes(b"three")
+        raise OSError("full")
+    assert {name: store.read(f"export/{name}") for name in store.names("export")} == {"config.json": b"two", "model.safetensors": b"two"}
+
+
+def rank_of_two(rank: int, world: int, tmp_path: Path, act: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/{act}", rank=rank, world_size=world)
+    held = made(0)
+    its = saver(tmp_path / "run")
+    if act == "save":
+        train(held, 2)
+        torch.manual_seed(100 + rank)
+        its.begin(state(2), {"policy": held})
+    else:
+        assert its.restore(MODEL, {"policy": held}).state == state(2)
+    drawn = torch.rand(3)
+    assert all(o.error is None for o in its.finished(wait=True))
+    torch.save((weights(held), drawn), tmp_path / f"{act}-{rank}.pt")
+    dist.barrier()
+    its.close()
+    dist.destroy_process_group()
+
+
+def test_two_ranks_save_and_one_or_two_load(tmp_path: Path) -> None:
+    """Every rank's own stream of random numbers comes back when their number is the same."""
+    mp.spawn(rank_of_two, (2, tmp_path, "save"), nprocs=2)
+    mp.spawn(rank_of_two, (2, tmp_path, "load"), nprocs=2)
+    (before, drawn0), (_, drawn1) = (torch.load(tmp_path / f"save-{rank}.pt") for rank in range(2))
+    (after, again0), (_, again1) = (torch.load(tmp_path / f"load-{rank}.pt") for rank in range(2))
+    assert same(before, after) and torch.equal(drawn0, again0) and torch.equal(drawn1, again1) and not torch.equal(drawn0, drawn1)
+    alone = made(5)
+    assert saver(tmp_path / "run").restore(MODEL, {"policy": alone}).state == state(2)
+    assert same(weights(alone), before)

@@ -1,97 +1,286 @@
-"""Checkpoints: `<path>/step-<n>/` holds torch DCP's shards of model and optimizer, every rank's RNG, and run.json.
+"""Checkpoints: `<path>/step-<n>/<role>/` holds torch DCP's shards of a role's model and optimizer and every rank's RNG; run.json the rest.
 
-A directory gets its name only when it is whole; `latest` names the newest for people. Save and load are collectives.
+run.json is written last and names every file with its size and CRC32: a directory without it, or with other files, is no checkpoint. On a
+mounted volume a directory also gets its name only when it is whole. Tensors are copied to the host at once and written by a thread.
 """
 
+import io
 import json
 import os
 import re
-import shutil
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
 
 from rlhf_worker.errors import BadData
+from rlhf_worker.storage import Store
 
-NAME = re.compile(r"step-(\d+)")
-RUN, RNG, LATEST = "run.json", "rng.pt", "latest"
+NAME, LEFT = re.compile(r"step-(\d+)"), re.compile(r"\.?step-(\d+)(?:\.partial)?")
+RUN, PART, RNG, LATEST = "run.json", "part.json", "rng.pt", "latest"
+LEADER = "policy"  # its first rank makes a checkpoint of every role's part
+PARTS_DEADLINE_SECONDS = 1800.0
+POLL_SECONDS = 0.2
+
+Roles = Mapping[str, tuple[nn.Module, Optimizer]]
+Files = dict[str, list[int]]  # by name inside the checkpoint: size in bytes, CRC32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """Everything of a run besides tensors. `version`: optimizer updates since the base model."""
+    """Everything of a run besides tensors. `version`: optimizer updates since the base model; `loop`: the loop's own memory (KL controller, work in flight)."""
 
     step: int
     version: int
     model: dict[str, Any]
     sampler: dict[str, Any]
+    loop: dict[str, Any]
 
 
-def whole(root: Path) -> list[Path]:
-    """The complete checkpoints under `root`, oldest first."""
-    found = [(int(match[1]), p) for p in (root.iterdir() if root.is_dir() else ()) if (match := NAME.fullmatch(p.name)) and (p / RUN).is_file()]
-    return [path for _, path in sorted(found)]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a save ended."""
+
+    step: int
+    path: str
+    error: str | None
 
 
-def newest(root: Path) -> Path | None:
-    paths = whole(root)
-    return paths[-1] if paths else None
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """`passed_over`: newer checkpoints that are damaged, each by name and fault."""
+
+    state: RunState | None
+    passed_over: list[str]
 
 
-def read_run(path: Path, model: dict[str, Any]) -> RunState:
-    """Raises BadData for a checkpoint of another model, or one that cannot be read."""
+class Saver:
+    """One rank's end. `begin`, `restore` and `close` are collectives of the ranks that hold the same roles; the process group must be there.
+
+    expected: every role that the run trains, also those of other rank groups. attempt: the same in all processes of one driver, and in no other.
+    """
+
+    def __init__(self, root: str, keep: int, expected: Sequence[str], attempt: str) -> None:
+        self.store = Store(root)
+        self.keep = keep
+        self.expected = expected
+        self.attempt = attempt
+        self.group = dist.new_group(backend="gloo")  # of its own: its collectives run beside the loop's
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.running: Future[None] | None = None
+        self.outcomes: list[Outcome] = []
+
+    def begin(self, state: RunState, roles: Roles) -> None:
+        """The tensors are copied when this returns, and written after it. Waits for the save before."""
+        self._wait()
+        stager = DefaultStager(StagingOptions(False, False, False, False))
+        staged = {role: stager.stage(_tensors(*held)) for role, held in roles.items()}
+        stager.close()
+        rngs = self._gather(_rng())
+        self.running = self.thread.submit(self._save, state, staged, rngs)
+
+    def finished(self, *, wait: bool) -> list[Outcome]:
+        """Saves that ended since the last call. Only the leader's and the first ranks of other groups know all."""
+        if wait or (self.running and self.running.done()):
+            self._wait()
+        told, self.outcomes = self.outcomes, []
+        return told
+
+    def close(self) -> None:
+        self._wait()
+        self.thread.shutdown()
+
+    def _wait(self) -> None:
+        if self.running is not None:
+            self.running.result()
+            self.running = None
+
+    def _gather(self, value: Any) -> list[Any]:
+        found: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def _save(self, state: RunState, staged: dict[str, Any], rngs: list[Any]) -> None:
+        """In the thread. Every rank comes to the end of it whatever fails, for the others wait for it in a collective."""
+        target = f"step-{state.step}"
+        work = f".{target}.partial" if self.store.local else target
+        error = None
+        try:
+            files = self._write(work, staged)
+            if dist.get_rank(self.group) == 0:
+                self._finish(state, work, target, list(staged), rngs, files)
+        except (Exception, CheckpointException) as caught:  # which is no Exception
+            error = _cause(caught)
+            if dist.get_rank(self.group) == 0:
+                error = f"{error}; {self._room()}"
+                self._discard(work)
+        self.outcomes.append(Outcome(step=state.step, path=self.store.url(target), error=error))
+
+    def _write(self, work: str, staged: dict[str, Any]) -> dict[str, Files]:
+        """Collective. Of each role, the files of all ranks. Raises CheckpointException on every rank when one fails."""
+        written: dict[str, Files] = {}
+        for role, tensors in staged.items():
+            path = self.store.url(f"{work}/{role}")
+            writer, files = FsspecWriter(path, sync_files=self.store.local), SummingFiles()
+            files.init_path(path)
+            writer.fs = files  # type: ignore[assignment]  # declared narrower than what it uses
+            save_tensors(tensors, storage_writer=writer, process_group=self.group)
+            written[role] = {name: sums for own in self._gather(files.sums) for name, sums in own.items()}
+        return written
+
+    def _finish(self, state: RunState, work: str, target: str, roles: list[str], rngs: list[Any], written: dict[str, Files]) -> None:
+        """The group's first rank: its parts are told; and the leader, when all parts are, makes the checkpoint."""
+        buffer = io.BytesIO()
+        torch.save(rngs, buffer)
+        written[roles[0]][RNG] = list(self.store.write(f"{work}/{roles[0]}/{RNG}", buffer.getvalue()))
+        for role, files in written.items():
+            self.store.write(f"{work}/{role}/{PART}", json.dumps({"attempt": self.attempt, "files": files}).encode())
+        if LEADER not in roles:
+            return
+        files = {f"{role}/{name}": sums for role in self.expected for name, sums in self._part(f"{work}/{role}/{PART}").items()}
+        self.store.write(f"{work}/{RUN}", sealed({**asdict(state), "files": files}))
+        if work != target:
+            self.store.rename(work, target)
+        self.store.write(LATEST, target.encode())
+        self._prune(state.step)
+
+    def _part(self, name: str) -> Files:
+        """Of a role that other ranks may hold, and still write. Raises TimeoutError."""
+        end = time.monotonic() + PARTS_DEADLINE_SECONDS
+        while True:
+            try:
+                told = json.loads(self.store.read(name))
+                if told["attempt"] == self.attempt:
+                    return dict(told["files"])
+            except (OSError, ValueError):
+                pass
+            if time.monotonic() > end:
+                raise TimeoutError(f"{name} did not come in {PARTS_DEADLINE_SECONDS:g} s")
+            time.sleep(POLL_SECONDS)
+
+    def _prune(self, step: int) -> None:
+        """All but the newest `keep`, and what earlier saves left undone."""
+        kept = whole(self.store)[-self.keep :]
+        for name in self.store.names():
+            if name not in kept and (match := LEFT.fullmatch(name)) and int(match[1]) < step:
+                self.store.remove(name)
+
+    def _discard(self, work: str) -> None:
+        """A half-written directory holds space that the next save needs."""
+        try:
+            self.store.remove(work)
+        except OSError as error:
+            print(f"checkpoint: {self.store.url(work)} could not be removed: {error}", flush=True)
+
+    def _room(self) -> str:
+        room = self.store.room()
+        free = f"has {room[0] / 2**30:.1f} GiB free of {room[1] / 2**30:.1f}" if room else "is remote"
+        return f"spec.checkpoint.path ({self.store.root}) {free}: if it is full, free space, lower spec.checkpoint.keep or use a larger volume"
+
+    def restore(self, model: dict[str, Any], roles: Roles) -> Restored:
+        """The newest whole checkpoint into `roles`. Raises BadData for one of another model, and when every one is damaged."""
+        passed_over: list[str] = []
+        for name in reversed(self._agreed(lambda: whole(self.store))):
+            state, files = read_run(self.store, name, self._agreed(lambda name=name: self.store.read(f"{name}/{RUN}")))  # type: ignore[misc]
+            faults = [state] if isinstance(state, str) else self._faults(name, files)
+            if not faults:
+                assert isinstance(state, RunState)
+                self._load(name, state, model, roles)
+                return Restored(state, passed_over)
+            passed_over.append(f"checkpoint {self.store.url(name)} is damaged ({faults[0]}) and was passed over")
+        if passed_over:
+            raise BadData(f"{'; '.join(passed_over)}; no whole one is left: set spec.checkpoint.path to an empty directory to start anew")
+        return Restored(None, [])
+
+    def _agreed(self, look: Callable[[], Any]) -> Any:
+        """What the group's first rank sees: all ranks must choose the same."""
+        found = [look() if dist.get_rank(self.group) == 0 else None]
+        dist.broadcast_object_list(found, group_src=0, group=self.group)
+        return found[0]
+
+    def _faults(self, name: str, files: Files) -> list[str]:
+        """Files that are not as they were written; each rank reads its share of them."""
+        own = sorted(files)[dist.get_rank(self.group) :: dist.get_world_size(self.group)]
+        found = [fault for file in own if (fault := _fault(self.store, f"{name}/{file}", *files[file]))]
+        return [fault for part in self._gather(found) for fault in part]
+
+    def _load(self, name: str, state: RunState, model: dict[str, Any], roles: Roles) -> None:
+        path = self.store.url(name)
+        if differ := [key for key in model if state.model.get(key) != model[key]]:
+            told = ", ".join(f"{key} {state.model.get(key)!r} there, {model[key]!r} here" for key in differ)
+            raise BadData(f"checkpoint {path} is of another model ({told}): set spec.checkpoint.path to an empty directory, or spec.model to that model")
+        for role, (module, optimizer) in roles.items():
+            tensors = _tensors(module, optimizer)
+            try:
+                load_tensors(tensors, storage_reader=FsspecReader(f"{path}/{role}"), process_group=self.group)
+            except (OSError, RuntimeError, ValueError, CheckpointException) as error:
+                raise BadData(
+                    f"checkpoint {path} does not fit {role} ({_cause(error)}): set spec.checkpoint.path to an empty directory, or the spec to what made it"
+                ) from error
+            set_state_dict(module, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+        self._load_rng(f"{name}/{next(iter(roles))}/{RNG}")
+
+    def _load_rng(self, name: str) -> None:
+        """Only of as many ranks: with another number every rank's stream is another anyway."""
+        rngs = torch.load(io.BytesIO(self.store.read(name)), weights_only=True) if self.store.fs.exists(self.store.path(name)) else []
+        if len(rngs) == dist.get_world_size(self.group):
+            own = rngs[dist.get_rank(self.group)]
+            torch.set_rng_state(own["cpu"])
+            if "cuda" in own and torch.cuda.is_available():
+                torch.cuda.set_rng_state(own["cuda"])
+
+
+def whole(store: Store) -> list[str]:
+    """Names of the finished checkpoints, oldest first."""
+    found = [(int(match[1]), name) for name in store.names() if (match := NAME.fullmatch(name)) and RUN in store.names(name)]
+    return [name for _, name in sorted(found)]
+
+
+def sealed(content: dict[str, Any]) -> bytes:
+    """run.json with a CRC32 of itself in the last line."""
+    text = json.dumps(content).encode()
+    return text + f"\n{zlib.crc32(text)}\n".encode()
+
+
+def read_run(store: Store, name: str, data: bytes) -> tuple[RunState | str, Files]:
+    """What run.json says; or its fault in words."""
+    text, _, seal = data.rstrip(b"\n").rpartition(b"\n")
+    if seal != str(zlib.crc32(text)).encode():
+        return f"{RUN} is not as it was written", {}
+    content = json.loads(text)
+    files = content.pop("files")
+    return RunState(**content), files
+
+
+def _fault(store: Store, name: str, size: int, crc: int) -> str:
     try:
-        state = RunState(**json.loads((path / RUN).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise BadData(f"checkpoint {path}: {RUN} cannot be read ({error}): delete that directory to resume from the one before it") from error
-    differ = [name for name in model if state.model.get(name) != model[name]]
-    if differ:
-        told = ", ".join(f"{name} {state.model.get(name)!r} there, {model[name]!r} here" for name in differ)
-        raise BadData(f"checkpoint {path} is of another model ({told}): set spec.checkpoint.path to an empty directory, or spec.model to that model")
-    return state
+        if (there := store.size(name)) != size:
+            return f"{name} has {there} bytes of {size}"
+        return "" if store.measure(name)[1] == crc else f"the checksum of {name} differs"
+    except OSError as error:
+        return f"{name}: {error}"
 
 
-def save(root: Path, state: RunState, module: nn.Module, optimizer: Optimizer, keep: int) -> Path:
-    """Collective over all ranks; returns the checkpoint's path when every rank's part is in place."""
-    target, work = root / f"step-{state.step}", root / f".step-{state.step}.partial"
-    if dist.get_rank() == 0:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    dist.barrier()
-    save_tensors(_tensors(module, optimizer), checkpoint_id=work)
-    rngs: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(rngs, torch.get_rng_state())
-    if dist.get_rank() == 0:
-        torch.save(rngs, work / RNG)
-        _write(work / RUN, json.dumps(asdict(state)))
-        shutil.rmtree(target, ignore_errors=True)
-        work.rename(target)
-        _write(root / LATEST, target.name)
-        _prune(root, keep)
-    dist.barrier()
-    return target
-
-
-def load(path: Path, module: nn.Module, optimizer: Optimizer) -> None:
-    """Collective. Model, optimizer and, with the same number of ranks, RNG. Raises BadData."""
-    tensors = _tensors(module, optimizer)
-    try:
-        load_tensors(tensors, checkpoint_id=path)
-        rngs = torch.load(path / RNG, weights_only=True)
-    except (OSError, RuntimeError, ValueError, CheckpointException) as error:
-        raise BadData(f"checkpoint {path} cannot be loaded ({error}): delete that directory to resume from the one before it") from error
-    set_state_dict(module, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
-    if len(rngs) == dist.get_world_size():
-        torch.set_rng_state(rngs[dist.get_rank()])
+def _cause(error: BaseException) -> str:
+    """DCP hides what happened behind what it did."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {type(cause).__name__}: {cause}"
+    return f"{type(error).__name__}: {error}"
 
 
 def _tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -99,18 +288,36 @@ def _tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     return {"model": model, "optimizer": optim}
 
 
-def _write(path: Path, text: str) -> None:
-    """Atomic, and on the disk when it returns."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+def _rng() -> dict[str, torch.Tensor]:
+    return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})}
 
 
-def _prune(root: Path, keep: int) -> None:
-    for path in whole(root)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
-    for path in root.glob(".step-*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
+class SummingFiles(FileSystem):
+    """DCP's way to a filesystem, which also notes size and CRC32 of each file that goes through it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums: Files = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        with super().create_stream(path, mode) as stream:
+            summed = _Summed(stream)
+            yield summed
+        self.sums[os.fspath(path).rpartition("/")[2].removesuffix(".tmp")] = [summed.size, summed.crc]  # DCP renames its own when they are whole
+
+
+class _Summed:
+    """A file for writing from front to back."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.size = self.crc = 0
+
+    def write(self, data: Any) -> int:
+        count = self.file.write(data)
+        self.size, self.crc = self.size + memoryview(data).nbytes, zlib.crc32(data, self.crc)
+        return int(count)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)

@@ -25,6 +25,10 @@ class Diverged(Exception):
     """Loss or gradient is not finite. The message says where the batch was dumped."""
 
 
+class SaveFailed(Exception):
+    """The run's last checkpoint could not be written. The message names path, room and fix."""
+
+
 class RewardFailed(Exception):
     """A reward gave no value for a sample, in any of its tries. The message names the reward, the prompt and the reward's own error."""
 

@@ -89,7 +89,7 @@ class StatusReporter:
         print(line(self.progress, values), flush=True)
 
     def saved(self, step: int, path: str) -> None:
-        self.update(checkpoint=Saved(step=step, path=path, time=now()))
+        self.update(checkpoint=Saved(step=step, path=path, time=now()), save_error=None)
         print(f"saved step {step} to {path}", flush=True)
 
     def close(self) -> None:

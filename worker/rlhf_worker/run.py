@@ -68,12 +68,15 @@ def drive(config: RunConfig, reporter: Reporter, stop: Stop) -> Result:
 def _restore(config: RunConfig, crew: Crew, reporter: Reporter) -> int:
     """Finished steps of the newest checkpoint; 0 for a new run. Raises BadData."""
     reporter.update(detail="looking for a checkpoint")
-    state = call_all(crew.policy, "restore", deadline_seconds=FILE_DEADLINE_SECONDS, what="restore")[0]
+    restored = call_all(crew.policy, "restore", deadline_seconds=FILE_DEADLINE_SECONDS, what="restore")[0]
+    for words in restored.passed_over:
+        print(words, file=sys.stderr, flush=True)
+    state = restored.state
     step = state.step if state else 0
     call(crew.feed, "begin", step, state.sampler if state else None, deadline_seconds=FILE_DEADLINE_SECONDS, what="start of the data")
     if state:
         total = config.trainer.steps
-        reporter.update(detail=f"resuming after step {step}", step=step, display=f"{step}/{total}", resumed_from_step=step)
+        reporter.update(detail="; ".join([f"resuming after step {step}", *restored.passed_over])[:1000], step=step, display=f"{step}/{total}", resumed_from_step=step)
     return step
 
 

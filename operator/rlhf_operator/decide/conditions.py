@@ -6,6 +6,7 @@ A message never carries a number that moves at each step: that would be a write 
 
 from collections.abc import Callable
 
+from rlhf_api.progress import Progress
 from rlhf_api.status import ConditionType, FailureClass
 from rlhf_operator.clock import moment
 from rlhf_operator.decide import acceptance, deadlines, readiness
@@ -96,9 +97,21 @@ def _progressing(f: Facts) -> Verdict:
     return yes("StepAdvancing", "steps are finishing")
 
 
-def _weights_in_sync(f: Facts) -> Verdict:
+def _preflight_passed(f: Facts) -> Verdict:
+    last = _last_report(f)
+    found = last.preflight if last else None
+    if found is None:
+        return unknown("NoReportYet", "the checks before the first step have not ended")
+    return no(found.failed, found.message) if found.failed else yes("ChecksPassed", found.message)
+
+
+def _last_report(f: Facts) -> Progress | None:
     """Of a job that has ended: as it was at the end, for its driver is gone and cannot report anew."""
-    last = f.job.status.progress if f.record.result else f.progress
+    return f.job.status.progress if f.record.result else f.progress
+
+
+def _weights_in_sync(f: Facts) -> Verdict:
+    last = _last_report(f)
     sync = last.sync if last else None
     if sync is None:
         return unknown("NoReportYet", "no weight sync was reported")
@@ -109,7 +122,10 @@ def _weights_in_sync(f: Facts) -> Verdict:
 
 
 def _checkpoint_available(f: Facts) -> Verdict:
-    saved = f.job.status.progress.checkpoint if f.job.status.progress else None
+    told = f.job.status.progress
+    saved, error = (told.checkpoint, told.save_error) if told else (None, None)
+    if error:
+        return yes("LastSaveFailed", f"status.progress.checkpoint is the newest; {error}") if saved else no("SaveFailed", error)
     return yes("Saved", "status.progress.checkpoint is the newest") if saved else no("NoneYet", "no checkpoint was saved yet")
 
 
@@ -157,6 +173,7 @@ TABLE: dict[ConditionType, Callable[[Facts], Verdict | None]] = {
     ConditionType.CLUSTER_READY: readiness.explain,
     ConditionType.RUNNING: _running,
     ConditionType.PROGRESSING: _progressing,
+    ConditionType.PREFLIGHT_PASSED: _preflight_passed,
     ConditionType.WEIGHTS_IN_SYNC: _weights_in_sync,
     ConditionType.CHECKPOINT_AVAILABLE: _checkpoint_available,
     ConditionType.SUSPENDED: _suspended,

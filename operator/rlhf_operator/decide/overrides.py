@@ -67,9 +67,9 @@ def _no_rollout_pods(spec: RLHFJobSpec) -> Iterator[str]:
 
 
 def _checkpoint(spec: RLHFJobSpec) -> Iterator[str]:
-    trainers = plan_placement(spec).groups[0].pods
-    if trainers > 1 and not holds_path(spec.pods.trainer.volume_mounts, spec.checkpoint.path):
-        yield (f"spec.pods.trainer.volumes: {trainers} trainer pods save into {spec.checkpoint.path}: mount a volume there that they share, "
+    trainers, path = plan_placement(spec).groups[0].pods, spec.checkpoint.directory
+    if trainers > 1 and path and not holds_path(spec.pods.trainer.volume_mounts, path):
+        yield (f"spec.pods.trainer.volumes: {trainers} trainer pods save into {path}: mount a volume there that they share, "
                "or lower spec.trainer.gpus to one pod's")
 
 

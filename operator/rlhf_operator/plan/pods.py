@@ -121,8 +121,8 @@ def _head_volumes(job: RLHFJob) -> list[Raw]:
 
 def _checkpoint_volume(job: RLHFJob, group: PodGroup, user: PodOverrides) -> tuple[list[Raw], list[Raw]]:
     """Where the user mounts nothing at checkpoint.path the one trainer pod saves into itself."""
-    path = job.spec.checkpoint.path
-    if group.name != "trainer" or holds_path(user.volume_mounts, path):
+    path = job.spec.checkpoint.directory
+    if path is None or group.name != "trainer" or holds_path(user.volume_mounts, path):
         return [], []
     return [{"name": "rlhf-checkpoints", "emptyDir": {}}], [_mount("rlhf-checkpoints", path)]
 

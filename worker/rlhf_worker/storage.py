@@ -1,0 +1,106 @@
+"""The place of checkpoints: a directory, or a URL of any filesystem that fsspec knows. Both through fsspec, so there is one way."""
+
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fsspec.core import url_to_fs
+
+from rlhf_worker.errors import BadSpec
+
+CHUNK_BYTES = 16 << 20
+
+
+class Store:
+    """Files under `root`. A directory renames atomically; elsewhere only one file is atomic, so whoever writes several writes the telling one last."""
+
+    def __init__(self, root: str) -> None:
+        """Connects to nothing yet. Raises BadSpec for a filesystem that has no driver here."""
+        self.root = root.rstrip("/")
+        try:
+            self.fs, self.inside = url_to_fs(self.root)
+        except (ImportError, ValueError) as error:
+            raise BadSpec(f"spec.checkpoint.path: {root}: {error}; put fsspec's driver for it into spec.image, or use a directory on a mounted volume") from error
+        self.local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
+
+    def url(self, name: str) -> str:
+        """As users write it, and as torch's readers take it."""
+        return f"{self.root}/{name}"
+
+    def path(self, name: str) -> str:
+        """As fsspec's own calls take it."""
+        return f"{self.inside}/{name}"
+
+    def names(self, directory: str = "") -> list[str]:
+        """What lies directly in it; nothing where it is not there. Raises OSError."""
+        self.fs.invalidate_cache()
+        try:
+            return sorted(found.rstrip("/").rpartition("/")[2] for found in self.fs.ls(self.path(directory).rstrip("/"), detail=False))
+        except FileNotFoundError:
+            return []
+
+    def read(self, name: str) -> bytes:
+        """Raises OSError."""
+        found: bytes = self.fs.cat_file(self.path(name))
+        return found
+
+    def write(self, name: str, data: bytes) -> tuple[int, int]:
+        """Whole or not at all. Returns size and CRC32. Raises OSError."""
+        path = self.path(name)
+        self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        if self.local:
+            Path(f"{path}.partial").write_bytes(data)
+            Path(f"{path}.partial").rename(path)
+        else:
+            self.fs.pipe_file(path, data)
+        return len(data), zlib.crc32(data)
+
+    def measure(self, name: str) -> tuple[int, int]:
+        """Size and CRC32 of what is there. Raises OSError."""
+        size = crc = 0
+        with self.fs.open(self.path(name), "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+        return size, crc
+
+    def size(self, name: str) -> int:
+        """Bytes. Raises OSError."""
+        found: int = self.fs.size(self.path(name))
+        return found
+
+    def remove(self, name: str) -> None:
+        """With all that is in it, if it is there. Raises OSError."""
+        if self.fs.exists(self.path(name)):
+            self.fs.rm(self.path(name), recursive=True)
+
+    def rename(self, old: str, new: str) -> None:
+        """A directory, atomically where this is a directory of this machine."""
+        self.remove(new)
+        self.fs.mv(self.path(old), self.path(new), recursive=True)
+
+    def room(self) -> tuple[int, int] | None:
+        """Free and all bytes of the volume; None where that has no meaning."""
+        if not self.local:
+            return None
+        there = next(p for p in (Path(self.inside), *Path(self.inside).parents) if p.exists())
+        usage = shutil.disk_usage(there)
+        return usage.free, usage.total
+
+    @contextmanager
+    def publishing(self, name: str, telling: str) -> Iterator[Path]:
+        """A local directory to fill, which takes the place of `name` when the block ends well. Elsewhere than on a local disk the file `telling` goes last."""
+        partial = f".{name}.partial"
+        if self.local:
+            self.remove(partial)
+            self.fs.makedirs(self.path(partial), exist_ok=True)
+            yield Path(self.path(partial))
+            self.rename(partial, name)
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+            self.remove(name)
+            for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == telling):
+                self.fs.put_file(str(file), self.path(f"{name}/{file.name}"))
