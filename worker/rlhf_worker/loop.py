@@ -3,6 +3,7 @@
 The loop moves values between actors and decides nothing about placement, engines or files.
 """
 
+import sys
 import time
 from typing import Any
 
@@ -168,7 +169,8 @@ class Loop:
             error = f"no checkpoint of step {outcome.step}: {outcome.error}" if outcome.error else None
             if error:
                 self.saved_step = -1
-                self.reporter.warn(error)
+                self.reporter.update(save_error=error[:1000])
+                print(error, file=sys.stderr, flush=True)
             else:
                 self.reporter.saved(outcome.step, outcome.path)
         return error

@@ -69,7 +69,7 @@ class Trainer:
         self.source = PolicySource(self._named, getattr(torch, self.config.model.dtype))
         self.reference = self._module().requires_grad_(False) if algorithm.kl.coefficient > 0 else None
         attempt = ray.get_runtime_context().get_job_id() if ray.is_initialized() else ""
-        self.saver = Saver(self.config.checkpoint.path, self.config.checkpoint.keep, ["policy"], attempt)
+        self.saver = Saver(self.config.checkpoint.path, self.config.checkpoint.keep, ["policy", "critic"] if self.config.critic else ["policy"], attempt)
         self.optimizer = torch.optim.AdamW(
             self.module.parameters(), lr=trainer.learning_rate, betas=ADAM_BETAS, weight_decay=trainer.weight_decay, fused=self.device.type == "cuda"
         )
