@@ -111,7 +111,7 @@ def test_resuming_gives_the_same_bits(learned: Run, tiny: Path, tmp_path: Path) 
     assert resumed.code == 0, resumed.output
     assert "resuming after step 20" in resumed.output
     assert resumed.rewards == learned.rewards[20:]
-    one, other = (flat(path / "step-30", tmp_path / f"{index}.pt") for index, path in enumerate((learned.checkpoints, tmp_path)))
+    one, other = (flat(path / "step-30" / "policy", tmp_path / f"{index}.pt") for index, path in enumerate((learned.checkpoints, tmp_path)))
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
