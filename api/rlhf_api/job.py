@@ -31,15 +31,53 @@ class ModelSpec(Model):
 
 class KLSpec(Model):
     coefficient: NonNegativeFloat = Field(0.0, description="Weight of the KL term against the reference model. 0 loads no reference model.")
-    estimator: Literal["k1", "k2", "k3"] = Field("k3", description="k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d, with d = log pi - log pi_ref.")
-    place: Literal["loss", "reward"] = Field("loss", description="Add the term to the loss (GRPO), or subtract it from the token rewards.")
+    estimator: Literal["k1", "k2", "k3"] | None = Field(None, description="k1 = d, k2 = d^2/2, k3 = exp(-d) - 1 + d, with d = log pi - log pi_ref.")
+    place: Literal["loss", "reward"] | None = Field(None, description="Add the term to the loss, or subtract it from the rewards: of the tokens (ppo, reinforce++), or summed from the sample's.")
+    target: NonNegativeFloat | None = Field(None, description="The coefficient adapts to keep the KL, in nats a token, here. 0: the coefficient is fixed.")
+    horizon: PositiveInt | None = Field(None, description="Samples over which the coefficient adapts.")
+
+
+class GAESpec(Model):
+    gamma: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Discount of a token.")
+    lam: Annotated[float, Field(ge=0, le=1)] | None = Field(None, alias="lambda", description="1: returns less values. Lower: less variance, more trust in the critic.")
+
+
+class DynamicSamplingSpec(Model):
+    enabled: bool | None = Field(None, description="Drop groups whose rewards are all equal, and draw other prompts for them.")
+    max_rounds: Annotated[int, Field(ge=1, le=1000)] | None = Field(None, description="Most rounds of drawing for one step.")
+
+
+class OverlongSpec(Model):
+    buffer_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="The last tokens before rollout.maxTokens, over which a completion's reward falls. 0: none.")
+    penalty: Annotated[float, Field(gt=0)] | None = Field(None, description="What a completion of rollout.maxTokens loses.")
+
+
+class CorrectionSpec(Model):
+    """Of the difference between the engine that sampled and the trainer that learns; weights are exp(log pi_trainer - log pi_engine)."""
+
+    token_cap: Annotated[float, Field(ge=0)] | None = Field(None, description="Each token's loss is multiplied with its weight, at most this (truncated importance sampling). 0: not.")
+    token_min: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Tokens of a lower weight are left out.")
+    token_max: Annotated[float, Field(ge=0)] | None = Field(None, description="Tokens of a higher weight are left out. 0: none.")
+    sequence_min: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Sequences of a lower geometric mean weight are left out.")
+    sequence_max: Annotated[float, Field(ge=0)] | None = Field(None, description="Sequences of a higher geometric mean weight are left out. 0: none.")
+    alarm: Annotated[float, Field(gt=0)] | None = Field(None, description="A KL of engine from trainer above this, in nats a token, is warned of.")
 
 
 class AlgorithmSpec(Model):
-    name: Literal["grpo"] = Field("grpo", description="grpo: group-relative advantages (arXiv 2402.03300).")
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = Field(0.2, description="Lower clip of the policy ratio: 1 - clipLow.")
-    clip_high: Annotated[float, Field(gt=0, lt=10)] = Field(0.2, description="Upper clip of the policy ratio: 1 + clipHigh.")
+    """Options that are not set are the algorithm's own."""
+
+    name: Literal["ppo", "grpo", "rloo", "reinforce++", "reinforce++-baseline", "dr_grpo", "dapo", "gspo", "cispo"] = Field("grpo", description="The algorithm; docs/algorithms.md tells them apart.")
+    clip_low: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Lower clip of the policy ratio: 1 - clipLow. Only cispo's may be 1, which is none.")
+    clip_high: Annotated[float, Field(gt=0, lt=10)] | None = Field(None, description="Upper clip of the policy ratio: 1 + clipHigh.")
+    dual_clip: Annotated[float, Field(ge=0)] | None = Field(None, description="Upper clip of the policy ratio where the advantage is negative. 0: none.")
+    loss_aggregation: Literal["tokens", "sequences", "constant"] | None = Field(None, description="tokens: mean over all tokens. sequences: mean over sequences of each one's mean. constant: sum of tokens by samples x rollout.maxTokens.")
+    advantage_normalization: Literal["none", "group", "batch"] | None = Field(None, description="Divide by the deviation of the prompt's group, or bring all tokens of the step to mean 0 and deviation 1.")
+    value_clip: NonNegativeFloat | None = Field(None, description="ppo: the critic's values count at most this far from where they were. 0: no clip.")
+    gae: GAESpec = Field(default_factory=GAESpec, description="ppo: generalised advantage estimation.")
     kl: KLSpec = Field(default_factory=KLSpec, description="KL penalty against the model as it was before training.")
+    dynamic_sampling: DynamicSamplingSpec = Field(default_factory=DynamicSamplingSpec, description="Steps of informative groups only.")
+    overlong: OverlongSpec = Field(default_factory=OverlongSpec, description="Soft punishment of long completions.")
+    correction: CorrectionSpec = Field(default_factory=CorrectionSpec, description="Correction of the difference between engine and trainer.")
 
 
 class JsonlData(Model):
@@ -139,7 +177,7 @@ class RolloutSpec(Model):
     engines: PositiveInt = Field(1, description="Number of vLLM engines.")
     tensor_parallel_size: PositiveInt = Field(1, description="GPUs of one engine.")
     prompts_per_step: PositiveInt = Field(64, description="Prompts drawn for one step.")
-    samples_per_prompt: Annotated[int, Field(ge=2)] = Field(8, description="Completions of one prompt: the group of GRPO.")
+    samples_per_prompt: PositiveInt = Field(8, description="Completions of one prompt: the group that most algorithms compare within.")
     max_tokens: PositiveInt = Field(512, description="Most tokens of one completion, over all of its turns and observations.")
     temperature: Annotated[float, Field(gt=0, le=10)] = Field(1.0, description="Sampling temperature; the trainer's log probabilities use the same.")
     seed: int | None = Field(None, ge=0, description="Gives every sample a seed of its own, so that a resumed run draws the same samples. It costs speed on GPU (vLLM then samples request by request). Unset: each engine has one stream of random numbers, from trainer.seed.")

@@ -9,13 +9,15 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from rlhf_api.job import DataSpec, EvaluationSpec, PlacementMode, RewardSpec, RLHFJob
+from rlhf_api.algorithms import OWN, UNGROUPED
+from rlhf_api.job import AlgorithmSpec, DataSpec, EvaluationSpec, PlacementMode, RewardSpec, RLHFJob
 from rlhf_api.placement import own_gpus
 
 NAME_PATTERN = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
 NAME_MAX = 40
 # Fields that may change while the job lives. Everything else would need another RayCluster, or another run.
 MUTABLE = ("runPolicy", "suspend", "pods")
+IN_REWARD = tuple(name for name, own in OWN.items() if own.get("kl", {}).get("place") == "reward")
 SOURCES = ("jsonl", "parquet", "dataset", "reasoning_gym")
 
 Check = Callable[[RLHFJob], Iterator[str]]
@@ -175,6 +177,45 @@ def _backend(job: RLHFJob) -> Iterator[str]:
         yield f"backend is {backend}, mode is {mode}"
 
 
+def _algorithm(broken: Callable[[AlgorithmSpec], bool]) -> Check:
+    def check(job: RLHFJob) -> Iterator[str]:
+        if broken(job.spec.algorithm):
+            yield f"algorithm.name is {job.spec.algorithm.name}"
+
+    return check
+
+
+def _below_one(spec: AlgorithmSpec) -> bool:
+    return any(0 < (bound or 0) < 1 for bound in (spec.correction.token_cap, spec.correction.token_max, spec.correction.sequence_max))
+
+
+def _kl_in_loss(spec: AlgorithmSpec) -> bool:
+    return spec.kl.estimator == "k1" and (spec.kl.place or ("reward" if spec.name in IN_REWARD else "loss")) == "loss"
+
+
+def _adapts_nothing(spec: AlgorithmSpec) -> bool:
+    return bool((spec.kl.target and not spec.kl.coefficient) or (spec.kl.horizon and not spec.kl.target))
+
+
+def _no_rounds(spec: AlgorithmSpec) -> bool:
+    sampling = spec.dynamic_sampling
+    return bool(sampling.max_rounds) and not (spec.name == "dapo" if sampling.enabled is None else sampling.enabled)
+
+
+def _no_buffer(spec: AlgorithmSpec) -> bool:
+    return bool(spec.overlong.penalty) and not (spec.name == "dapo" if spec.overlong.buffer_tokens is None else spec.overlong.buffer_tokens)
+
+
+def _group(job: RLHFJob) -> Iterator[str]:
+    if job.spec.rollout.samples_per_prompt < 2 and job.spec.algorithm.name not in UNGROUPED:
+        yield f"samplesPerPrompt is {job.spec.rollout.samples_per_prompt}, algorithm.name is {job.spec.algorithm.name}"
+
+
+def _buffer(job: RLHFJob) -> Iterator[str]:
+    if (job.spec.algorithm.overlong.buffer_tokens or 0) > job.spec.rollout.max_tokens:
+        yield f"{job.spec.algorithm.overlong.buffer_tokens} > {job.spec.rollout.max_tokens}"
+
+
 def _name(job: RLHFJob) -> Iterator[str]:
     if len(job.metadata.name) > NAME_MAX or not re.fullmatch(NAME_PATTERN, job.metadata.name):
         yield f"it is {job.metadata.name!r} with {len(job.metadata.name)} characters"
@@ -215,6 +256,36 @@ RULES = (
          "a step's batch must hold a sample for each rank and update: raise rollout.promptsPerStep or lower trainer.updatesPerStep", "rollout.promptsPerStep", _batch),
     Rule("spec", "!(self.weightSync.backend in (self.placement.mode == 'Separated' ? ['ipc', 'vllm-ipc'] : ['nccl', 'vllm-nccl', 'sharded_rdt']))",
          "ipc and vllm-ipc need Colocated (one GPU's memory, shared), nccl, vllm-nccl and sharded_rdt need Separated (one rank a GPU): use auto", "weightSync.backend", _backend),
+    Rule("spec", "self.rollout.samplesPerPrompt >= 2 || self.algorithm.name in ['ppo', 'reinforce++']",
+         "the algorithm compares samples of one prompt: set rollout.samplesPerPrompt to 2 or more, or algorithm.name to ppo or reinforce++", "rollout.samplesPerPrompt", _group),
+    Rule("spec", "!has(self.algorithm.overlong.bufferTokens) || self.algorithm.overlong.bufferTokens <= self.rollout.maxTokens",
+         "the buffer is the end of a completion: lower bufferTokens to rollout.maxTokens or less", "algorithm.overlong.bufferTokens", _buffer),
+    Rule("spec.algorithm", "!has(self.advantageNormalization) || self.advantageNormalization != 'group' || !(self.name in ['ppo', 'reinforce++'])",
+         "ppo and reinforce++ have no groups: use batch or none", "algorithm.advantageNormalization",
+         _algorithm(lambda a: a.advantage_normalization == "group" and a.name in UNGROUPED)),
+    Rule("spec.algorithm", "!has(self.dynamicSampling.enabled) || !self.dynamicSampling.enabled || !(self.name in ['ppo', 'reinforce++'])",
+         "ppo and reinforce++ have no groups to drop: remove it", "algorithm.dynamicSampling.enabled",
+         _algorithm(lambda a: bool(a.dynamic_sampling.enabled) and a.name in UNGROUPED)),
+    Rule("spec.algorithm", "!has(self.dynamicSampling.maxRounds) || (has(self.dynamicSampling.enabled) ? self.dynamicSampling.enabled : self.name == 'dapo')",
+         "there are no rounds without dynamic sampling: remove it, or set enabled", "algorithm.dynamicSampling.maxRounds", _algorithm(_no_rounds)),
+    Rule("spec.algorithm", "!(has(self.gae.gamma) || has(self.gae.lambda) || has(self.valueClip)) || self.name == 'ppo'",
+         "only ppo has a critic: remove gae and valueClip, or set algorithm.name to ppo", "algorithm.gae",
+         _algorithm(lambda a: a.name != "ppo" and (a.gae.gamma, a.gae.lam, a.value_clip) != (None, None, None))),
+    Rule("spec.algorithm", "!has(self.clipLow) || self.clipLow < 1.0 || self.name == 'cispo'",
+         "must be less than 1: only cispo goes without a lower clip", "algorithm.clipLow", _algorithm(lambda a: a.clip_low == 1 and a.name != "cispo")),
+    Rule("spec.algorithm", "!has(self.dualClip) || self.dualClip == 0.0 || self.dualClip > 1.0 && self.name != 'cispo'",
+         "must be 0 (none) or more than 1, and 0 for cispo, which clips no loss", "algorithm.dualClip",
+         _algorithm(lambda a: bool(a.dual_clip) and (a.name == "cispo" or (a.dual_clip or 0) <= 1))),
+    Rule("spec.algorithm", "!has(self.overlong.penalty) || (has(self.overlong.bufferTokens) ? self.overlong.bufferTokens > 0 : self.name == 'dapo')",
+         "nothing is punished without a buffer: set overlong.bufferTokens, or remove it", "algorithm.overlong.penalty", _algorithm(_no_buffer)),
+    Rule("spec.algorithm.correction", "[has(self.tokenCap) ? self.tokenCap : 0.0, has(self.tokenMax) ? self.tokenMax : 0.0,"
+         " has(self.sequenceMax) ? self.sequenceMax : 0.0].all(x, x == 0.0 || x >= 1.0)",
+         "tokenCap, tokenMax and sequenceMax must be 0 (off) or at least 1: equal models have weight 1", "algorithm.correction", _algorithm(_below_one)),
+    Rule("spec.algorithm", "!has(self.kl.estimator) || self.kl.estimator != 'k1'"
+         " || (has(self.kl.place) ? self.kl.place == 'reward' : self.name in ['ppo', 'rloo', 'reinforce++'])",
+         "k1 has no gradient in expectation as a loss: use k2 or k3, or set kl.place to reward", "algorithm.kl.estimator", _algorithm(_kl_in_loss)),
+    Rule("spec.algorithm.kl", "(!has(self.target) || self.target == 0.0 || self.coefficient > 0.0) && (!has(self.horizon) || has(self.target) && self.target > 0.0)",
+         "target needs a coefficient to begin with, and horizon a target: set them, or remove it", "algorithm.kl.target", _algorithm(_adapts_nothing)),
     Rule("spec.data", "[has(self.jsonl), has(self.parquet), has(self.dataset), has(self.reasoningGym)].filter(x, x).size() == 1",
          "set exactly one of jsonl, parquet, dataset and reasoningGym", "data", _train_source),
     Rule("spec.rewards", "self.all(r, self.exists_one(other, other.name == r.name))", "names must be unique", "rewards", lambda job: _unique([r.name for r in job.spec.rewards])),

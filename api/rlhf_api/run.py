@@ -6,9 +6,9 @@ import yaml
 from pydantic import ConfigDict
 from pydantic.alias_generators import to_camel
 
+from rlhf_api.algorithms import Algorithm, fill
 from rlhf_api.base import Model
 from rlhf_api.job import (
-    AlgorithmSpec,
     CheckpointSpec,
     CriticSpec,
     DataSpec,
@@ -37,7 +37,7 @@ class RunConfig(Model):
 
     job: JobRef
     model: ModelSpec
-    algorithm: AlgorithmSpec
+    algorithm: Algorithm
     data: DataSpec
     rewards: list[RewardSpec]
     critic: CriticSpec | None = None  # None: the run has none
@@ -49,6 +49,13 @@ class RunConfig(Model):
     checkpoint: CheckpointSpec
     evaluation: list[EvaluationSpec]
     telemetry: TelemetrySpec
+
+    @property
+    def roles(self) -> dict[str, ModelSpec]:
+        """The models of the trainer's processes, by role: "policy", "critic", "reference", "reward:<name>"."""
+        found = {"policy": self.model, "critic": self.critic and self.critic.model, "reference": self.reference and self.reference.model}
+        found |= {f"reward:{reward.name}": reward.model for reward in self.rewards}
+        return {role: model for role, model in found.items() if model is not None}
 
     @property
     def sampling_seed(self) -> int:
@@ -68,7 +75,7 @@ def resolve(job: RLHFJob) -> RunConfig:
     spec = job.spec
     return RunConfig(
         job=JobRef(name=job.metadata.name, namespace=job.metadata.namespace, uid=job.metadata.uid),
-        model=spec.model, algorithm=spec.algorithm, data=spec.data, rewards=spec.rewards, critic=_critic(spec), reference=_reference(spec), rollout=spec.rollout,
+        model=spec.model, algorithm=fill(spec.algorithm, spec.rollout.max_tokens), data=spec.data, rewards=spec.rewards, critic=_critic(spec), reference=_reference(spec), rollout=spec.rollout,
         trainer=spec.trainer, placement=plan_placement(spec), weight_sync=spec.weight_sync, checkpoint=spec.checkpoint,
         evaluation=spec.evaluation, telemetry=spec.telemetry,
     )
