@@ -29,8 +29,16 @@ class SaveFailed(Exception):
     """The run's last checkpoint could not be written. The message names path, room and fix."""
 
 
+class EnginesLost(Exception):
+    """Too few engines are left to go on, and starting them anew did not help."""
+
+
 class RewardFailed(Exception):
     """A reward gave no value for a sample, in any of its tries. The message names the reward, the prompt and the reward's own error."""
+
+
+class EnvironmentFailed(Exception):
+    """An environment gave no answer, in any of an episode's tries. The message names the prompt and the environment's own error."""
 
 
 class LinkBroken(Exception):

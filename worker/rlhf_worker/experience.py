@@ -42,6 +42,7 @@ class Sample:
     versions: list[int]  # of the weights that made the token
     text: str
     finish_reason: str  # "stop" | "length"
+    episode_reward: float | None = None  # the sum of what the environment gave for its turns; None without one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,22 +141,25 @@ def split(sequences: Sequence[TrainSequence], parts: int) -> list[list[TrainSequ
     return [[sequences[i] for i in sorted(indices)] for indices in chosen]
 
 
-def pack(sequences: Sequence[TrainSequence], token_budget: int) -> list[PackedBatch]:
-    """Every sequence whole, in exactly one micro-batch of at most `token_budget` tokens; a longer sequence is alone in its own."""
-    return [_packed([sequences[i] for i in bin_]) for bin_ in _bins([s.length for s in sequences], token_budget)]
+def pack(sequences: Sequence[TrainSequence], token_budget: int, *, padded: bool = False) -> list[PackedBatch]:
+    """Every sequence whole, in exactly one micro-batch of at most `token_budget` tokens; a longer sequence is alone in its own.
+
+    padded: each counts as many tokens as the longest of its micro-batch, as it will when they are laid out one a row.
+    """
+    return [_packed([sequences[i] for i in bin_]) for bin_ in _bins([s.length for s in sequences], token_budget, padded=padded)]
 
 
-def _bins(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def _bins(lengths: Sequence[int], budget: int, *, padded: bool) -> list[list[int]]:
     """First-fit decreasing; each bin lists its indices in ascending order."""
     bins: list[list[int]] = []
     loads: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        place = next((b for b, load in enumerate(loads) if load + lengths[index] <= budget), len(bins))
+        place = next((b for b, load in enumerate(loads) if load + (lengths[bins[b][0]] if padded else lengths[index]) <= budget), len(bins))
         if place == len(bins):
             bins.append([])
             loads.append(0)
         bins[place].append(index)
-        loads[place] += lengths[index]
+        loads[place] += lengths[bins[place][0]] if padded else lengths[index]
     return [sorted(bin_) for bin_ in bins]
 
 

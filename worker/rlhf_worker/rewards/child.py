@@ -1,4 +1,4 @@
-"""A subprocess that calls one reward function: `python -m rlhf_worker.rewards.child FD`, FD one end of a socket pair.
+"""A subprocess that calls one reward function, or holds episodes of one environment: `python -m rlhf_worker.rewards.child FD`, FD one end of a socket pair.
 
 Messages are a 4 byte length and a body. The parent sends pickles (first what to load, then the arguments of one call each) and
 gets one JSON object for each: {"value": float} or {"error": text}. What the function prints goes to standard error. When
@@ -48,25 +48,50 @@ def send(connection: socket.socket, body: bytes) -> None:
     connection.sendall(HEADER.pack(len(body)) + body)
 
 
-def load(function: str | None, code: str | None, name: str) -> Function:
-    """The function of a RewardSpec: `module:name`, or the `reward` that `code` defines. Raises whatever the import raises, or LookupError."""
+def load(function: str | None, code: str | None, field: str, kind: str, name: str) -> Function:
+    """What a spec's `field` names: the `kind` at `module:kind`, or the `name` that `code` defines. Raises whatever the import raises, or LookupError."""
     if code is not None:
-        return _from_code(code, f"<rewards[{name}].code>")
+        return _from_code(code, f"<{field}.code>", kind, name)
     module, _, attribute = (function or "").partition(":")
     found: Function | None = getattr(importlib.import_module(module), attribute, None)
     if not callable(found):
-        raise LookupError(f"module {module} has no function {attribute!r}: rewards[{name}].function must be module:function")
+        raise LookupError(f"module {module} has no {kind} {attribute!r}: {field}.function must be module:{kind}")
     return found
 
 
-def _from_code(code: str, filename: str) -> Function:
+def _from_code(code: str, filename: str, kind: str, name: str) -> Function:
     linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)  # so that tracebacks show the line
-    namespace: dict[str, Any] = {"__name__": "rlhf_reward", "__builtins__": builtins}
+    namespace: dict[str, Any] = {"__name__": "rlhf_code", "__builtins__": builtins}
     exec(compile(code, filename, "exec"), namespace)
-    found: Function | None = namespace.get("reward")
+    found: Function | None = namespace.get(name.partition("(")[0])
     if not callable(found):
-        raise LookupError(f"{filename} defines no function reward(prompt, completion, **row)")
+        raise LookupError(f"{filename} defines no {kind} {name}")
     return found
+
+
+class Episodes:
+    """The environments of this subprocess, by the number of their episode."""
+
+    def __init__(self, make: Function) -> None:
+        self.make, self.open = make, dict[int, Any]()
+
+    def __call__(self, episode: int, action: str, **arguments: Any) -> dict[str, Any]:
+        if action == "close":
+            self.open.pop(episode, None)
+        elif action == "reset":
+            self.open[episode] = self.make()
+            self.open[episode].reset(**arguments)
+        else:
+            return self._answer(self.open[episode].step(**arguments))
+        return {}
+
+    def _answer(self, step: Any) -> dict[str, Any]:
+        match step:
+            case {"observation": str(observation), "done": bool(done), **rest} if rest.keys() <= {"reward"}:
+                reward = rest.get("reward")
+                if reward is None or isinstance(reward, numbers.Real):
+                    return {"observation": observation, "done": done, "reward": None if reward is None else float(reward)}
+        raise TypeError(f'step returned {step!r:.200}, {{"observation": str, "done": bool, "reward": float or None}} is needed')
 
 
 def call(function: Function, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -75,6 +100,8 @@ def call(function: Function, arguments: dict[str, Any]) -> dict[str, Any]:
         value = function(**arguments)
     except BaseException:
         return {"error": tail()}
+    if isinstance(function, Episodes):
+        return {"value": value}
     if not isinstance(value, numbers.Real):
         return {"error": f"returned {value!r:.200} of type {type(value).__name__}, a number is needed"}
     return {"value": float(value)}
@@ -99,18 +126,19 @@ def _listen(connection: socket.socket, requests: "queue.Queue[bytes]") -> None:
         os._exit(0)
 
 
-def _loaded(spec: dict[str, Any]) -> tuple[Function | None, dict[str, Any]]:
+def _loaded(spec: dict[str, Any], episodes: bool) -> tuple[Function | None, dict[str, Any]]:
     try:
-        return load(**spec), {"value": 0.0}
+        found = load(**spec)
     except BaseException:
         return None, {"error": tail()}
+    return Episodes(found) if episodes else found, {"value": 0.0}
 
 
 def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     requests: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_listen, args=(connection, requests), daemon=True).start()
-    function, answer = _loaded(pickle.loads(requests.get()))
+    function, answer = _loaded(**pickle.loads(requests.get()))
     send(connection, json.dumps(answer).encode())
     while function is not None:
         answer = call(function, pickle.loads(requests.get()))

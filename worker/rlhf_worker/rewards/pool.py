@@ -43,19 +43,19 @@ class Child:
                 start_new_session=True,
             )
 
-    def load(self, spec: RewardSpec) -> None:
-        """Import the function. Raises LoadFailure, or Failure if it did not get so far."""
-        answer = self._exchange({"function": spec.function, "code": spec.code, "name": spec.name}, START_DEADLINE)
+    def load(self, *, episodes: bool = False, **spec: str | None) -> None:
+        """Import what `child.load` is given. Raises LoadFailure, or Failure if it did not get so far."""
+        answer = self._exchange({"spec": spec, "episodes": episodes}, START_DEADLINE)
         if "error" in answer:
             self.kill()
             raise LoadFailure(answer["error"])
 
-    def ask(self, call: dict[str, Any], seconds: float) -> float:
-        """The function's value for these arguments. Raises Failure: its own error, no answer in time, or its death; in the last two `alive` is False."""
+    def ask(self, call: dict[str, Any], seconds: float) -> Any:
+        """The value for these arguments. Raises Failure: its own error, no answer in time, or its death; in the last two `alive` is False."""
         answer = self._exchange(call, seconds)
         if "error" in answer:
             raise Failure(answer["error"])
-        return finite(answer["value"])
+        return answer["value"]
 
     def _exchange(self, message: dict[str, Any], seconds: float) -> dict[str, Any]:
         deadline = time.monotonic() + seconds
@@ -140,7 +140,7 @@ class PythonReward:
     def _call(self, sample: Sample) -> float:
         child = self._take()
         try:
-            return child.ask(arguments(sample), self.spec.timeout_seconds)
+            return finite(child.ask(arguments(sample), self.spec.timeout_seconds))
         finally:
             self._give_back(child)
 
@@ -158,7 +158,7 @@ class PythonReward:
 
     def _load(self, child: Child) -> None:
         try:
-            child.load(self.spec)
+            child.load(function=self.spec.function, code=self.spec.code, field=f"rewards[{self.spec.name}]", kind="function", name="reward(prompt, completion, **row)")
         except BaseException:
             self._give_back(child)
             raise

@@ -1,0 +1,173 @@
+"""Episodes: ids only grow, observations are masked, and environments can fail, hang and die without becoming samples."""
+
+from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from hack.tiny_model import tokenizer
+from rlhf_api.job import EnvironmentSpec
+from rlhf_worker.environment import Environments
+from rlhf_worker.episode import Episode, Request, Speech, Turn, request_seed
+from rlhf_worker.errors import BadSpec, EnvironmentFailed
+from rlhf_worker.experience import Prompt, Sample
+
+EOS = 2
+CHATML = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+CALCULATOR = """
+class Environment:
+    def reset(self, prompt, answer, **row):
+        self.answer = answer
+    def step(self, completion):
+        if completion == str(self.answer):
+            return {"observation": "", "done": True, "reward": 1.0}
+        return {"observation": f" {self.answer} is it", "done": False, "reward": -0.25}
+"""
+
+
+def speech(chat: bool = False) -> Speech:
+    found = tokenizer()
+    found.chat_template = CHATML
+    return Speech(found, chat=chat)
+
+
+def ids(text: str) -> list[int]:
+    return list(tokenizer().encode(text, add_special_tokens=False))
+
+
+def request(max_tokens: int = 200, **fields: Any) -> Request:
+    text = "2 + 3 ="
+    return Request(prompt=Prompt(uid="0:7", epoch=0, row=7, token_ids=ids(text), text=text, fields=fields), seed=5, temperature=1.0, max_tokens=max_tokens)
+
+
+def says(*turns: str) -> Callable[[Episode], AsyncIterator[Turn]]:
+    """A policy that says these turns, ends each with its EOS, and then repeats the last."""
+
+    async def turn(episode: Episode) -> Turn:
+        made = [*ids(turns[min(episode.turns, len(turns) - 1)]), EOS][: episode.left]
+        return Turn(made, [-1.0] * len(made), [episode.turns] * len(made), "stop" if made[-1] == EOS else "length")
+
+    return turn  # type: ignore[return-value]
+
+
+async def played(spec: dict[str, Any], policy: Any, wanted: Request, chat: bool = False) -> Sample:
+    table = Environments(EnvironmentSpec.model_validate({"timeoutSeconds": 20.0, "workers": 1, **spec}), speech(chat))
+    try:
+        return await table.play(wanted, policy)
+    finally:
+        table.close()
+
+
+async def test_a_tool_answers_and_its_tokens_are_masked() -> None:
+    sample = await played({"code": CALCULATOR}, says("4", "5"), request(answer=5))
+    assert sample.token_ids == [*ids("4"), EOS, *ids(" 5 is it"), *ids("5"), EOS]
+    assert sample.mask == [True] * 2 + [False] * 8 + [True] * 2
+    assert sample.logprobs == [-1.0] * 2 + [0.0] * 8 + [-1.0] * 2
+    assert sample.versions == [0] * 10 + [1] * 2
+    assert (sample.text, sample.finish_reason, sample.episode_reward) == ("4 5 is it5", "stop", 0.75)
+
+
+async def test_a_chat_template_renders_the_observation_as_a_suffix() -> None:
+    """What the template says of the whole conversation, token for token, although only its end was tokenised."""
+    sample = await played({"code": CALCULATOR}, says("4", "5"), request(answer=5), chat=True)
+    messages = [("assistant", "4"), ("user", " 5 is it"), ("assistant", "5")]
+    whole = "".join(f"<s>{role}\n{text}</s>\n" for role, text in messages).removeprefix("<s>assistant\n").removesuffix("\n")
+    assert sample.token_ids == ids(whole)
+    assert [token for token, ours in zip(sample.token_ids, sample.mask, strict=True) if ours] == [*ids("4"), EOS, *ids("5"), EOS]
+
+
+async def test_each_turn_goes_on_from_exactly_what_was_there() -> None:
+    seen: list[list[int]] = []
+    policy = says("1", "2", "3", "5")
+
+    async def watched(episode: Episode) -> Turn:
+        seen.append(episode.context)
+        return await policy(episode)  # type: ignore[misc, no-any-return]
+
+    sample = await played({"code": CALCULATOR}, watched, request(answer=5))
+    seen.append([*request().prompt.token_ids, *sample.token_ids])
+    assert len(seen) == 5
+    assert all(after[: len(before)] == before for before, after in pairwise(seen))
+
+
+async def test_turns_and_tokens_are_bounded() -> None:
+    two = await played({"code": CALCULATOR, "maxTurns": 2}, says("4"), request(answer=5))
+    assert sum(token == EOS for token in two.token_ids) == 2 and two.finish_reason == "stop"
+    cut = await played({"code": CALCULATOR}, says("4"), request(answer=5, max_tokens=8))
+    assert (cut.token_ids, cut.finish_reason, cut.episode_reward) == ([*ids("4"), EOS], "length", -0.25)  # 8 more do not fit before a turn
+    within = await played({"code": CALCULATOR}, says("4", "44444444"), request(answer=5, max_tokens=13))
+    assert len(within.token_ids) == 13 and within.finish_reason == "length" and within.episode_reward == -0.5
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        ("raise ValueError('no such tool')", "ValueError: no such tool"),
+        ("import os; os._exit(3)", "its process died: exit status 3"),
+        ("import time; time.sleep(100)", "no answer within 0.5 s; its process was killed"),
+        ("return 'done'", "step returned 'done'"),
+        ("return {'observation': 'x', 'done': False, 'reward': float('nan')}", "returned nan, a finite number is needed"),
+        ("return {'observation': 'x', 'done': 0}", "step returned"),
+    ],
+)
+async def test_a_failing_step_never_becomes_a_sample(step: str, words: str) -> None:
+    code = f"class Environment:\n    def reset(self, **row): pass\n    def step(self, completion):\n        {step}\n"
+    with pytest.raises(EnvironmentFailed, match=r"failed 2 times on prompt 0:7") as caught:
+        await played({"code": code, "retries": 1, "timeoutSeconds": 0.5 if "sleep" in step else 20.0}, says("4"), request())
+    assert words in str(caught.value)
+
+
+async def test_an_episode_begins_again_after_its_process_died(tmp_path: Any) -> None:
+    code = f"""
+import os, pathlib
+class Environment:
+    def reset(self, **row): pass
+    def step(self, completion):
+        mark = pathlib.Path({str(tmp_path / "died")!r})
+        if not mark.exists():
+            mark.touch()
+            os._exit(1)
+        return {{"observation": "", "done": True}}
+"""
+    sample = await played({"code": code, "retries": 1}, says("4"), request())
+    assert sample.token_ids == [*ids("4"), EOS] and sample.episode_reward is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"function": "no_such_module:Thing"}, "function cannot be loaded.*No module named"),
+        ({"function": "json:Thing"}, "function cannot be loaded.*module json has no class 'Thing'"),
+        ({"code": "x = 1"}, "code cannot be loaded.*defines no class Environment"),
+    ],
+)
+async def test_a_class_that_cannot_be_loaded_is_refused_at_once(spec: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadSpec, match=f"(?s)rollout.environment.{words}"):
+        await played(spec, says("4"), request())
+
+
+def test_a_template_without_assistant_turns_is_refused() -> None:
+    found = tokenizer()
+    found.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    with pytest.raises(BadSpec, match="leaves out the assistant's turns"):
+        Speech(found, chat=True).observation("x", EOS)
+
+
+def test_text_is_what_a_decoder_token_by_token_shows() -> None:
+    said = speech()
+    assert said.text(ids("2 + 3 ="), [*ids(" 5"), EOS], "stop") == " 5"
+    assert said.text([], ids("abc"), "length") == "abc"
+    assert said.text([], ids("abc"), "stop") == "ab"  # a stop token that is no special token
+
+
+def test_a_turn_of_unlike_lists_or_too_many_tokens_is_refused() -> None:
+    for turn in (Turn([1, 2], [-1.0], [0, 0], "stop"), Turn([1] * 9, [-1.0] * 9, [0] * 9, "stop")):
+        with pytest.raises(ValueError, match="a turn of"):
+            Episode(request(max_tokens=8)).add(turn)
+
+
+def test_seeds_differ_by_sample_step_and_run_and_are_the_same_again() -> None:
+    seeds = {request_seed(seed, step, uid, index) for seed in (0, 1) for step in (1, 2) for uid in ("0:1", "1:1") for index in (0, 1)}
+    assert len(seeds) == 16
+    assert request_seed(0, 1, "0:1", 0) in seeds and all(0 <= seed < 2**63 for seed in seeds)

@@ -1,0 +1,142 @@
+"""One completion while it is made: turns of the policy, and between them what an environment says. Token ids only ever grow.
+
+What the policy made is never tokenised again: an observation is rendered by the chat template as what follows a turn of the
+assistant, and only that suffix is tokenised. Its tokens are masked out of the loss.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rlhf_worker.errors import BadSpec
+from rlhf_worker.experience import Prompt, Sample
+
+TURN = "What the assistant said."  # stands for a turn when the template is asked what follows one
+BEFORE = 8  # tokens before a text that a decoder may need to see: some put a space only between words
+
+
+class Tokenizer(Protocol):
+    """The part of a Hugging Face tokenizer that turns need."""
+
+    def apply_chat_template(self, conversation: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
+    def encode(self, text: str, *, add_special_tokens: bool) -> Any: ...
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One completion that is wanted."""
+
+    prompt: Prompt
+    seed: int | None  # None: the engine's own stream of random numbers
+    temperature: float
+    max_tokens: int  # turns and observations together
+
+
+def request_seed(seed: int, step: int, uid: str, index: int) -> int:
+    """The same sample gets the same seed in every run and after every resume. 63 bits."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{uid}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What the policy made in one go; the lists have one entry a token."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    versions: list[int]
+    finish_reason: str  # "stop" | "length"
+
+
+class Speech:
+    """From token ids to text, and from an observation to token ids."""
+
+    def __init__(self, tokenizer: Tokenizer, *, chat: bool) -> None:
+        self.tokenizer, self.chat = tokenizer, chat
+
+    def text(self, before: Sequence[int], token_ids: Sequence[int], finish_reason: str) -> str:
+        """What an engine that decodes token by token would show: no special tokens, no token that ended it, no half character at the end."""
+        body = list(token_ids[:-1] if finish_reason == "stop" else token_ids)
+        context = list(before[-BEFORE:])
+        start, whole = self._decode(context), self._decode(context + body)
+        return (whole[len(start) :] if whole.startswith(start) else self._decode(body)).rstrip("\ufffd")
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def observation(self, text: str, last: int) -> list[int]:
+        """What stands between two turns, the next one's opening included; `last`: the token that ended the turn before. Raises BadSpec."""
+        if not self.chat:
+            return list(self.tokenizer.encode(text, add_special_tokens=False))
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": TURN}, {"role": "user", "content": text}]
+        _, found, after = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)).partition(TURN)
+        if not found:
+            raise BadSpec("rollout.environment: the chat template leaves out the assistant's turns: use a model with another, or data.chatTemplate false")
+        token_ids = list(self.tokenizer.encode(after, add_special_tokens=False))
+        return token_ids[1:] if token_ids[:1] == [last] else token_ids  # the policy ended its turn as the template does
+
+
+class Episode:
+    """A completion that grows until `finish_reason` is set."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.mask: list[bool] = []
+        self.versions: list[int] = []
+        self.turns = 0
+        self.reward: float | None = None
+        self.finish_reason = ""
+        self._turn = 0  # where the last turn begins
+
+    @property
+    def context(self) -> list[int]:
+        """What the next turn goes on from."""
+        return [*self.request.prompt.token_ids, *self.token_ids]
+
+    @property
+    def left(self) -> int:
+        """Tokens that are left."""
+        return self.request.max_tokens - len(self.token_ids)
+
+    @property
+    def seed(self) -> int | None:
+        return None if self.request.seed is None else self.request.seed + self.turns
+
+    def add(self, turn: Turn) -> None:
+        """A turn of the policy. Raises ValueError if it is longer than what was left, or its lists are of unlike length."""
+        if not len(turn.token_ids) == len(turn.logprobs) == len(turn.versions) <= self.left:
+            raise ValueError(f"a turn of {len(turn.token_ids)} tokens, {len(turn.logprobs)} logprobs, {len(turn.versions)} versions, where {self.left} tokens are left")
+        self._turn = len(self.token_ids)
+        self._extend(turn.token_ids, turn.logprobs, turn.versions, mask=True)
+        self.turns += 1
+        self.finish_reason = turn.finish_reason
+
+    def observe(self, token_ids: list[int]) -> None:
+        """What the environment put there. It goes on, if a token of another turn still fits; else the completion was cut here."""
+        if len(token_ids) >= self.left:
+            self.finish_reason = "length"
+            return
+        version = self.versions[-1] if self.versions else 0
+        self._extend(token_ids, [0.0] * len(token_ids), [version] * len(token_ids), mask=False)
+        self.finish_reason = ""
+
+    def _extend(self, token_ids: list[int], logprobs: list[float], versions: list[int], *, mask: bool) -> None:
+        self.token_ids += token_ids
+        self.logprobs += logprobs
+        self.versions += versions
+        self.mask += [mask] * len(token_ids)
+
+    def last_turn(self, speech: Speech) -> str:
+        """The text of the last turn."""
+        return speech.text([*self.request.prompt.token_ids, *self.token_ids[: self._turn]], self.token_ids[self._turn :], self.finish_reason)
+
+    def sample(self, speech: Speech) -> Sample:
+        """The finished completion; its text holds all turns and observations."""
+        return Sample(
+            prompt=self.request.prompt, token_ids=self.token_ids, logprobs=self.logprobs, mask=self.mask, versions=self.versions,
+            text=speech.text(self.request.prompt.token_ids, self.token_ids, self.finish_reason), finish_reason=self.finish_reason, episode_reward=self.reward,
+        )  # fmt: skip
