@@ -407,9 +407,11 @@ def test_a_url_that_is_none_is_refused_at_once() -> None:
 
 
 def test_one_slow_batch_of_many_ends_the_run_with_its_name() -> None:
-    with Service(lambda _, samples: None if any(len(s["completion"]) == 70 for s in samples) else judged(0, samples)) as service:
-        with pytest.raises(RewardFailed, match=r"prompt 0:64, .*no answer within 1 s"):
-            values(http(service.url, retries=0, timeout_seconds=1), 150)
+    def answer(_: int, samples: list[dict[str, Any]]) -> Answer | None:
+        return None if any(len(s["completion"]) == 70 for s in samples) else judged(0, samples)
+
+    with Service(answer) as service, pytest.raises(RewardFailed, match=r"prompt 0:64, .*no answer within 1 s"):
+        values(http(service.url, retries=0, timeout_seconds=1), 150)
 
 
 # Models
@@ -494,9 +496,11 @@ GARBAGE: dict[str, tuple[Answer, str]] = {
 @pytest.mark.parametrize("case", GARBAGE)
 def test_a_judges_garbage_is_asked_again_and_never_a_zero(case: str) -> None:
     answer, message = GARBAGE[case]
-    with Service(lambda *_: answer, key="temperature") as service:
-        with pytest.raises(RewardFailed, match=rf"rewards\[j\] failed 2 times on prompt 0:3.*{service.url}: .*{message}"):
-            judge(service.url).score([a_sample(3, answer=1)])
+    with (
+        Service(lambda *_: answer, key="temperature") as service,
+        pytest.raises(RewardFailed, match=rf"rewards\[j\] failed 2 times on prompt 0:3.*{service.url}: .*{message}"),
+    ):
+        judge(service.url).score([a_sample(3, answer=1)])
     assert service.requests == [0.0, 1.0]
     with Service(lambda n, _: answer if n == 1 else says("score: 0"), key="temperature") as service:
         assert judge(service.url).score([a_sample(answer=1)]) == [0.0]

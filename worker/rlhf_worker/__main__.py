@@ -23,6 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
     gguf = commands.add_parser("import-gguf", help="turn a GGUF file into a bfloat16 Hugging Face checkpoint")
     gguf.add_argument("file", type=Path)
     gguf.add_argument("directory", type=Path)
+    replay = commands.add_parser("replay", help="print the samples of a step, or score them anew")
+    replay.add_argument("path", type=Path, help="a checkpoint.path, its directory rollouts, or a step-N.parquet")
+    replay.add_argument("--step", type=int, help="default: the newest")
+    replay.add_argument("--sort", choices=["reward"], help="best first; default: in the step's order")
+    replay.add_argument("--limit", type=int, default=10, help="samples to print (10)")
+    replay.add_argument("--job", type=Path, help="score the samples by this RLHFJob's rewards, and print what differs")
     return _dispatch(parser.parse_args(arguments))
 
 
@@ -35,6 +41,10 @@ def _dispatch(given: argparse.Namespace) -> int:
         from rlhf_worker.local import Volume, local
 
         return guarded(lambda: local(given.manifest, [Volume.parse(text) for text in given.volume], given.steps, given.verbose))
+    if given.command == "replay":
+        from rlhf_worker.replay import replay
+
+        return guarded(lambda: replay(given.path, given.step, given.sort == "reward", given.limit, given.job))
     from rlhf_worker.gguf import import_gguf
 
     return guarded(lambda: import_gguf(given.file, given.directory))

@@ -222,6 +222,10 @@ class PromptSampler:
         self._drawn += count
         return prompts
 
+    def first(self, count: int | None) -> list[Prompt]:
+        """The first rows (None: all) in the order of the source, of epoch 0. Consumes nothing. Raises BadData."""
+        return [self._prompt(0, row) for row in range(len(self._source))[:count]]
+
     def check(self, count: int) -> None:
         """Render the rows of the next `count` prompts, each once, without consuming them: a run's bad row fails it at its start."""
         ahead = range(self._drawn, self._drawn + min(count, 2 * len(self._source)))  # two epochs hold one whole

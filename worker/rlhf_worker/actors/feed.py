@@ -1,11 +1,14 @@
-"""The part of a run that needs the files of a trainer pod but no GPU: prompts, rewards, TensorBoard."""
+"""The part of a run that needs the files of a trainer pod but no GPU: prompts, rewards, telemetry."""
 
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
 
+from rlhf_api.job import EvaluationSpec
 from rlhf_api.run import RunConfig
+from rlhf_worker.errors import BadData, BadSpec
 from rlhf_worker.pretrained import load_tokenizer
 
 if TYPE_CHECKING:
@@ -20,14 +23,26 @@ class Feed:
 
     def open(self) -> int:
         """Read the data, start the rewards. Returns the number of rows. Raises BadSpec or BadData."""
+        from rlhf_worker import telemetry
         from rlhf_worker.data import PromptSampler, PromptSource
         from rlhf_worker.rewards.scorer import Scorer
 
-        source = PromptSource(self.config.data)
-        self.sampler = PromptSampler(source, load_tokenizer(self.config.model), self.config.data)
+        telemetry.check(self.config.telemetry)
+        source, tokenizer = PromptSource(self.config.data), load_tokenizer(self.config.model)
+        self.sampler = PromptSampler(source, tokenizer, self.config.data)
         self.sampler.check(self.config.trainer.steps * self.config.rollout.prompts_per_step)
+        self.evaluations = {spec.name: self._evaluation(spec, tokenizer) for spec in self.config.evaluation}
         self.scorer = Scorer(self.config.rewards)
         return len(source)
+
+    def _evaluation(self, spec: EvaluationSpec, tokenizer: Any) -> "list[Prompt]":
+        from rlhf_worker.data import PromptSampler, PromptSource
+
+        try:
+            prompts = PromptSampler(PromptSource(spec.data), tokenizer, spec.data).first(spec.limit)
+        except (BadData, BadSpec) as error:
+            raise type(error)(f"evaluation[{spec.name}]: {error}") from None
+        return [replace(prompt, uid=f"{spec.name}:{prompt.row}") for prompt in prompts]
 
     def begin(self, step: int, sampler: dict[str, Any] | None) -> None:
         """Go on after `step` finished steps. Raises BadData for a state of other data."""
@@ -35,21 +50,29 @@ class Feed:
 
         if sampler is not None:
             self.sampler.restore(sampler)
-        self.telemetry = Telemetry(Path(self.config.checkpoint.path) / "tensorboard", step + 1)
+        self.telemetry = Telemetry(self.config, step + 1)
 
     def draw(self, count: int) -> "list[Prompt]":
         """Raises BadData."""
         return self.sampler.next(count)
 
+    def draw_evaluation(self, name: str) -> "list[Prompt]":
+        """The same prompts each time."""
+        return self.evaluations[name]
+
     def sampler_state(self) -> dict[str, Any]:
         return self.sampler.state()
 
-    def score(self, samples: "list[Sample]") -> "list[ScoredSample]":
-        """Raises RewardFailed."""
-        return self.scorer.score(samples)
+    def score(self, samples: "list[Sample]", models: Mapping[str, Sequence[float]] | None = None) -> "list[ScoredSample]":
+        """`models`: what the rewards of type model gave, by name. Raises RewardFailed."""
+        return self.scorer.score(samples, models)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.telemetry.log(step, values)
+
+    def record(self, step: int, scored: "list[ScoredSample]", advantages: Sequence[Sequence[float]] | None = None) -> None:
+        """Keep the samples of a step, if it is one of those that spec.telemetry.rolloutsEverySteps asks for."""
+        self.telemetry.record(step, scored, advantages)
 
     def close(self) -> None:
         self.scorer.close()
