@@ -56,6 +56,10 @@ class WeightSync:
         if self.backend in PLANNED and same and (wrong := frozenset(name for names in self._compare().wrong.values() for name in names)):
             self._connect(wrong)
 
+    def reconnect(self) -> None:
+        """To the engines that are in the list now."""
+        self._connect(self.distrusted)
+
     def _connect(self, distrusted: frozenset[str]) -> None:
         self.distrusted = distrusted
         address = call(self.policy[0], "address", deadline_seconds=self._deadline, what="weight sync: a port")

@@ -1,0 +1,151 @@
+"""The fleet with real Ray actors that only pretend to be engines: death, silence, restarts, and the way back."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import RayActorError
+
+from rlhf_worker import fleet as module
+from rlhf_worker.errors import EnginesLost
+from rlhf_worker.fleet import Fleet
+from rlhf_worker.ledger import Health
+from rlhf_worker.weights.sync import Synced
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+
+
+@ray.remote(num_cpus=0)
+class Pretender:
+    def __init__(self, broken: bool = False) -> None:
+        self.broken, self.version, self.silent = broken, -1, False
+
+    async def start(self) -> int:
+        if self.broken:
+            raise RuntimeError("no memory")
+        return os.getpid()
+
+    async def ping(self) -> None:
+        if self.silent:
+            raise RuntimeError("the engine core is dead")
+
+    async def hold(self, version: int) -> int:
+        self.version = version
+        return version
+
+    async def held(self) -> int:
+        return self.version
+
+    async def fall_silent(self) -> None:
+        self.silent = True
+
+
+class PretendedSync:
+    """Reaches those that it is connected to, as the real one does."""
+
+    def __init__(self, engines: list[Any]) -> None:
+        self.engines, self.version = engines, 0
+        self.reconnect()
+
+    def reconnect(self) -> None:
+        self.joined = list(self.engines)
+
+    def __call__(self, *, prove: bool) -> Synced:
+        assert self.joined == self.engines
+        self.version += 1
+        ray.get([engine.hold.remote(self.version) for engine in self.joined])
+        return Synced(self.version, 0.0, "none", None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    directory = Path("/tmp") / f"rf-{os.getpid()}"  # Ray's sockets need a short path
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, _temp_dir=str(directory), log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Fleet, list[str | None]]]]:
+    monkeypatch.setattr(module, "PROBE_SECONDS", 0.1)
+    made: list[Fleet] = []
+
+    def build(least: int = 1, broken: bool = False) -> tuple[Fleet, list[str | None]]:
+        actors = [Pretender.remote() for _ in range(2)]
+        ray.get([actor.start.remote() for actor in actors])
+        amiss: list[str | None] = []
+
+        def spawn(number: int) -> tuple[Any, Any]:
+            actor = Pretender.remote(broken)
+            return actor, actor.start.remote()
+
+        made.append(Fleet(actors, PretendedSync(list(actors)), spawn, amiss.append, least=least))  # type: ignore[arg-type]
+        made[-1].sync(prove=False)
+        return made[-1], amiss
+
+    yield build
+    for fleet in made:
+        fleet.close()
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_killed_engine_comes_back_with_the_next_sync(make: Callable[..., Any]) -> None:
+    fleet, amiss = make()
+    first, victim = fleet.actors
+    os.kill(ray.get(victim.start.remote()), signal.SIGKILL)
+    with pytest.raises(RayActorError):
+        ray.get(victim.held.remote())
+    fleet.lost(victim)
+    assert fleet.serving == [first]
+    fleet.ensure()  # one is enough: training goes on meanwhile
+    until(lambda: fleet.health()[1] is Health.STALE)
+    assert fleet.serving == [first] and "engine 1 is stale" in amiss
+    synced = fleet.sync(prove=False)
+    assert fleet.health() == [Health.HEALTHY] * 2 and amiss[-1] is None
+    assert ray.get([actor.held.remote() for actor in fleet.serving]) == [synced.version] * 2
+
+
+def test_nobody_needs_to_call_an_engine_for_its_death_to_be_found(make: Callable[..., Any]) -> None:
+    """vLLM's own process is gone, and the actor still answers everything else."""
+    fleet, _ = make()
+    victim = fleet.actors[0]
+    ray.get(victim.fall_silent.remote())
+    until(lambda: fleet.actors[0] != victim and fleet.health()[0] is Health.STALE)
+    with pytest.raises(RayActorError):  # who waits for it is not left waiting
+        ray.get(victim.held.remote())
+    fleet.sync(prove=False)
+    assert fleet.health() == [Health.HEALTHY] * 2
+
+
+def test_a_call_leaves_out_the_dead(make: Callable[..., Any]) -> None:
+    fleet, _ = make()
+    ray.kill(fleet.actors[0])
+    assert fleet.call("held", deadline_seconds=30.0) == [1]
+
+
+def test_too_few_are_waited_for_and_get_the_weights_before_they_serve(make: Callable[..., Any]) -> None:
+    fleet, _ = make(least=2)
+    ray.kill(fleet.actors[1])
+    assert len(fleet.call("held", deadline_seconds=30.0)) == 1
+    fleet.ensure()
+    assert ray.get([actor.held.remote() for actor in fleet.serving]) == [2, 2]
+
+
+def test_engines_that_never_start_again_end_the_run_by_name(make: Callable[..., Any]) -> None:
+    fleet, _ = make(least=2, broken=True)
+    ray.kill(fleet.actors[1])
+    fleet.call("held", deadline_seconds=30.0)
+    with pytest.raises(EnginesLost, match=r"fewer than spec\.rollout\.minEngines \(2\) engines are left.*engine 1 is dead"):
+        fleet.ensure()

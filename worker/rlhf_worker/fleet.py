@@ -1,0 +1,156 @@
+"""The engines of a run: a thread probes them and starts dead ones anew; the loop's own thread takes them back, with a whole sync.
+
+`serving` is the list that the loop and the weight sync work with. Only the loop's thread changes it: whoever waits for a dead engine gets
+Ray's RayActorError, and tells it here by `lost`.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+
+from rlhf_worker.actors.group import SLICE_SECONDS, answering, ended_badly, gather
+from rlhf_worker.errors import DeadlineExceeded, EnginesLost, LinkBroken
+from rlhf_worker.ledger import Engine, Event, Health, Limits, Verdict, after, can_restart, told, verdict
+from rlhf_worker.stop import interrupt_if_asked
+from rlhf_worker.weights.sync import Synced, WeightSync
+
+PROBE_SECONDS = 5.0  # between two probes
+ANSWER_SECONDS = 10.0  # for one: the engine's event loop is busy at times
+START_SECONDS = 1800.0
+RUNNING = (Health.HEALTHY, Health.SUSPECT, Health.STALE)
+
+Spawn = Callable[[int], tuple[ActorHandle, Any]]  # engine's number -> its new actor, and the call that starts it
+
+
+class Fleet:
+    def __init__(self, actors: Sequence[ActorHandle], sync: WeightSync, spawn: Spawn, tell: Callable[[str | None], None], *, least: int) -> None:
+        """actors: started, by engine number; sync: connected to all of them; tell: takes what is amiss, None when nothing is."""
+        self.actors = list(actors)
+        self.serving = sync.engines
+        self._joined = list(actors)  # those that the trainer is connected to
+        self.weights = sync
+        self._spawn, self._tell = spawn, tell
+        self._limits = Limits(least=least)
+        self._engines = [Engine() for _ in actors]
+        self._starting: dict[int, tuple[Any, float]] = {}  # the call, and until when it may take
+        self._lock, self._closing = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="engines", daemon=True)
+        self._thread.start()
+
+    def health(self) -> list[Health]:
+        with self._lock:
+            return [engine.health for engine in self._engines]
+
+    def lost(self, actor: ActorHandle) -> None:
+        """Its calls end with RayActorError: it serves no more, and the thread starts it anew."""
+        if actor in self.serving:
+            self.serving.remove(actor)
+        if actor in self.actors:  # and was not replaced meanwhile
+            self._note(self.actors.index(actor), Event.LOST)
+
+    def call(self, method: str, *args: Any, deadline_seconds: float) -> list[Any]:
+        """Of each engine that serves; those that turn out dead are left out. Raises as `gather` does."""
+        found = []
+        for actor, answer in [(actor, getattr(actor, method).remote(*args)) for actor in self.serving]:
+            try:
+                found += gather([answer], deadline_seconds, f"{method} of the engines")
+            except RayActorError:
+                self.lost(actor)
+        return found
+
+    def sync(self, *, prove: bool) -> Synced:
+        """Started engines come back, and every engine that serves afterwards holds the policy's weights. Raises as WeightSync does."""
+        self.serving[:] = [actor for actor, health in zip(list(self.actors), self.health(), strict=True) if health in RUNNING]
+        if self.serving != self._joined:
+            self._join()
+        synced = self.weights(prove=prove)
+        self._joined = list(self.serving)
+        for number, actor in enumerate(self.actors):
+            if actor in self.serving:
+                self._note(number, Event.SYNCED)
+        self._drop_missing()
+        return synced
+
+    def _join(self) -> None:
+        """Connect to those that run. One that dies on the way is left out."""
+        while True:
+            try:
+                return self.weights.reconnect()
+            except (DeadlineExceeded, LinkBroken, RayActorError, RayTaskError):
+                alive = answering(self.serving, "ping", deadline_seconds=ANSWER_SECONDS)
+                dead = [actor for actor in self.serving if actor not in alive]
+                if not dead or not alive:
+                    raise
+                for actor in dead:
+                    self.lost(actor)
+
+    def ensure(self) -> None:
+        """Returns when enough engines serve: at once, or after those that start have got the weights. Raises EnginesLost."""
+        self._drop_missing()
+        while (found := self._verdict()) is not Verdict.GO:
+            if found is Verdict.STOP:
+                raise EnginesLost(f"fewer than spec.rollout.minEngines ({self._limits.least}) engines are left, and restarts did not help: {told(self._engines)}")
+            if Health.STALE in self.health():
+                self.sync(prove=False)
+            interrupt_if_asked()
+            time.sleep(SLICE_SECONDS)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join(ANSWER_SECONDS + PROBE_SECONDS)
+
+    def _verdict(self) -> Verdict:
+        with self._lock:
+            return verdict(self._engines, self._limits)
+
+    def _note(self, number: int, event: Event) -> Health:
+        with self._lock:
+            before, self._engines[number] = self._engines[number], after(self._engines[number], event, self._limits)
+            now, amiss = self._engines[number], told(self._engines)
+        if now.health is not before.health:
+            print(f"engine {number}: {before.health} -> {now.health} ({event})", file=sys.stderr, flush=True)
+            self._tell(amiss)
+        return now.health
+
+    def _drop_missing(self) -> None:
+        """What the weight sync left out is dead."""
+        for number, health in enumerate(self.health()):
+            if health in (Health.HEALTHY, Health.SUSPECT) and self.actors[number] not in self.serving:
+                self._note(number, Event.LOST)
+
+    def _watch(self) -> None:
+        while not self._closing.wait(PROBE_SECONDS):
+            try:
+                self._probe()
+                self._restart()
+            except Exception as error:  # a Ray that goes away ends the driver elsewhere; a probe must not
+                print(f"engines could not be watched: {error}", file=sys.stderr, flush=True)
+
+    def _probe(self) -> None:
+        asked = {i: self.actors[i].ping.remote() for i, health in enumerate(self.health()) if health in RUNNING}
+        if not asked:
+            return
+        done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS)
+        for number, answer in asked.items():
+            event = Event.MISSED if answer not in done else Event.LOST if ended_badly(answer) else Event.ANSWERED
+            if self._note(number, event) is Health.DEAD:
+                ray.kill(self.actors[number])  # who waits for it hears of it now
+
+    def _restart(self) -> None:
+        for number, engine in enumerate(self._engines):
+            if can_restart(engine, self._limits) and not self._closing.is_set():
+                ray.kill(self.actors[number])
+                self._note(number, Event.RESTARTED)
+                self.actors[number], call = self._spawn(number)
+                self._starting[number] = (call, time.monotonic() + START_SECONDS)
+        for number, (call, end) in list(self._starting.items()):
+            late = time.monotonic() > end
+            if late or ray.wait([call], timeout=0)[0]:
+                del self._starting[number]
+                self._note(number, Event.LOST if late or ended_badly(call) else Event.STARTED)
