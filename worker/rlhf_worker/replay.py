@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
 
 def write(store: Store, step: int, scored: Sequence[ScoredSample], advantages: Sequence[Sequence[float]] | None = None) -> None:
     """rollouts/step-<step>.parquet, whole or not at all. `advantages`: of each sample, one a completion token. Raises OSError."""
-    given = advantages or [None] * len(scored)
+    given: Sequence[Sequence[float] | None] = advantages or [None] * len(scored)
     rows = [_row(step, i, item, own) for i, (item, own) in enumerate(zip(scored, given, strict=True))]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), buffer, compression="zstd")
@@ -56,8 +56,8 @@ def read(path: Path, step: int | None = None) -> list[ScoredSample]:
     """Of a file, or of one step (the newest by default) in a directory of them or in a checkpoint.path. Raises BadData."""
     file = path if path.is_file() else _file(path, step)
     try:
-        rows = pq.read_table(file, schema=SCHEMA).to_pylist()
-    except (OSError, pa.ArrowException) as error:
+        rows = pq.read_table(file).select(SCHEMA.names).to_pylist()
+    except (OSError, KeyError, pa.ArrowException) as error:
         raise BadData(f"{file}: no samples of a step: {error}") from None
     return [_scored(row) for row in rows]
 
