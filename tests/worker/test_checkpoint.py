@@ -221,6 +221,19 @@ def test_a_part_of_an_earlier_driver_is_not_taken_for_this_ones(tmp_path: Path, 
     assert outcome.error is not None and "critic/part.json did not come in 0.5 s" in outcome.error
 
 
+def test_a_part_that_cannot_be_written_ends_the_save_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = ("policy", "critic")
+    ours, theirs = saver(tmp_path, expected=both), saver(tmp_path, expected=both)
+    monkeypatch.setattr(checkpoint._Summed, "write", lambda self, data: 1 / 0)
+    theirs.begin(state(1), {"critic": made(1)})
+    assert [o.error is None for o in theirs.finished(wait=True)] == [False]
+    monkeypatch.undo()
+    ours.begin(state(1), {"policy": made(0)})
+    (outcome,) = ours.finished(wait=True)
+    assert outcome.error is not None and "ZeroDivisionError" in outcome.error
+    assert whole(Store(str(tmp_path))) == []
+
+
 def test_roles_of_two_rank_groups_make_one_checkpoint(tmp_path: Path) -> None:
     policy, critic = made(0), made(1)
     both = ("policy", "critic")

@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -127,7 +127,7 @@ class Saver:
             error = _cause(caught)
             if dist.get_rank(self.group) == 0:
                 error = f"{error}; {self._room()}"
-                self._discard(work)
+                self._give_up(work, list(staged), error)
         self.outcomes.append(Outcome(step=state.step, path=self.store.url(target), error=error))
 
     def _write(self, work: str, staged: dict[str, Any]) -> dict[str, Files]:
@@ -159,15 +159,16 @@ class Saver:
         self._prune(state.step)
 
     def _part(self, name: str) -> Files:
-        """Of a role that other ranks may hold, and still write. Raises TimeoutError."""
+        """Of a role that other ranks may hold, and still write. Raises TimeoutError, and OSError when they could not."""
         end = time.monotonic() + PARTS_DEADLINE_SECONDS
         while True:
-            try:
+            told: dict[str, Any] = {}
+            with suppress(FileNotFoundError, ValueError):
                 told = json.loads(self.store.read(name))
-                if told["attempt"] == self.attempt:
-                    return dict(told["files"])
-            except (OSError, ValueError):
-                pass
+            if told.get("attempt") == self.attempt:
+                if "error" in told:
+                    raise OSError(told["error"])
+                return dict(told["files"])
             if time.monotonic() > end:
                 raise TimeoutError(f"{name} did not come in {PARTS_DEADLINE_SECONDS:g} s")
             time.sleep(POLL_SECONDS)
@@ -179,10 +180,13 @@ class Saver:
             if name not in kept and (match := LEFT.fullmatch(name)) and int(match[1]) < step:
                 self.store.remove(name)
 
-    def _discard(self, work: str) -> None:
-        """A half-written directory holds space that the next save needs."""
+    def _give_up(self, work: str, roles: list[str], why: str) -> None:
+        """What is half-written holds space that the next save needs; and the leader must not wait for a part that will not come."""
         try:
-            self.store.remove(work)
+            for left in [work] if LEADER in roles else [f"{work}/{role}" for role in roles]:
+                self.store.remove(left)
+            if LEADER not in roles:
+                self.store.write(f"{work}/{roles[0]}/{PART}", json.dumps({"attempt": self.attempt, "error": why}).encode())
         except OSError as error:
             print(f"checkpoint: {self.store.url(work)} could not be removed: {error}", flush=True)
 
