@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd import backward
 
-from rlhf_api.job import AlgorithmSpec
+from rlhf_api.algorithms import fill
+from rlhf_api.job import AlgorithmSpec, CorrectionSpec
 from rlhf_worker.algorithm.losses import policy_loss
 from rlhf_worker.experience import PackedBatch, TrainSequence, at_targets, equalise, pack, split
 from tests.worker.samples import sequences
 
 VOCABULARY, WIDTH, CLIP, BETA = 23, 8, 0.2, 0.1
-SPEC = AlgorithmSpec(clip_low=CLIP, clip_high=CLIP)
+SPEC = fill(AlgorithmSpec(clip_low=CLIP, clip_high=CLIP, correction=CorrectionSpec(token_cap=0)), 100)
 
 
 class Tiny(nn.Module):

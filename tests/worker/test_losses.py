@@ -1,55 +1,36 @@
-"""Advantages and losses against numbers worked out by hand."""
+"""Losses, KL estimates and the correction of the mismatch against numbers worked out by hand."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import backward
 
+from rlhf_api.algorithms import Algorithm, fill
 from rlhf_api.job import AlgorithmSpec
-from rlhf_worker.algorithm.advantage import grpo
-from rlhf_worker.algorithm.losses import Estimator, kl, mismatch, policy_loss
+from rlhf_worker.algorithm.correction import alarm, correction, summary
+from rlhf_worker.algorithm.divergence import Estimator, kl
+from rlhf_worker.algorithm.losses import policy_loss, value_loss
+
+OFF = {"tokenCap": 0}
 
 
-def policy(new: Tensor, old: Tensor | None, advantages: Tensor, weights: Tensor, low: float = 0.2, high: float = 0.2) -> tuple[Tensor, dict[str, Tensor]]:
+def algorithm(**given: Any) -> Algorithm:
+    return fill(AlgorithmSpec.model_validate({"correction": OFF} | given), 100)
+
+
+def policy(
+    new: Tensor, old: Tensor | None, advantages: Tensor, weights: Tensor, sequence: list[int] | None = None, **options: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
     columns = {"advantages": advantages, "loss_weights": weights, "token_weights": weights, "rollout_logprobs": torch.zeros(len(new))}
     columns |= {} if old is None else {"old_logprobs": old}
-    return policy_loss(AlgorithmSpec(clip_low=low, clip_high=high), new, columns, torch.zeros(len(new), dtype=torch.int64))
+    return policy_loss(algorithm(**options), new, columns, torch.tensor(sequence or [0] * len(new)))
 
 
-def loss_of(ratio: float, advantage: float, low: float = 0.2, high: float = 0.2) -> float:
-    return policy(torch.tensor([math.log(ratio)]), torch.zeros(1), torch.tensor([advantage]), torch.ones(1), low, high)[0].item()
-
-
-def test_grpo_of_one_success_in_four() -> None:
-    torch.testing.assert_close(grpo(torch.tensor([[1.0, 0, 0, 0]])), torch.tensor([[1.5, -0.5, -0.5, -0.5]]), atol=1e-5, rtol=0)
-
-
-def test_grpo_takes_each_group_by_itself() -> None:
-    rewards = torch.tensor([[1.0, 0, 0, 0], [101, 100, 100, 100]])
-    torch.testing.assert_close(grpo(rewards)[0], grpo(rewards)[1])
-
-
-@pytest.mark.parametrize("value", [0.0, 1.0, 0.1 + 0.2, 1 / 3, -7.7e5])
-def test_a_group_of_equal_rewards_gets_exactly_zero(value: float) -> None:
-    assert grpo(torch.full((2, 7), value)).tolist() == [[0.0] * 7] * 2
-
-
-@pytest.mark.parametrize("shape", [(4,), (4, 1), (2, 2, 2)])
-def test_grpo_refuses_what_is_no_table_of_groups(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="K >= 2"):
-        grpo(torch.zeros(shape))
-
-
-@given(st.lists(st.lists(st.floats(-100, 100, width=32), min_size=5, max_size=5), min_size=1, max_size=6))
-def test_grpo_is_centred_and_never_longer_than_its_group_allows(rows: list[list[float]]) -> None:
-    advantages = grpo(torch.tensor(rows, dtype=torch.float64))
-    assert torch.isfinite(advantages).all()
-    assert advantages.sum(dim=1).abs().max() < 1e-6
-    assert advantages.abs().max() <= 4 / math.sqrt(5) + 1e-9  # (K - 1) / sqrt(K) of unbiased scores
+def loss_of(ratio: float, advantage: float, **options: Any) -> float:
+    return policy(torch.tensor([math.log(ratio)]), torch.zeros(1), torch.tensor([advantage]), torch.ones(1), **options)[0].item()
 
 
 @pytest.mark.parametrize(
@@ -61,8 +42,8 @@ def test_clipped_policy_loss(ratio: float, advantage: float, expected: float) ->
 
 
 def test_clips_are_separate() -> None:
-    assert loss_of(2, 1, high=0.28) == pytest.approx(-1.28)
-    assert loss_of(0.5, -1, low=0.3) == pytest.approx(0.7)
+    assert loss_of(2, 1, clipHigh=0.28) == pytest.approx(-1.28)
+    assert loss_of(0.5, -1, clipLow=0.3) == pytest.approx(0.7)
 
 
 def test_gradient_stops_at_the_clip_only_where_it_would_go_further() -> None:
@@ -147,7 +128,116 @@ def test_k2_has_the_gradient_of_the_kl_on_policy() -> None:
     torch.testing.assert_close(exact, sampled)
 
 
-def test_mismatch() -> None:
-    found = mismatch(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -2.5]), torch.tensor([0.5, 0.5]))
-    assert float(found["mismatch"]) == pytest.approx(0.25)
-    assert float(found["mismatch_kl"]) == pytest.approx(0.5 * (math.exp(0.5) - 1 - 0.5), rel=1e-5)
+@pytest.mark.parametrize(("ratio", "advantage", "expected"), [(5, -1, 3.0), (2, -1, 2.0), (5, 1, -1.2), (0.5, -1, 0.8)])
+def test_a_dual_clip_bounds_the_loss_of_negative_advantages_only(ratio: float, advantage: float, expected: float) -> None:
+    assert loss_of(ratio, advantage, dualClip=3) == pytest.approx(expected, rel=1e-6)
+
+
+def test_gspos_ratio_is_the_geometric_mean_of_its_sequence() -> None:
+    new = torch.tensor([0.1, 0.3, -0.2], requires_grad=True)
+    advantages, weights = torch.tensor([1.0, 1.0, -1.0]), torch.tensor([0.25, 0.25, 0.5])
+    loss, metrics = policy(new, torch.zeros(3), advantages, weights, [0, 0, 1], name="gspo", clipLow=0.5, clipHigh=0.5)
+    backward(loss)
+    first, second = math.exp(0.2), math.exp(-0.2)
+    assert loss.item() == pytest.approx(0.5 * (-first + second), rel=1e-6)
+    torch.testing.assert_close(new.grad, torch.tensor([-first / 4, -first / 4, second / 2]))
+    assert metrics["ratio"].item() == pytest.approx(0.5 * (first + second))
+
+
+def test_gspos_gradient_is_that_of_the_paper() -> None:
+    """Mean over sequences of -s_i A_i with s_i = exp(mean of the log ratios), differentiated as it stands."""
+    torch.manual_seed(0)
+    old, new = torch.randn(7, dtype=torch.float64), torch.randn(7, dtype=torch.float64, requires_grad=True)
+    advantages, weights = torch.tensor([2.0] * 3 + [-1.0] * 4).double(), torch.tensor([1 / 6] * 3 + [1 / 8] * 4).double()
+    loss, _ = policy(new, old, advantages, weights, [0, 0, 0, 1, 1, 1, 1], name="gspo", clipLow=0.99, clipHigh=9)
+    paper = (-2.0 * (new - old)[:3].mean().exp() + (new - old)[3:].mean().exp()) / 2
+    for a, b in zip(torch.autograd.grad(loss, new), torch.autograd.grad(paper, new), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_clipped_sequence_of_gspo_has_no_gradient() -> None:
+    new = torch.tensor([0.5, -0.1], requires_grad=True)
+    loss, metrics = policy(new, torch.zeros(2), torch.ones(2), torch.full((2,), 0.5), name="gspo")
+    backward(loss)
+    assert new.grad is not None and not new.grad.any()
+    assert loss.item() == pytest.approx(-1.0004)
+    assert float(metrics["clip_fraction"]) == 1
+
+
+def test_cispo_keeps_the_gradient_of_clipped_tokens() -> None:
+    new = torch.tensor([math.log(2.0), math.log(0.5)], requires_grad=True)
+    loss, metrics = policy(new, torch.zeros(2), torch.tensor([1.0, -1.0]), torch.ones(2), name="cispo", clipHigh=0.5, clipLow=0.2)
+    backward(loss)
+    torch.testing.assert_close(new.grad, torch.tensor([-1.5, 0.8]))
+    assert float(metrics["clip_fraction"]) == 2
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "cispo"])
+def test_at_the_first_update_the_ratio_is_exactly_one(name: str) -> None:
+    new = torch.randn(50, generator=torch.Generator().manual_seed(1)) * 9
+    for old in (None, new.clone()):
+        _, metrics = policy(new, old, torch.ones(50), torch.full((50,), 1 / 64), name=name)
+        assert float(metrics["ratio"]) == 50 / 64
+        assert float(metrics["clip_fraction"]) == float(metrics["policy_kl"]) == 0
+
+
+@pytest.mark.parametrize(("new", "expected"), [(1.1, 0.5 * 0.9**2), (1.9, 0.5 * 0.1**2), (0.0, 0.5 * 2.0**2), (-3.0, 0.5 * 5.0**2)])
+def test_value_loss(new: float, expected: float) -> None:
+    columns = {"values": torch.tensor([1.0]), "returns": torch.tensor([2.0]), "loss_weights": torch.ones(1), "token_weights": torch.ones(1)}
+    free = value_loss(algorithm(name="ppo", valueClip=0), torch.tensor([new]), columns)[0].item()
+    clipped, metrics = value_loss(algorithm(name="ppo", valueClip=0.2), torch.tensor([new]), columns)
+    assert free == pytest.approx(expected)
+    assert clipped.item() == pytest.approx(0.5 * max((new - 2) ** 2, (min(max(new, 0.8), 1.2) - 2) ** 2))
+    assert float(metrics["value_clip_fraction"]) == (new == 1.9)
+
+
+def corrected(log_weights: list[float], sequence: list[int], **spec: float) -> tuple[list[float], dict[str, float]]:
+    size = len(log_weights)
+    options = algorithm(correction=OFF | spec).correction
+    factor, metrics = correction(options, torch.tensor(log_weights), torch.zeros(size), torch.tensor(sequence), torch.full((size,), 1 / size))
+    return factor.tolist(), {name: value.item() for name, value in metrics.items()}
+
+
+WEIGHTS = [math.log(w) for w in (0.25, 1.0, 4.0, 1.0)]
+
+
+def test_weights_are_capped_and_masked() -> None:
+    assert corrected(WEIGHTS, [0, 0, 0, 0])[0] == [1, 1, 1, 1]
+    assert corrected(WEIGHTS, [0, 0, 0, 0], tokenCap=2)[0] == pytest.approx([0.25, 1, 2, 1])
+    assert corrected(WEIGHTS, [0, 0, 0, 0], tokenMin=0.5, tokenMax=3)[0] == [0, 1, 0, 1]
+    assert corrected(WEIGHTS, [0, 0, 0, 0], tokenCap=2, tokenMax=5)[0] == pytest.approx([0.25, 1, 2, 1])
+
+
+def test_a_sequence_is_left_out_as_a_whole() -> None:
+    assert corrected(WEIGHTS, [0, 0, 1, 1], sequenceMin=0.6, sequenceMax=5)[0] == [0, 0, 1, 1]
+    assert corrected(WEIGHTS, [0, 0, 1, 1], sequenceMax=1.9)[0] == [1, 1, 0, 0]
+    assert corrected(WEIGHTS, [0, 1, 0, 1], sequenceMin=0.999, sequenceMax=1.001)[0] == [1, 1, 1, 1]
+
+
+def test_mismatch_metrics() -> None:
+    _, found = corrected(WEIGHTS, [0, 0, 1, 1], sequenceMin=0.6)
+    assert found["mismatch/abs"] == pytest.approx(math.log(4) / 2)
+    assert found["mismatch/kl"] == pytest.approx(((0.25 - 1 + math.log(4)) + (4 - 1 - math.log(4))) / 4, rel=1e-5)
+    assert found["mismatch/masked"] == 0.5
+    told = summary({"loss": 1.0, **found})
+    assert told["mismatch/ess"] == pytest.approx(6.25**2 / (4 * (0.0625 + 1 + 16 + 1)))
+    assert set(told) == {"loss", "mismatch/abs", "mismatch/kl", "mismatch/masked", "mismatch/ess"}
+
+
+def test_the_loss_is_multiplied_and_no_gradient_flows_through_the_weights() -> None:
+    new = torch.tensor([math.log(3.0), math.log(0.5)], requires_grad=True)
+    loss, _ = policy(new, None, torch.ones(2), torch.full((2,), 0.5), correction={"tokenCap": 2})
+    backward(loss)
+    assert loss.item() == pytest.approx(-(2 + 0.5) / 2)
+    torch.testing.assert_close(new.grad, torch.tensor([-1.0, -0.25]))
+
+
+def test_the_alarm_names_the_number_and_the_fix() -> None:
+    spec = algorithm(correction={"alarm": 0.01}).correction
+    assert alarm(spec, {"mismatch/kl": 0.01}) is None
+    assert "0.02 nats a token, above spec.algorithm.correction.alarm (0.01)" in (alarm(spec, {"mismatch/kl": 0.02}) or "")
+
+
+def test_far_mismatches_stay_finite() -> None:
+    factor, found = corrected([900.0, -900.0, math.inf], [0, 0, 0], tokenCap=2, sequenceMax=2)
+    assert all(map(math.isfinite, [*factor, *found.values()]))

@@ -12,6 +12,7 @@ import torch
 from rlhf_api.run import RunConfig
 from rlhf_worker.actors.engine import Completion, Request, request_seed
 from rlhf_worker.actors.group import call, call_all, call_each, gather
+from rlhf_worker.algorithm.correction import summary
 from rlhf_worker.algorithm.shape import Shaped, passes, shape
 from rlhf_worker.crew import Crew
 from rlhf_worker.experience import (
@@ -218,6 +219,6 @@ def step_metrics(scored: list[ScoredSample], trained: dict[str, float], phases: 
         "reward/mean": rewards.mean().item(), "reward/std": rewards.std(correction=0).item(),
         **{f"reward/{name}": sum(item.parts[name] for item in scored) / count for name in names},
         "rollout/length": tokens / count, "rollout/truncated": cut / count, "rollout/tokens_per_second": tokens / seconds,
-        **{f"train/{name}": value for name, value in trained.items()},
+        **{name if "/" in name else f"train/{name}": value for name, value in summary(trained).items()},
         **{f"seconds/{name}": value for name, value in phases.items()}, "seconds/step": seconds,
     }

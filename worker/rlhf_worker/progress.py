@@ -41,7 +41,7 @@ def step_fields(step: int, total: int, values: Mapping[str, float], eta_seconds:
     """Of a finished step: numbers for people, with few digits."""
     fields: dict[str, Any] = {
         "step": step, "display": f"{step}/{total}", "step_time": now(), "reward": f"{values['reward/mean']:.3f}",
-        "mismatch": f"{values['train/mismatch']:.2g}", "tokens_per_second": f"{values['rollout/tokens_per_second']:.0f}",
+        "mismatch": f"{values['mismatch/abs']:.2g}", "tokens_per_second": f"{values['rollout/tokens_per_second']:.0f}",
         "eta_seconds": eta_seconds, "eta": in_words(eta_seconds),
     }
     return fields | ({"kl": f"{values['train/kl']:.2g}"} if "train/kl" in values else {})

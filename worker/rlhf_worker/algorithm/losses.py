@@ -6,41 +6,35 @@ the packing. All tensors of a call have one shape, (N,), one entry a target; a t
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rlhf_api.job import AlgorithmSpec
-
-LOG_RATIO_LIMIT = 20.0  # exp(20) is finite and its square too
-KL_LIMIT = 10.0
+from rlhf_api.algorithms import Algorithm
+from rlhf_worker.algorithm.advantage import group_mean
+from rlhf_worker.algorithm.correction import correction
+from rlhf_worker.algorithm.divergence import LOG_RATIO_LIMIT, k3, kl
 
 Metrics = dict[str, Tensor]
-Estimator = Literal["k1", "k2", "k3"]
+Columns = Mapping[str, Tensor]
 
 
-def policy_loss(spec: AlgorithmSpec, logprobs: Tensor, columns: Mapping[str, Tensor], sequence: Tensor) -> tuple[Tensor, Metrics]:
+def policy_loss(spec: Algorithm, logprobs: Tensor, columns: Columns, sequence: Tensor) -> tuple[Tensor, Metrics]:
     """The loss of any algorithm, a scalar, and its metrics, weighted sums, detached. Gradients flow through `logprobs` only.
 
     `columns`: advantages, loss_weights, token_weights, rollout_logprobs; old_logprobs unless the policy is the one at the step's
-    begin (then the ratio is exactly 1); ref_logprobs and kl_weights for a KL term. `sequence`: which sequence a target belongs to.
-
-    The clipped policy gradient (PPO, arXiv 1707.06347): sum of w max(-r A, -clip(r, 1 - low, 1 + high) A).
+    begin (then the ratio is exactly 1); ref_logprobs and kl_weights for a KL term. `sequence`: which sequence a target belongs to,
+    all of whose targets are here.
     """
-    old, advantages, weights = columns.get("old_logprobs", logprobs).detach(), columns["advantages"], columns["token_weights"]
-    log_ratio = (logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio = log_ratio.exp()
-    free = -ratio * advantages
-    clipped = -ratio.clamp(1 - spec.clip_low, 1 + spec.clip_high) * advantages
-    loss = (columns["loss_weights"] * torch.maximum(free, clipped)).sum()
+    old, weights = columns.get("old_logprobs", logprobs).detach(), columns["token_weights"]
+    log_ratio = _log_ratio(spec, logprobs, old, sequence)
+    terms, clipped = _surrogate(spec, log_ratio.exp(), logprobs, columns["advantages"])
+    factor, metrics = correction(spec.correction, old, columns["rollout_logprobs"], sequence, weights)
+    loss = (columns["loss_weights"] * factor * terms).sum()
     with torch.no_grad():
-        metrics = {
-            "ratio": (weights * ratio).sum(),
-            "clip_fraction": (weights * (clipped > free)).sum(),
-            "policy_kl": (weights * _k3(-log_ratio)).sum(),
-            **mismatch(old, columns["rollout_logprobs"], weights),
-        }
+        metrics["ratio"] = (weights * log_ratio.exp()).sum()
+        metrics["clip_fraction"] = (weights * clipped).sum()
+        metrics["policy_kl"] = (weights * k3(-log_ratio)).sum()
     if "ref_logprobs" in columns:
         term = kl(spec.kl.estimator, logprobs, columns["ref_logprobs"])
         metrics["kl"] = (weights * term).sum().detach()
@@ -48,23 +42,39 @@ def policy_loss(spec: AlgorithmSpec, logprobs: Tensor, columns: Mapping[str, Ten
     return loss, metrics
 
 
-def kl(estimator: Estimator, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Each token's estimate of KL(pi || pi_ref) with d = log pi - log pi_ref (joschu.net/blog/kl-approx.html), same shape.
+def _log_ratio(spec: Algorithm, logprobs: Tensor, old: Tensor, sequence: Tensor) -> Tensor:
+    """(N,). gspo's (arXiv 2507.18071) has the sequence's geometric mean as its value and each token's own gradient."""
+    each = (logprobs - old).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return each - each.detach() + group_mean(each.detach(), sequence) if spec.name == "gspo" else each
 
-    k1 = d (unbiased; as a loss its expected gradient is 0), k2 = d^2 / 2 (right gradient on-policy), k3 = exp(-d) - 1 + d
-    (unbiased, low variance). d is clamped to +-20 and the result to +-10.
+
+def _surrogate(spec: Algorithm, ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token's loss, and whether it was clipped, (N,).
+
+    max(-r A, -clip(r, 1 - low, 1 + high) A) (PPO, arXiv 1707.06347), at most -c A for A < 0 with a dual clip c (arXiv 1912.09729).
+    cispo (arXiv 2506.13585): -clip(r) A log pi with the ratio taken as a constant, so that clipped tokens keep a gradient.
     """
-    d = (logprobs - ref_logprobs.detach()).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    value = {"k1": lambda: d, "k2": lambda: 0.5 * d * d, "k3": lambda: _k3(d)}[estimator]()
-    return value.clamp(-KL_LIMIT, KL_LIMIT)
+    bounded = ratio.clamp(1 - spec.clip_low, 1 + spec.clip_high)
+    if spec.name == "cispo":
+        return -bounded.detach() * advantages * logprobs, bounded != ratio
+    free, held = -ratio * advantages, -bounded * advantages
+    terms = torch.maximum(free, held)
+    if not spec.dual_clip:
+        return terms, held > free
+    ceiling = torch.where(advantages < 0, -spec.dual_clip * advantages, torch.inf)
+    return torch.minimum(terms, ceiling), (held > free) | (terms > ceiling)
 
 
-def _k3(d: Tensor) -> Tensor:
-    return torch.expm1(-d) + d
+def value_loss(spec: Algorithm, values: Tensor, columns: Columns) -> tuple[Tensor, Metrics]:
+    """The critic's: sum of w max((V - G)^2, (clip(V, V_old +- valueClip) - G)^2) / 2, a scalar, and metrics as in `policy_loss`.
 
-
-def mismatch(logprobs: Tensor, rollout_logprobs: Tensor, weights: Tensor) -> Metrics:
-    """How far the engine's log probabilities are from the trainer's, as weighted sums: mean |difference| and KL (k3) of engine from trainer."""
+    `columns`: values (V_old), returns (G), loss_weights, token_weights. Gradients flow through `values`, (N,), only.
+    """
+    returns, weights = columns["returns"], columns["token_weights"]
+    free = (values - returns) ** 2
+    reach = spec.value_clip or torch.inf
+    held = (columns["values"] + (values - columns["values"]).clamp(-reach, reach) - returns) ** 2
+    loss = (columns["loss_weights"] * torch.maximum(free, held)).sum() / 2
     with torch.no_grad():
-        d = (rollout_logprobs - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-        return {"mismatch": (weights * d.abs()).sum(), "mismatch_kl": (weights * kl("k3", rollout_logprobs, logprobs)).sum()}
+        sums = {"value": values, "return": returns, "value_error": (values - returns).abs(), "value_clip_fraction": held > free}
+        return loss, {name: (weights * value).sum() for name, value in sums.items()}

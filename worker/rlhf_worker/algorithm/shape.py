@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from rlhf_api.job import AlgorithmSpec
-from rlhf_worker.algorithm import advantage, losses
+from rlhf_api.algorithms import UNGROUPED, Algorithm
+from rlhf_worker.algorithm import advantage
+from rlhf_worker.algorithm.divergence import kl
 from rlhf_worker.experience import TrainSequence, chunks
 
 
@@ -16,49 +19,94 @@ class Shaped:
     metrics: dict[str, float]
 
 
-def passes(spec: AlgorithmSpec, updates: int) -> dict[str, str]:
+def passes(spec: Algorithm, updates: int) -> dict[str, str]:
     """The forward passes that a step needs before `shape`: column -> role. `updates`: optimizer updates of the step.
 
     With one update the policy that is trained is the policy at the step's begin, and its own training pass says what the old
     log probabilities are; only a KL term in the rewards wants them earlier.
     """
     found = {}
-    if updates > 1 or (spec.kl.coefficient > 0 and spec.kl.place == "reward"):
+    if updates > 1 or _penalises(spec):
         found["old_logprobs"] = "policy"
     if spec.kl.coefficient > 0:
         found["ref_logprobs"] = "reference"
+    if spec.name == "ppo":
+        found["values"] = "critic"
     return found
 
 
+def informative(rewards: Sequence[float]) -> bool:
+    """Whether a prompt's samples teach anything: some are better than others. What dynamic sampling (DAPO, arXiv 2503.14476) keeps."""
+    return max(rewards) > min(rewards)
+
+
 def shape(
-    spec: AlgorithmSpec, kl_coefficient: float, sequences: Sequence[TrainSequence], rewards: Sequence[float], groups: Sequence[int],
+    spec: Algorithm, kl_coefficient: float, sequences: Sequence[TrainSequence], rewards: Sequence[float], groups: Sequence[int],
     *, updates: int, max_tokens: int,
 ) -> Shaped:  # fmt: skip
     """All B samples of a step, over all ranks, cut into `updates`, with the columns that the losses want.
 
-    `rewards` and `groups` have one entry a sample; samples of one prompt have one group number. Columns added: advantages, loss_weights,
-    token_weights (1 / targets of the update: what metrics are weighted with) and, with the KL in the loss, kl_weights.
+    `rewards` and `groups` have one entry a sample; samples of one prompt have one group number. `max_tokens`: of one completion.
+    Columns added: advantages, loss_weights, token_weights (1 / targets of the update: what metrics are weighted with); with a
+    critic returns; with the KL in the loss kl_weights.
     """
-    table = torch.tensor(rewards, dtype=torch.float32)
-    if kl_coefficient > 0 and spec.kl.place == "reward":
-        table = table - kl_coefficient * torch.tensor([_kl(spec, s).sum() for s in sequences])
-    advantages = advantage.grpo(table.view(max(groups) + 1, -1)).flatten().tolist()
-    shaped = [s.with_columns(advantages=[a] * len(s.mask)) for s, a in zip(sequences, advantages, strict=True)]
-    return Shaped([_weighted(spec, kl_coefficient, part) for part in chunks(shaped, updates)], {})
+    punished = overlong(spec, [len(s.mask) for s in sequences], max_tokens)
+    mask = pad_sequence([torch.tensor(s.mask, dtype=torch.bool) for s in sequences], batch_first=True)
+    penalty = kl_coefficient * _reference_kl(spec, sequences) * mask if _penalises(spec) else torch.zeros(mask.shape, dtype=torch.float64)
+    advantages, returns = _advantages(spec, torch.tensor(rewards, dtype=torch.float64) - punished, penalty, torch.tensor(groups), mask, sequences)
+    columns = {"advantages": advantages} | ({"returns": returns} if spec.name == "ppo" else {})
+    shaped = [s.with_columns(**{name: values[i, : len(s.mask)].tolist() for name, values in columns.items()}) for i, s in enumerate(sequences)]
+    metrics = {"kl/coefficient": kl_coefficient} if spec.kl.coefficient else {}
+    if spec.overlong.buffer_tokens:
+        metrics["reward/overlong"] = -punished.mean().item()
+    return Shaped([_weighted(spec, kl_coefficient, part, max_tokens) for part in chunks(shaped, updates)], metrics)
 
 
-def _kl(spec: AlgorithmSpec, sequence: TrainSequence) -> torch.Tensor:
-    """(tokens,)"""
-    old, ref = (torch.tensor(sequence.columns[name]) for name in ("old_logprobs", "ref_logprobs"))
-    return losses.kl(spec.kl.estimator, old, ref)
+def overlong(spec: Algorithm, lengths: Sequence[int], max_tokens: int) -> Tensor:
+    """What each sample's reward loses for its length in tokens, (B,): 0 up to the buffer, then linearly to `penalty` at `max_tokens` (DAPO)."""
+    buffer = spec.overlong.buffer_tokens
+    over = torch.tensor(lengths, dtype=torch.float64) - (max_tokens - buffer)
+    return spec.overlong.penalty * (over / buffer).clamp(0, 1) if buffer else torch.zeros_like(over)
 
 
-def _weighted(spec: AlgorithmSpec, kl_coefficient: float, sequences: list[TrainSequence]) -> list[TrainSequence]:
-    total, made = sum(s.targets for s in sequences), []
+def _penalises(spec: Algorithm) -> bool:
+    return spec.kl.coefficient > 0 and spec.kl.place == "reward"
+
+
+def _table(sequences: Sequence[TrainSequence], column: str) -> Tensor:
+    """(B, T) float64, padded with 0."""
+    return pad_sequence([torch.tensor(s.columns[column], dtype=torch.float64) for s in sequences], batch_first=True)
+
+
+def _reference_kl(spec: Algorithm, sequences: Sequence[TrainSequence]) -> Tensor:
+    """(B, T)"""
+    return kl(spec.kl.estimator, _table(sequences, "old_logprobs"), _table(sequences, "ref_logprobs"))
+
+
+def _advantages(
+    spec: Algorithm, rewards: Tensor, penalty: Tensor, groups: Tensor, mask: Tensor, sequences: Sequence[TrainSequence]
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, (B, T). `penalty` (B, T) is each token's, `rewards` (B,) each sample's, given at its last token that counts."""
+    if spec.name in UNGROUPED:
+        ppo = spec.name == "ppo"
+        values = _table(sequences, "values") if ppo else torch.zeros_like(penalty)
+        last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+        advantages, returns = advantage.gae(last * rewards[:, None] - penalty, values, mask, spec.gae.gamma if ppo else 1.0, spec.gae.lam if ppo else 1.0)
+    else:
+        estimate = advantage.leave_one_out if spec.name == "rloo" else advantage.centred
+        outcome = estimate(rewards - penalty.sum(1), groups)
+        outcome = advantage.by_deviation(outcome, groups) if spec.advantage_normalization == "group" else outcome
+        advantages, returns = outcome[:, None] * mask, torch.zeros_like(penalty)
+    return (advantage.whiten(advantages, mask) if spec.advantage_normalization == "batch" else advantages), returns
+
+
+def _weighted(spec: Algorithm, kl_coefficient: float, sequences: list[TrainSequence], max_tokens: int) -> list[TrainSequence]:
+    """All samples of one update over all ranks, each token with its weight in the update's one sum."""
+    size, total, made = len(sequences), max(1, sum(s.targets for s in sequences)), []
     for s in sequences:
-        weight = 1.0 / (len(sequences) * max(s.targets, 1))
-        columns = {"loss_weights": weight, "token_weights": 1.0 / max(total, 1)}
-        if kl_coefficient > 0 and spec.kl.place == "loss":
+        weight = {"tokens": 1 / total, "sequences": 1 / (size * max(1, s.targets)), "constant": 1 / (size * max_tokens)}[spec.loss_aggregation]
+        columns = {"loss_weights": weight, "token_weights": 1 / total}
+        if spec.kl.coefficient > 0 and spec.kl.place == "loss":
             columns["kl_weights"] = kl_coefficient * weight
         made.append(s.with_columns(**{name: [value] * len(s.mask) for name, value in columns.items()}))
     return made
