@@ -1,6 +1,7 @@
 """What is wrong with spec.rollout.engineArgs, said before an engine starts. No vLLM."""
 
 import difflib
+import re
 from typing import Any
 
 from rlhf_api.run import RunConfig
@@ -16,30 +17,35 @@ RESERVED = {
 
 
 def needed_context(config: RunConfig) -> int:
-    return config.data.max_prompt_tokens + config.rollout.max_tokens
+    return _longest(config)[0]
+
+
+def _longest(config: RunConfig) -> tuple[int, str]:
+    """Tokens of the longest sample that may be asked for, evaluation included, and the fields that make it."""
+    prompt, most = config.data.max_prompt_tokens, config.rollout.max_tokens
+    found = [(prompt + most, f"spec.data.maxPromptTokens ({prompt}) + spec.rollout.maxTokens ({most})")]
+    for e in config.evaluation:
+        prompt, own = e.data.max_prompt_tokens, e.max_tokens or most
+        found.append((prompt + own, f"evaluation[{e.name}]: data.maxPromptTokens ({prompt}) + maxTokens ({own})"))
+    return max(found, key=lambda one: one[0])
 
 
 def check_engine_args(config: RunConfig) -> None:
     """What can be said without vLLM and without the model. Raises BadSpec."""
-    args, need = config.rollout.engine_args, needed_context(config)
+    args, (need, fields) = config.rollout.engine_args, _longest(config)
     for name in args:
         if name in RESERVED:
             raise BadSpec(f"spec.rollout.engineArgs.{name}: the worker sets it itself; use {RESERVED[name]}")
     given = args.get("max_model_len")
     if given is not None and given < need:
-        raise BadSpec(
-            f"spec.rollout.engineArgs.max_model_len is {given}, but data.maxPromptTokens ({config.data.max_prompt_tokens}) + "
-            f"rollout.maxTokens ({config.rollout.max_tokens}) is {need}: raise it, or lower one of the two"
-        )
+        raise BadSpec(f"spec.rollout.engineArgs.max_model_len is {given}, but {fields} is {need}: raise it, or lower one of the two")
 
 
 def check_context(config: RunConfig, context: int | None) -> None:
     """The model must have positions for a whole sample. Raises BadSpec."""
-    if context is not None and context < needed_context(config) and not config.rollout.engine_args.get("hf_overrides"):
-        raise BadSpec(
-            f"spec.data.maxPromptTokens ({config.data.max_prompt_tokens}) + spec.rollout.maxTokens ({config.rollout.max_tokens}) is "
-            f"{needed_context(config)}, but the model at spec.model.path has a context of {context}: lower one of the two"
-        )
+    need, fields = _longest(config)
+    if context is not None and context < need and not config.rollout.engine_args.get("hf_overrides"):
+        raise BadSpec(f"{fields} is {need}, but the model at spec.model.path has a context of {context}: lower one of the two")
 
 
 def check_known(args: dict[str, Any], known: set[str], version: str) -> None:
@@ -48,3 +54,13 @@ def check_known(args: dict[str, Any], known: set[str], version: str) -> None:
         if name not in known:
             close = ", ".join(difflib.get_close_matches(name, sorted(known), 3))
             raise BadSpec(f"spec.rollout.engineArgs.{name}: vLLM {version} has no such argument{f'; close to it: {close}' if close else ''}")
+
+
+def refused(config: RunConfig, reason: str, version: str) -> BadSpec:
+    """What vLLM's own check of model and arguments says, with the field. `reason` is its message, which may list every class that it knows."""
+    if found := re.search(r"Model architectures (\[.*?\]) (?:are not supported|failed)", reason):
+        return BadSpec(
+            f"spec.model.path: {config.model.path}: vLLM {version} does not know its model class {found[1]}: use a model that it knows, or for "
+            "debugging spec.rollout.engine: hf"
+        )
+    return BadSpec(f"spec.model or spec.rollout.engineArgs: vLLM {version} refuses them: {reason[:600]}")
