@@ -55,28 +55,39 @@ A, B, C = Seat("n", "GPU-a"), Seat("n", "GPU-b"), Seat("n", "GPU-c")
 
 def test_colocated_roles_must_share() -> None:
     placement = plan("Colocated", 2, 1, 2, 8)
-    check_seats(placement, [A, B], [[B, A]])
+    check_seats(placement, [A, B], [[B, A]], {})
     with pytest.raises(PlacementFailed, match=r"engine 0 is Colocated with trainer ranks on n/GPU-a, n/GPU-b but runs on n/GPU-a, n/GPU-c"):
-        check_seats(placement, [A, B], [[A, C]])
+        check_seats(placement, [A, B], [[A, C]], {})
 
 
 def test_colocated_engines_must_not_swap_gpus() -> None:
     placement = plan("Colocated", 2, 2, 1, 8)
-    check_seats(placement, [A, B], [[A], [B]])
+    check_seats(placement, [A, B], [[A], [B]], {})
     with pytest.raises(PlacementFailed, match="engine 0"):
-        check_seats(placement, [A, B], [[B], [A]])
+        check_seats(placement, [A, B], [[B], [A]], {})
 
 
 def test_separated_roles_must_not_share() -> None:
     placement = plan("Separated", 1, 1, 1, 8)
-    check_seats(placement, [A], [[B]])
+    check_seats(placement, [A], [[B]], {})
     with pytest.raises(PlacementFailed, match="Separated but share n/GPU-a"):
-        check_seats(placement, [A], [[A]])
+        check_seats(placement, [A], [[A]], {})
+
+
+def test_a_role_with_gpus_of_its_own_shares_none() -> None:
+    placement = plan("Colocated", 1, 1, 1, 8)
+    check_seats(placement, [A], [[A]], {"critic": [B], "reference": [C]})
+    with pytest.raises(PlacementFailed, match="critic has GPUs of its own, but shares n/GPU-a"):
+        check_seats(placement, [A], [[A]], {"critic": [A]})
+    with pytest.raises(PlacementFailed, match="critic has GPUs of its own, but shares n/GPU-b"):
+        check_seats(placement, [A], [[A]], {"critic": [B], "reference": [B]})
+    with pytest.raises(PlacementFailed, match="several critic ranks on one GPU"):
+        check_seats(placement, [A], [[A]], {"critic": [B, B]})
 
 
 def test_two_ranks_on_one_gpu_are_an_error() -> None:
     with pytest.raises(PlacementFailed, match="several trainer ranks on one GPU"):
-        check_seats(plan("Colocated", 2, 2, 1, 8), [A, A], [[A], [B]])
+        check_seats(plan("Colocated", 2, 2, 1, 8), [A, A], [[A], [B]], {})
 
 
 def test_an_engine_sees_its_own_gpu_first_and_the_others_of_its_node() -> None:

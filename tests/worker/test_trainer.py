@@ -1,17 +1,21 @@
-"""One trainer rank on gloo, without Ray: gradients whatever the packing, the reference, and a loss that is not finite."""
+"""Trainer ranks on gloo, without Ray: gradients whatever packing, padding and ranks, the roles, offload, and a loss that is not finite."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import AutoTokenizer
 
 from hack.tiny_model import write
-from rlhf_worker.errors import Diverged
+from rlhf_worker.errors import BadSpec, Diverged
 from rlhf_worker.experience import PackedBatch, TrainSequence, add_column, empty_batch, pack
 from rlhf_worker.trainer import Trainer, learning_rate
 from tests.worker.configs import run_config
+from tests.worker.ranks import over_ranks
+from tests.worker.rewards import write_reward
 from tests.worker.samples import evenly
 
 
@@ -22,19 +26,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def group(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-def trainer(tiny: Path, root: Path, coefficient: float = 0.0) -> Trainer:
-    config = run_config(
-        model={"path": str(tiny), "dtype": "float32"}, trainer={"steps": 1, "learningRate": 0.01, "gradientCheckpointing": False},
-        algorithm={"kl": {"coefficient": coefficient}}, checkpoint={"path": str(root)},
-    )
-    made = Trainer(config, 0, "cpu", 1)
+def trainer(tiny: Path, root: Path, *, rank: int = 0, world: int = 1, options: dict[str, Any] | None = None, **changes: Any) -> Trainer:
+    given = {"steps": 1, "learningRate": 0.01, "gradientCheckpointing": False} | (options or {})
+    config = run_config(model={"path": str(tiny), "dtype": "float32"}, trainer=given, checkpoint={"path": str(root)}, **changes)
+    made = Trainer(config, list(config.roles), rank, world, "cpu", 1)
     made.load()
     return made
 
@@ -57,37 +59,74 @@ def with_logprobs(made: Trainer, items: list[TrainSequence], column: str, role: 
     return add_column(items, column, [made.logprobs(role, pack(items, 1000))])
 
 
+def weights(made: Trainer, role: str = "policy") -> list[torch.Tensor]:
+    module = made.roles[role].module
+    module.reshard()
+    return [p.detach().full_tensor().clone() for p in module.parameters()]
+
+
 def after(made: Trainer, updates: list[list[PackedBatch]]) -> tuple[dict[str, float], list[torch.Tensor]]:
-    metrics = made.train(updates)
-    return metrics, [p.full_tensor().clone() for p in made.module.parameters()]  # type: ignore[attr-defined]
+    metrics = made.train("policy", updates)
+    return metrics, weights(made)
 
 
-def test_packing_and_empty_batches_change_nothing(tiny: Path, tmp_path: Path) -> None:
-    one, whole = after(trainer(tiny, tmp_path), [pack(sequences(), 1000)])
-    two, parts = after(trainer(tiny, tmp_path), [[*pack(sequences(), 12), empty_batch(sequences()[0].columns)]])
-    assert one["ratio"] == pytest.approx(1.0) and one["clip_fraction"] == 0.0
-    for name in one:
-        assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
-    for a, b in zip(whole, parts, strict=True):
+def same(one: tuple[dict[str, float], list[torch.Tensor]], two: tuple[dict[str, float], list[torch.Tensor]]) -> None:
+    assert one[0].keys() == two[0].keys()
+    for name in one[0]:
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-4, abs=1e-6), name
+    for a, b in zip(one[1], two[1], strict=True):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
 
 
-def test_later_updates_are_measured_against_the_policy_that_sampled(tiny: Path, tmp_path: Path) -> None:
+def test_packing_padding_and_empty_batches_change_nothing(tiny: Path, tmp_path: Path, group: None) -> None:
+    one = after(trainer(tiny, tmp_path), [pack(sequences(), 1000)])
+    assert one[0]["ratio"] == pytest.approx(1.0) and one[0]["clip_fraction"] == 0.0 and one[0]["entropy"] > 1
+    same(one, after(trainer(tiny, tmp_path), [[*pack(sequences(), 12), empty_batch(sequences()[0].columns)]]))
+    padded = trainer(tiny, tmp_path, options={"batching": "padded"})
+    same(one, after(padded, [[*pack(sequences(), 24, padded=True), empty_batch(sequences()[0].columns)]]))
+
+
+def _rank(rank: int, world: int, tiny: str, root: str) -> tuple[dict[str, float], list[torch.Tensor]]:
+    made = trainer(Path(tiny), Path(root), rank=rank, world=world)
+    own = [item for item in sequences() if item.index % world == rank]
+    return after(made, [[*pack(own, 1000)]])
+
+
+def test_ranks_change_nothing(tiny: Path, tmp_path: Path) -> None:
+    (one,) = over_ranks(1, _rank, str(tiny), str(tmp_path))
+    first, second = over_ranks(2, _rank, str(tiny), str(tmp_path))
+    same(one, first)
+    same(first, second)
+
+
+def test_the_first_ratio_is_exactly_one_and_the_first_kl_exactly_zero(tiny: Path, tmp_path: Path, group: None) -> None:
+    made = trainer(tiny, tmp_path, algorithm={"kl": {"coefficient": 0.1}})
+    items = with_logprobs(made, with_logprobs(made, sequences(), "old_logprobs", "policy"), "ref_logprobs", "reference")
+    assert all(item.columns["old_logprobs"] == item.columns["ref_logprobs"] for item in items)
+    metrics = made.train("policy", [pack(items, 1000)])
+    assert metrics["kl"] == 0.0 and metrics["policy_kl"] == 0.0
+    assert metrics["ratio"] == pytest.approx(1.0, abs=1e-6)  # the weights' sum rounds, the ratios do not
+
+
+def test_later_updates_are_measured_against_the_policy_that_sampled(tiny: Path, tmp_path: Path, group: None) -> None:
     made = trainer(tiny, tmp_path)
     items = with_logprobs(made, sequences(), "old_logprobs", "policy")
     first, second = (pack(part, 1000) for part in (items[:2], items[2:]))
-    assert made.train([first])["ratio"] == pytest.approx(sum(first[0].columns["token_weights"].tolist()), abs=1e-6)
-    assert made.train([second])["ratio"] != pytest.approx(sum(second[0].columns["token_weights"].tolist()), abs=1e-4)
+    assert made.train("policy", [first])["ratio"] == pytest.approx(sum(first[0].columns["token_weights"].tolist()), abs=1e-6)
+    assert made.train("policy", [second])["ratio"] != pytest.approx(sum(second[0].columns["token_weights"].tolist()), abs=1e-4)
 
 
-def test_the_reference_is_the_model_before_training(tiny: Path, tmp_path: Path) -> None:
-    made = trainer(tiny, tmp_path, coefficient=0.1)
+def test_the_reference_stays_the_model_before_training(tiny: Path, tmp_path: Path, group: None) -> None:
+    made = trainer(tiny, tmp_path, algorithm={"kl": {"coefficient": 0.1}})
+    before, frozen = made.logprobs("reference", pack(sequences(), 1000)), weights(made, "reference")
     batches = pack(with_logprobs(made, sequences(), "ref_logprobs", "reference"), 1000)
-    assert made.train([batches])["kl"] == pytest.approx(0.0, abs=1e-7)
-    assert made.train([batches])["kl"] > 1e-4
+    made.train("policy", [batches])
+    assert made.train("policy", [batches])["kl"] > 1e-4
+    assert made.logprobs("reference", pack(sequences(), 1000)) == before
+    assert all(torch.equal(a, b) for a, b in zip(frozen, weights(made, "reference"), strict=True))
 
 
-def test_log_probabilities_are_told_apart_by_sample(tiny: Path, tmp_path: Path) -> None:
+def test_log_probabilities_are_told_apart_by_sample(tiny: Path, tmp_path: Path, group: None) -> None:
     made = trainer(tiny, tmp_path)
     together = made.logprobs("policy", pack(sequences(), 1000))
     assert together.keys() == {0, 1, 2, 3}
@@ -95,13 +134,122 @@ def test_log_probabilities_are_told_apart_by_sample(tiny: Path, tmp_path: Path) 
         assert together[item.index] == pytest.approx(made.logprobs("policy", pack([item], 1000))[item.index], abs=1e-4)
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_batch_on_disk(tiny: Path, tmp_path: Path) -> None:
-    made = trainer(tiny, tmp_path)
-    before = [p.full_tensor().clone() for p in made.module.parameters()]  # type: ignore[attr-defined]
-    with pytest.raises(Diverged, match=r"the batch is in .*diverged/version-1-rank-0\.pt"):
-        made.train([pack(sequences(float("nan")), 1000)])
-    assert (tmp_path / "diverged" / "version-1-rank-0.pt").is_file()
-    assert all(torch.equal(a, b.full_tensor()) for a, b in zip(before, made.module.parameters(), strict=True))  # type: ignore[attr-defined]
+PPO = {"algorithm": {"name": "ppo", "valueClip": 0}, "critic": {"learningRate": 0.02, "warmupSteps": 3}}
+
+
+def test_the_critic_learns_a_constant_and_the_policy_stays(tiny: Path, tmp_path: Path, group: None) -> None:
+    made = trainer(tiny, tmp_path, **PPO)
+    policy = weights(made)
+    items = [s.with_columns(returns=[0.7] * len(s.mask)) for s in sequences()]
+    assert made.values(pack(items, 1000)) == {item.index: [0.0] * len(item.mask) for item in items}
+    losses = []
+    for _ in range(30):
+        valued = add_column(items, "values", [made.values(pack(items, 1000))])
+        losses.append(made.train("critic", [pack(valued, 12)])["loss"])
+    assert losses[0] == pytest.approx(0.5 * 0.7**2, rel=1e-5)
+    assert losses[-1] < 0.01 * losses[0]
+    assert [v for row in made.values(pack(items, 1000)).values() for v in row] == pytest.approx([0.7] * sum(len(s.mask) for s in items), abs=0.2)
+    assert all(torch.equal(a, b) for a, b in zip(policy, weights(made), strict=True))
+
+
+def _trained(made: Trainer) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    items = [s.with_columns(returns=[0.7] * len(s.mask)) for s in sequences()]
+    for _ in range(2):
+        valued = add_column(with_logprobs(made, items, "old_logprobs", "policy"), "values", [made.values(pack(items, 1000))])
+        made.train("critic", [pack(valued, 1000)])
+        made.train("policy", [pack(valued, 1000)])
+        made._rest()
+    made._use("policy")
+    policy = weights(made)
+    made._use("critic")
+    return policy, weights(made, "critic")
+
+
+def test_offload_gives_the_same_bits(tiny: Path, tmp_path: Path, group: None) -> None:
+    stays, goes = trainer(tiny, tmp_path / "a", **PPO), trainer(tiny, tmp_path / "b", options={"offload": True}, **PPO)
+    for one, two in zip(_trained(stays), _trained(goes), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def held(made: Trainer, role: str) -> int:
+    """Bytes of a role's parameters and optimizer state where they are used."""
+    states = made.roles[role].optimizer.state.values()  # type: ignore[union-attr]
+    tensors = [*made.roles[role].module.parameters(), *(value for state in states for value in state.values())]
+    return sum((t.to_local() if hasattr(t, "to_local") else t).untyped_storage().nbytes() for t in tensors)
+
+
+def test_offload_leaves_one_role_on_the_device_and_none_at_rest(tiny: Path, tmp_path: Path, group: None) -> None:
+    made = trainer(tiny, tmp_path, options={"offload": True}, **PPO)
+    assert held(made, "policy") == held(made, "critic") == 0
+    made.train("policy", [pack(sequences(), 1000)])
+    assert held(made, "policy") > 0 and held(made, "critic") == 0
+    made.values(pack(sequences(), 1000))
+    assert held(made, "policy") == 0 and held(made, "critic") > 0
+    made.save(1, {}, {})
+    assert held(made, "policy") == held(made, "critic") == 0
+    (outcome,) = made.saved(wait=True)
+    assert outcome.error is None
+    again = trainer(tiny, tmp_path, options={"offload": True}, **PPO)
+    assert again.restore().state is not None and again.version == 1
+    for role in ("policy", "critic"):
+        made._use(role)
+        again._use(role)
+        assert all(torch.equal(a, b) for a, b in zip(weights(made, role), weights(again, role), strict=True))
+
+
+PROMPTS, COMPLETIONS = ["1 + 2 =", "say it", "1"], [" 3", " a long one, longer than the others", ""]
+
+
+@pytest.mark.parametrize("pad", [True, False])
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_a_reward_model_scores_as_the_plain_call(tiny: Path, tmp_path: Path, group: None, pad: bool, batching: str) -> None:
+    plain, tokenizer = write_reward(tiny, tmp_path / "rm", pad=pad), AutoTokenizer.from_pretrained(tmp_path / "rm")
+    rewards = [{"name": "rm", "type": "model", "model": {"path": str(tmp_path / "rm"), "dtype": "float32"}}]
+    made = trainer(tiny, tmp_path, rewards=rewards, options={"tokensPerMicroBatch": 40, "batching": batching})
+    texts = [a + b for a, b in zip(PROMPTS, COMPLETIONS, strict=True)]
+    wanted = [plain(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits.item() for text in texts]
+    assert made.scores("reward:rm", PROMPTS, COMPLETIONS) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_reward_model_reads_chats_by_its_own_template(tiny: Path, tmp_path: Path, group: None) -> None:
+    plain, tokenizer = write_reward(tiny, tmp_path / "rm"), AutoTokenizer.from_pretrained(tmp_path / "rm")
+    rewards = [{"name": "rm", "type": "model", "model": {"path": str(tmp_path / "rm"), "dtype": "float32"}}]
+    chat = [{"role": "user", "content": "1 + 2 ="}]
+    with pytest.raises(BadSpec, match=r"reward:rm: prompts are chat messages, but the tokenizer of .* has no chat template"):
+        trainer(tiny, tmp_path, rewards=rewards).scores("reward:rm", [chat], ["3"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "rm")
+    ids = tokenizer("user: 1 + 2 =\nassistant: 3\n", add_special_tokens=False, return_tensors="pt").input_ids
+    found = trainer(tiny, tmp_path, rewards=rewards).scores("reward:rm", [chat, "1 + 2 ="], ["3", "3"])
+    assert found == pytest.approx([plain(ids).logits.item()] * 2, abs=1e-6)
+
+
+def test_a_sample_beyond_the_reward_models_context_is_told(tiny: Path, tmp_path: Path, group: None) -> None:
+    write_reward(tiny, tmp_path / "rm")
+    made = trainer(tiny, tmp_path, rewards=[{"name": "rm", "type": "model", "model": {"path": str(tmp_path / "rm"), "dtype": "float32"}}])
+    with pytest.raises(BadSpec, match=r"reward:rm: a sample of 607 tokens, but the model's context is 512: lower data\.maxPromptTokens"):
+        made.scores("reward:rm", ["1 + 2 ="], ["x" * 600])
+
+
+def test_a_role_of_another_tokenizer_is_refused(tiny: Path, tmp_path: Path, group: None) -> None:
+    other = tmp_path / "other"
+    write(other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(BadSpec, match=r"spec\.critic\.model\.path: .*other has another vocabulary than"):
+        trainer(tiny, tmp_path, algorithm={"name": "ppo"}, critic={"model": {"path": str(other)}})
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_batch_on_disk_and_the_weights_as_they_were(tiny: Path, tmp_path: Path, group: None) -> None:
+    made = trainer(tiny, tmp_path, **PPO)
+    before = weights(made)
+    with pytest.raises(Diverged, match=r"the policy's loss is nan .* in step 4: the batch is in .*diverged-step-4\.pt"):
+        made.train("policy", [pack(sequences(float("nan")), 1000)])
+    (dumped,) = torch.load(tmp_path / "diverged-step-4.pt", weights_only=False)
+    assert dumped["role"] == "policy" and dumped["batches"][0].columns["advantages"].isnan().any()
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(made), strict=True))
+    assert made.version == 0
 
 
 @pytest.mark.parametrize(("update", "rate"), [(0, 0.25), (1, 0.5), (3, 1.0), (9, 1.0)])

@@ -9,7 +9,7 @@ from rlhf_api.run import RunConfig
 from rlhf_worker.actors.engine import RemoteEngine
 from rlhf_worker.actors.feed import RemoteFeed
 from rlhf_worker.actors.group import call, call_all, gather
-from rlhf_worker.actors.policy import RemotePolicy
+from rlhf_worker.actors.policy import TRAINED, RemotePolicy
 from rlhf_worker.placement import Stage, check_seats
 from rlhf_worker.progress import Reporter
 from rlhf_worker.weights.backends import choose
@@ -25,10 +25,19 @@ class Crew:
 
     stage: Stage
     feed: ActorHandle
-    policy: list[ActorHandle]
+    ranks: dict[str, list[ActorHandle]]  # by role; roles that share GPUs share actors
     engines: list[ActorHandle]
     sync: WeightSync
     sleeps: bool  # engines give their GPU memory back while the trainer works
+
+    @property
+    def policy(self) -> list[ActorHandle]:
+        return self.ranks["policy"]
+
+    @property
+    def savers(self) -> list[ActorHandle]:
+        """Every rank that holds a part of a checkpoint, the policy's first."""
+        return list(dict.fromkeys(actor for role in TRAINED for actor in self.ranks.get(role, ())))
 
 
 def start(config: RunConfig, stage: Stage, reporter: Reporter) -> tuple[Crew, dict[str, list[str]]]:
@@ -36,29 +45,36 @@ def start(config: RunConfig, stage: Stage, reporter: Reporter) -> tuple[Crew, di
     reporter.update(detail="starting feed, trainer and engines")
     backend = choose(config, stage.device, one_node=len({bundle.node for bundle in stage.bundles.values()}) == 1)
     feed = RemoteFeed.options(**stage.options(config.placement.trainer_slots[0], 0.0)).remote(config)
-    policy, engines = _policy(config, stage), _engines(config, stage)
+    ranks, engines = _roles(config, stage), _engines(config, stage)
+    groups = list({group[0]: group for group in ranks.values()}.values())
     opened = [feed.open.remote(), *(engine.start.remote(backend) for engine in engines)]
-    joined = _join(policy)
+    joined = [call for group in groups for call in _join(group)]
     if stage.device == "cuda":
         # Sharing a GPU, vLLM measures its free memory while it starts: the trainer takes its own after that.
         gather([*opened, *joined], START_DEADLINE_SECONDS, "start of engines")
         opened, joined = [], []
-    gather([*opened, *joined, *(rank.load.remote() for rank in policy)], START_DEADLINE_SECONDS, "start")
-    seats = _prove_seats(config, policy, engines)
-    sync = WeightSync(config, policy, engines, backend)
+    gather([*opened, *joined, *(rank.load.remote() for group in groups for rank in group)], START_DEADLINE_SECONDS, "start")
+    seats = _prove_seats(config, ranks, engines)
+    sync = WeightSync(config, ranks["policy"], engines, backend)
     reporter.update(detail=f"connecting the weight sync ({backend})")
     sync.connect()
     sleeps = stage.device == "cuda" and bool(config.rollout.engine_args.get("enable_sleep_mode"))
-    return Crew(stage, feed, policy, engines, sync, sleeps), seats
+    return Crew(stage, feed, ranks, engines, sync, sleeps), seats
 
 
-def _policy(config: RunConfig, stage: Stage) -> list[Any]:
+def _roles(config: RunConfig, stage: Stage) -> dict[str, list[Any]]:
+    """The ranks of each role: the trainer's hold every one that has no GPUs of its own."""
     placement = config.placement
-    threads = stage.threads(placement.trainer_slots)
-    return [
-        RemotePolicy.options(**stage.options(slot, placement.trainer_fraction)).remote(config, rank, stage.device, threads[slot])
-        for rank, slot in enumerate(placement.trainer_slots)
-    ]
+    shared = [name for name in config.roles if name not in placement.role_slots]
+    trainer = _ranks(config, stage, shared, placement.trainer_slots, placement.trainer_fraction)
+    own = {name: _ranks(config, stage, [name], slots, 1.0) for name, slots in placement.role_slots.items()}
+    return dict.fromkeys(shared, trainer) | own
+
+
+def _ranks(config: RunConfig, stage: Stage, names: list[str], slots: list[int], fraction: float) -> list[Any]:
+    threads = stage.threads(slots)
+    given = [(config, names, rank, len(slots), stage.device, threads[slot]) for rank, slot in enumerate(slots)]
+    return [RemotePolicy.options(**stage.options(slot, fraction)).remote(*one) for slot, one in zip(slots, given, strict=True)]
 
 
 def _engines(config: RunConfig, stage: Stage) -> list[Any]:
@@ -73,17 +89,19 @@ def _engines(config: RunConfig, stage: Stage) -> list[Any]:
     return engines
 
 
-def _join(policy: list[Any]) -> list[Any]:
-    address = call(policy[0], "address", deadline_seconds=START_DEADLINE_SECONDS, what="start of the trainer")
-    return [rank.join.remote(address) for rank in policy]
+def _join(group: list[Any]) -> list[Any]:
+    address = call(group[0], "address", deadline_seconds=START_DEADLINE_SECONDS, what="start of the trainer")
+    return [rank.join.remote(address) for rank in group]
 
 
-def _prove_seats(config: RunConfig, policy: list[Any], engines: list[Any]) -> dict[str, list[str]]:
+def _prove_seats(config: RunConfig, roles: dict[str, list[Any]], engines: list[Any]) -> dict[str, list[str]]:
     """Host and GPU of every role, by name. Raises PlacementFailed."""
-    trainer = call_all(policy, "seat", deadline_seconds=START_DEADLINE_SECONDS, what="seats of the trainer")
+    sat = {name: call_all(roles[name], "seat", deadline_seconds=START_DEADLINE_SECONDS, what=f"seats of {name}") for name in ("policy", *config.placement.role_slots)}
+    trainer = sat.pop("policy")
     ranks = call_all(engines, "seats", deadline_seconds=START_DEADLINE_SECONDS, what="seats of the engines")
-    check_seats(config.placement, trainer, ranks)
+    check_seats(config.placement, trainer, ranks, sat)
     seats = {f"trainer {i}": [str(seat)] for i, seat in enumerate(trainer)} | {f"engine {i}": [str(s) for s in own] for i, own in enumerate(ranks)}
+    seats |= {f"{name} {i}": [str(seat)] for name, own in sat.items() for i, seat in enumerate(own)}
     for name, places in seats.items():
         print(f"{name}: {', '.join(places)}", flush=True)
     return seats
@@ -91,5 +109,5 @@ def _prove_seats(config: RunConfig, policy: list[Any], engines: list[Any]) -> di
 
 def close(crew: Crew) -> None:
     """Best effort: whatever is left dies with the driver's Ray job."""
-    gather([actor.close.remote() for actor in (crew.feed, *crew.engines, *crew.policy)], CLOSE_DEADLINE_SECONDS, "close")
+    gather([actor.close.remote() for actor in (crew.feed, *crew.engines, *{actor for ranks in crew.ranks.values() for actor in ranks})], CLOSE_DEADLINE_SECONDS, "close")
     crew.stage.close()

@@ -15,6 +15,7 @@ from rlhf_worker.actors.group import call, call_all, call_each, gather
 from rlhf_worker.algorithm.correction import summary
 from rlhf_worker.algorithm.shape import Shaped, passes, shape
 from rlhf_worker.crew import Crew
+from rlhf_worker.errors import SaveFailed
 from rlhf_worker.experience import (
     PackedBatch,
     Prompt,
@@ -28,7 +29,6 @@ from rlhf_worker.experience import (
     split,
     to_train_sequences,
 )
-from rlhf_worker.errors import SaveFailed
 from rlhf_worker.progress import Reporter
 from rlhf_worker.stop import Stop, Terminated
 from rlhf_worker.telemetry import PhaseTimer
@@ -93,7 +93,7 @@ class Loop:
             batches = self._batches(shaped.updates)
         self._sleep()
         with timer.phase("train"):  # 7. optimizer updates
-            trained = call_each(self.crew.policy, "train", arguments=batches, deadline_seconds=TRAIN_DEADLINE_SECONDS, what="training")[0]
+            trained = call_each(self.crew.policy, "train", "policy", arguments=batches, deadline_seconds=TRAIN_DEADLINE_SECONDS, what="training")[0]
         with timer.phase("sync"):  # 8. the new weights into the engines
             synced = self._sync(number)
         self.step, self.sampler = number, self._feed("sampler_state")  # 9. the step is finished
@@ -121,7 +121,7 @@ class Loop:
         updates = self.config.trainer.updates_per_step
         for column, role in passes(self.config.algorithm, updates).items():
             ranks = [[batch for update in rank for batch in update] for rank in self._batches(chunks(sequences, updates))]
-            found = call_each(self.crew.policy, "logprobs", role, arguments=ranks, deadline_seconds=TRAIN_DEADLINE_SECONDS, what=f"log probabilities of the {role}")
+            found = call_each(self.crew.ranks[role], "logprobs", role, arguments=ranks, deadline_seconds=TRAIN_DEADLINE_SECONDS, what=f"log probabilities of the {role}")
             sequences = add_column(sequences, column, found)
         return sequences
 
@@ -160,7 +160,7 @@ class Loop:
     def _begin_save(self) -> None:
         """Unless it is there already, or being written. Training goes on while it is written, and when that fails: the next one may not."""
         if self.step != self.saved_step:
-            call_all(self.crew.policy, "save", self.step, self.sampler, {}, deadline_seconds=FILE_DEADLINE_SECONDS, what="checkpoint")
+            call_all(self.crew.savers, "save", self.step, self.sampler, {}, deadline_seconds=FILE_DEADLINE_SECONDS, what="checkpoint")
             self.saved_step = self.step
 
     def _told_of_saves(self, *, wait: bool) -> str | None:

@@ -1,9 +1,10 @@
-"""The policy as one torch module: load, packed forward to log probabilities, FSDP2.
+"""Every role's model as one torch module: load, forward over a packed batch, FSDP2.
 
-The forward pass is always packed: sequences end to end in one row, attention block-diagonal by `cu_seqlens`.
+A batch is packed: sequences end to end in one row, attention block-diagonal by `cu_seqlens`. With `padded` the same batch is laid out
+one sequence a row for the model's own attention, and the results are put end to end again.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from rlhf_api.job import ModelSpec
+from rlhf_api.job import ModelSpec, TrainerSpec
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import PackedBatch
 from rlhf_worker.pretrained import load_config
@@ -26,59 +27,177 @@ HEAD_CHUNK = 2048  # positions whose logits exist at the same time
 PREFIX = "lm."
 
 
-class PolicyModule(nn.Module):
-    """Packed tokens in, log probabilities of the targets out. The root of FSDP, so that the head's weights are whole in `forward`."""
+class RoleModule(nn.Module):
+    """A model of transformers under a head of ours. The root of FSDP, so that the head's weights are whole in `forward`."""
 
-    def __init__(self, lm: PreTrainedModel, temperature: float) -> None:
+    def __init__(self, lm: PreTrainedModel, *, padded: bool = False) -> None:
         super().__init__()
         self.lm = lm
-        self.temperature = temperature
+        self.padded = padded
 
-    def forward(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int, where: Tensor, targets: Tensor) -> Tensor:
-        """token_ids, position_ids (T,); cu_seqlens (S + 1,); where (N,) positions whose next token `targets` (N,) names -> (N,) float32."""
-        hidden = self.lm.base_model(
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's. Raises BadSpec for a model that names them otherwise."""
+        base = self.lm.base_model
+        found = next((getattr(base, name) for name in ("layers", "h") if hasattr(base, name)), None)
+        if not isinstance(found, nn.ModuleList):
+            raise BadSpec(f"{self.lm.config.name_or_path}: {type(base).__name__} has no list of decoder layers, by which the trainer would shard it")
+        return found
+
+    def hidden(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
+        """token_ids, position_ids (T,); cu_seqlens (S + 1,) -> last hidden states (T, H)."""
+        if self.padded:
+            return self._by_row(token_ids, position_ids, cu_seqlens, max_length)
+        made: Tensor = self.lm.base_model(
             input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False,
             cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=max_length, max_length_k=max_length,
         ).last_hidden_state[0]
-        # An empty micro-batch has no target, and must still reach every parameter for FSDP's collectives.
-        if not where.numel():
-            return self._chunk(hidden, token_ids).sum()[None] * 0.0
-        picked = hidden[where]
+        return made
+
+    def _by_row(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
+        lengths = cu_seqlens.diff()
+        rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+        tokens, mask = token_ids.new_zeros(2, len(lengths), max_length)
+        tokens[rows, position_ids], mask[rows, position_ids] = token_ids, 1
+        made: Tensor = self.lm.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+        return made[rows, position_ids]
+
+
+class PolicyModule(RoleModule):
+    """Tokens in, log probabilities of the targets out."""
+
+    def __init__(self, lm: PreTrainedModel, temperature: float, *, padded: bool = False) -> None:
+        super().__init__(lm, padded=padded)
+        self.temperature = temperature
+
+    def forward(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int, where: Tensor, targets: Tensor) -> Tensor:
+        """where (N,): positions whose next token `targets` (N,) names -> (2, N) float32: log probabilities, and entropies.
+
+        Entropies have no gradient, and are 0 where none is recorded. No logits outlive their chunk.
+        """
+        picked = self.hidden(token_ids, position_ids, cu_seqlens, max_length)[where]
         parts = zip(torch.split(picked, HEAD_CHUNK), torch.split(targets, HEAD_CHUNK), strict=True)
-        return torch.cat([checkpoint(self._chunk, h, t, use_reentrant=False) for h, t in parts])
+        return torch.cat([checkpoint(self._chunk, h, t, use_reentrant=False) for h, t in parts], dim=1)
 
     def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self.lm.get_output_embeddings()(hidden).float() / self.temperature
-        return -F.cross_entropy(logits, targets, reduction="none")
+        logprobs = -F.cross_entropy(logits, targets, reduction="none")
+        return torch.stack([logprobs, _entropy(logits) if torch.is_grad_enabled() else torch.zeros_like(logprobs)])
 
 
-def load_policy(spec: ModelSpec, temperature: float, *, gradient_checkpointing: bool) -> PolicyModule:
-    """The checkpoint in float32 on the CPU. Raises BadSpec."""
-    load_config(spec)
-    lm = AutoModelForCausalLM.from_pretrained(
-        spec.path, dtype=torch.float32, attn_implementation=PACKED_ATTENTION, trust_remote_code=spec.trust_remote_code,
-    )
-    if gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    lm.train()
-    return PolicyModule(lm, temperature)
+@torch.no_grad()
+def _entropy(logits: Tensor) -> Tensor:
+    """(N, V) -> (N,)"""
+    return logits.logsumexp(-1) - torch.einsum("nv,nv->n", logits.softmax(-1), logits)
 
 
-def shard(module: PolicyModule, mesh: DeviceMesh, dtype: str) -> None:
-    """FSDP2: a unit each decoder layer, the rest in the root. Weights stay float32; products are made in `dtype`, gradients summed in float32."""
+class ScalarModule(RoleModule):
+    """Tokens in, one number a position out: the critic's value of the state before the next token, or a reward model's score."""
+
+    def __init__(self, lm: PreTrainedModel, head: nn.Linear, *, padded: bool = False) -> None:
+        super().__init__(lm, padded=padded)
+        self.head = head
+
+    def forward(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int, where: Tensor) -> Tensor:
+        """where (N,) -> (N,) float32."""
+        made: Tensor = self.head(self.hidden(token_ids, position_ids, cu_seqlens, max_length)[where].float())
+        return made[:, 0].clone()  # a view would lose the hooks that FSDP hangs on what it returns, should someone write into it
+
+
+def load_policy(spec: ModelSpec, temperature: float, trainer: TrainerSpec, field: str = "spec.model.path") -> PolicyModule:
+    """The checkpoint in float32 on the CPU. Raises BadSpec, which names `field`."""
+    module = PolicyModule(_pretrained(AutoModelForCausalLM, spec, trainer, field), temperature, padded=trainer.batching == "padded")
+    return _ready(module, trainer)
+
+
+def load_critic(spec: ModelSpec, trainer: TrainerSpec, field: str) -> ScalarModule:
+    """The backbone of the checkpoint under a value head of zeros: before the first update every value is 0. Raises BadSpec."""
+    lm = _pretrained(AutoModel, spec, trainer, field)
+    head = nn.Linear(lm.config.hidden_size, 1, bias=False)
+    nn.init.zeros_(head.weight)
+    return _ready(ScalarModule(lm, head, padded=trainer.batching == "padded"), trainer)
+
+
+def load_reward(spec: ModelSpec, trainer: TrainerSpec, field: str) -> ScalarModule:
+    """A sequence-classification checkpoint with one label, by transformers' name for its head, `score`. Raises BadSpec."""
+    lm = _pretrained(AutoModelForSequenceClassification, spec, trainer, field)
+    head = getattr(lm, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise BadSpec(f"{field}: {spec.path}: {type(lm).__name__} must score by one linear head `score` with one label (num_labels: 1 in its config)")
+    return _ready(ScalarModule(lm.base_model, head, padded=trainer.batching == "padded"), trainer)
+
+
+def _pretrained(kind: Any, spec: ModelSpec, trainer: TrainerSpec, field: str) -> PreTrainedModel:
+    load_config(spec, field)
+    attention = {} if trainer.batching == "padded" else {"attn_implementation": PACKED_ATTENTION}
+    try:
+        lm, loaded = kind.from_pretrained(spec.path, dtype=torch.float32, trust_remote_code=spec.trust_remote_code, output_loading_info=True, **attention)
+    except (OSError, ValueError) as error:
+        raise BadSpec(f"{field}: {spec.path}: transformers cannot load it: {error}") from error
+    if missing := sorted(loaded["missing_keys"]):
+        raise BadSpec(f"{field}: {spec.path}: the checkpoint lacks {len(missing)} weights of {type(lm).__name__}, such as {missing[0]}")
+    return lm
+
+
+M = TypeVar("M", bound=RoleModule)
+
+
+def _ready(module: M, trainer: TrainerSpec) -> M:
+    """Without dropout, which would make two passes over one batch differ."""
+    module.eval()
+    if trainer.gradient_checkpointing:
+        module.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for layer in module.layers:
+        layer.training = True  # of the layer itself alone: it checkpoints only then
+        if trainer.compile:
+            layer.forward = torch.compile(layer.forward, dynamic=True)  # not the module: FSDP's hooks stay outside, and names as they are
+    return module
+
+
+def shard(module: RoleModule, mesh: DeviceMesh, dtype: str) -> None:
+    """FSDP2: a unit each decoder layer, the rest in the root. Products are made in `dtype`, gradients summed in float32, a scalar head is float32.
+
+    Weights of a model that is trained stay float32; those of a frozen one are kept in `dtype`, which gives the same products.
+    """
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if dtype == "bfloat16" else MixedPrecisionPolicy()
-    for layer in module.lm.base_model.layers:
+    for parameter in module.lm.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    if isinstance(module, ScalarModule):
+        fully_shard(module.head, mesh=mesh)
+    for layer in module.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def logprobs_of(module: nn.Module, batch: PackedBatch, device: torch.device) -> Tensor:
-    """Log probabilities of the batch's targets at the temperature, (N,) float32 on `device`; for an empty batch (1,) of a zero with a gradient."""
+def policy_pass(module: nn.Module, batch: PackedBatch, device: torch.device) -> Tensor:
+    """Of the batch's targets at the temperature, (2, N) float32 on `device`: log probabilities and entropies; for an empty batch (2, 1) of zeros with a gradient."""
+    where = _targets(batch)
+    made: Tensor = module(*_inputs(batch, device), where.to(device), batch.targets[where].to(device))
+    return made * float(batch.target_mask.any())
+
+
+def values_of(module: nn.Module, batch: PackedBatch, device: torch.device) -> Tensor:
+    """The critic's values before each of the batch's targets, (N,) float32 on `device`; for an empty batch (1,) of a zero with a gradient."""
+    made: Tensor = module(*_inputs(batch, device), _targets(batch).to(device))
+    return made * float(batch.target_mask.any())
+
+
+def scores_of(module: nn.Module, batch: PackedBatch, device: torch.device) -> Tensor:
+    """A reward model's score at the last token of each sequence, (S,) float32 on `device`."""
+    made: Tensor = module(*_inputs(batch, device), (batch.cu_seqlens[1:] - 1).to(device))
+    return made
+
+
+def _inputs(batch: PackedBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+    tokens, positions, cu_seqlens = (t.to(device) for t in (batch.token_ids, batch.position_ids, batch.cu_seqlens))
+    return tokens, positions, cu_seqlens, batch.max_length
+
+
+def _targets(batch: PackedBatch) -> Tensor:
+    """Positions (N,); the first where there is none, since every rank's pass must reach every parameter for FSDP's collectives."""
     where = batch.target_mask.nonzero().squeeze(1)
-    tensors = (batch.token_ids, batch.position_ids, batch.cu_seqlens)
-    tokens, positions, cu_seqlens = (t.to(device) for t in tensors)
-    result: Tensor = module(tokens, positions, cu_seqlens, batch.max_length, where.to(device), batch.targets[where].to(device))
-    return result
+    return where if len(where) else torch.zeros(1, dtype=torch.int64)
 
 
 def packed_attention(
@@ -87,7 +206,7 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query (1, H, T, D), key and value (1, H_kv, T, D) -> (1, T, H, D). Causal within each sequence."""
     if cu_seq_lens_q is None:
-        raise ValueError("packed attention needs cu_seq_lens_q: call the model through PolicyModule")
+        raise ValueError("packed attention needs cu_seq_lens_q: call the model through RoleModule")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         window = (sliding_window - 1 if sliding_window else -1, 0)

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -180,17 +180,23 @@ def _number(gpu: str) -> tuple[int, str]:
     return (int(gpu), "") if gpu.isdigit() else (-1, gpu)
 
 
-def check_seats(placement: Placement, trainer: Sequence[Seat], engines: Sequence[Sequence[Seat]]) -> None:
+def check_seats(placement: Placement, trainer: Sequence[Seat], engines: Sequence[Sequence[Seat]], own: Mapping[str, Sequence[Seat]]) -> None:
     """Roles meant to share a GPU do, those meant not to share do not. Raises PlacementFailed.
 
-    trainer: one a rank; engines: one a tensor-parallel rank of each engine. Ranks of one engine may swap GPUs among themselves.
+    trainer: one a rank; engines: one a tensor-parallel rank of each engine; own: one a rank of each role with GPUs of its own. Ranks of one engine may swap GPUs among themselves.
     """
     _all_different("trainer ranks", trainer)
-    _all_different("engine ranks", [seat for engine in engines for seat in engine])
+    engine_seats = [seat for engine in engines for seat in engine]
+    _all_different("engine ranks", engine_seats)
+    for name, seats in own.items():
+        others = {seat for other, sat in own.items() if other != name for seat in sat}
+        if shared := set(seats) & {*trainer, *engine_seats, *others}:
+            raise PlacementFailed(f"{name} has GPUs of its own, but shares {_names(shared)}")
+        _all_different(f"{name} ranks", seats)
     by_slot = dict(zip(placement.trainer_slots, trainer, strict=True))
     if placement.mode is PlacementMode.SEPARATED:
-        if shared := set(trainer) & {seat for engine in engines for seat in engine}:
-            raise PlacementFailed(f"trainer and engines are Separated but share {', '.join(sorted(map(str, shared)))}")
+        if shared := set(trainer) & set(engine_seats):
+            raise PlacementFailed(f"trainer and engines are Separated but share {_names(shared)}")
         return
     for index, (slots, seats) in enumerate(zip(placement.engine_slots, engines, strict=True)):
         expected = {by_slot[slot] for slot in slots}

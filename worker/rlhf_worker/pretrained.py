@@ -10,38 +10,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
-def require_path(spec: ModelSpec) -> None:
-    """A path must be there with a config; a hub id is left to transformers. Raises BadSpec."""
+def require_path(spec: ModelSpec, field: str = "spec.model.path") -> None:
+    """A path must be there with a config; a hub id is left to transformers. Raises BadSpec, which names `field`."""
     looks_local = spec.path.startswith(("/", "./", "../", "~"))
     if looks_local and not (Path(spec.path).expanduser() / "config.json").is_file():
         there = "the directory has no config.json" if Path(spec.path).is_dir() else "no such directory"
-        raise BadSpec(f"spec.model.path: {spec.path}: {there}; mount the volume that holds the checkpoint in every pod (pods.*.volumes), or correct the path")
+        raise BadSpec(f"{field}: {spec.path}: {there}; mount the volume that holds the checkpoint in every pod (pods.*.volumes), or correct the path")
 
 
-def load_config(spec: ModelSpec) -> "PreTrainedConfig":
+def load_config(spec: ModelSpec, field: str = "spec.model.path") -> "PreTrainedConfig":
     """Raises BadSpec for a checkpoint or hub id that cannot be read, or a head that the trainer does not compute."""
-    require_path(spec)
+    require_path(spec, field)
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise BadSpec(f"spec.model.path: {spec.path}: transformers cannot read its config: {error}") from error
+        raise BadSpec(f"{field}: {spec.path}: transformers cannot read its config: {error}") from error
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, name, None) not in (None, 1, 1.0):
-            raise BadSpec(f"spec.model.path: {spec.path}: its config sets {name}, which the trainer's log probabilities leave out")
+            raise BadSpec(f"{field}: {spec.path}: its config sets {name}, which the trainer's log probabilities leave out")
     return config
 
 
-def load_tokenizer(spec: ModelSpec) -> "PreTrainedTokenizerBase":
+def load_tokenizer(spec: ModelSpec, field: str = "spec.model.path") -> "PreTrainedTokenizerBase":
     """Raises BadSpec."""
-    require_path(spec)
+    require_path(spec, field)
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise BadSpec(f"spec.model.path: {spec.path}: transformers cannot read its tokenizer: {error}") from error
+        raise BadSpec(f"{field}: {spec.path}: transformers cannot read its tokenizer: {error}") from error
 
 
 def identity(spec: ModelSpec, config: "PreTrainedConfig") -> dict[str, Any]:

@@ -1,10 +1,13 @@
-"""One FSDP2 rank of the policy: loss, gradients, optimizer, weights out, checkpoints.
+"""One rank of a group of processes that hold roles: forward passes, loss, gradients, optimizer, weights out, checkpoints.
 
-Every public method is a collective: all ranks call it at once.
+Every public method is a collective: all ranks of the group call it at once. The trainer's own group holds every role that has no GPUs of
+its own. With trainer.offload one role at a time lies on the device, and none while engines generate.
 """
 
 import io
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -12,23 +15,26 @@ import ray
 import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from rlhf_api.run import RunConfig
-from rlhf_worker.algorithm.losses import policy_loss
-from rlhf_worker.checkpoint import Outcome, Restored, Roles, RunState, Saver
-from rlhf_worker.errors import Diverged
-from rlhf_worker.experience import PackedBatch, TrainSequence, at_targets, by_sample, pack
-from rlhf_worker.model import PREFIX, PolicyModule, load_policy, logprobs_of, shard
-from rlhf_worker.pretrained import identity, load_config, load_tokenizer, make_readable
+from rlhf_worker.actors.policy import TRAINED
+from rlhf_worker.algorithm.losses import policy_loss, value_loss
+from rlhf_worker.checkpoint import Outcome, Restored, RunState, Saver
+from rlhf_worker.errors import BadSpec, Diverged, RewardFailed
+from rlhf_worker.experience import PackedBatch, TrainSequence, at_targets, by_sample, equalise, pack, split
+from rlhf_worker.model import PREFIX, policy_pass, scores_of, values_of
+from rlhf_worker.pretrained import context_length, identity, load_config, load_tokenizer, make_readable
+from rlhf_worker.roles import Role
 from rlhf_worker.storage import Store
 from rlhf_worker.weights.backends import Sender
 from rlhf_worker.weights.source import PolicySource
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-ADAM_BETAS = (0.9, 0.95)
+
+Text = str | list[dict[str, Any]]  # a prompt as the data has it: text, or chat messages
 
 
 def learning_rate(base: float, warmup: int, update: int) -> float:
@@ -37,16 +43,18 @@ def learning_rate(base: float, warmup: int, update: int) -> float:
 
 
 class Trainer:
-    """`join` first, then `load`; then the rest."""
+    """`join` first, then `load`; then the rest. `names`: the roles of this group."""
 
-    def __init__(self, config: RunConfig, rank: int, device: str, threads: int) -> None:
+    def __init__(self, config: RunConfig, names: Sequence[str], rank: int, world: int, device: str, threads: int) -> None:
         self.config = config
+        self.names = names
         self.rank = rank
-        self.world = len(config.placement.trainer_slots)
+        self.world = world
         self.device = torch.device(device)
         self.store = Store(config.checkpoint.path)
         self.version = 0
         self.sender: Sender | None = None
+        self.roles: dict[str, Role] = {}
         if device == "cpu":
             torch.set_num_threads(threads)
 
@@ -59,87 +67,155 @@ class Trainer:
         dist.init_process_group(backend, init_method=f"tcp://{host}:{port}", rank=self.rank, world_size=self.world, timeout=COLLECTIVE_TIMEOUT)
 
     def load(self) -> None:
-        """Model, optimizer and, for a KL term, the frozen reference. Raises BadSpec."""
-        trainer, algorithm = self.config.trainer, self.config.algorithm
-        self.mesh = init_device_mesh(self.device.type, (self.world,))
-        self.module = self._module()
-        self.places = [
-            (name.removeprefix(PREFIX), self.module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name, _ in self.module.named_parameters()
-        ]
-        self.source = PolicySource(self._named, getattr(torch, self.config.model.dtype))
-        self.reference = self._module().requires_grad_(False) if algorithm.kl.coefficient > 0 else None
+        """Every role's model, one after the other. Raises BadSpec."""
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        for name in self.names:
+            self.roles[name] = Role(self.config, name, mesh, self.device)
+            self._rest()
+        if "policy" in self.roles:
+            module = self.roles["policy"].module
+            self.places = [(name.removeprefix(PREFIX), module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name, _ in module.named_parameters()]
+            self.source = PolicySource(self._named, getattr(torch, self.config.model.dtype), transient=self.config.trainer.offload and self.device.type == "cuda")
         attempt = ray.get_runtime_context().get_job_id() if ray.is_initialized() else ""
-        self.saver = Saver(self.config.checkpoint.path, self.config.checkpoint.keep, ["policy", "critic"] if self.config.critic else ["policy"], attempt)
-        self.optimizer = torch.optim.AdamW(
-            self.module.parameters(), lr=trainer.learning_rate, betas=ADAM_BETAS, weight_decay=trainer.weight_decay, fused=self.device.type == "cuda"
-        )
-
-    def _module(self) -> PolicyModule:
-        config = self.config
-        module = load_policy(config.model, config.rollout.temperature, gradient_checkpointing=config.trainer.gradient_checkpointing)
-        shard(module, self.mesh, config.model.dtype)
-        return module.to(self.device)
+        expected = [name for name in self.config.roles if name in TRAINED]
+        self.saver = Saver(self.config.checkpoint.path, self.config.checkpoint.keep, expected, attempt)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
-        """Parameters by their checkpoint names, sharded."""
-        self.module.reshard()  # type: ignore[operator]  # a forward pass without a backward leaves the root's whole
+        """The policy's parameters by their checkpoint names, sharded."""
+        self.roles["policy"].module.reshard()  # a forward pass without a backward leaves the root's whole
         # Looked up in their modules each time: FSDP may replace the objects. Walking the modules anew would cost more than a sync.
         return ((name, getattr(module, key)) for name, module, key in self.places)
 
-    def train(self, updates: list[list[PackedBatch]]) -> dict[str, float]:
+    def _use(self, name: str, *, state: bool = False) -> Role:
+        """The role with its parameters, and with `state` its optimizer's, on the device; where memory is short, without the others."""
+        role = self.roles[name]
+        if self.config.trainer.offload:
+            for other in self.roles.values():
+                if other is not role:
+                    other.put_away()
+            role.fetch(state=state)
+        return role
+
+    def _rest(self) -> None:
+        """The device is the engines'."""
+        if self.config.trainer.offload:
+            for role in self.roles.values():
+                role.put_away()
+
+    @contextmanager
+    def _briefly(self, name: str) -> Iterator[Role]:
+        yield self._use(name)
+        self._rest()
+
+    # Forward passes.
+
+    @torch.no_grad()
+    def logprobs(self, name: str, batches: list[PackedBatch]) -> dict[int, list[float]]:
+        """Of the policy or the reference: the log probability of each completion token of each sample, by the sample's number."""
+        module = self._use(name).module
+        return {index: row for batch in batches for index, row in by_sample(batch, policy_pass(module, batch, self.device)[0]).items()}
+
+    @torch.no_grad()
+    def values(self, batches: list[PackedBatch]) -> dict[int, list[float]]:
+        """Of the critic: the value of the state before each completion token of each sample, by the sample's number."""
+        module = self._use("critic").module
+        return {index: row for batch in batches for index, row in by_sample(batch, values_of(module, batch, self.device)).items()}
+
+    @torch.no_grad()
+    def scores(self, name: str, prompts: Sequence[Text], completions: Sequence[str]) -> list[float]:
+        """Of a reward model, one a sample, in their order; every rank gets all samples and returns all. Raises BadSpec, RewardFailed."""
+        sequences = [self._judged(name, index, *pair) for index, pair in enumerate(zip(prompts, completions, strict=True))]
+        batches = equalise([self._packed(part) for part in split(sequences, self.world)])[self.rank]
+        with self._briefly(name) as role:
+            own = {index: value for b in batches for index, value in zip(b.indices, scores_of(role.module, b, self.device).tolist(), strict=True)}
+        found: list[dict[int, float]] = [own] * self.world
+        dist.all_gather_object(found, own)
+        scores = {index: value for part in found for index, value in part.items()}
+        if bad := [index for index in range(len(sequences)) if not math.isfinite(scores[index])]:
+            raise RewardFailed(f"{name}: the score of prompt {prompts[bad[0]]!r:.200}, completion {completions[bad[0]]!r:.200} is {scores[bad[0]]}")
+        return [scores[index] for index in range(len(sequences))]
+
+    def _judged(self, name: str, index: int, prompt: Text, completion: str) -> TrainSequence:
+        """The text as the reward model reads it: by its chat template, where its tokenizer has one."""
+        role = self.roles[name]
+        if role.tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            text = role.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": completion}], tokenize=False)
+            tokens = role.tokenizer.encode(text, add_special_tokens=False)
+        elif isinstance(prompt, str):
+            tokens = role.tokenizer.encode(prompt + completion)
+        else:
+            raise BadSpec(f"{name}: prompts are chat messages, but the tokenizer of {self.config.roles[name].path} has no chat template: add one to it")
+        limit = context_length(role.module.lm.config)
+        if limit and len(tokens) > limit:
+            raise BadSpec(f"{name}: a sample of {len(tokens)} tokens, but the model's context is {limit}: lower data.maxPromptTokens or rollout.maxTokens")
+        return TrainSequence(token_ids=tokens, prompt_length=len(tokens), index=index, mask=[], columns={})
+
+    def _packed(self, sequences: list[TrainSequence]) -> list[PackedBatch]:
+        return pack(sequences, self.config.trainer.tokens_per_micro_batch, padded=self.config.trainer.batching == "padded")
+
+    # Training.
+
+    def train(self, name: str, updates: list[list[PackedBatch]]) -> dict[str, float]:
         """This rank's micro-batches of each optimizer update. Returns means over the step, the same on every rank. Raises Diverged."""
+        role = self._use(name)
+        left_out = self.config.critic.warmup_steps if name == "policy" and self.config.critic else 0
+        role.steps = max(role.steps, left_out) + 1
         sums: dict[str, Tensor] = {}
         for batches in updates:
-            made = [self._backward(batch) for batch in batches]
-            step = self._step()
-            for metrics in [*made, {name: value / self.world for name, value in step.items()}]:
-                for name, value in metrics.items():
-                    sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value / len(updates)
-            self._check_finite(sums, batches)
+            for key, value in self._update(role, batches).items():
+                sums[key] = sums.get(key, torch.zeros((), device=self.device)) + value / len(updates)
+        if self.config.trainer.offload:
+            role.put_away(parameters=False)  # those of the policy are wanted by the sync next
         return self._reduced(sums)
 
-    def _backward(self, batch: PackedBatch) -> dict[str, Tensor]:
+    def _update(self, role: Role, batches: list[PackedBatch]) -> dict[str, Tensor]:
+        """One optimizer update; this rank's share of its metrics. Raises Diverged, with the weights as they were."""
+        made: dict[str, Tensor] = {}
+        for batch in batches:
+            for key, value in self._backward(role, batch).items():
+                made[key] = made.get(key, torch.zeros((), device=self.device)) + value
+        norm = role.gradient_norm(self.config.trainer.max_grad_norm)
+        self._require_finite(role, made["loss"], norm, batches)
+        rate = self._rate(role)
+        role.update(rate)
+        self.version += role.name == "policy"
+        return {**made, "grad_norm": norm / self.world, "learning_rate": torch.tensor(rate / self.world, device=self.device)}
+
+    def _rate(self, role: Role) -> float:
+        if role.name == "critic":
+            assert self.config.critic is not None
+            return self.config.critic.learning_rate
+        return learning_rate(self.config.trainer.learning_rate, self.config.trainer.warmup_steps, self.version)
+
+    def _backward(self, role: Role, batch: PackedBatch) -> dict[str, Tensor]:
         """Gradients of one micro-batch. FSDP averages over ranks, so the loss is multiplied by their number."""
-        loss, metrics = policy_loss(self.config.algorithm, logprobs_of(self.module, batch, self.device), *at_targets(batch, self.device))
+        columns, sequence = at_targets(batch, self.device)
+        if role.name == "critic":
+            loss, metrics = value_loss(self.config.algorithm, values_of(role.module, batch, self.device), columns)
+        else:
+            logprobs, entropy = policy_pass(role.module, batch, self.device)
+            loss, metrics = policy_loss(self.config.algorithm, logprobs, columns, sequence)
+            metrics["entropy"] = (columns["token_weights"] * entropy).sum().detach()
         torch.autograd.backward(loss * self.world)
         return {**metrics, "loss": loss.detach()}
 
-    def logprobs(self, role: str, batches: list[PackedBatch]) -> dict[int, list[float]]:
-        """Log probability of each completion token of each sample, by the policy or the reference."""
-        module = self.reference if role == "reference" else self.module
-        assert module is not None
-        return {index: row for batch in batches for index, row in by_sample(batch, self._frozen(module, batch)).items()}
-
-    @torch.no_grad()
-    def _frozen(self, module: PolicyModule, batch: PackedBatch) -> Tensor:
-        return logprobs_of(module, batch, self.device)
-
-    def _step(self) -> dict[str, Tensor]:
-        """One optimizer update."""
-        trainer = self.config.trainer
-        rate = learning_rate(trainer.learning_rate, trainer.warmup_steps, self.version)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), trainer.max_grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if torch.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.version += 1
-        return {"grad_norm": norm, "learning_rate": torch.tensor(rate, device=self.device)}
-
-    def _check_finite(self, sums: dict[str, Tensor], batches: list[PackedBatch]) -> None:
-        """The gradient's norm is global, so all ranks stop together, each with its own batch dumped."""
-        bad = sums["loss"].isfinite().logical_and(sums["grad_norm"].isfinite()).logical_not().float()
+    def _require_finite(self, role: Role, loss: Tensor, norm: Tensor, batches: list[PackedBatch]) -> None:
+        """All ranks stop together; one file holds the batches of all, by rank."""
+        bad = loss.isfinite().logical_and(norm.isfinite()).logical_not().float()
         dist.all_reduce(bad)
         if not bad.item():
             return
-        name, dump = f"diverged/version-{self.version}-rank-{self.rank}.pt", io.BytesIO()
-        torch.save({"metrics": {name: value.item() for name, value in sums.items()}, "batches": batches}, dump)
-        self.store.write(name, dump.getvalue())
+        name, parts = f"diverged-step-{role.steps}.pt", [None] * self.world if self.rank == 0 else None
+        dist.gather_object({"role": role.name, "loss": loss.item(), "gradient_norm": norm.item(), "batches": batches}, parts)
+        if self.rank == 0:
+            dump = io.BytesIO()
+            torch.save(parts, dump)
+            self.store.write(name, dump.getvalue())
+        dist.barrier()
         raise Diverged(
-            f"loss {sums['loss'].item():g}, gradient norm {sums['grad_norm'].item() * self.world:g} at update {self.version}: "
-            f"the batch is in {self.store.url(name)}; lower spec.trainer.learningRate or look for bad rewards"
+            f"the {role.name}'s loss is {loss.item():g} on rank {self.rank}, its gradient norm {norm.item():g}, in step {role.steps}: "
+            f"the batch is in {self.store.url(name)}; lower the learning rate, or look for bad rewards"
         )
 
     def _reduced(self, sums: dict[str, Tensor]) -> dict[str, float]:
@@ -148,38 +224,47 @@ class Trainer:
         dist.all_reduce(values)
         return dict(zip(names, values.tolist(), strict=True))
 
+    # The policy's weights, out.
+
     def connect(self, engines: list[ActorHandle], backend: str, address: tuple[str, int], distrusted: frozenset[str]) -> list[str]:
         """Open the way to the engines, in place of the one before. Returns what an administrator should know of it."""
         if self.sender is not None:
             self.sender.close()
-        self.sender = Sender(self.config, self.source, self.rank, engines, backend, address, distrusted)
+        with self._briefly("policy"):
+            self.sender = Sender(self.config, self.source, self.rank, engines, backend, address, distrusted)
         return self.sender.notes()
 
     def send(self, *, prove: bool) -> int:
         """The weights into all engines; returns their version."""
         assert self.sender is not None
-        self.sender.send(prove=prove)
+        with self._briefly("policy"):
+            self.sender.send(prove=prove)
         return self.version
 
     def checksums(self) -> list[dict[str, int]]:
         """This rank's share of what each engine rank's parameters must sum up to."""
         assert self.sender is not None
-        return self.sender.checksums()
+        with self._briefly("policy"):
+            return self.sender.checksums()
 
     def probe(self, token_ids: list[int]) -> list[float]:
         """Log probability of each token after the first, at temperature 1."""
         length = len(token_ids) - 1
         sequence = TrainSequence(token_ids=token_ids, prompt_length=1, index=0, mask=[True] * length, columns={})
-        temperature, self.module.temperature = self.module.temperature, 1.0
-        try:
-            return [float(x) for x in self._frozen(self.module, pack([sequence], len(token_ids))[0]).tolist()]
-        finally:
-            self.module.temperature = temperature
+        with self._briefly("policy") as role, torch.no_grad():
+            temperature, role.module.temperature = role.module.temperature, 1.0
+            try:
+                return [float(x) for x in policy_pass(role.module, pack([sequence], len(token_ids))[0], self.device)[0].tolist()]
+            finally:
+                role.module.temperature = temperature
+
+    # Files.
 
     def save(self, step: int, sampler: dict[str, Any], loop: dict[str, Any]) -> None:
         """What the ranks hold now; it is written while they go on."""
         state = RunState(step=step, version=self.version, model=self._identity(), sampler=sampler, loop=loop)
-        self.saver.begin(state, self._trained())
+        self.saver.begin(state, Trained(self))
+        self._rest()
 
     def saved(self, *, wait: bool) -> list[Outcome]:
         """How the saves ended that ended since the last call."""
@@ -187,22 +272,24 @@ class Trainer:
 
     def restore(self) -> Restored:
         """Of the newest whole checkpoint, if there is one. Raises BadData."""
-        found = self.saver.restore(self._identity(), self._trained())
-        self.version = found.state.version if found.state else 0
+        found = self.saver.restore(self._identity(), Trained(self))
+        self._rest()
+        if found.state:
+            self.version = found.state.version
+            for role in self.roles.values():
+                role.steps = found.state.step
         return found
-
-    def _trained(self) -> Roles:
-        return {"policy": (self.module, self.optimizer)}
 
     def _identity(self) -> dict[str, Any]:
         return identity(self.config.model, load_config(self.config.model))
 
     def export(self) -> str:
         """The model as a Hugging Face checkpoint under <checkpoint.path>/export, in the engine's dtype."""
-        weights = {name: tensor.cpu() for name, tensor in self.source if self.rank == 0}
+        with self._briefly("policy") as role:
+            weights = {name: tensor.cpu() for name, tensor in self.source if self.rank == 0}
         if self.rank == 0:
             with self.store.publishing("export", "config.json") as target:
-                self.module.lm.save_pretrained(target, state_dict=weights)
+                role.module.lm.save_pretrained(target, state_dict=weights)
                 load_tokenizer(self.config.model).save_pretrained(target)
                 make_readable(target)
         dist.barrier()
@@ -212,3 +299,21 @@ class Trainer:
         if dist.is_initialized():
             self.saver.close()
             dist.destroy_process_group()
+
+
+class Trained(Mapping[str, tuple[nn.Module, Optimizer]]):
+    """The trained roles of a trainer for its checkpoints: each is on the device from when it is asked for until the next one is."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def __getitem__(self, name: str) -> tuple[nn.Module, Optimizer]:
+        role = self.trainer._use(name, state=True)
+        assert role.optimizer is not None
+        return role.module, role.optimizer
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self.trainer.roles if name in TRAINED)
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))

@@ -1,4 +1,4 @@
-"""One trainer rank as a Ray actor: a shell around `trainer.Trainer`.
+"""One rank of a group that holds roles, as a Ray actor: a shell around `trainer.Trainer`.
 
 The shell imports neither torch nor transformers, so that the driver, which needs the class, starts without them.
 """
@@ -16,13 +16,19 @@ from rlhf_worker.pretrained import require_path
 if TYPE_CHECKING:
     from rlhf_worker.checkpoint import Outcome, Restored
     from rlhf_worker.experience import PackedBatch
+    from rlhf_worker.trainer import Text
+
+
+TRAINED = ("policy", "critic")
 
 
 class Policy:
     """Created in its bundle by `crew`; the work begins with `join`, so that a failure is the call's and not the actor's."""
 
-    def __init__(self, config: RunConfig, rank: int, device: str, threads: int) -> None:
-        self.given = (config, rank, device, threads)
+    def __init__(self, config: RunConfig, names: list[str], rank: int, world: int, device: str, threads: int) -> None:
+        self.config = config
+        self.device = device
+        self.given = (config, names, rank, world, device, threads)
 
     def address(self) -> tuple[str, int]:
         """A free port on this rank's node."""
@@ -33,23 +39,29 @@ class Policy:
 
     def join(self, address: tuple[str, int]) -> None:
         """Raises BadSpec for a model path that is not there, before anything heavy is loaded."""
-        require_path(self.given[0].model)
+        require_path(self.config.model)
         from rlhf_worker.trainer import Trainer
 
         self.trainer = Trainer(*self.given)
         self.trainer.join(address)
 
     def seat(self) -> Seat:
-        return Seat.here(self.given[2])
+        return Seat.here(self.device)
 
     def load(self) -> None:
         self.trainer.load()
 
-    def train(self, updates: "list[list[PackedBatch]]") -> dict[str, float]:
-        return self.trainer.train(updates)
-
     def logprobs(self, role: str, batches: "list[PackedBatch]") -> dict[int, list[float]]:
         return self.trainer.logprobs(role, batches)
+
+    def values(self, batches: "list[PackedBatch]") -> dict[int, list[float]]:
+        return self.trainer.values(batches)
+
+    def scores(self, role: str, prompts: "list[Text]", completions: list[str]) -> list[float]:
+        return self.trainer.scores(role, prompts, completions)
+
+    def train(self, role: str, updates: "list[list[PackedBatch]]") -> dict[str, float]:
+        return self.trainer.train(role, updates)
 
     def connect(self, engines: list[ActorHandle], backend: str, address: tuple[str, int], distrusted: frozenset[str]) -> list[str]:
         return self.trainer.connect(engines, backend, address, distrusted)

@@ -108,6 +108,8 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
                 _process(layer)
             if self.recording.plan.reload:
                 self._reload()
+        if order.release:
+            self.held, self.copies = None, ([], [])
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 

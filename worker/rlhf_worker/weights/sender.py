@@ -172,10 +172,10 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
     def _order(self, handles: bytes | None, proof: bool) -> None:
         """The engines receive from now on."""
         if self.hub is not None:
-            self.hub.order(Order(handles, proof), range(self.group.trainers, self.group.size))
+            self.hub.order(Order(handles, proof, self.source.transient), range(self.group.trainers, self.group.size))
 
     def _let_read(self, proof: bool) -> None:
-        moved, handles = self._moved(), None
+        moved, handles = self._moved() or self.source.transient, None
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         if self.info.world > 1:

@@ -23,11 +23,15 @@ class Held:
 
 
 class PolicySource(WeightSource):
-    """named: the parameters, in one order on every rank; tied ones come once. dtype: the engine's."""
+    """named: the parameters, in one order on every rank; tied ones come once. dtype: the engine's.
 
-    def __init__(self, named: Named, dtype: torch.dtype) -> None:
+    transient: their memory is given back after each sync, so that nobody may keep it open.
+    """
+
+    def __init__(self, named: Named, dtype: torch.dtype, *, transient: bool = False) -> None:
         self._named = named
         self.dtype = dtype
+        self.transient = transient
 
     def held(self) -> dict[str, Held]:
         """No copies: the tensors are the parameters' own memory. Raises ValueError for a layout that is not rows."""

@@ -19,6 +19,7 @@ class Order:
 
     handles: bytes | None  # pickled, when the trainer's memory has moved
     proof: bool  # also sum up what is gone once it is packed
+    release: bool  # let go of the trainer's memory when the weights are in place: it will lie elsewhere the next time
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,46 @@
+"""A function on several ranks of a gloo group, each a process of its own."""
+
+import io
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+DEADLINE_SECONDS = 240.0
+
+
+def over_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """function(rank, world, *arguments) on every rank; the results by rank. Raises what a rank raised, as text."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as meeting:
+        pipes = [context.Pipe(duplex=False) for _ in range(world)]
+        ranks = [context.Process(target=_rank, args=(pipes[i][1], i, world, meeting, function, arguments)) for i in range(world)]
+        for rank in ranks:
+            rank.start()
+        try:
+            found = [torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False) if pipe.poll(DEADLINE_SECONDS) else TimeoutError("no answer") for pipe, _ in pipes]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.join()
+    for answer in found:
+        if isinstance(answer, Exception):
+            raise answer
+    return found
+
+
+def _rank(pipe: Connection, rank: int, world: int, meeting: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{Path(meeting) / 'rendezvous'}", rank=rank, world_size=world)
+    try:
+        answer = function(rank, world, *arguments)
+    except Exception as error:
+        answer = RuntimeError(f"rank {rank}: {error!r}")
+    whole = io.BytesIO()  # a pipe by itself would send a tensor as a name in this process's memory
+    torch.save(answer, whole)
+    pipe.send_bytes(whole.getvalue())

@@ -1,0 +1,107 @@
+"""A role on one rank: its sharded model, the optimizer of one that is trained, and their way to the host's memory and back."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.optim import AdamW
+
+from rlhf_api.run import RunConfig
+from rlhf_worker.actors.policy import TRAINED
+from rlhf_worker.errors import BadSpec
+from rlhf_worker.model import RoleModule, load_critic, load_policy, load_reward, shard
+from rlhf_worker.pretrained import load_tokenizer
+
+ADAM_BETAS = (0.9, 0.95)
+
+Away = list[tuple[torch.UntypedStorage, Tensor]]  # emptied storages, and their bytes on the host
+
+
+class Role:
+    """`policy`, `critic`, `reference` or `reward:<name>`; `optimizer` is None for a frozen one."""
+
+    def __init__(self, config: RunConfig, name: str, mesh: DeviceMesh, device: torch.device) -> None:
+        """Raises BadSpec."""
+        self.name = name
+        self.module: Any = _load(config, name)
+        if name not in TRAINED:
+            self.module.requires_grad_(False)
+        shard(self.module, mesh, config.roles[name].dtype)
+        self.module.to(device)
+        self.optimizer: AdamW | None = None
+        if name in TRAINED:
+            decay = config.trainer.weight_decay
+            self.optimizer = AdamW(self.module.parameters(), betas=ADAM_BETAS, weight_decay=decay, fused=device.type == "cuda")
+        self.tokenizer: Any = load_tokenizer(config.roles[name]) if name.startswith("reward:") else None
+        self.steps = 0  # steps of the run in which it was trained, or was left out of
+        self._away: Away = []
+        self._state_away: Away = []
+
+    def gradient_norm(self, limit: float) -> Tensor:
+        """Of all ranks' gradients, before they are clipped to `limit`."""
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def update(self, rate: float) -> None:
+        assert self.optimizer is not None
+        _to_device(self._state_away)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def fetch(self, *, state: bool = False) -> None:
+        """Parameters, and with `state` the optimizer's too, to where they are used."""
+        _to_device(self._away)
+        if state:
+            _to_device(self._state_away)
+
+    def put_away(self, *, parameters: bool = True) -> None:
+        """The optimizer's state, and the parameters, to the host. What refers to them, such as a weight sync's views, is good again after `fetch`."""
+        if self.optimizer is not None:
+            self._state_away += _to_host(value for state in self.optimizer.state.values() for value in state.values())
+        if parameters:
+            self.module.reshard()
+            self._away += _to_host(self.module.parameters())
+
+
+def _load(config: RunConfig, name: str) -> RoleModule:
+    spec, trainer = config.roles[name], config.trainer
+    field = f"spec.{name}.model.path" if name != "policy" else "spec.model.path"
+    if name.startswith("reward:"):
+        return load_reward(spec, trainer, f"spec.rewards[{name.removeprefix('reward:')}].model.path")
+    if spec.path != config.model.path and load_tokenizer(spec, field).get_vocab() != load_tokenizer(config.model).get_vocab():
+        raise BadSpec(f"{field}: {spec.path} has another vocabulary than {config.model.path}, whose tokens it is given: use a model of the same tokenizer")
+    if name == "critic":
+        return load_critic(spec, trainer, field)
+    return load_policy(spec, config.rollout.temperature, trainer, field)
+
+
+def _storages(tensors: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            yield (tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()).untyped_storage()
+
+
+def _to_host(tensors: Iterable[Any]) -> Away:
+    """Empties storages in place, so that every tensor over them stays. Those in shared memory cannot be emptied, and stay."""
+    away: Away = []
+    for storage in _storages(tensors):
+        if storage.nbytes() and storage.resizable():
+            there = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+            here = torch.empty(there.shape, dtype=torch.uint8, pin_memory=there.is_cuda).copy_(there)
+            storage.resize_(0)
+            away.append((storage, here))
+    if away and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # other processes share the GPU
+    return away
+
+
+def _to_device(away: Away) -> None:
+    for storage, here in away:
+        storage.resize_(here.nbytes)
+        torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).copy_(here)
+    away.clear()
