@@ -30,9 +30,9 @@ def score(sample: Sample, reward: float) -> ScoredSample:
 
 def test_metrics_of_groups() -> None:
     """Two prompts of three samples: 1 of 3 and 0 of 3 right."""
-    samples = [a_sample(row, tokens=tokens) for row in (0, 1) for tokens in (1, 2, 3)]
-    scored = [score(sample, reward) for sample, reward in zip(samples, [0, 1, 0, 0, 0, 0], strict=True)]
-    found = metrics(spec(samples=3, temperature=1), scored)
+    rewards = [[0, 1, 0], [0, 0, 0]]
+    groups = [[score(a_sample(row, tokens=k + 1), value) for k, value in enumerate(values)] for row, values in enumerate(rewards)]
+    found = metrics(spec(samples=3, temperature=1), groups)
     assert found == {
         "eval/a/exact": 1 / 6, "eval/a/length": 2.0, "eval/a/mean_reward": 1 / 6, "eval/a/best_reward": 0.5, "eval/a/mean_length": 2.0,
         "eval/a/truncated_share": 0.0,
@@ -40,14 +40,14 @@ def test_metrics_of_groups() -> None:
 
 
 class Engines:
-    """Answers each prompt with spec.samples completions, and keeps what it was asked."""
+    """Answers each prompt with spec.samples completions that are worth its row, and keeps what it was asked."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, list[str]]] = []
 
-    def generate(self, prompts: list[Prompt], given: EvaluationSpec) -> list[Sample]:
+    def judge(self, given: EvaluationSpec, prompts: list[Prompt]) -> list[list[ScoredSample]]:
         self.calls.append((given.name, [prompt.uid for prompt in prompts]))
-        return [a_sample(prompt.row, text=f"{prompt.row}") for prompt in prompts for _ in range(given.samples)]
+        return [[score(a_sample(prompt.row), prompt.row)] * given.samples for prompt in prompts]
 
 
 def test_only_sets_that_are_due_are_drawn_and_in_calls_of_a_steps_size() -> None:
@@ -61,17 +61,14 @@ def test_only_sets_that_are_due_are_drawn_and_in_calls_of_a_steps_size() -> None
         assert method == "draw_evaluation"
         return prompts[name]
 
-    def scorer(samples: list[Sample]) -> list[ScoredSample]:
-        return [score(sample, float(sample.text)) for sample in samples]
-
-    found = evaluate(config, 2, engines.generate, scorer, feed)
+    found = evaluate(config, 2, engines.judge, feed)
     assert engines.calls == [("a", ["0:0", "0:1", "0:2", "0:3", "0:4"]), ("a", ["0:5", "0:6", "0:7", "0:8", "0:9"])]
     assert found["eval/a/mean_reward"] == 4.5
     assert found["eval/a/total_seconds"] >= 0
     engines.calls.clear()
-    assert evaluate(config, 3, engines.generate, scorer, feed)["eval/b/best_reward"] == 0.5
+    assert evaluate(config, 3, engines.judge, feed)["eval/b/best_reward"] == 0.5
     assert engines.calls == [("b", ["0:0"]), ("b", ["0:1"])]
-    assert evaluate(config, 1, engines.generate, scorer, feed) == {}
+    assert evaluate(config, 1, engines.judge, feed) == {}
 
 
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, Any], **fields: Any) -> Feed:
