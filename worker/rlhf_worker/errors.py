@@ -9,6 +9,10 @@ class BadData(Exception):
     """Data or a checkpoint is wrong (exit 65, never retried). The message names the place and the fix."""
 
 
+class PreflightFailed(Exception):
+    """A check before the first step failed, and another try may find it mended."""
+
+
 class PlacementFailed(Exception):
     """Ray lacks what the placement asks for, or roles sit on other GPUs than planned."""
 
