@@ -169,11 +169,36 @@ def test_what_cannot_be_opened_names_the_field(tmp_path: Path, source: dict[str,
 
 
 @pytest.mark.usefixtures("own_cache")
-def test_an_unreachable_hub_is_no_bad_data(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["parquet", "parquet directory", "load_from_disk", "jsonl", "load_dataset"])
+def test_each_source_without_rows_is_named(tmp_path: Path, kind: str) -> None:
+    import datasets
+
+    table = pa.Table.from_pylist(ROWS).slice(0, 0)
+    (tmp_path / "dir").mkdir()
+    for file in ("a.parquet", "dir/b.parquet"):
+        pq.write_table(table, tmp_path / file)
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "disk"))
+    source: dict[str, Any] = {
+        "parquet": {"parquet": {"path": str(tmp_path / "a.parquet")}},
+        "parquet directory": {"parquet": {"path": str(tmp_path / "dir")}},
+        "load_from_disk": {"dataset": {"path": str(tmp_path / "disk")}},
+        "jsonl": jsonl(tmp_path / "p.jsonl", []),
+        "load_dataset": {"dataset": {"path": str(tmp_path / "dir")}},
+    }[kind]
+    with pytest.raises(BadData, match=rf"data\.{next(iter(source))}.* {tmp_path}/.*: .*give at least one prompt"):
+        PromptSource(spec(**source))
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_unreachable_hub_is_no_bad_data(monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:
     import datasets
 
     def unreachable(*_: Any, **__: Any) -> None:
-        raise ConnectionError("no route")
+        error = ConnectionError("no route")
+        if wrapped:
+            raise datasets.exceptions.DatasetGenerationError("An error occurred") from error
+        raise error
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(ConnectionError, match="no route"):
@@ -253,6 +278,21 @@ def test_a_long_prompt_names_its_place_and_consumes_nothing(tmp_path: Path) -> N
     assert found.state()["position"] == 0
 
 
+def test_a_tokenizer_without_a_pad_token_is_enough() -> None:
+    """Nothing is padded."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({"<unk>": 0, "say": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert tokenizer.pad_token is None
+    data = spec(reasoning_gym={"task": "basic_arithmetic", "size": 3})
+    assert all(prompt.token_ids for prompt in PromptSampler(PromptSource(data), tokenizer, data).next(4))
+
+
 @pytest.mark.parametrize("drawn", [0, 3, 7, 12])
 def test_check_finds_a_bad_row_ahead_without_consuming(tmp_path: Path, drawn: int) -> None:
     data = spec(**jsonl(tmp_path / "p.jsonl", [*ROWS, {"answer": 1}, {"prompt": "y"}]))
@@ -268,6 +308,16 @@ def test_check_looks_no_further_than_the_run_goes(tmp_path: Path) -> None:
     sampler(data).check(order.index(7))
     with pytest.raises(BadData, match="31 tokens"):
         sampler(data).check(order.index(7) + 1)
+
+
+def test_prompts_are_drawn_again_by_their_uids_without_consuming(seven: DataSpec) -> None:
+    found = sampler(seven)
+    drawn = found.next(9)
+    before = found.state()
+    assert found.again([prompt.uid for prompt in drawn[5:]]) == drawn[5:]
+    assert [prompt.uid for prompt in found.first(2)] == ["0:0", "0:1"]
+    assert len(found.first(None)) == 7
+    assert found.state() == before
 
 
 # Rendering

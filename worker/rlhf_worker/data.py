@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -160,12 +160,16 @@ class _Parquet:
 
 def _dataset(spec: HubData) -> Rows:
     """A Hugging Face dataset: what `save_to_disk` wrote, or what `load_dataset` reads. An unreachable hub stays OSError: it may come back."""
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetsError
 
     try:
         rows: Rows = _load_dataset(spec)
-    except (DatasetNotFoundError, FileNotFoundError, NotADirectoryError, ValueError, KeyError) as error:
-        raise BadData(f"data.dataset: {spec.path} (name {spec.name}, split {spec.split}): {error}: correct path, name or split") from None
+    except (DatasetsError, FileNotFoundError, NotADirectoryError, ValueError, LookupError) as error:
+        reason = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error  # what lies behind "An error occurred"
+        if isinstance(reason, OSError) and not isinstance(reason, FileNotFoundError | NotADirectoryError):
+            raise reason from None
+        where = f"data.dataset: {spec.path} (name {spec.name}, split {spec.split})"
+        raise BadData(f"{where}: {type(reason).__name__}: {reason}: correct path, name or split, and give at least one prompt") from None
     return rows
 
 

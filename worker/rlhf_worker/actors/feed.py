@@ -56,12 +56,24 @@ class Feed:
         """Raises BadData."""
         return self.sampler.next(count)
 
+    def draw_again(self, uids: list[str]) -> "list[Prompt]":
+        """What a run that ended had drawn and not trained."""
+        return self.sampler.again(uids)
+
     def draw_evaluation(self, name: str) -> "list[Prompt]":
         """The same prompts each time."""
         return self.evaluations[name]
 
     def sampler_state(self) -> dict[str, Any]:
         return self.sampler.state()
+
+    def try_rewards(self) -> None:
+        """Each reward on one sample. Raises RewardFailed."""
+        from rlhf_worker.experience import Sample
+
+        prompt = self.sampler.first(1)[0]
+        sample = Sample(prompt=prompt, token_ids=[], logprobs=[], mask=[], versions=[], text=prompt.text, finish_reason="stop")
+        self.scorer.score([sample], {spec.name: [0.0] for spec in self.config.rewards if spec.type == "model"})
 
     def score(self, samples: "list[Sample]", models: Mapping[str, Sequence[float]] | None = None) -> "list[ScoredSample]":
         """`models`: what the rewards of type model gave, by name. Raises RewardFailed."""
