@@ -230,6 +230,10 @@ class PromptSampler:
         """The first rows (None: all) in the order of the source, of epoch 0. Consumes nothing. Raises BadData."""
         return [self._prompt(0, row) for row in range(len(self._source))[:count]]
 
+    def again(self, uids: Sequence[str]) -> list[Prompt]:
+        """Prompts that were drawn before, by their uids. Consumes nothing. Raises BadData."""
+        return [self._prompt(*map(int, uid.split(":"))) for uid in uids]
+
     def check(self, count: int) -> None:
         """Render the rows of the next `count` prompts, each once, without consuming them: a run's bad row fails it at its start."""
         ahead = range(self._drawn, self._drawn + min(count, 2 * len(self._source)))  # two epochs hold one whole
