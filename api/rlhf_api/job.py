@@ -175,6 +175,7 @@ class EnvironmentSpec(Model):
 class RolloutSpec(Model):
     engine: Literal["vllm", "hf"] = Field("vllm", description="vllm: engines of their own. hf: the trainer's ranks generate by transformers' generate, slowly and without a weight sync: for debugging.")
     engines: PositiveInt = Field(1, description="Number of vLLM engines.")
+    min_engines: PositiveInt = Field(1, description="Engines that must serve. While fewer do, the run waits for those that are started again; more than these may fail meanwhile.")
     tensor_parallel_size: PositiveInt = Field(1, description="GPUs of one engine.")
     prompts_per_step: PositiveInt = Field(64, description="Prompts drawn for one step.")
     samples_per_prompt: PositiveInt = Field(8, description="Completions of one prompt: the group that most algorithms compare within.")

@@ -66,4 +66,5 @@ class Progress(Model):
     preflight: Preflight | None = Field(None, description="The checks before the first step.")
     sync: Sync | None = Field(None, description="The last weight sync.")
     checkpoint: Saved | None = Field(None, description="The newest whole checkpoint.")
+    degraded: str | None = Field(None, max_length=1024, description="What is amiss while the run goes on, such as an engine that is started again; absent when nothing is.")
     save_error: str | None = Field(None, max_length=1024, description="Why the last save failed; absent when it did not. The run goes on, and fails when its last save does.")

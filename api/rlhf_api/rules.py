@@ -170,6 +170,11 @@ def _same_samples(evaluation: EvaluationSpec) -> str:
     return f"samples is {evaluation.samples}" if evaluation.samples > 1 and evaluation.temperature == 0 else ""
 
 
+def _min_engines(job: RLHFJob) -> Iterator[str]:
+    if job.spec.rollout.min_engines > job.spec.rollout.engines:
+        yield f"{job.spec.rollout.min_engines} > {job.spec.rollout.engines}"
+
+
 def _backend(job: RLHFJob) -> Iterator[str]:
     backend, mode = job.spec.weight_sync.backend, job.spec.placement.mode
     shared, apart = ("ipc", "vllm-ipc"), ("nccl", "vllm-nccl", "sharded_rdt")
@@ -239,6 +244,7 @@ RULES = (
          "an environment needs exactly one of function and code", "rollout.environment", _environment),
     Rule("spec", COLOCATED + "self.placement.fractions.trainer + self.placement.fractions.rollout <= 1.0",
          "the fractions of one GPU must sum to at most 1: lower fractions.trainer or fractions.rollout", "placement.fractions", _fractions),
+    Rule("spec", "self.rollout.minEngines <= self.rollout.engines", "there are fewer engines: lower rollout.minEngines or raise rollout.engines", "rollout.minEngines", _min_engines),
     Rule("spec", "self.rollout.tensorParallelSize <= self.placement.gpusPerNode",
          "an engine must fit on one node: lower rollout.tensorParallelSize or raise placement.gpusPerNode", "rollout.tensorParallelSize", _tensor_parallel),
     Rule("spec", f"[{TRAINER_GPUS}].all(gpus, gpus <= self.placement.gpusPerNode || gpus % self.placement.gpusPerNode == 0)",

@@ -67,6 +67,7 @@ BROKEN: list[tuple[str, Object]] = [
     ("self.rollout.engine !=", a_job(rollout__engine="hf", rollout__engines=2)),
     ("has(self.environment)", a_job(rollout__environment={"maxTurns": 2})),
     ("has(self.environment)", a_job(rollout__environment={"function": "m:E", "code": "class Environment: ..."})),
+    ("self.rollout.minEngines", a_job(rollout__minEngines=2)),
     ("fractions", a_job(placement__fractions={"trainer": 0.6, "rollout": 0.5})),
     ("self.rollout.tensorParallelSize <=", a_job(placement__gpusPerNode=2, rollout__tensorParallelSize=4, trainer__gpus=4)),
     ("[self.trainer.gpus +", a_job(placement__mode="Separated", placement__gpusPerNode=4, trainer__gpus=6)),

@@ -247,6 +247,16 @@ def test_a_failed_check_before_the_first_step_is_a_condition_by_its_name() -> No
     assert world.condition("PreflightPassed") == ("True", "ChecksPassed")
 
 
+def test_an_engine_that_is_started_again_degrades_the_job_while_it_lasts() -> None:
+    world = running()
+    world.report(step=4, degraded="engine 1 is restarting")
+    world.settle()
+    assert world.condition("Degraded") == ("True", "EngineRestarting")
+    world.report(step=5)
+    world.settle()
+    assert world.condition("Degraded") == ("False", "Healthy")
+
+
 def test_a_save_that_failed_is_told_and_the_checkpoint_before_it_counts() -> None:
     world = running()
     world.report(step=4, saveError="no checkpoint of step 4: disk full")

@@ -141,6 +141,8 @@ def _degraded(f: Facts) -> Verdict:
     for pod in f.pods:
         if not f.record.result and pod.ray and pod.ray.failures and not pod.ray_ready:
             return yes("WorkerRestarting", f"Ray in pod {pod.name} restarts")
+    if not f.record.result and f.progress and f.progress.degraded and f.driver_runs:
+        return yes("EngineRestarting", f.progress.degraded)
     return no("Healthy", "nothing is amiss")
 
 

@@ -45,6 +45,11 @@ class Policy:
         self.trainer = Trainer(*self.given)
         self.trainer.join(address)
 
+    def preflight(self, check: str) -> None:
+        from rlhf_worker.preflight import CHECKS
+
+        CHECKS[check](self.trainer)
+
     def seat(self) -> Seat:
         return Seat.here(self.device)
 
