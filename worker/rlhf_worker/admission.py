@@ -11,26 +11,28 @@ and a step takes every group that could not wait for the next one. Both together
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from rlhf_api.job import EvaluationSpec
 from rlhf_worker.experience import Prompt, ScoredSample
 
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """One prompt on its way from the data to a step. `born`: steps that were finished when its generation began."""
+    """One prompt on its way from the data to a step, or to an evaluation. `born`: steps that were finished when its generation began."""
 
     prompt: Prompt
     born: int
+    evaluation: EvaluationSpec | None = None
     samples: list[ScoredSample] = field(default_factory=list)
 
 
 class Admission:
     """Between the data and the steps: groups in flight, finished groups, and how many more may begin.
 
-    `rounds`: with dynamic sampling a step may cost at most rounds * batch groups; past that, uninformative ones are kept.
+    `steps`: of the whole run, past which no group is needed. `rounds`: with dynamic sampling a step may cost at most rounds * batch groups; past that, uninformative ones are kept.
     """
 
-    def __init__(self, batch: int, staleness: int, rounds: int = 1, step: int = 0) -> None:
-        self.batch, self.staleness, self.rounds = batch, staleness, rounds
+    def __init__(self, batch: int, staleness: int, steps: int, *, rounds: int = 1, step: int = 0) -> None:
+        self.batch, self.staleness, self.steps, self.rounds = batch, staleness, steps, rounds
         self.version = step
         self.consumed = step * batch
         self.dropped = 0  # since the last step was taken
@@ -40,7 +42,7 @@ class Admission:
     @property
     def room(self) -> int:
         """Groups that may begin now."""
-        return (self.version + self.staleness + 1) * self.batch - self.consumed - len(self._under_way)
+        return min(self.version + self.staleness + 1, self.steps) * self.batch - self.consumed - len(self._under_way)
 
     @property
     def idle(self) -> bool:
@@ -63,17 +65,23 @@ class Admission:
             self.dropped += 1
             self._under_way.remove(group)
 
-    def take(self) -> list[Group] | None:
-        """The groups of the next step, the oldest finished first; None while they are too few, or would leave an older one behind for too long."""
-        taken = [group for group in self._under_way if group in self._ready][: self.batch]
-        left = [group for group in self._under_way if group not in taken]
-        if len(taken) < self.batch or self._too_late(left):
-            return None
+    @property
+    def complete(self) -> bool:
+        """Whether a step can be taken: enough groups are finished, and it would leave none behind for too long."""
+        taken = self._next()
+        return len(taken) == self.batch and not self._too_late([group for group in self._under_way if group not in taken])
+
+    def take(self) -> list[Group]:
+        """The groups of the next step, the oldest finished first. Only when `complete`."""
+        taken = self._next()
         self._ready.difference_update(taken)
-        self._under_way = left
+        self._under_way = [group for group in self._under_way if group not in taken]
         self.consumed += self.batch
         self.dropped = 0
         return taken
+
+    def _next(self) -> list[Group]:
+        return [group for group in self._under_way if group in self._ready][: self.batch]
 
     def _too_late(self, left: list[Group]) -> bool:
         """Whether the steps to come, of `batch` groups each, cannot train all of `left` in time."""

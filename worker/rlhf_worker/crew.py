@@ -10,13 +10,16 @@ from rlhf_worker.actors.engine import RemoteEngine
 from rlhf_worker.actors.feed import RemoteFeed
 from rlhf_worker.actors.group import call, call_all, gather
 from rlhf_worker.actors.policy import TRAINED, RemotePolicy
+from rlhf_worker.fleet import Fleet
 from rlhf_worker.placement import Stage, check_seats
+from rlhf_worker.preflight import preflight
 from rlhf_worker.progress import Reporter
 from rlhf_worker.weights.backends import choose
 from rlhf_worker.weights.sync import WeightSync
 
 START_DEADLINE_SECONDS = 1800.0
 CLOSE_DEADLINE_SECONDS = 60.0
+FEED_THREADS = 4  # so that prompts and metrics do not wait for slow rewards
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +29,7 @@ class Crew:
     stage: Stage
     feed: ActorHandle
     ranks: dict[str, list[ActorHandle]]  # by role; roles that share GPUs share actors
-    engines: list[ActorHandle]
-    sync: WeightSync
+    fleet: Fleet
     sleeps: bool  # engines give their GPU memory back while the trainer works
 
     @property
@@ -42,24 +44,32 @@ class Crew:
 
 def start(config: RunConfig, stage: Stage, reporter: Reporter) -> tuple[Crew, dict[str, list[str]]]:
     """Every actor, loaded, connected, and proven to sit where the plan says."""
-    reporter.update(detail="starting feed, trainer and engines")
+    reporter.update(detail="starting feed and trainer")
     backend = choose(config, stage.device, one_node=len({bundle.node for bundle in stage.bundles.values()}) == 1)
-    feed = RemoteFeed.options(**stage.options(config.placement.trainer_slots[0], 0.0)).remote(config)
-    ranks, engines = _roles(config, stage), _engines(config, stage)
+    feed = RemoteFeed.options(max_concurrency=FEED_THREADS, **stage.options(config.placement.trainer_slots[0], 0.0)).remote(config)
+    ranks, engines = _roles(config, stage), [_engine(config, stage, index) for index in range(len(config.placement.engine_slots))]
     groups = list({group[0]: group for group in ranks.values()}.values())
-    opened = [feed.open.remote(), *(engine.start.remote(backend) for engine in engines)]
-    joined = [call for group in groups for call in _join(group)]
+    gather([feed.open.remote(), *(call for group in groups for call in _join(group))], START_DEADLINE_SECONDS, "start of feed and trainer")
+    preflight(config, groups, feed, reporter)
+    reporter.update(detail="loading models, starting engines")
+    started = [engine.start.remote(backend) for engine in engines]
     if stage.device == "cuda":
         # Sharing a GPU, vLLM measures its free memory while it starts: the trainer takes its own after that.
-        gather([*opened, *joined], START_DEADLINE_SECONDS, "start of engines")
-        opened, joined = [], []
-    gather([*opened, *joined, *(rank.load.remote() for group in groups for rank in group)], START_DEADLINE_SECONDS, "start")
+        gather(started, START_DEADLINE_SECONDS, "start of engines")
+        started = []
+    gather([*started, *(rank.load.remote() for group in groups for rank in group)], START_DEADLINE_SECONDS, "start")
     seats = _prove_seats(config, ranks, engines)
     sync = WeightSync(config, ranks["policy"], engines, backend)
     reporter.update(detail=f"connecting the weight sync ({backend})")
     sync.connect()
     sleeps = stage.device == "cuda" and bool(config.rollout.engine_args.get("enable_sleep_mode"))
-    return Crew(stage, feed, ranks, engines, sync, sleeps), seats
+
+    def spawn(index: int) -> tuple[ActorHandle, Any]:
+        engine = _engine(config, stage, index)
+        return engine, engine.start.remote(backend)
+
+    fleet = Fleet(engines, sync, spawn, lambda amiss: reporter.update(degraded=amiss), least=config.rollout.min_engines)
+    return Crew(stage, feed, ranks, fleet, sleeps), seats
 
 
 def _roles(config: RunConfig, stage: Stage) -> dict[str, list[Any]]:
@@ -77,16 +87,13 @@ def _ranks(config: RunConfig, stage: Stage, names: list[str], slots: list[int], 
     return [RemotePolicy.options(**stage.options(slot, fraction)).remote(*one) for slot, one in zip(slots, given, strict=True)]
 
 
-def _engines(config: RunConfig, stage: Stage) -> list[Any]:
+def _engine(config: RunConfig, stage: Stage, index: int) -> ActorHandle:
     """A tensor-parallel engine's actor holds no GPU itself: its workers, which vLLM starts in the engine's bundles, do."""
-    placement = config.placement
+    placement, slots = config.placement, config.placement.engine_slots[index]
     threads = stage.threads([slot for slots in placement.engine_slots for slot in slots])
-    engines = []
-    for index, slots in enumerate(placement.engine_slots):
-        bundles = [stage.bundles[slot].index for slot in slots]
-        options = stage.options(slots[0], placement.engine_fraction if len(slots) == 1 else 0.0)
-        engines.append(RemoteEngine.options(**options).remote(config, index, stage.device, bundles, stage.visible(slots[0]), threads[slots[0]]))
-    return engines
+    bundles = [stage.bundles[slot].index for slot in slots]
+    options = stage.options(slots[0], placement.engine_fraction if len(slots) == 1 else 0.0)
+    return RemoteEngine.options(**options).remote(config, index, stage.device, bundles, stage.visible(slots[0]), threads[slots[0]])
 
 
 def _join(group: list[Any]) -> list[Any]:
@@ -109,5 +116,6 @@ def _prove_seats(config: RunConfig, roles: dict[str, list[Any]], engines: list[A
 
 def close(crew: Crew) -> None:
     """Best effort: whatever is left dies with the driver's Ray job."""
-    gather([actor.close.remote() for actor in (crew.feed, *crew.engines, *{actor for ranks in crew.ranks.values() for actor in ranks})], CLOSE_DEADLINE_SECONDS, "close")
+    crew.fleet.close()
+    gather([actor.close.remote() for actor in (crew.feed, *crew.fleet.serving, *{actor for ranks in crew.ranks.values() for actor in ranks})], CLOSE_DEADLINE_SECONDS, "close")
     crew.stage.close()

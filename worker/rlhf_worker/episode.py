@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from rlhf_api.job import DataSpec
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import Prompt, Sample
 
@@ -55,6 +56,11 @@ class Speech:
 
     def __init__(self, tokenizer: Tokenizer, *, chat: bool) -> None:
         self.tokenizer, self.chat = tokenizer, chat
+
+    @classmethod
+    def of(cls, tokenizer: Any, data: DataSpec) -> "Speech":
+        """Of prompts that `data` renders."""
+        return cls(tokenizer, chat=data.chat_template and tokenizer.chat_template is not None)
 
     def text(self, before: Sequence[int], token_ids: Sequence[int], finish_reason: str) -> str:
         """What an engine that decodes token by token would show: no special tokens, no token that ended it, no half character at the end."""

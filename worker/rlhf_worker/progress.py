@@ -41,7 +41,7 @@ def step_fields(step: int, total: int, values: Mapping[str, float], eta_seconds:
     """Of a finished step: numbers for people, with few digits."""
     fields: dict[str, Any] = {
         "step": step, "display": f"{step}/{total}", "step_time": now(), "reward": f"{values['reward/mean']:.3f}",
-        "mismatch": f"{values['mismatch/abs']:.2g}", "tokens_per_second": f"{values['rollout/tokens_per_second']:.0f}",
+        "mismatch": f"{values['mismatch/abs']:.2g}" if "mismatch/abs" in values else None, "tokens_per_second": f"{values['rollout/tokens_per_second']:.0f}",
         "eta_seconds": eta_seconds, "eta": in_words(eta_seconds),
     }
     return fields | ({"kl": f"{values['train/kl']:.2g}"} if "train/kl" in values else {})
@@ -150,9 +150,10 @@ def line(progress: Progress, values: Mapping[str, float]) -> str:
     """One step in one line."""
     phases = " ".join(f"{name} {values[f'seconds/{name}']:.2f}" for name in ("generate", "score", "train", "sync"))
     version = progress.sync.version if progress.sync else 0
+    learned = "  ".join(f"{name} {values[key]:.3g}" for name, key in (("loss", "train/loss"), ("grad", "train/grad_norm"), ("critic", "critic/loss")) if key in values)
     return (
         f"step {progress.display}  reward {progress.reward}  {progress.tokens_per_second} tok/s  version {version}  "
-        f"mismatch {progress.mismatch}  loss {values['train/loss']:.4f}  grad {values['train/grad_norm']:.3g}  "
+        f"mismatch {progress.mismatch}  {learned}  "
         f"{values['seconds/step']:.2f} s ({phases})  eta {progress.eta}"
     )
 

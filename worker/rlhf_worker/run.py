@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from pydantic import ValidationError
@@ -22,7 +23,7 @@ from yaml import YAMLError
 from rlhf_api.progress import EXIT_BAD_DATA, EXIT_BAD_SPEC, EXIT_OK
 from rlhf_api.run import RunConfig
 from rlhf_worker.actors.engine_args import check_engine_args
-from rlhf_worker.actors.group import call, call_all
+from rlhf_worker.actors.group import call, call_all, root_cause
 from rlhf_worker.crew import Crew, close, start
 from rlhf_worker.errors import BadData, BadSpec
 from rlhf_worker.placement import reserve
@@ -57,7 +58,7 @@ def drive(config: RunConfig, reporter: Reporter, stop: Stop) -> Result:
         from rlhf_worker.loop import Loop  # brings torch, which the actors did not have to wait for
 
         loop = Loop(config, crew, reporter, stop)
-        loop.begin(_restore(config, crew, reporter))
+        loop.begin(*_restore(config, crew, reporter))
     loop.run()
     export = _export(config, crew, reporter)
     reporter.update(state="Done", detail="finished")
@@ -65,10 +66,10 @@ def drive(config: RunConfig, reporter: Reporter, stop: Stop) -> Result:
     return Result(loop.step, export, seats)
 
 
-def _restore(config: RunConfig, crew: Crew, reporter: Reporter) -> int:
-    """Finished steps of the newest checkpoint; 0 for a new run. Raises BadData."""
+def _restore(config: RunConfig, crew: Crew, reporter: Reporter) -> tuple[int, dict[str, Any]]:
+    """Finished steps of the newest checkpoint, 0 for a new run, and the loop's memory. Raises BadData."""
     reporter.update(detail="looking for a checkpoint")
-    restored = call_all(crew.policy, "restore", deadline_seconds=FILE_DEADLINE_SECONDS, what="restore")[0]
+    restored = call_all(crew.savers, "restore", deadline_seconds=FILE_DEADLINE_SECONDS, what="restore")[0]
     for words in restored.passed_over:
         print(words, file=sys.stderr, flush=True)
     state = restored.state
@@ -77,7 +78,7 @@ def _restore(config: RunConfig, crew: Crew, reporter: Reporter) -> int:
     if state:
         total = config.trainer.steps
         reporter.update(detail="; ".join([f"resuming after step {step}", *restored.passed_over])[:1000], step=step, display=f"{step}/{total}", resumed_from_step=step)
-    return step
+    return step, state.loop if state else {}
 
 
 def _export(config: RunConfig, crew: Crew, reporter: Reporter) -> str | None:
@@ -103,13 +104,6 @@ def guarded(work: Callable[[], object]) -> int:
         _tell_kubelet(words)
         return EXIT_BAD_SPEC if isinstance(cause, BadSpec) else EXIT_BAD_DATA if isinstance(cause, BadData) else EXIT_FAILED
     return EXIT_OK
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """What an actor raised, without Ray's wrapping, which nests when actors call actors."""
-    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
-        error = error.cause
-    return error
 
 
 def last_words(error: BaseException, cause: BaseException) -> str:

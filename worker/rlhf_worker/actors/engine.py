@@ -4,51 +4,33 @@ vLLM is imported after the environment is set, because it reads it at import.
 """
 
 import asyncio
-import hashlib
 import os
 import pickle
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from pydantic import ValidationError
 
 from rlhf_api.run import RunConfig
-from rlhf_worker.actors.engine_args import check_context, check_engine_args, check_known, needed_context
+from rlhf_worker.actors.engine_args import check_context, check_engine_args, check_known, needed_context, refused
 from rlhf_worker.errors import DeadlineExceeded
 from rlhf_worker.placement import Seat
-from rlhf_worker.pretrained import context_length, load_config, require_path
+from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, require_path
 from rlhf_worker.weights.backends import engine_backend
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from rlhf_worker.environment import Environments
+    from rlhf_worker.episode import Episode, Request, Turn
+    from rlhf_worker.experience import Sample
     from rlhf_worker.weights.compare import EngineSums
 
 CPU_KV_CACHE_BYTES = 256 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    token_ids: list[int]
-    seed: int | None  # None: the engine's own stream of random numbers
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    token_ids: list[int]
-    logprobs: list[float]
-    text: str
-    finish_reason: str  # "stop" | "length"
-    weight_version: int
-
-
-def request_seed(seed: int, step: int, uid: str, index: int) -> int:
-    """The same sample gets the same seed in every run and after every resume. 63 bits."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{uid}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class Engine:
@@ -64,6 +46,7 @@ class Engine:
         self.threads = threads
         self.version = 0
         self.stale = False  # between a sync's begin and its end: what it holds is no version
+        self.environments: Environments | None = None
         self.sleep_level = 1
         self.llm: AsyncLLM | None = None
         self._requests = 0
@@ -79,8 +62,21 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         check_known(self.config.rollout.engine_args, {f.name for f in fields(AsyncEngineArgs)}, vllm.__version__)
-        self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args(backend)))
+        self._open_environments()
+        try:
+            self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args(backend)))
+        except ValidationError as error:  # of vLLM's config, before anything is loaded
+            raise refused(self.config, error.errors()[0]["msg"], vllm.__version__) from None
+        await self.llm.update_weight_version("0")
         return str(vllm.__version__)
+
+    def _open_environments(self) -> None:
+        from rlhf_worker.environment import Environments
+        from rlhf_worker.episode import Speech
+
+        self.speech = Speech.of(load_tokenizer(self.config.model), self.config.data)
+        if self.config.rollout.environment is not None:
+            self.environments = Environments(self.config.rollout.environment, self.speech)
 
     def _environment(self, backend: str) -> None:
         env = {
@@ -143,21 +139,22 @@ class Engine:
         found: list[Seat] = await self._running().collective_rpc(_worker_seat)
         return found
 
-    async def generate(self, requests: list[Request], deadline_seconds: float) -> list[Completion]:
-        """One completion a request, in order. Raises DeadlineExceeded.
+    async def generate(self, requests: "list[Request]", deadline_seconds: float) -> "list[Sample]":
+        """One completion a request, in order. Raises DeadlineExceeded, EnvironmentFailed.
 
         Raises RuntimeError between a sync that failed and the next one that does not.
-        All requests wait in the queue before the first is scheduled, so that the same requests make the same batches, and on
-        one machine the same bits, whatever the timing.
+        Without staleness all requests wait in the queue before the first is scheduled, so that the same requests make the same
+        batches, and on one machine the same bits, whatever the timing. With it they join those that run, also over a sync.
         """
-        llm = self._running()
-        if self.stale:
-            raise RuntimeError(f"engine {self.index} holds a part of a sync, after version {self.version}: it serves nothing until a whole one")
-        await self._hold()
-        tasks = [asyncio.create_task(self._one(request)) for request in requests]
+        llm, alone = self._running(), not self.config.rollout.staleness
+        await self._whole(0.0 if alone else self.config.weight_sync.deadline_seconds)
+        if alone:
+            await self._hold()
+        tasks = [asyncio.create_task(self._sample(request)) for request in requests]
         try:
-            await asyncio.sleep(0)  # let every task hand its request over
-            await llm.resume_generation()
+            if alone:
+                await asyncio.sleep(0)  # let every task hand its request over
+                await llm.resume_generation()
             async with asyncio.timeout(deadline_seconds):
                 return list(await asyncio.gather(*tasks))
         except TimeoutError:
@@ -169,28 +166,45 @@ class Engine:
             for task in tasks:
                 task.cancel()
 
-    def _sampling(self, request: Request) -> "SamplingParams":
+    async def _whole(self, seconds: float) -> None:
+        """Waits for the end of a sync that is under way. Raises RuntimeError."""
+        end = asyncio.get_running_loop().time() + seconds
+        while self.stale:
+            if asyncio.get_running_loop().time() >= end:
+                raise RuntimeError(f"engine {self.index} holds a part of a sync, after version {self.version}: it serves nothing until a whole one")
+            await asyncio.sleep(0.01)
+
+    async def _sample(self, request: "Request") -> "Sample":
+        from rlhf_worker.episode import Episode
+
+        if self.environments is not None:
+            return await self.environments.play(request, self._turn)
+        episode = Episode(request)
+        episode.add(await self._turn(episode))
+        return episode.sample(self.speech)
+
+    async def _turn(self, episode: "Episode") -> "Turn":
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        rollout = self.config.rollout
-        return SamplingParams(
-            temperature=rollout.temperature, top_p=1.0, top_k=0, seed=request.seed, max_tokens=rollout.max_tokens, logprobs=0,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        from rlhf_worker.episode import Turn
 
-    async def _one(self, request: Request) -> Completion:
-        output = (await self._final(request.token_ids, self._sampling(request))).outputs[0]
-        if output.finish_reason not in ("stop", "length") or output.logprobs is None:
+        # Without text, and with one list of numbers in place of a dictionary a token: that work would be done between any two steps of the GPU.
+        params = SamplingParams(
+            temperature=episode.request.temperature, top_p=1.0, top_k=0, seed=episode.seed, max_tokens=episode.left, logprobs=0,
+            output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False, flat_logprobs=True, skip_clone=True,
+        )  # fmt: skip
+        output = (await self._final(episode.context, params)).outputs[0]
+        if output.finish_reason not in ("stop", "length") or output.logprobs is None or output.weight_versions is None:
             raise RuntimeError(f"engine {self.index}: a completion ended as {output.finish_reason!r}")
-        logprobs = [by_token[token].logprob for token, by_token in zip(output.token_ids, output.logprobs, strict=True)]
-        return Completion(list(output.token_ids), logprobs, output.text, output.finish_reason, self.version)
+        versions = [int(span.version) for span in output.weight_versions for _ in range(span.end - span.start)]
+        return Turn(list(output.token_ids), list(output.logprobs.logprobs), versions, output.finish_reason)
 
     async def _final(self, token_ids: list[int], params: "SamplingParams") -> "RequestOutput":
-        from vllm.inputs import TokensPrompt
+        from vllm.inputs.engine import tokens_input
 
         self._requests += 1
-        outputs = self._running().generate(TokensPrompt(prompt_token_ids=token_ids), params, f"{self.index}-{self._requests}")
+        outputs = self._running().generate(tokens_input(token_ids), params, f"{self.index}-{self._requests}")
         found = [output async for output in outputs if output.finished]
         if not found:
             raise RuntimeError(f"engine {self.index}: a request came back without output")
@@ -267,6 +281,8 @@ class Engine:
         await self._running().finish_weight_update()
 
     async def close(self) -> None:
+        if self.environments is not None:
+            self.environments.close()
         if self.llm is not None:
             self.llm.shutdown(timeout=0)
             self.llm = None
