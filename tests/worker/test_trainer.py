@@ -1,12 +1,14 @@
 """Trainer ranks on gloo, without Ray: gradients whatever packing, padding and ranks, the roles, offload, and a loss that is not finite."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 from transformers import AutoTokenizer
 
 from hack.tiny_model import write
@@ -84,6 +86,14 @@ def test_packing_padding_and_empty_batches_change_nothing(tiny: Path, tmp_path: 
     same(one, after(trainer(tiny, tmp_path), [[*pack(sequences(), 12), empty_batch(sequences()[0].columns)]]))
     padded = trainer(tiny, tmp_path, options={"batching": "padded"})
     same(one, after(padded, [[*pack(sequences(), 24, padded=True), empty_batch(sequences()[0].columns)]]))
+
+
+def test_compiled_layers_train_the_same(tiny: Path, tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for the real backend, which would spend most of a minute in the C++ compiler."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    one, two = trainer(tiny, tmp_path), trainer(tiny, tmp_path, options={"compile": True, "gradientCheckpointing": True})
+    same(after(one, [pack(sequences(), 1000)]), after(two, [pack(sequences(), 1000)]))
+    assert counters["frames"]["ok"] > 0
 
 
 def _rank(rank: int, world: int, tiny: str, root: str) -> tuple[dict[str, float], list[torch.Tensor]]:

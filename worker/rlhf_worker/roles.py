@@ -96,6 +96,7 @@ def _to_host(tensors: Iterable[Any]) -> Away:
             storage.resize_(0)
             away.append((storage, here))
     if away and torch.cuda.is_available():
+        torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()  # other processes share the GPU
     return away
 
