@@ -265,6 +265,9 @@ class TelemetrySpec(Model):
     prometheus_port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(None, description="Serve the newest value of each metric at /metrics on this port of the first trainer pod.")
     rollouts_every_steps: int = Field(10, ge=0, description="Steps between two that leave all their samples in <checkpoint.path>/rollouts/step-N.parquet, for rlhf_worker replay. 0: none.")
 
+    def keeps_rollouts(self, step: int) -> bool:
+        return self.rollouts_every_steps > 0 and step % self.rollouts_every_steps == 0
+
 
 class CleanupSpec(Model):
     on_success: Literal["Delete", "Keep"] = Field("Delete", description="What becomes of the RayCluster after success.")

@@ -46,9 +46,11 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 def test_only_the_steps_asked_for_are_kept_and_a_step_run_again_replaces_its_file(tmp_path: Path) -> None:
     config = run_config(checkpoint={"path": str(tmp_path)}, telemetry={"rolloutsEverySteps": 3, "tensorboard": False})
     telemetry = Telemetry(config, 1)
-    for number in range(1, 8):
-        telemetry.record(number, step(), None)
+    for number in range(8):
+        if config.telemetry.keeps_rollouts(number) and number:
+            telemetry.record(number, step(), None)
     telemetry.record(6, step(2), None)
+    assert not run_config(telemetry={"rolloutsEverySteps": 0}).telemetry.keeps_rollouts(10)
     assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == ["step-3.parquet", "step-6.parquet"]
     assert len(replay.read(tmp_path)) == 2
     assert len(replay.read(tmp_path / "rollouts", 3)) == 4

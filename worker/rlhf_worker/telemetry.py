@@ -192,7 +192,7 @@ class Telemetry:
 
     def __init__(self, config: RunConfig, first_step: int) -> None:
         spec, store = config.telemetry, Store(config.checkpoint.path)
-        self._every, self._store = spec.rollouts_every_steps, store
+        self._store = store
         self.failures, self._last = Failures(), first_step - 1
         run_id = _run_id(store) if spec.wandb or spec.mlflow else ""
         starts: dict[str, Callable[[], Backend]] = {}
@@ -215,9 +215,7 @@ class Telemetry:
             lane.put((step, {**values, "telemetry/failures": float(self.failures.counts.total())}))
 
     def record(self, step: int, scored: Sequence[ScoredSample], advantages: Sequence[Sequence[float]] | None) -> None:
-        """Every rolloutsEverySteps the samples of the step into a file; a full disk costs the file only."""
-        if not self._every or step % self._every:
-            return
+        """The samples of a step into a file; a full disk costs the file only."""
         from rlhf_worker import replay
 
         try:

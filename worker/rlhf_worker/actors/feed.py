@@ -83,7 +83,7 @@ class Feed:
         self.telemetry.log(step, values)
 
     def record(self, step: int, scored: "list[ScoredSample]", advantages: Sequence[Sequence[float]] | None = None) -> None:
-        """Keep the samples of a step, if it is one of those that spec.telemetry.rolloutsEverySteps asks for."""
+        """Keep the samples of a step, with the advantage of each completion token."""
         self.telemetry.record(step, scored, advantages)
 
     def close(self) -> None:
