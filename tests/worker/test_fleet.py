@@ -147,5 +147,5 @@ def test_engines_that_never_start_again_end_the_run_by_name(make: Callable[..., 
     fleet, _ = make(least=2, broken=True)
     ray.kill(fleet.actors[1])
     fleet.call("held", deadline_seconds=30.0)
-    with pytest.raises(EnginesLost, match=r"fewer than spec\.rollout\.minEngines \(2\) engines are left.*engine 1 is dead"):
+    with pytest.raises(EnginesLost, match=r"fewer than spec\.rollout\.minEngines \(2\) engines are left.*engine 1 is dead; engine 1: no memory"):
         fleet.ensure()

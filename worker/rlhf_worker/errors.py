@@ -33,6 +33,10 @@ class SaveFailed(Exception):
     """The run's last checkpoint could not be written. The message names path, room and fix."""
 
 
+class EngineFailed(Exception):
+    """vLLM did not start, or its processes ended. The message holds the end of their log."""
+
+
 class EnginesLost(Exception):
     """Too few engines are left to go on, and starting them anew did not help."""
 

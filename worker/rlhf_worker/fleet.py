@@ -12,9 +12,9 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from rlhf_worker.actors.group import SLICE_SECONDS, answering, ended_badly, gather
+from rlhf_worker.actors.group import SLICE_SECONDS, answering, gather, root_cause
 from rlhf_worker.errors import DeadlineExceeded, EnginesLost, LinkBroken
 from rlhf_worker.ledger import Engine, Event, Health, Limits, Verdict, after, can_restart, told, verdict
 from rlhf_worker.stop import interrupt_if_asked
@@ -38,6 +38,7 @@ class Fleet:
         self._spawn, self._tell = spawn, tell
         self._limits = Limits(least=least)
         self._engines = [Engine() for _ in actors]
+        self._reasons: dict[int, str] = {}  # why an engine died last
         self._starting: dict[int, tuple[Any, float]] = {}  # the call, and until when it may take
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="engines", daemon=True)
@@ -95,7 +96,7 @@ class Fleet:
         self._drop_missing()
         while (found := self._verdict()) is not Verdict.GO:
             if found is Verdict.STOP:
-                raise EnginesLost(f"fewer than spec.rollout.minEngines ({self._limits.least}) engines are left, and restarts did not help: {told(self._engines)}")
+                raise EnginesLost(f"fewer than spec.rollout.minEngines ({self._limits.least}) engines are left, and restarts did not help: {told(self._engines)}; {'; '.join(self._reasons.values())}")
             if Health.STALE in self.health():
                 self.sync(prove=False)
             interrupt_if_asked()
@@ -138,7 +139,7 @@ class Fleet:
             return
         done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS)
         for number, answer in asked.items():
-            event = Event.MISSED if answer not in done else Event.LOST if ended_badly(answer) else Event.ANSWERED
+            event = Event.MISSED if answer not in done else Event.LOST if self._failed(number, answer) else Event.ANSWERED
             if self._note(number, event) is Health.DEAD:
                 ray.kill(self.actors[number])  # who waits for it hears of it now
 
@@ -153,4 +154,13 @@ class Fleet:
             late = time.monotonic() > end
             if late or ray.wait([call], timeout=0)[0]:
                 del self._starting[number]
-                self._note(number, Event.LOST if late or ended_badly(call) else Event.STARTED)
+                self._note(number, Event.LOST if late or self._failed(number, call) else Event.STARTED)
+
+    def _failed(self, number: int, call: Any) -> bool:
+        """Whether a call that has ended, ended with an error, which is kept for the run's last words."""
+        try:
+            ray.get(call)
+        except RayError as error:
+            self._reasons[number] = f"engine {number}: {root_cause(error)}"
+            return True
+        return False

@@ -24,6 +24,7 @@ from rlhf_api.progress import EXIT_BAD_DATA, EXIT_BAD_SPEC, EXIT_OK
 from rlhf_api.run import RunConfig
 from rlhf_worker.actors.engine_args import check_engine_args
 from rlhf_worker.actors.group import call, call_all, root_cause
+from rlhf_worker.advice import advice
 from rlhf_worker.crew import Crew, close, start
 from rlhf_worker.errors import BadData, BadSpec
 from rlhf_worker.placement import reserve
@@ -48,7 +49,16 @@ class Result:
 
 
 def drive(config: RunConfig, reporter: Reporter, stop: Stop) -> Result:
-    """The whole run on a connected Ray. Raises what ends it."""
+    """The whole run on a connected Ray. Raises what ends it, with a note where it is known what to change."""
+    try:
+        return _drive(config, reporter, stop)
+    except Exception as error:
+        if words := advice("".join(traceback.format_exception(error)), config):
+            root_cause(error).add_note(words)
+        raise
+
+
+def _drive(config: RunConfig, reporter: Reporter, stop: Stop) -> Result:
     with stop.abandonable():
         reporter.update(state="Starting", detail="checking the run config")
         check_engine_args(config)
@@ -108,7 +118,7 @@ def guarded(work: Callable[[], object]) -> int:
 
 def last_words(error: BaseException, cause: BaseException) -> str:
     """Type and message; for what no one foresaw, also the end of the traceback, which Ray carries in the message from the actor."""
-    told = f"{type(cause).__name__}: {cause}"
+    told = "\n".join([*getattr(cause, "__notes__", ()), f"{type(cause).__name__}: {cause}"])
     if isinstance(cause, (BadSpec, BadData)):
         return told
     trace = str(error) if isinstance(error, RayTaskError) else "".join(traceback.format_exception(error))

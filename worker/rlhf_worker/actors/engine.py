@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from rlhf_api.run import RunConfig
 from rlhf_worker.actors.engine_args import check_context, check_engine_args, check_known, needed_context, refused
-from rlhf_worker.errors import DeadlineExceeded
+from rlhf_worker.errors import DeadlineExceeded, EngineFailed
 from rlhf_worker.placement import Seat
 from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, require_path
 from rlhf_worker.weights.backends import engine_backend
@@ -67,6 +67,8 @@ class Engine:
             self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args(backend)))
         except ValidationError as error:  # of vLLM's config, before anything is loaded
             raise refused(self.config, error.errors()[0]["msg"], vllm.__version__) from None
+        except Exception as error:
+            raise EngineFailed(f"engine {self.index} did not start: {error}; its log ends: {printed()}") from error
         await self.llm.update_weight_version("0")
         return str(vllm.__version__)
 
@@ -220,6 +222,13 @@ class Engine:
         pairs = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
         return [by_token[token].logprob for token, by_token in pairs if by_token is not None]
 
+    async def ping(self) -> None:
+        """Returns if vLLM's processes are there. Raises EngineFailed with what they printed last."""
+        try:
+            await self._running().check_health()
+        except Exception as error:
+            raise EngineFailed(f"engine {self.index} is dead: {error}; its log ends: {printed()}") from error
+
     async def alive(self) -> None:
         """Returns if the engine's workers answer."""
         await self._running().collective_rpc("check_health")
@@ -286,6 +295,16 @@ class Engine:
         if self.llm is not None:
             self.llm.shutdown(timeout=0)
             self.llm = None
+
+
+def printed(most: int = 2000) -> str:
+    """The end of what this Ray worker and its children wrote to stderr: why vLLM's own process ended stands nowhere else."""
+    try:
+        with Path("/proc/self/fd/2").readlink().open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - most))
+            return log.read().decode(errors="replace")
+    except OSError as error:
+        return f"({error})"
 
 
 def _worker_seat(worker: Any) -> Seat:
