@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from hack.generate import ROOT
 from rlhf_api.algorithms import OWN, Algorithm, fill
 from rlhf_api.job import AlgorithmSpec
 from rlhf_api.rules import violations
@@ -79,3 +80,14 @@ def test_dapos_buffer_is_a_fifth_of_the_longest_completion() -> None:
 def test_options_out_of_range_are_refused(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="validation error"):
         AlgorithmSpec.model_validate(given)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_has_each_algorithms_numbers(name: str) -> None:
+    made = filled(name=name)
+    (row,) = [line for line in (ROOT / "docs/algorithms.md").read_text().splitlines() if line.startswith(f"| `{name}` |")]
+    _, _, _, normalization, _, aggregation, clips, term, _, _ = (cell.strip() for cell in row.split("|"))
+    assert normalization == f"`{made.advantage_normalization}`"
+    assert aggregation == f"`{made.loss_aggregation}`"
+    assert [float(clip) for clip in clips.split(",")] == [made.clip_low, made.clip_high]
+    assert term == f"{made.kl.estimator}, `{made.kl.place}`"
