@@ -1,17 +1,18 @@
-"""Make the tiny model of the tests and samples: a random Llama of 2 layers with a character tokenizer, and prompts for it
-(prompts.jsonl). Under 1 MB, the same bytes every time.
+"""Make the tiny model of the tests and samples: a random Llama of 2 layers with a character tokenizer, prompts for it
+(prompts.jsonl), and a reward model that likes texts which end in an "e" (reward/). Under 1 MB, the same bytes every time.
 
 usage: python -m hack.tiny_model DIRECTORY [--hidden-size N]
 """
 
 import argparse
+import copy
 import json
 import string
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from rlhf_worker.pretrained import make_readable
 
@@ -41,14 +42,29 @@ def model(tie: bool = True, hidden_size: int = HIDDEN) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def reward_model(policy: LlamaForCausalLM) -> LlamaForSequenceClassification:
+    """The policy's backbone; its score is how far the last token's hidden state lies along the embedding of "e"."""
+    config = copy.deepcopy(policy.config)
+    config.num_labels = 1
+    model = LlamaForSequenceClassification(config)
+    model.model.load_state_dict(policy.model.state_dict())
+    letter = policy.model.embed_tokens.weight[[len(SPECIAL) + CHARACTERS.index("e")]]
+    model.score.weight.data = letter.detach() / letter.norm() / letter.shape[1] ** 0.5
+    return model
+
+
 def prompts() -> list[str]:
     """64 sums of one-digit numbers."""
     return [f"{a} + {b} =" for a in range(1, 9) for b in range(1, 9)]
 
 
 def write(directory: Path, hidden_size: int = HIDDEN) -> None:
-    model(hidden_size=hidden_size).save_pretrained(directory)
-    tokenizer().save_pretrained(directory)
+    policy = model(hidden_size=hidden_size)
+    policy.save_pretrained(directory)
+    reward_model(policy).save_pretrained(directory / "reward")
+    for place in (directory, directory / "reward"):
+        tokenizer().save_pretrained(place)
+    make_readable(directory / "reward")
     (directory / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts()))
     make_readable(directory)
 

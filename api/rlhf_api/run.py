@@ -53,9 +53,8 @@ class RunConfig(Model):
     @property
     def roles(self) -> dict[str, ModelSpec]:
         """The models of the trainer's processes, by role: "policy", "critic", "reference", "reward:<name>"."""
-        found = {"policy": self.model, "critic": self.critic and self.critic.model, "reference": self.reference and self.reference.model}
-        found |= {f"reward:{reward.name}": reward.model for reward in self.rewards}
-        return {role: model for role, model in found.items() if model is not None}
+        others = {"critic": self.critic, "reference": self.reference} | {f"reward:{reward.name}": reward for reward in self.rewards}
+        return {"policy": self.model} | {name: role.model for name, role in others.items() if role and role.model}
 
     @property
     def sampling_seed(self) -> int:

@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 
+def model_field(role: str) -> str:
+    """Where the spec names the model of a role."""
+    if role.startswith("reward:"):
+        return f"spec.rewards[{role.removeprefix('reward:')}].model.path"
+    return "spec.model.path" if role == "policy" else f"spec.{role}.model.path"
+
+
 def require_path(spec: ModelSpec, field: str = "spec.model.path") -> None:
     """A path must be there with a config; a hub id is left to transformers. Raises BadSpec, which names `field`."""
     looks_local = spec.path.startswith(("/", "./", "../", "~"))
@@ -58,4 +65,4 @@ def context_length(config: "PreTrainedConfig") -> int | None:
 def make_readable(directory: Path) -> None:
     """For every user: safetensors writes files for its own user only."""
     for file in directory.iterdir():
-        file.chmod(0o644)
+        file.chmod(0o755 if file.is_dir() else 0o644)

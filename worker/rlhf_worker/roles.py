@@ -13,7 +13,7 @@ from rlhf_api.run import RunConfig
 from rlhf_worker.actors.policy import TRAINED
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.model import RoleModule, load_critic, load_policy, load_reward, shard
-from rlhf_worker.pretrained import load_tokenizer
+from rlhf_worker.pretrained import load_tokenizer, model_field
 
 ADAM_BETAS = (0.9, 0.95)
 
@@ -35,7 +35,7 @@ class Role:
         if name in TRAINED:
             decay = config.trainer.weight_decay
             self.optimizer = AdamW(self.module.parameters(), betas=ADAM_BETAS, weight_decay=decay, fused=device.type == "cuda")
-        self.tokenizer: Any = load_tokenizer(config.roles[name]) if name.startswith("reward:") else None
+        self.tokenizer: Any = load_tokenizer(config.roles[name], model_field(name)) if name.startswith("reward:") else None
         self.steps = 0  # steps of the run in which it was trained, or was left out of
         self._away: Away = []
         self._state_away: Away = []
@@ -69,10 +69,9 @@ class Role:
 
 
 def _load(config: RunConfig, name: str) -> RoleModule:
-    spec, trainer = config.roles[name], config.trainer
-    field = f"spec.{name}.model.path" if name != "policy" else "spec.model.path"
+    spec, trainer, field = config.roles[name], config.trainer, model_field(name)
     if name.startswith("reward:"):
-        return load_reward(spec, trainer, f"spec.rewards[{name.removeprefix('reward:')}].model.path")
+        return load_reward(spec, trainer, field)
     if spec.path != config.model.path and load_tokenizer(spec, field).get_vocab() != load_tokenizer(config.model).get_vocab():
         raise BadSpec(f"{field}: {spec.path} has another vocabulary than {config.model.path}, whose tokens it is given: use a model of the same tokenizer")
     if name == "critic":

@@ -58,7 +58,7 @@ def _gpu(spec: RLHFJobSpec) -> Iterator[str]:
     name = spec.placement.resource_name
     for kind, pods in ((HEAD, spec.pods.head), (TRAINER, spec.pods.trainer), (ROLLOUT, spec.pods.rollout)):
         if any(name in (pods.resources.get(side) or {}) for side in ("requests", "limits")):
-            yield f"spec.pods.{kind}.resources: remove {name}: GPUs follow from spec.trainer and spec.rollout"
+            yield f"spec.pods.{kind}.resources: remove {name}: GPUs follow from the gpus of spec.trainer and other roles, and from spec.rollout"
 
 
 def _no_rollout_pods(spec: RLHFJobSpec) -> Iterator[str]:

@@ -11,7 +11,7 @@ from ray.actor import ActorHandle
 
 from rlhf_api.run import RunConfig
 from rlhf_worker.placement import Seat
-from rlhf_worker.pretrained import require_path
+from rlhf_worker.pretrained import model_field, require_path
 
 if TYPE_CHECKING:
     from rlhf_worker.checkpoint import Outcome, Restored
@@ -26,7 +26,7 @@ class Policy:
     """Created in its bundle by `crew`; the work begins with `join`, so that a failure is the call's and not the actor's."""
 
     def __init__(self, config: RunConfig, names: list[str], rank: int, world: int, device: str, threads: int) -> None:
-        self.config = config
+        self.models = {name: config.roles[name] for name in names}
         self.device = device
         self.given = (config, names, rank, world, device, threads)
 
@@ -39,7 +39,8 @@ class Policy:
 
     def join(self, address: tuple[str, int]) -> None:
         """Raises BadSpec for a model path that is not there, before anything heavy is loaded."""
-        require_path(self.config.model)
+        for name, model in self.models.items():
+            require_path(model, model_field(name))
         from rlhf_worker.trainer import Trainer
 
         self.trainer = Trainer(*self.given)
