@@ -12,11 +12,13 @@ from torch.optim import AdamW
 from rlhf_api.run import RunConfig
 from rlhf_worker.actors.policy import TRAINED
 from rlhf_worker.errors import BadSpec
+from rlhf_worker.experience import TrainSequence
 from rlhf_worker.model import RoleModule, load_critic, load_policy, load_reward, shard
-from rlhf_worker.pretrained import load_tokenizer, model_field
+from rlhf_worker.pretrained import context_length, load_tokenizer, model_field
 
 ADAM_BETAS = (0.9, 0.95)
 
+Text = str | list[dict[str, Any]]  # a prompt as the data has it: text, or chat messages
 Away = list[tuple[torch.UntypedStorage, Tensor]]  # emptied storages, and their bytes on the host
 
 
@@ -26,6 +28,7 @@ class Role:
     def __init__(self, config: RunConfig, name: str, mesh: DeviceMesh, device: torch.device) -> None:
         """Raises BadSpec."""
         self.name = name
+        self.path = config.roles[name].path
         self.module: Any = _load(config, name)
         if name not in TRAINED:
             self.module.requires_grad_(False)
@@ -39,6 +42,21 @@ class Role:
         self.steps = 0  # steps of the run in which it was trained, or was left out of
         self._away: Away = []
         self._state_away: Away = []
+
+    def read(self, index: int, prompt: Text, completion: str) -> TrainSequence:
+        """A sample as this reward model reads it: by its chat template, where its tokenizer has one. Raises BadSpec."""
+        if self.tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            text = self.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": completion}], tokenize=False)
+            tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        elif isinstance(prompt, str):
+            tokens = self.tokenizer.encode(prompt + completion)
+        else:
+            raise BadSpec(f"{self.name}: prompts are chat messages, but the tokenizer of {self.path} has no chat template: add one to it")
+        limit = context_length(self.module.lm.config)
+        if limit and len(tokens) > limit:
+            raise BadSpec(f"{self.name}: a sample of {len(tokens)} tokens, but the model's context is {limit}: lower data.maxPromptTokens or rollout.maxTokens")
+        return TrainSequence(token_ids=tokens, prompt_length=len(tokens), index=index, mask=[], columns={})
 
     def gradient_norm(self, limit: float) -> Tensor:
         """Of all ranks' gradients, before they are clipped to `limit`."""

@@ -23,18 +23,16 @@ from rlhf_api.run import RunConfig
 from rlhf_worker.actors.policy import TRAINED
 from rlhf_worker.algorithm.losses import policy_loss, value_loss
 from rlhf_worker.checkpoint import Outcome, Restored, RunState, Saver
-from rlhf_worker.errors import BadSpec, Diverged, RewardFailed
+from rlhf_worker.errors import Diverged, RewardFailed
 from rlhf_worker.experience import PackedBatch, TrainSequence, at_targets, by_sample, equalise, pack, split
 from rlhf_worker.model import PREFIX, policy_pass, scores_of, values_of
-from rlhf_worker.pretrained import context_length, identity, load_config, load_tokenizer, make_readable
-from rlhf_worker.roles import Role
+from rlhf_worker.pretrained import identity, load_config, load_tokenizer, make_readable
+from rlhf_worker.roles import Role, Text
 from rlhf_worker.storage import Store
 from rlhf_worker.weights.backends import Sender
 from rlhf_worker.weights.source import PolicySource
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-
-Text = str | list[dict[str, Any]]  # a prompt as the data has it: text, or chat messages
 
 
 def learning_rate(base: float, warmup: int, update: int) -> float:
@@ -124,8 +122,9 @@ class Trainer:
     @torch.no_grad()
     def scores(self, name: str, prompts: Sequence[Text], completions: Sequence[str]) -> list[float]:
         """Of a reward model, one a sample, in their order; every rank gets all samples and returns all. Raises BadSpec, RewardFailed."""
-        sequences = [self._judged(name, index, *pair) for index, pair in enumerate(zip(prompts, completions, strict=True))]
-        batches = equalise([self._packed(part) for part in split(sequences, self.world)])[self.rank]
+        sequences = [self.roles[name].read(index, *pair) for index, pair in enumerate(zip(prompts, completions, strict=True))]
+        budget, padded = self.config.trainer.tokens_per_micro_batch, self.config.trainer.batching == "padded"
+        batches = equalise([pack(part, budget, padded=padded) for part in split(sequences, self.world)])[self.rank]
         with self._briefly(name) as role:
             own = {index: value for b in batches for index, value in zip(b.indices, scores_of(role.module, b, self.device).tolist(), strict=True)}
         found: list[dict[int, float]] = [own] * self.world
@@ -134,25 +133,6 @@ class Trainer:
         if bad := [index for index in range(len(sequences)) if not math.isfinite(scores[index])]:
             raise RewardFailed(f"{name}: the score of prompt {prompts[bad[0]]!r:.200}, completion {completions[bad[0]]!r:.200} is {scores[bad[0]]}")
         return [scores[index] for index in range(len(sequences))]
-
-    def _judged(self, name: str, index: int, prompt: Text, completion: str) -> TrainSequence:
-        """The text as the reward model reads it: by its chat template, where its tokenizer has one."""
-        role = self.roles[name]
-        if role.tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            text = role.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": completion}], tokenize=False)
-            tokens = role.tokenizer.encode(text, add_special_tokens=False)
-        elif isinstance(prompt, str):
-            tokens = role.tokenizer.encode(prompt + completion)
-        else:
-            raise BadSpec(f"{name}: prompts are chat messages, but the tokenizer of {self.config.roles[name].path} has no chat template: add one to it")
-        limit = context_length(role.module.lm.config)
-        if limit and len(tokens) > limit:
-            raise BadSpec(f"{name}: a sample of {len(tokens)} tokens, but the model's context is {limit}: lower data.maxPromptTokens or rollout.maxTokens")
-        return TrainSequence(token_ids=tokens, prompt_length=len(tokens), index=index, mask=[], columns={})
-
-    def _packed(self, sequences: list[TrainSequence]) -> list[PackedBatch]:
-        return pack(sequences, self.config.trainer.tokens_per_micro_batch, padded=self.config.trainer.batching == "padded")
 
     # Training.
 

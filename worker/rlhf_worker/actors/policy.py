@@ -16,7 +16,7 @@ from rlhf_worker.pretrained import model_field, require_path
 if TYPE_CHECKING:
     from rlhf_worker.checkpoint import Outcome, Restored
     from rlhf_worker.experience import PackedBatch
-    from rlhf_worker.trainer import Text
+    from rlhf_worker.roles import Text
 
 
 TRAINED = ("policy", "critic")
