@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 
+from hack.tiny_model import write
 from rlhf_worker import checkpoint
 from rlhf_worker.checkpoint import Restored, RunState, Saver, whole
 from rlhf_worker.errors import BadData, BadSpec
+from rlhf_worker.experience import equalise, pack, split
 from rlhf_worker.storage import Store
+from rlhf_worker.trainer import Trainer
+from tests.worker.configs import run_config
+from tests.worker.ranks import over_ranks
+from tests.worker.samples import sequences
 
 MODEL = {"path": "/m", "hidden_size": 8}
 
@@ -294,3 +301,40 @@ def test_two_ranks_save_and_one_or_two_load(tmp_path: Path) -> None:
     alone = made(5)
     assert saver(tmp_path / "run").restore(MODEL, {"policy": alone}).state == state(2)
     assert same(weights(alone), before)
+
+
+def _life(rank: int, world: int, model: str, root: str, last: int) -> list[torch.Tensor]:
+    """Policy and critic of the real trainer, from the newest checkpoint to step `last`; every step is saved while the next one changes what is saved."""
+    given = {"steps": last, "learningRate": 0.01, "gradientCheckpointing": False}
+    config = run_config(model={"path": model, "dtype": "float32"}, algorithm={"name": "ppo"}, checkpoint={"path": root, "keep": 9}, trainer=given)
+    trainer = Trainer(config, list(config.roles), rank, world, "cpu", 1)
+    trainer.load()
+    found = trainer.restore().state
+    for step in range(found.step if found else 0, last):
+        items = sequences([(3, 5), (2, 9), (4, 4), (3, 7)], step, 70)
+        items = [item.with_columns(values=[0.0] * item.targets, returns=item.columns["advantages"]) for item in items]
+        batches = equalise([pack(own, 24) for own in split(items, world)])[rank]
+        for role in ("critic", "policy"):
+            trainer.train(role, [batches])
+        trainer.save(step + 1, {}, {})
+    assert all(outcome.error is None for outcome in trainer.saved(wait=True))
+    modules = [trainer.roles[role].module for role in ("policy", "critic")]
+    for module in modules:
+        module.reshard()
+    return [p.detach().full_tensor().clone() for module in modules for p in module.parameters()]
+
+
+def test_the_real_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
+    """2N steps == N + resume + N, bit for bit; with another number of ranks within float tolerance."""
+    write(tmp_path / "model")
+
+    def life(root: str, last: int, world: int = 1) -> list[torch.Tensor]:
+        made: list[torch.Tensor] = over_ranks(world, _life, str(tmp_path / "model"), str(tmp_path / root), last)[0]
+        return made
+
+    through, half = life("through", 4), life("resumed", 2)
+    assert not same(through, half)
+    shutil.copytree(tmp_path / "resumed", tmp_path / "resharded")
+    assert same(life("resumed", 4), through)
+    for a, b in zip(life("resharded", 4, world=2), through, strict=True):
+        torch.testing.assert_close(a, b, atol=5e-4, rtol=1e-3)
