@@ -1,0 +1,91 @@
+"""What the loop makes of saves that end well or badly, with a stand-in for the ranks."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf_worker import loop as module
+from rlhf_worker.checkpoint import Outcome
+from rlhf_worker.errors import SaveFailed
+from rlhf_worker.loop import Loop
+from rlhf_worker.stop import Stop, Terminated
+from tests.worker.configs import run_config
+
+
+class Ranks:
+    """Saves end when they are asked for, those of `full` for want of room."""
+
+    def __init__(self, full: set[int]) -> None:
+        self.full = full
+        self.tries: list[int] = []
+        self.ended: list[Outcome] = []
+
+    def all(self, actors: Any, method: str, step: int, *rest: Any, **more: Any) -> list[None]:
+        self.tries.append(step)
+        error = "OSError: [Errno 28] No space left on device" if step in self.full else None
+        self.ended.append(Outcome(step=step, path=f"/c/step-{step}", error=error))
+        return [None]
+
+    def one(self, actor: Any, method: str, wait: bool, **more: Any) -> list[Outcome]:
+        told, self.ended = self.ended, []
+        return told
+
+
+class Told:
+    suspended = False
+
+    def __init__(self) -> None:
+        self.good: list[int] = []
+        self.errors: list[str] = []
+
+    def saved(self, step: int, path: str) -> None:
+        self.good.append(step)
+
+    def update(self, save_error: str) -> None:
+        self.errors.append(save_error)
+
+
+def looping(monkeypatch: pytest.MonkeyPatch, full: set[int], stop: Stop | None = None) -> tuple[Loop, Ranks, Told]:
+    ranks, told = Ranks(full), Told()
+    monkeypatch.setattr(module, "call_all", ranks.all)
+    monkeypatch.setattr(module, "call", ranks.one)
+    config = run_config(steps=6, checkpoint={"everySteps": 2})
+    made = Loop(config, SimpleNamespace(savers=[], policy=[None]), told, stop or Stop())  # type: ignore[arg-type]
+    made.sampler, made.memory = {}, {}
+
+    def step() -> None:
+        made.step += 1
+
+    monkeypatch.setattr(made, "_step", step)
+    return made, ranks, told
+
+
+def test_training_goes_on_when_a_save_fails_and_the_next_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, ranks, told = looping(monkeypatch, full={2, 4})
+    made.run()
+    assert (ranks.tries, told.good) == ([2, 4, 6], [6])
+    assert told.errors == [f"no checkpoint of step {n}: OSError: [Errno 28] No space left on device" for n in (2, 4)]
+
+
+def test_the_run_fails_when_its_last_save_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _, told = looping(monkeypatch, full={6})
+    with pytest.raises(SaveFailed, match=r"no checkpoint of step 6: OSError: .Errno 28. No space left on device"):
+        made.run()
+    assert told.good == [2, 4]
+
+
+def test_a_run_that_is_asked_to_end_tries_again_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = Stop()
+    made, ranks, told = looping(monkeypatch, full={2}, stop=stop)
+    step = made._step
+
+    def until_the_third() -> None:
+        step()
+        if made.step == 3:
+            stop._asked.set()
+
+    monkeypatch.setattr(made, "_step", until_the_third)
+    with pytest.raises(Terminated):
+        made.run()
+    assert (ranks.tries, told.good) == ([2, 3], [3])
