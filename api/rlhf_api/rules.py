@@ -149,7 +149,7 @@ def _judge_prompt(reward: RewardSpec) -> str:
 
 
 def _own_metric(reward: RewardSpec) -> str:
-    return f"{reward.name} is taken" if reward.name in ("mean", "std") else ""
+    return f"{reward.name} is taken" if reward.name in ("mean", "std", "overlong", "environment") else ""
 
 
 def _unique(names: list[str]) -> Iterator[str]:
@@ -295,7 +295,7 @@ RULES = (
     Rule("spec.data", "[has(self.jsonl), has(self.parquet), has(self.dataset), has(self.reasoningGym)].filter(x, x).size() == 1",
          "set exactly one of jsonl, parquet, dataset and reasoningGym", "data", _train_source),
     Rule("spec.rewards", "self.all(r, self.exists_one(other, other.name == r.name))", "names must be unique", "rewards", lambda job: _unique([r.name for r in job.spec.rewards])),
-    Rule("spec.rewards[]", "!(self.name in ['mean', 'std'])", "mean and std are metrics of the weighted sum: give the reward another name", "rewards", _each_reward(_own_metric)),
+    Rule("spec.rewards[]", "!(self.name in ['mean', 'std', 'overlong', 'environment'])", "mean, std, overlong and environment are metrics of the worker's own: give the reward another name", "rewards", _each_reward(_own_metric)),
     Rule("spec.rewards[]", "self.type != 'python' || has(self.function) != has(self.code)",
          "a python reward needs exactly one of function and code", "rewards", _each_reward(_python_reward)),
     Rule("spec.rewards[]", "self.type != 'http' || has(self.url)", "an http reward needs url", "rewards", _each_reward(_http_reward)),
