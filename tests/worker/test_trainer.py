@@ -15,6 +15,7 @@ from hack.tiny_model import write
 from rlhf_worker.errors import BadSpec, Diverged
 from rlhf_worker.experience import PackedBatch, TrainSequence, add_column, empty_batch, pack
 from rlhf_worker.trainer import Trainer, learning_rate
+from rlhf_worker.weights import mapped
 from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
 from tests.worker.rewards import write_reward
@@ -205,6 +206,16 @@ def test_offload_leaves_one_role_on_the_device_and_none_at_rest(tiny: Path, tmp_
         made._use(role)
         again._use(role)
         assert all(torch.equal(a, b) for a, b in zip(weights(made, role), weights(again, role), strict=True))
+
+
+def test_what_engines_read_in_shared_memory_stays(tiny: Path, tmp_path: Path, group: None) -> None:
+    made = trainer(tiny, tmp_path, options={"offload": True})
+    made._use("policy")
+    mapped.export({name: shard.local for name, shard in made.source.held().items()})
+    before = weights(made)
+    made._rest()
+    assert held(made, "policy") > 0
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(made), strict=True))
 
 
 PROMPTS, COMPLETIONS = ["1 + 2 =", "say it", "1"], [" 3", " a long one, longer than the others", ""]

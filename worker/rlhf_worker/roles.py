@@ -104,10 +104,10 @@ def _storages(tensors: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
 
 
 def _to_host(tensors: Iterable[Any]) -> Away:
-    """Empties storages in place, so that every tensor over them stays. Those in shared memory cannot be emptied, and stay."""
+    """Empties storages in place, so that every tensor over them stays. The host's own in shared memory, where engines read them, stay."""
     away: Away = []
     for storage in _storages(tensors):
-        if storage.nbytes() and storage.resizable():
+        if storage.nbytes() and (storage.device.type == "cuda" or not storage.is_shared()):
             there = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
             here = torch.empty(there.shape, dtype=torch.uint8, pin_memory=there.is_cuda).copy_(there)
             storage.resize_(0)
