@@ -1,7 +1,6 @@
 """What a run tells about itself besides its status: metrics into TensorBoard, W&B, MLflow and Prometheus, and phase times."""
 
 import importlib.util
-import json
 import os
 import queue
 import re
@@ -12,7 +11,8 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from functools import cache
+from typing import Protocol
 
 from rlhf_api.job import MlflowSpec, TelemetrySpec, WandbSpec
 from rlhf_api.run import RunConfig
@@ -86,7 +86,7 @@ class Wandb:
 class Mlflow:
     """One MLflow run for all lives of a checkpoint, found by its tag."""
 
-    def __init__(self, spec: MlflowSpec, config: RunConfig, run_id: str) -> None:
+    def __init__(self, spec: MlflowSpec, job: str, run_id: str) -> None:
         # A server that is down must cost seconds, not MLflow's minutes of tries.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
@@ -96,11 +96,9 @@ class Mlflow:
         there = self._client.get_experiment_by_name(spec.experiment)
         experiment = there.experiment_id if there else self._client.create_experiment(spec.experiment)
         found = self._client.search_runs([experiment], f"tags.rlhf_run = '{run_id}'", max_results=1)
-        run = found[0] if found else self._client.create_run(experiment, run_name=config.job.name, tags={"rlhf_run": run_id})
+        run = found[0] if found else self._client.create_run(experiment, run_name=job, tags={"rlhf_run": run_id})
         self._run: str = run.info.run_id
         self._client.update_run(self._run, status="RUNNING")
-        if not found:
-            self._client.log_param(self._run, "config", json.dumps(config.to_dict(), sort_keys=True)[:6000])
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -116,23 +114,15 @@ class Prometheus:
     """Serves the newest value of each metric; `reward/mean` is rlhf_reward_mean{rlhfjob="<name>"}."""
 
     def __init__(self, port: int, job: str) -> None:
-        from prometheus_client import CollectorRegistry, start_http_server
+        from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
-        self._job, self._values = job, dict[str, float]()
         registry = CollectorRegistry()
-        registry.register(self)
+        self._gauge = cache(lambda name: Gauge("rlhf_" + re.sub(r"\W", "_", name), f"{name} of the newest step", ["rlhfjob"], registry=registry).labels(job))
         self._server, self._thread = start_http_server(port, registry=registry)
 
-    def collect(self) -> Iterator[Any]:
-        from prometheus_client.core import GaugeMetricFamily
-
-        for name, value in self._values.items():
-            family = GaugeMetricFamily("rlhf_" + re.sub(r"\W", "_", name), f"{name} of the newest step", labels=["rlhfjob"])
-            family.add_metric([self._job], value)
-            yield family
-
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._values = {**self._values, **values, "step": float(step)}  # a new dict: scrapes run in threads of their own
+        for name, value in {**values, "step": float(step)}.items():
+            self._gauge(name).set(value)
 
     def close(self) -> None:
         self._server.shutdown()
@@ -153,14 +143,14 @@ class Failures:
             print(f"warning: spec.telemetry.{field}: {text}; the run goes on, telemetry/failures counts", file=sys.stderr, flush=True)
 
 
-class Lane:
+class Lane(threading.Thread):
     """One backend in a thread of its own: slow, hung or broken, it costs the run nothing but its own lines."""
 
     def __init__(self, field: str, start: Callable[[], Backend], failures: Failures) -> None:
-        self.field, self._start, self._failures = field, start, failures
+        super().__init__(name=f"telemetry-{field}", daemon=True)
+        self.field, self._begin, self._failures = field, start, failures
         self._calls: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(BACKLOG)
-        self._thread = threading.Thread(target=self._work, name=f"telemetry-{field}", daemon=True)
-        self._thread.start()
+        self.start()
 
     def put(self, call: tuple[int, Mapping[str, float]] | None) -> None:
         """Metrics of a step; None after the last."""
@@ -169,11 +159,11 @@ class Lane:
         except queue.Full:
             self._failures.add(self.field, f"it is {BACKLOG} steps behind; newer ones are dropped")
 
-    def _work(self) -> None:
+    def run(self) -> None:
         backend: Backend | None = None
         while (call := self._calls.get()) is not None:
             try:
-                backend = backend or self._start()  # tried again at the next step
+                backend = backend or self._begin()  # tried again at the next step
                 backend.log(*call)
             except Exception as error:
                 self._failures.add(self.field, error)
@@ -182,9 +172,6 @@ class Lane:
                 backend.close()
         except Exception as error:
             self._failures.add(self.field, error)
-
-    def join(self, seconds: float) -> None:
-        self._thread.join(seconds)
 
 
 class Telemetry:
@@ -201,7 +188,7 @@ class Telemetry:
         if wandb := spec.wandb:
             starts["wandb"] = lambda: Wandb(wandb, config, store, run_id)
         if mlflow := spec.mlflow:
-            starts["mlflow"] = lambda: Mlflow(mlflow, config, run_id)
+            starts["mlflow"] = lambda: Mlflow(mlflow, config.job.name, run_id)
         if port := spec.prometheus_port:
             starts["prometheusPort"] = lambda: Prometheus(port, config.job.name)
         self._lanes = [Lane(field, start, self.failures) for field, start in starts.items()]
