@@ -195,11 +195,12 @@ def test_a_full_disk_costs_the_save_and_nothing_else(tmp_path: Path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint._Summed, "write", full)
+    monkeypatch.setattr(Store, "room", lambda self: (1 << 20, 1 << 40))
     its.begin(state(2), {"policy": held})
     train(held, 1)
     (outcome,) = its.finished(wait=True)
     assert outcome.step == 2 and outcome.error is not None
-    assert f"spec.checkpoint.path ({tmp_path}) has " in outcome.error and "lower spec.checkpoint.keep or use a larger volume" in outcome.error
+    assert f"spec.checkpoint.path ({tmp_path}) is full (0.0 GiB free of 1024.0): free space, lower spec.checkpoint.keep" in outcome.error
     assert whole(Store(str(tmp_path))) == ["step-1"] and not list(tmp_path.glob(".step-*"))
     monkeypatch.setattr(checkpoint._Summed, "write", write)
     its.begin(state(3), {"policy": held})

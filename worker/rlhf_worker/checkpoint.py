@@ -191,9 +191,12 @@ class Saver:
             print(f"checkpoint: {self.store.url(work)} could not be removed: {error}", flush=True)
 
     def _room(self) -> str:
-        room = self.store.room()
-        free = f"has {room[0] / 2**30:.1f} GiB free of {room[1] / 2**30:.1f}" if room else "is remote"
-        return f"spec.checkpoint.path ({self.store.root}) {free}: if it is full, free space, lower spec.checkpoint.keep or use a larger volume"
+        """torch tells of a full disk as of a file's position that is not the expected one."""
+        room, where = self.store.room(), f"spec.checkpoint.path ({self.store.root})"
+        if room is None:
+            return f"{where} is remote"
+        left = f"{room[0] / 2**30:.1f} GiB free of {room[1] / 2**30:.1f}"
+        return f"{where} has {left}" if room[0] > room[1] / 50 else f"{where} is full ({left}): free space, lower spec.checkpoint.keep or use a larger volume"
 
     def restore(self, model: dict[str, Any], roles: Roles) -> Restored:
         """The newest whole checkpoint into `roles`. Raises BadData for one of another model, and when every one is damaged."""

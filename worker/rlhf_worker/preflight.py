@@ -120,7 +120,7 @@ def _shared_gpu(rank: "Trainer") -> None:
     import torch
     from torch.multiprocessing.reductions import reduce_tensor
 
-    if rank.device.type == "cpu" or rank.config.placement.mode is not PlacementMode.COLOCATED:
+    if rank.device.type == "cpu" or not _beside_engine(rank):
         return
     value = torch.full((42,), 1.0, device=rank.device)
     handle = pickle.dumps(reduce_tensor(value))  # type: ignore[no-untyped-call]
@@ -129,18 +129,22 @@ def _shared_gpu(rank: "Trainer") -> None:
         raise PreflightFailed(f"another process cannot open this GPU's memory by CUDA IPC ({done.stderr.decode().strip().splitlines()[-1:]}): set spec.weightSync.backend to vllm-ipc after mending it, or placement.mode to Separated")
 
 
+def _beside_engine(rank: "Trainer") -> bool:
+    """A role with GPUs of its own shares them with nobody."""
+    return rank.config.placement.mode is PlacementMode.COLOCATED and "policy" in rank.names
+
+
 def _memory(rank: "Trainer") -> None:
     import torch
 
     need = needed_bytes(rank.config, {name: parameters(rank.config.roles[name]) for name in rank.names}, rank.world)
     if rank.device.type == "cpu":
         return check_memory(need, 0, _available(), _available(), "this node")
-    colocated = rank.config.placement.mode is PlacementMode.COLOCATED
     name = f"GPU {torch.cuda.get_device_properties(0).uuid}"
     end = time.monotonic() + MEMORY_WAIT_SECONDS
     while True:
         free, total = torch.cuda.mem_get_info()
-        share = float(rank.config.rollout.engine_args.get("gpu_memory_utilization", 0.9 * rank.config.placement.engine_fraction)) if colocated else 0.0
+        share = float(rank.config.rollout.engine_args.get("gpu_memory_utilization", 0.9 * rank.config.placement.engine_fraction)) if _beside_engine(rank) else 0.0
         try:
             return check_memory(need, int(share * total), free, total, name)
         except PreflightFailed:
