@@ -36,9 +36,9 @@ def group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def trainer(tiny: Path, root: Path, *, rank: int = 0, world: int = 1, options: dict[str, Any] | None = None, **changes: Any) -> Trainer:
+def trainer(tiny: Path, root: Path, *, rank: int = 0, world: int = 1, dtype: str = "float32", options: dict[str, Any] | None = None, **changes: Any) -> Trainer:
     given = {"steps": 1, "learningRate": 0.01, "gradientCheckpointing": False} | (options or {})
-    config = run_config(model={"path": str(tiny), "dtype": "float32"}, trainer=given, checkpoint={"path": str(root)}, **changes)
+    config = run_config(model={"path": str(tiny), "dtype": dtype}, trainer=given, checkpoint={"path": str(root)}, **changes)
     made = Trainer(config, list(config.roles), rank, world, "cpu", 1)
     made.load()
     return made
@@ -110,11 +110,13 @@ def test_ranks_change_nothing(tiny: Path, tmp_path: Path) -> None:
     same(first, second)
 
 
-def test_the_first_ratio_is_exactly_one_and_the_first_kl_exactly_zero(tiny: Path, tmp_path: Path, group: None) -> None:
-    made = trainer(tiny, tmp_path, algorithm={"kl": {"coefficient": 0.1}})
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_first_ratio_is_exactly_one_and_the_first_kl_exactly_zero(tiny: Path, tmp_path: Path, group: None, dtype: str) -> None:
+    made = trainer(tiny, tmp_path, dtype=dtype, algorithm={"kl": {"coefficient": 0.1}})
     items = with_logprobs(made, with_logprobs(made, sequences(), "old_logprobs", "policy"), "ref_logprobs", "reference")
     assert all(item.columns["old_logprobs"] == item.columns["ref_logprobs"] for item in items)
     metrics = made.train("policy", [pack(items, 1000)])
+    assert {p.dtype for p in weights(made)} == {torch.float32} and {p.dtype for p in weights(made, "reference")} == {getattr(torch, dtype)}
     assert metrics["kl"] == 0.0 and metrics["policy_kl"] == 0.0
     assert metrics["ratio"] == pytest.approx(1.0, abs=1e-6)  # the weights' sum rounds, the ratios do not
 

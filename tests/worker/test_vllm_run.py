@@ -18,7 +18,10 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
 from hack.tiny_model import write
+from rlhf_worker import replay
+from rlhf_worker.__main__ import main
 from rlhf_worker.pretrained import load_tokenizer
+from tests.worker.test_telemetry import tensorboard
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(900)]
 SAMPLES = Path(__file__).parents[2] / "manifests" / "samples"
@@ -45,8 +48,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(manifest: Path, tiny: Path, checkpoints: Path, *more: str) -> list[str]:
     """The sample's directories are these; a manifest that `changed` wrote keeps the sample's paths."""
-    separated = "separated" in manifest.name
-    mounts = {"models/tiny": tiny, f"checkpoints/tiny-{'separated' if separated else 'colocated'}": checkpoints}
+    kind = next((kind for kind in ("separated", "ppo") if kind in manifest.name), "colocated")
+    mounts = {"models/tiny": tiny, f"checkpoints/tiny-{kind}": checkpoints}
     volumes = [word for mount, directory in mounts.items() for word in ("--volume", f"/var/lib/rlhf/{mount}={directory}")]
     return [sys.executable, "-u", "-m", "rlhf_worker", "local", str(manifest), *volumes, *more]
 
@@ -60,7 +63,7 @@ def changed(tmp_path: Path, **sections: Any) -> Path:
     """The colocated sample with some sections of its spec updated."""
     job = yaml.safe_load((SAMPLES / "tiny-colocated.yaml").read_text())
     for name, values in sections.items():
-        job["spec"][name] = {**job["spec"].get(name, {}), **values}
+        job["spec"][name] = {**job["spec"].get(name, {}), **values} if isinstance(values, dict) else values
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump(job))
     return path
@@ -97,6 +100,15 @@ def test_the_export_loads_and_writes_the_letter(learned: Run) -> None:
     assert text.count("e") >= 14
 
 
+def test_the_samples_of_a_step_are_kept_and_score_the_same(learned: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sorted(path.name for path in (learned.checkpoints / "rollouts").iterdir()) == [f"step-{step}.parquet" for step in (10, 20, 30)]
+    assert main(["replay", str(learned.checkpoints), "--step", "20", "--job", str(SAMPLES / "tiny-colocated.yaml")]) == 0
+    assert "; 0 of 128 samples differ" in capsys.readouterr().out
+    items = replay.read(learned.checkpoints, 20)
+    assert f"{sum(item.reward for item in items) / len(items):.3f}" == f"{learned.rewards[19]:.3f}"
+    assert {version for item in items for version in item.sample.versions} == {19}
+
+
 def load_tokenizer_of(path: Path) -> Any:
     from rlhf_api.job import ModelSpec
 
@@ -129,16 +141,29 @@ def tensors(prefix: str, node: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def test_separated_with_two_engines_and_two_ranks(tiny: Path, tmp_path: Path) -> None:
-    """Two FSDP ranks, two engines in one sync, several updates a step, a KL term, and no shared GPU."""
+    """Two FSDP ranks, two engines in one sync, several updates a step, a KL term, no shared GPU, and an evaluation set."""
+    data = {"jsonl": {"path": "/var/lib/rlhf/models/tiny/prompts.jsonl"}, "maxPromptTokens": 48}
     manifest = changed(
         tmp_path, rollout={"engines": 2}, trainer={"gpus": 2, "steps": 3, "updatesPerStep": 2}, placement={"mode": "Separated"},
         algorithm={"kl": {"coefficient": 0.01}}, weightSync={"verifyEverySteps": 1},
+        evaluation=[{"name": "held-out", "data": data, "everySteps": 2, "limit": 9, "samples": 2, "temperature": 0.5, "maxTokens": 8}],
     )
     done = run(manifest, tiny, tmp_path / "out")
     assert done.code == 0, done.output
     seats = re.findall(r"^(?:trainer|engine) \d: (\S+)$", done.output, re.MULTILINE)
     assert len(seats) == len(set(seats)) == 4
     assert len(re.findall(r"delivered by shm", done.output)) == 4
+    assert [step for step, _ in tensorboard(done.checkpoints, "eval/held-out/best_reward")] == [0, 2, 3]
+    assert all(0 < value <= 8 for _, value in tensorboard(done.checkpoints, "eval/held-out/mean_length"))
+
+
+def test_ppo_with_a_critic_a_reference_and_a_reward_model_learns(tiny: Path, tmp_path: Path) -> None:
+    done = run(SAMPLES / "tiny-ppo.yaml", tiny, tmp_path)
+    assert done.code == 0, done.output
+    assert sum(done.rewards[-5:]) / 5 > sum(done.rewards[:5]) / 5 + 0.2
+    seats = dict(re.findall(r"^(trainer 0|engine 0|reward:last-letter 0): (\S+)$", done.output, re.MULTILINE))
+    assert seats["trainer 0"] == seats["engine 0"] != seats["reward:last-letter 0"]
+    assert {part.name for part in (tmp_path / "step-30").iterdir() if part.is_dir()} == {"policy", "critic"}
 
 
 def test_sigterm_saves_and_exits_143(tiny: Path, tmp_path: Path) -> None:
