@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -201,8 +201,8 @@ class Saver:
     def restore(self, model: dict[str, Any], roles: Roles) -> Restored:
         """The newest whole checkpoint into `roles`. Raises BadData for one of another model, and when every one is damaged."""
         passed_over: list[str] = []
-        for name in reversed(self._agreed(lambda: whole(self.store))):
-            state, files = read_run(self.store, name, self._agreed(lambda name=name: self.store.read(f"{name}/{RUN}")))  # type: ignore[misc]
+        for name, data in self._agreed(lambda: [(step, self.store.read(f"{step}/{RUN}")) for step in reversed(whole(self.store))]):
+            state, files = read_run(data)
             faults = [state] if isinstance(state, str) else self._faults(name, files)
             if not faults:
                 assert isinstance(state, RunState)
@@ -214,9 +214,16 @@ class Saver:
         return Restored(None, [])
 
     def _agreed(self, look: Callable[[], Any]) -> Any:
-        """What the group's first rank sees: all ranks must choose the same."""
-        found = [look() if dist.get_rank(self.group) == 0 else None]
+        """What the group's first rank sees: all ranks must choose the same. Raises what it raised, on all of them."""
+        found: list[Any] = [None]
+        if dist.get_rank(self.group) == 0:
+            try:
+                found = [look()]
+            except OSError as error:
+                found = [error]
         dist.broadcast_object_list(found, group_src=0, group=self.group)
+        if isinstance(found[0], OSError):
+            raise found[0]
         return found[0]
 
     def _faults(self, name: str, files: Files) -> list[str]:
@@ -263,13 +270,15 @@ def sealed(content: dict[str, Any]) -> bytes:
     return text + f"\n{zlib.crc32(text)}\n".encode()
 
 
-def read_run(store: Store, name: str, data: bytes) -> tuple[RunState | str, Files]:
+def read_run(data: bytes) -> tuple[RunState | str, Files]:
     """What run.json says; or its fault in words."""
     text, _, seal = data.rstrip(b"\n").rpartition(b"\n")
     if seal != str(zlib.crc32(text)).encode():
         return f"{RUN} is not as it was written", {}
     content = json.loads(text)
     files = content.pop("files")
+    if content.keys() != {field.name for field in fields(RunState)}:
+        return f"{RUN} is another version's", {}
     return RunState(**content), files
 
 
