@@ -11,6 +11,7 @@ from rlhf_worker.actors.feed import RemoteFeed
 from rlhf_worker.actors.group import call, call_all, gather
 from rlhf_worker.actors.policy import TRAINED, RemotePolicy
 from rlhf_worker.fleet import Fleet
+from rlhf_worker.hosts import Hosts
 from rlhf_worker.placement import Stage, check_seats
 from rlhf_worker.preflight import preflight
 from rlhf_worker.progress import Reporter
@@ -29,7 +30,7 @@ class Crew:
     stage: Stage
     feed: ActorHandle
     ranks: dict[str, list[ActorHandle]]  # by role; roles that share GPUs share actors
-    fleet: Fleet
+    fleet: Fleet | Hosts
     sleeps: bool  # engines give their GPU memory back while the trainer works
 
     @property
@@ -59,17 +60,22 @@ def start(config: RunConfig, stage: Stage, reporter: Reporter) -> tuple[Crew, di
         started = []
     gather([*started, *(rank.load.remote() for group in groups for rank in group)], START_DEADLINE_SECONDS, "start")
     seats = _prove_seats(config, ranks, engines)
-    sync = WeightSync(config, ranks["policy"], engines, backend)
-    reporter.update(detail=f"connecting the weight sync ({backend})")
-    sync.connect()
     sleeps = stage.device == "cuda" and bool(config.rollout.engine_args.get("enable_sleep_mode"))
+    return Crew(stage, feed, ranks, _fleet(config, stage, ranks["policy"], engines, backend, reporter), sleeps), seats
+
+
+def _fleet(config: RunConfig, stage: Stage, policy: list[Any], engines: list[Any], backend: str, reporter: Reporter) -> Fleet | Hosts:
+    if config.rollout.engine == "hf":
+        return Hosts(config, policy)
 
     def spawn(index: int) -> tuple[ActorHandle, Any]:
         engine = _engine(config, stage, index)
         return engine, engine.start.remote(backend)
 
-    fleet = Fleet(engines, sync, spawn, lambda amiss: reporter.update(degraded=amiss), least=config.rollout.min_engines)
-    return Crew(stage, feed, ranks, fleet, sleeps), seats
+    sync = WeightSync(config, policy, engines, backend)
+    reporter.update(detail=f"connecting the weight sync ({backend})")
+    sync.connect()
+    return Fleet(engines, sync, spawn, lambda amiss: reporter.update(degraded=amiss), least=config.rollout.min_engines)
 
 
 def _roles(config: RunConfig, stage: Stage) -> dict[str, list[Any]]:
@@ -117,5 +123,5 @@ def _prove_seats(config: RunConfig, roles: dict[str, list[Any]], engines: list[A
 def close(crew: Crew) -> None:
     """Best effort: whatever is left dies with the driver's Ray job."""
     crew.fleet.close()
-    gather([actor.close.remote() for actor in (crew.feed, *crew.fleet.serving, *{actor for ranks in crew.ranks.values() for actor in ranks})], CLOSE_DEADLINE_SECONDS, "close")
+    gather([actor.close.remote() for actor in {crew.feed, *crew.fleet.serving, *(actor for ranks in crew.ranks.values() for actor in ranks)}], CLOSE_DEADLINE_SECONDS, "close")
     crew.stage.close()

@@ -23,8 +23,10 @@ from rlhf_api.run import RunConfig
 from rlhf_worker.actors.policy import TRAINED
 from rlhf_worker.algorithm.losses import policy_loss, value_loss
 from rlhf_worker.checkpoint import Outcome, Restored, RunState, Saver
+from rlhf_worker.episode import Request
 from rlhf_worker.errors import Diverged, RewardFailed
-from rlhf_worker.experience import PackedBatch, TrainSequence, at_targets, by_sample, equalise, pack, split
+from rlhf_worker.experience import PackedBatch, Sample, TrainSequence, at_targets, by_sample, equalise, pack, split
+from rlhf_worker.hf import Generator
 from rlhf_worker.model import PREFIX, policy_pass, scores_of, values_of
 from rlhf_worker.pretrained import identity, load_config, load_tokenizer, make_readable
 from rlhf_worker.roles import Role, Text
@@ -52,6 +54,7 @@ class Trainer:
         self.store = Store(config.checkpoint.path)
         self.version = 0
         self.sender: Sender | None = None
+        self.generator: Generator | None = None  # of rollout.engine hf
         self.roles: dict[str, Role] = {}
         if device == "cpu":
             torch.set_num_threads(threads)
@@ -74,6 +77,8 @@ class Trainer:
             module = self.roles["policy"].module
             self.places = [(name.removeprefix(PREFIX), module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name, _ in module.named_parameters()]
             self.source = PolicySource(self._named, getattr(torch, self.config.model.dtype), transient=self.config.trainer.offload and self.device.type == "cuda")
+            if self.config.rollout.engine == "hf":
+                self.generator = Generator(self.config, self.rank, self.device)
         attempt = ray.get_runtime_context().get_job_id() if ray.is_initialized() else ""
         expected = [name for name in self.config.roles if name in TRAINED]
         self.saver = Saver(self.config.checkpoint.path, self.config.checkpoint.keep, expected, attempt)
@@ -206,6 +211,17 @@ class Trainer:
 
     # The policy's weights, out.
 
+    def refresh(self) -> int:
+        """The weights into this rank's own generator; returns their version."""
+        assert self.generator is not None
+        with self._briefly("policy"):
+            self.generator.refresh(self.source, self.version)
+        return self.version
+
+    def generate(self, requests: list[Request], deadline_seconds: float) -> list[Sample]:
+        assert self.generator is not None
+        return self.generator.generate(requests, deadline_seconds)
+
     def connect(self, engines: list[ActorHandle], backend: str, address: tuple[str, int], distrusted: frozenset[str]) -> list[str]:
         """Open the way to the engines, in place of the one before. Returns what an administrator should know of it."""
         if self.sender is not None:
@@ -276,6 +292,8 @@ class Trainer:
         return self.store.url("export")
 
     def close(self) -> None:
+        if self.generator is not None:
+            self.generator.close()
         if dist.is_initialized():
             self.saver.close()
             dist.destroy_process_group()

@@ -15,7 +15,8 @@ from rlhf_worker.pretrained import model_field, require_path
 
 if TYPE_CHECKING:
     from rlhf_worker.checkpoint import Outcome, Restored
-    from rlhf_worker.experience import PackedBatch
+    from rlhf_worker.episode import Request
+    from rlhf_worker.experience import PackedBatch, Sample
     from rlhf_worker.roles import Text
 
 
@@ -68,6 +69,12 @@ class Policy:
 
     def train(self, role: str, updates: "list[list[PackedBatch]]") -> dict[str, float]:
         return self.trainer.train(role, updates)
+
+    def refresh(self) -> int:
+        return self.trainer.refresh()
+
+    def generate(self, requests: "list[Request]", deadline_seconds: float) -> "list[Sample]":
+        return self.trainer.generate(requests, deadline_seconds)
 
     def connect(self, engines: list[ActorHandle], backend: str, address: tuple[str, int], distrusted: frozenset[str]) -> list[str]:
         return self.trainer.connect(engines, backend, address, distrusted)

@@ -1,0 +1,37 @@
+"""The policy's own ranks in the place of a fleet of engines (rollout.engine hf): what there is to do for them, which is little."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ray.actor import ActorHandle
+
+from rlhf_api.run import RunConfig
+from rlhf_worker.actors.group import call_all
+from rlhf_worker.errors import EnginesLost
+from rlhf_worker.weights.sync import Synced
+
+
+class Hosts:
+    def __init__(self, config: RunConfig, ranks: Sequence[ActorHandle]) -> None:
+        self.serving = list(ranks)
+        self._deadline = config.weight_sync.deadline_seconds
+
+    def sync(self, *, prove: bool) -> Synced:
+        """Each rank copies the policy's weights; there is no way to prove."""
+        start = time.monotonic()
+        version = call_all(self.serving, "refresh", deadline_seconds=self._deadline, what="copy of the weights")[0]
+        return Synced(version, time.monotonic() - start, "copy", None)
+
+    def lost(self, actor: ActorHandle) -> None:
+        self.serving.remove(actor)
+
+    def ensure(self) -> None:
+        """Raises EnginesLost: a rank of the trainer is not started anew beside the training."""
+        raise EnginesLost("a rank of the trainer is lost, which generates")
+
+    def call(self, method: str, *args: Any, deadline_seconds: float) -> list[Any]:
+        """Nothing sleeps or wakes."""
+        return []
+
+    def close(self) -> None: ...
