@@ -51,12 +51,12 @@ def test_what_can_never_fit_is_a_wrong_spec() -> None:
         check_memory(100 * GIB, 50 * GIB, 140 * GIB, 140 * GIB, "GPU x")
 
 
-@pytest.mark.parametrize(("size", "device", "world", "enough"), [(64 << 20, "cuda", 1, True), (64 << 20, "cuda", 2, False), (2 << 30, "cuda", 8, True), (64 << 20, "cpu", 2, True)])
+@pytest.mark.parametrize(("size", "device", "world", "enough"), [(64 << 20, "cuda", 1, True), (64 << 20, "cuda", 8, False), (2 << 30, "cuda", 8, True), (64 << 20, "cpu", 2, True)])
 def test_shared_memory(size: int, device: str, world: int, enough: bool) -> None:
     if enough:
         check_shared_memory(size, device, world)
         return
-    with pytest.raises(PreflightFailed, match=r"/dev/shm has 64 MiB, 1024 MiB are needed: mount an emptyDir"):
+    with pytest.raises(PreflightFailed, match=r"/dev/shm has 64 MiB, 256 MiB are needed: mount an emptyDir"):
         check_shared_memory(size, device, world)
 
 

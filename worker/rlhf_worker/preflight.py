@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 DEADLINE_SECONDS = 60.0
 REDUCE_SECONDS = 20.0
 MEMORY_WAIT_SECONDS = 20.0  # for a dead predecessor's memory to be given back
-SHM_BYTES = {"cuda": 1 << 30, "cpu": 64 << 20}  # what NCCL, Ray and the weight sync's control need at least, where a process has neighbours
+SHM_BYTES = {"cuda": 32 << 20, "cpu": 8 << 20}  # a rank, where there are several: NCCL's and gloo's buffers
 TRAINED_BYTES, FROZEN_BYTES = 16, 4  # a parameter: float32 weight, gradient and two moments; float32 weight
 SAVED_BYTES = 12  # weight and two moments
 GIB = 2**30
@@ -77,19 +77,13 @@ def _devices(rank: "Trainer") -> None:
 
 
 def _shared_memory(rank: "Trainer") -> None:
-    check_shared_memory(shm_bytes(), rank.device.type, rank.world)
-
-
-def shm_bytes(path: Path = Path("/dev/shm")) -> int:
-    """Size of the memory filesystem, in bytes."""
-    found = os.statvfs(path)
-    return found.f_blocks * found.f_frsize
+    found = os.statvfs("/dev/shm")
+    check_shared_memory(found.f_blocks * found.f_frsize, rank.device.type, rank.world)
 
 
 def check_shared_memory(size: int, device: str, world: int) -> None:
-    """Raises PreflightFailed."""
-    need = SHM_BYTES[device]
-    if world > 1 and size < need:
+    """size: of /dev/shm, bytes. Whether NCCL really comes by with it, the next check tries. Raises PreflightFailed."""
+    if world > 1 and size < (need := SHM_BYTES[device] * world):
         raise PreflightFailed(f"/dev/shm has {size >> 20} MiB, {need >> 20} MiB are needed: mount an emptyDir with medium Memory there (pods.trainer.volumes), or raise its sizeLimit")
 
 
