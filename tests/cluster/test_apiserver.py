@@ -32,7 +32,7 @@ def test_a_broken_rule_is_refused_at_apply_with_the_fix(operator: Kube, namespac
         ({"trainer__steps": 0}, "spec.trainer.steps"),
         ({"trainer__learningRate": 1.5}, "spec.trainer.learningRate"),
         ({"image": None}, "spec.image: Required value"),
-        ({"rollout__samplesPerPrompt": 1}, "spec.rollout.samplesPerPrompt"),
+        ({"rollout__samplesPerPrompt": 0}, "spec.rollout.samplesPerPrompt"),
         ({"checkpoint__path": "relative"}, "spec.checkpoint.path"),
     ],
 )
