@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from rlhf_worker import fleet as module
-from rlhf_worker.errors import EnginesLost
+from rlhf_worker.errors import EnginesLost, LinkBroken
 from rlhf_worker.fleet import Fleet
 from rlhf_worker.ledger import Health
 from rlhf_worker.weights.sync import Synced
@@ -141,6 +141,22 @@ def test_too_few_are_waited_for_and_get_the_weights_before_they_serve(make: Call
     assert len(fleet.call("held", deadline_seconds=30.0)) == 1
     fleet.ensure()
     assert ray.get([actor.held.remote() for actor in fleet.serving]) == [2, 2]
+
+
+def test_a_sync_that_finds_nobody_alive_waits_for_the_first_that_comes_back(make: Callable[..., Any]) -> None:
+    fleet, _ = make()
+    for actor in fleet.actors:
+        ray.kill(actor)
+    fleet.sync(prove=False)
+    assert Health.HEALTHY in fleet.health()
+
+
+def test_an_error_that_no_death_explains_is_the_callers(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, _ = make()
+    monkeypatch.setattr(PretendedSync, "__call__", lambda self, prove: (_ for _ in ()).throw(LinkBroken("a cable")))
+    with pytest.raises(LinkBroken, match="a cable"):
+        fleet.sync(prove=False)
+    assert fleet.health() == [Health.HEALTHY] * 2
 
 
 def test_engines_that_never_start_again_end_the_run_by_name(make: Callable[..., Any]) -> None:

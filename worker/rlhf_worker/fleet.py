@@ -66,11 +66,23 @@ class Fleet:
         return found
 
     def sync(self, *, prove: bool) -> Synced:
-        """Started engines come back, and every engine that serves afterwards holds the policy's weights. Raises as WeightSync does."""
-        self.serving[:] = [actor for actor, health in zip(list(self.actors), self.health(), strict=True) if health in RUNNING]
-        if self.serving != self._joined:
-            self._join()
-        synced = self.weights(prove=prove)
+        """Started engines come back, and every engine that serves afterwards holds the policy's weights.
+
+        Waits while none runs. Raises EnginesLost, and what WeightSync does when no death explains it.
+        """
+        while True:
+            while not set(RUNNING) & set(self.health()):
+                self._wait()
+            self.serving[:] = [actor for actor, health in zip(list(self.actors), self.health(), strict=True) if health in RUNNING]
+            try:
+                if self.serving != self._joined:
+                    self.weights.reconnect()
+                synced = self.weights(prove=prove)
+                break
+            except (DeadlineExceeded, LinkBroken, RayActorError, RayTaskError):
+                self._joined = []
+                if not self._found_dead():
+                    raise
         self._joined = list(self.serving)
         for number, actor in enumerate(self.actors):
             if actor in self.serving:
@@ -78,29 +90,30 @@ class Fleet:
         self._drop_missing()
         return synced
 
-    def _join(self) -> None:
-        """Connect to those that run. One that dies on the way is left out."""
-        while True:
-            try:
-                return self.weights.reconnect()
-            except (DeadlineExceeded, LinkBroken, RayActorError, RayTaskError):
-                alive = answering(self.serving, "ping", deadline_seconds=ANSWER_SECONDS)
-                dead = [actor for actor in self.serving if actor not in alive]
-                if not dead or not alive:
-                    raise
-                for actor in dead:
-                    self.lost(actor)
+    def _found_dead(self) -> bool:
+        alive = answering(self.serving, "ping", deadline_seconds=ANSWER_SECONDS)
+        dead = [actor for actor in self.serving if actor not in alive]
+        for actor in dead:
+            self.lost(actor)
+        return bool(dead)
 
     def ensure(self) -> None:
         """Returns when enough engines serve: at once, or after those that start have got the weights. Raises EnginesLost."""
         self._drop_missing()
-        while (found := self._verdict()) is not Verdict.GO:
-            if found is Verdict.STOP:
-                raise EnginesLost(f"fewer than spec.rollout.minEngines ({self._limits.least}) engines are left, and restarts did not help: {told(self._engines)}; {'; '.join(self._reasons.values())}")
+        while self._verdict() is not Verdict.GO:
+            self._wait()
             if Health.STALE in self.health():
                 self.sync(prove=False)
-            interrupt_if_asked()
-            time.sleep(SLICE_SECONDS)
+
+    def _wait(self) -> None:
+        """A moment, while engines start."""
+        if self._verdict() is Verdict.STOP:
+            raise EnginesLost(
+                f"fewer than spec.rollout.minEngines ({self._limits.least}) engines are left, and restarts did not help: "
+                f"{told(self._engines)}; {'; '.join(self._reasons.values())}"
+            )
+        interrupt_if_asked()
+        time.sleep(SLICE_SECONDS)
 
     def close(self) -> None:
         self._closing.set()
