@@ -1,4 +1,4 @@
-"""Placement and weight sync on real GPUs: five GRPO steps colocated (0.4 + 0.4 on each of 2 GPUs) and five separated (1 + 1).
+"""Placement and weight sync on real GPUs: five GRPO steps colocated (0.4 + 0.4 on each of 2 GPUs), tensor-parallel, sleeping, separated (1 + 1).
 
 usage: python hack/bench/gpu_placement.py [--out DIR] [--steps N] [--layers N]
 
@@ -8,15 +8,15 @@ line and a Markdown table: the GPUs of every role, the checksums after each sync
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import yaml
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-ROOT = Path(__file__).resolve().parents[2]
+from hack.bench.local_run import run
+
 VOCABULARY = 151936
 REWARD = '''
 def reward(prompt, completion, **row):
@@ -87,48 +87,13 @@ def write_prompts(path: Path) -> None:
     path.write_text("".join(json.dumps({"prompt": f"w{a + 4} w{b + 4}"}) + "\n" for a in range(16) for b in range(16)))
 
 
-def run_mode(mode: str, work: Path, steps: int) -> dict[str, Any]:
-    """In a process of its own, so that a mode starts with empty GPUs. Raises CalledProcessError."""
-    (work / f"{mode}.yaml").write_text(yaml.safe_dump(manifest(mode, work, steps)))
-    command = [sys.executable, __file__, "--child", str(work / f"{mode}.yaml"), str(work / f"{mode}.json")]
-    subprocess.run(command, check=True, cwd=ROOT)
-    found: dict[str, Any] = json.loads((work / f"{mode}.json").read_text())
-    return found
-
-
-def child(path: Path, out: Path) -> int:
-    """One run by the local driver, with what its reporter was told."""
-    from rlhf_worker.local import LocalRay, configure
-    from rlhf_worker.progress import ConsoleReporter
-    from rlhf_worker.run import drive, guarded
-    from rlhf_worker.stop import Stop
-
-    class Recorder(ConsoleReporter):
-        steps: list[dict[str, Any]]
-
-        def stepped(self, step: int, values: Any, *, eta_seconds: int, synced: Any) -> None:
-            super().stepped(step, values, eta_seconds=eta_seconds, synced=synced)
-            proof = synced.proof
-            self.steps.append({"step": step, "equal": proof.equal, "indirect": proof.indirect, "probe": proof.probe, "proof/seconds": proof.seconds, **values})
-
-    def work() -> None:
-        config = configure(path, [])
-        reporter = Recorder(config)
-        reporter.steps = []
-        with LocalRay(config, verbose=True):
-            result = drive(config, reporter, Stop())
-        out.write_text(json.dumps({"seats": result.seats, "steps": reporter.steps}))
-
-    return guarded(work)
-
-
 def markdown(found: dict[str, dict[str, Any]]) -> str:
     lines = []
-    for mode, run in found.items():
+    for mode, made in found.items():
         lines += [f"### {mode}", "", "| role | host/GPU |", "|---|---|"]
-        lines += [f"| {role} | {', '.join(seats)} |" for role, seats in run["seats"].items()]
+        lines += [f"| {role} | {', '.join(seats)} |" for role, seats in made["seats"].items()]
         lines += ["", "| step | generate s | score s | train s | sync s | proof s | step s | checksums equal | packed or loaded |", "|---|" + "---|" * 8]
-        lines += [_row(step) for step in run["steps"]] + [""]
+        lines += [_row(step) for step in made["steps"]] + [""]
     return "\n".join(lines)
 
 
@@ -149,7 +114,7 @@ def main() -> int:
     (work / "model").mkdir(parents=True, exist_ok=True)
     parameters = write_model(work / "model", given.layers)
     write_prompts(work / "prompts.jsonl")
-    found = {mode: run_mode(mode, work, given.steps) for mode in given.modes}
+    found = {mode: run(manifest(mode, work, given.steps), work) for mode in given.modes}
     (work / "gpu_placement.json").write_text(json.dumps({"parameters": parameters, "runs": found}))
     (work / "gpu_placement.md").write_text(markdown(found))
     print(json.dumps({"parameters": parameters, "runs": found}))
@@ -158,7 +123,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    if "--child" in sys.argv:
-        sys.exit(child(Path(sys.argv[2]), Path(sys.argv[3])))
     sys.exit(main())

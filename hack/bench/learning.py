@@ -1,0 +1,79 @@
+"""SmolLM2-135M-Instruct learns a reasoning-gym task on GPUs: the reward of each step, and where its time goes.
+
+usage: python hack/bench/learning.py --model DIR [--runs colocated separated-0 separated-1 ppo] [--steps N] [--out DIR]
+
+colocated needs one GPU, the others two: separated (1 + 1) with staleness 0 and 1, and PPO with a critic, colocated on two. Prints a
+Markdown table a run: the reward at every fourth step, and the mean seconds of a step and its phases, the first three left out.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from hack.bench.local_run import run
+
+WARM = 3
+FRACTIONS = {"trainer": 0.45, "rollout": 0.45}
+RUNS: dict[str, dict[str, Any]] = {
+    "colocated": {"placement": {"mode": "Colocated", "gpusPerNode": 1, "fractions": FRACTIONS}},
+    "separated-0": {"placement": {"mode": "Separated", "gpusPerNode": 1}},
+    "separated-1": {"placement": {"mode": "Separated", "gpusPerNode": 1}, "rollout": {"staleness": 1}},
+    "ppo": {
+        "placement": {"mode": "Colocated", "gpusPerNode": 2, "fractions": FRACTIONS}, "trainer": {"gpus": 2}, "rollout": {"engines": 2},
+        "algorithm": {"name": "ppo"}, "critic": {"learningRate": 2e-5},
+    },
+}
+TASK = {"task": "chain_sum", "size": 4000, "config": {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2, "allow_negation": False}}
+
+
+def manifest(name: str, model: Path, work: Path, steps: int) -> dict[str, Any]:
+    """The RLHFJob of one run."""
+    extra = RUNS[name]
+    rollout = {"promptsPerStep": 64, "samplesPerPrompt": 16, "maxTokens": 64, "engineArgs": {"enforce_eager": True}}
+    trainer = {"steps": steps, "learningRate": 1e-5, "tokensPerMicroBatch": 32768, "gradientCheckpointing": False}
+    spec = {
+        "image": "none", "model": {"path": str(model), "dtype": "bfloat16"},
+        "data": {"reasoningGym": TASK, "maxPromptTokens": 128},
+        "rewards": [{"name": "answer", "type": "python", "function": "rlhf_worker.rewards.reasoning_gym:score", "workers": 4}],
+        "checkpoint": {"path": str(work / name), "everySteps": 10000, "export": False},
+        **extra, "rollout": rollout | extra.get("rollout", {}), "trainer": trainer | extra.get("trainer", {}),
+    }
+    return {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFJob", "metadata": {"name": name}, "spec": spec}
+
+
+def markdown(name: str, steps: list[dict[str, Any]]) -> str:
+    shown = [step for step in steps if step["step"] % 4 == 0 or step["step"] == 1]
+    warm = steps[WARM:]
+    phases = {key: statistics.mean(step.get(key, 0.0) for step in warm) for key in sorted({key for step in warm for key in step if key.startswith("seconds/")})}
+    lines = [
+        f"### {name}", "", "| step | " + " | ".join(str(step["step"]) for step in shown) + " |", "|---|" + "---|" * len(shown),
+        "| reward | " + " | ".join(f"{step['reward/mean']:.3f}" for step in shown) + " |", "",
+        "| " + " | ".join(key.removeprefix("seconds/") for key in phases) + " |", "|" + "---|" * len(phases), "| " + " | ".join(f"{value:.2f}" for value in phases.values()) + " |", "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--out", type=Path, help="keep checkpoints and results here")
+    given = parser.parse_args()
+    work = (given.out or Path(tempfile.mkdtemp(prefix="learning-"))).absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    for name in given.runs:
+        steps = run(manifest(name, given.model.absolute(), work, given.steps), work)["steps"]
+        (work / f"{name}.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+        print(markdown(name, steps), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""One RLHFJob by the local driver, in a process of its own, with what its reporter was told of each step.
+
+usage: python hack/bench/local_run.py MANIFEST OUT
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(manifest: dict[str, Any], work: Path) -> dict[str, Any]:
+    """{"seats": ..., "steps": [{"step", "reward/mean", "seconds/step", ...}]}. A process each, so that a run starts with empty GPUs. Raises CalledProcessError."""
+    name = manifest["metadata"]["name"]
+    paths = [work / f"{name}.yaml", work / f"{name}.json"]
+    paths[0].write_text(yaml.safe_dump(manifest))
+    subprocess.run([sys.executable, __file__, *map(str, paths)], check=True, cwd=ROOT)
+    found: dict[str, Any] = json.loads(paths[1].read_text())
+    return found
+
+
+def _child(path: Path, out: Path) -> int:
+    from rlhf_worker.local import LocalRay, configure
+    from rlhf_worker.progress import ConsoleReporter
+    from rlhf_worker.run import drive, guarded
+    from rlhf_worker.stop import Stop
+
+    class Recorder(ConsoleReporter):
+        steps: list[dict[str, Any]]
+
+        def stepped(self, step: int, values: Any, *, eta_seconds: int, synced: Any) -> None:
+            super().stepped(step, values, eta_seconds=eta_seconds, synced=synced)
+            proof = {"equal": synced.proof.equal, "indirect": synced.proof.indirect, "proof/seconds": synced.proof.seconds} if synced.proof else {}
+            self.steps.append({"step": step, **proof, **values})
+
+    def work() -> None:
+        config = configure(path, [])
+        reporter = Recorder(config)
+        reporter.steps = []
+        with LocalRay(config, verbose=True):
+            result = drive(config, reporter, Stop())
+        out.write_text(json.dumps({"seats": result.seats, "steps": reporter.steps}))
+
+    return guarded(work)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(_child(Path(sys.argv[1]), Path(sys.argv[2])))
