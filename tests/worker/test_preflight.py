@@ -17,7 +17,7 @@ from hack.tiny_model import write
 from rlhf_api.job import ModelSpec
 from rlhf_worker import preflight
 from rlhf_worker.errors import BadSpec, DeadlineExceeded, PreflightFailed
-from rlhf_worker.preflight import CHECKS, GIB, check_memory, check_shared_memory, needed_bytes, parameters
+from rlhf_worker.preflight import CHECKS, GIB, check_memory, check_shared_memory, host_memory, needed_bytes, parameters
 from rlhf_worker.storage import Store
 from tests.worker.configs import run_config
 
@@ -58,6 +58,10 @@ def test_shared_memory(size: int, device: str, world: int, enough: bool) -> None
         return
     with pytest.raises(PreflightFailed, match=r"/dev/shm has 64 MiB, 256 MiB are needed: mount an emptyDir"):
         check_shared_memory(size, device, world)
+
+
+def test_the_hosts_memory() -> None:
+    assert host_memory("MemTotal:  2048 kB\nMemFree:  1 kB\nMemAvailable:  1024 kB\nBuffers: 7 kB\n") == (1 << 20, 2 << 20)
 
 
 def test_parameters_are_counted_without_loading_them(tmp_path: Path) -> None:

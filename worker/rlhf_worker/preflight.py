@@ -133,7 +133,7 @@ def _memory(rank: "Trainer") -> None:
 
     need = needed_bytes(rank.config, {name: parameters(rank.config.roles[name]) for name in rank.names}, rank.world)
     if rank.device.type == "cpu":
-        return check_memory(need, 0, _available(), _available(), "this node")
+        return check_memory(need, 0, *host_memory(Path("/proc/meminfo").read_text()), "the node of a trainer pod")
     name = f"GPU {torch.cuda.get_device_properties(0).uuid}"
     end = time.monotonic() + MEMORY_WAIT_SECONDS
     while True:
@@ -147,10 +147,10 @@ def _memory(rank: "Trainer") -> None:
             time.sleep(1.0)
 
 
-def _available() -> int:
-    """Bytes of the host's memory that a process may still take."""
-    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) << 10
+def host_memory(meminfo: str) -> tuple[int, int]:
+    """Bytes that processes may still take, and all."""
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in meminfo.splitlines() if line.startswith("Mem")}
+    return kib["MemAvailable"] << 10, kib["MemTotal"] << 10
 
 
 def parameters(spec: ModelSpec) -> int:
