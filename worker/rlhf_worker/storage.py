@@ -1,5 +1,6 @@
 """The place of checkpoints: a directory, or a URL of any filesystem that fsspec knows. Both through fsspec, so there is one way."""
 
+import os
 import shutil
 import tempfile
 import zlib
@@ -48,11 +49,14 @@ class Store:
         return found
 
     def write(self, name: str, data: bytes) -> tuple[int, int]:
-        """Whole or not at all. Returns size and CRC32. Raises OSError."""
+        """Whole or not at all, and on the disk when it returns. Returns size and CRC32. Raises OSError."""
         path = self.path(name)
         self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         if self.local:
-            Path(f"{path}.partial").write_bytes(data)
+            with Path(f"{path}.partial").open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
             Path(f"{path}.partial").rename(path)
         else:
             self.fs.pipe_file(path, data)
