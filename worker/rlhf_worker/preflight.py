@@ -41,8 +41,8 @@ def preflight(config: RunConfig, groups: Sequence[Sequence[ActorHandle]], feed: 
     """groups: the ranks of each process group, joined; feed: opened. Raises BadSpec, PreflightFailed, DeadlineExceeded, or what a check raised."""
     start, done = time.monotonic(), []
     ranks = [rank for group in groups for rank in group]
+    reporter.update(detail="preflight")
     for name in (*CHECKS, "Rewards"):
-        reporter.update(detail=f"preflight: {name}")
         left, began = DEADLINE_SECONDS - (time.monotonic() - start), time.monotonic()
         try:
             if name == "Rewards":
