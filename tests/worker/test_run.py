@@ -81,7 +81,7 @@ def test_samples_resolve_onto_directories_of_this_machine(path: Path) -> None:
     config = configure(path, [Volume.parse("/var/lib/rlhf=here"), Volume.parse("/var/lib/rlhf/models/=/m")], steps=3)
     assert (config.trainer.steps, config.model.path) == (3, "/m/tiny")
     assert config.checkpoint.path == f"{Path.cwd()}/here/checkpoints/{path.stem}"
-    assert config.rewards == configure(path, []).rewards
+    assert [reward.code for reward in config.rewards] == [reward.code for reward in configure(path, []).rewards]
 
 
 def test_only_whole_directories_are_mapped() -> None:
