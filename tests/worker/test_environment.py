@@ -2,9 +2,11 @@
 
 from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from hack.tiny_model import tokenizer
 from rlhf_api.job import EnvironmentSpec
@@ -75,6 +77,31 @@ async def test_a_chat_template_renders_the_observation_as_a_suffix() -> None:
     whole = "".join(f"<s>{role}\n{text}</s>\n" for role, text in messages).removeprefix("<s>assistant\n").removesuffix("\n")
     assert sample.token_ids == ids(whole)
     assert [token for token, ours in zip(sample.token_ids, sample.mask, strict=True) if ours] == [*ids("4"), EOS, *ids("5"), EOS]
+
+
+async def test_the_calculator_of_the_docs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "rollouts.md").read_text()
+    spec = yaml.safe_load(text.split("```yaml")[1].split("```")[0])["rollout"]["environment"]
+    sample = await played(spec, says("(3*7)", "x"), request(answer="21"))
+    assert (sample.text, sample.episode_reward) == ("(3*7)", 0.0)
+    found = Environments(EnvironmentSpec.model_validate(spec), speech())
+    asked = Turn([5], [-1.0], [0], "stop")
+    try:
+        sample = await found.play(request(answer="21"), told(asked, found, "<<3*7>>", "it is 21"))
+    finally:
+        found.close()
+    assert sample.episode_reward == 1.0 and sample.mask == [True, False, False, True]
+
+
+def told(turn: Turn, found: Environments, *texts: str) -> Any:
+    """The same token each turn, decoded as these texts: the tiny tokenizer has no < and >."""
+    each = iter(texts)
+    found.speech.text = lambda before, ids, reason: next(each, "") if len(ids) == 1 else ""  # type: ignore[method-assign, assignment]
+
+    async def play(episode: Episode) -> Turn:
+        return turn
+
+    return play
 
 
 async def test_each_turn_goes_on_from_exactly_what_was_there() -> None:

@@ -24,7 +24,8 @@ class Hosts:
         return Synced(version, time.monotonic() - start, "copy", None)
 
     def lost(self, actor: ActorHandle) -> None:
-        self.serving.remove(actor)
+        if actor in self.serving:
+            self.serving.remove(actor)
 
     def ensure(self) -> None:
         """Raises EnginesLost: a rank of the trainer is not started anew beside the training."""

@@ -1,0 +1,108 @@
+"""Generation by transformers: ids, log probabilities and ends, against the model's own forward pass."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hack.tiny_model import tokenizer, write
+from rlhf_api.run import RunConfig
+from rlhf_worker.episode import Request
+from rlhf_worker.errors import DeadlineExceeded
+from rlhf_worker.experience import Prompt
+from rlhf_worker.hf import Generator
+from tests.worker.configs import run_config
+
+CPU = torch.device("cpu")
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("tiny")
+    write(found)
+    return found
+
+
+def config(path: Path, **rollout: Any) -> RunConfig:
+    return run_config(model={"path": str(path), "dtype": "float32"}, rollout={"engine": "hf", "maxTokens": 24, **rollout})
+
+
+def generator(path: Path, **rollout: Any) -> Generator:
+    made = Generator(config(path, **rollout), 0, CPU)
+    made.refresh(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).named_parameters(), 3)
+    return made
+
+
+def requests(*texts: str, temperature: float = 0.7, seed: int | None = 11, **fields: Any) -> list[Request]:
+    prompts = [
+        Prompt(uid=f"0:{row}", epoch=0, row=row, token_ids=list(tokenizer().encode(text, add_special_tokens=False)), text=text, fields=fields)
+        for row, text in enumerate(texts)
+    ]
+    return [Request(prompt=prompt, seed=seed, temperature=temperature, max_tokens=24) for prompt in prompts]
+
+
+def test_log_probabilities_are_those_of_the_sampled_distribution(path: Path) -> None:
+    """Also of rows that were padded on the left."""
+    made = generator(path)
+    for sample in made.generate(requests("2 + 3 =", "a much longer prompt than that ="), 60.0):
+        whole = torch.tensor([[*sample.prompt.token_ids, *sample.token_ids]])
+        logits = made.lm(whole).logits[0, len(sample.prompt.token_ids) - 1 : -1] / 0.7
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
+        assert torch.allclose(torch.tensor(sample.logprobs), expected, atol=1e-4)
+        assert sample.versions == [3] * len(sample.token_ids) and all(sample.mask)
+
+
+def test_a_completion_ends_after_its_first_end_or_is_cut(path: Path) -> None:
+    samples = generator(path).generate(requests(*(f"{i} + 1 =" for i in range(9))) * 8, 60.0)
+    for sample in samples:
+        ended = EOS in sample.token_ids
+        assert sample.finish_reason == ("stop" if ended else "length")
+        assert sample.token_ids.index(EOS) == len(sample.token_ids) - 1 if ended else len(sample.token_ids) == 24
+        assert sample.text == tokenizer().decode(sample.token_ids, skip_special_tokens=True)
+    assert {sample.finish_reason for sample in samples} == {"stop", "length"}
+
+
+def test_the_same_seed_gives_the_same_samples_and_temperature_0_the_likeliest(path: Path) -> None:
+    made = generator(path)
+    one, other = (made.generate(requests("2 + 3 ="), 60.0) for _ in range(2))
+    assert one == other
+    unseeded = [made.generate(requests("2 + 3 =", seed=None), 60.0) for _ in range(2)]
+    assert unseeded[0] != unseeded[1]
+    (greedy,) = made.generate(requests("2 + 3 =", temperature=0.0), 60.0)
+    tokens = list(greedy.prompt.token_ids)
+    for token in greedy.token_ids:
+        assert int(made.lm(torch.tensor([tokens])).logits[0, -1].argmax()) == token
+        tokens.append(token)
+
+
+def test_many_rows_are_generated_in_parts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_worker.hf.SCORES", 81 * 24 * 2)
+    samples = generator(path).generate(requests(*(f"{i} + 1 =" for i in range(5))), 60.0)
+    assert [sample.prompt.row for sample in samples] == [0, 1, 2, 3, 4]
+
+
+def test_an_environment_plays_with_it(path: Path) -> None:
+    code = "class Environment:\n    def reset(self, **row): pass\n    def step(self, completion): return {'observation': ' go on', 'done': False, 'reward': 1.0}"
+    made = generator(path, environment={"code": code, "maxTurns": 2, "workers": 1})
+    try:
+        samples = made.generate(requests("2 + 3 =", "4 ="), 60.0)
+    finally:
+        made.close()
+    assert all(sample.episode_reward for sample in samples)
+
+
+def test_past_its_deadline_it_says_so(path: Path) -> None:
+    with pytest.raises(DeadlineExceeded, match="trainer rank 0"):
+        generator(path).generate(requests("2 + 3 ="), -1.0)
+
+
+def test_weights_that_do_not_fit_are_refused(path: Path) -> None:
+    weights = dict(AutoModelForCausalLM.from_pretrained(path).named_parameters())
+    made = Generator(config(path), 0, CPU)
+    with pytest.raises(ValueError, match="do not fit"):
+        made.refresh(list(weights.items())[1:], 1)
+    with pytest.raises(ValueError, match=r"do not fit: .*extra"):
+        made.refresh([*weights.items(), ("extra", torch.zeros(1))], 1)

@@ -1,0 +1,249 @@
+"""Rollouts with real Ray actors that only pretend to generate and to score: failures, deaths, refills, staleness, and a resume."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from rlhf_api.job import EvaluationSpec
+from rlhf_worker import rollouts as module
+from rlhf_worker.admission import Group
+from rlhf_worker.episode import Episode, Request, Turn
+from rlhf_worker.errors import DeadlineExceeded, EnginesLost, RewardFailed
+from rlhf_worker.experience import Prompt, Sample, ScoredSample
+from rlhf_worker.rollouts import Rollouts
+from tests.worker.configs import run_config
+from tests.worker.samples import a_prompt
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+SAMPLES = 2
+
+
+class Silent:
+    """Decodes nothing."""
+
+    def text(self, before: Any, token_ids: Any, finish_reason: str) -> str:
+        return "made"
+
+
+class Engine:
+    """Completes at once, or when it is let go; fails, hangs or dies when told to."""
+
+    def __init__(self, behaviour: str) -> None:
+        import asyncio
+
+        self.behaviour, self.go, self.calls = behaviour, asyncio.Event(), list[int]()
+
+    async def generate(self, requests: list[Request], deadline: float) -> list[Sample]:
+        self.calls.append(len(requests))
+        if self.behaviour == "fail":
+            raise RuntimeError("no memory left")
+        if self.behaviour == "die":
+            os._exit(1)
+        if self.behaviour in ("hang", "held"):
+            await self.go.wait()
+        return [self._sample(request) for request in requests]
+
+    def _sample(self, request: Request) -> Sample:
+        episode = Episode(request)
+        episode.add(Turn([7, 8], [-1.0, -1.0], [0, 0], "stop"))
+        return episode.sample(Silent())  # type: ignore[arg-type]
+
+    async def release(self) -> None:
+        self.go.set()
+
+    async def asked(self) -> list[int]:
+        return self.calls
+
+
+class Feed:
+    """Prompts 0, 1, 2, ...; samples of a prompt whose row is in `dull` are all worth 0, others 0, 1, ...; `broken`: a reward that fails."""
+
+    def __init__(self, dull: list[int], broken: bool = False) -> None:
+        self.drawn, self.dull, self.broken = 0, dull, broken
+
+    def draw(self, count: int) -> list[Prompt]:
+        self.drawn += count
+        return [a_prompt(row) for row in range(self.drawn - count, self.drawn)]
+
+    def draw_again(self, uids: list[str]) -> list[Prompt]:
+        return [a_prompt(int(uid.split(":")[1])) for uid in uids]
+
+    def sampler_state(self) -> dict[str, Any]:
+        return {"position": self.drawn}
+
+    def restore(self, drawn: int) -> None:
+        self.drawn = drawn
+
+    def score(self, samples: list[Sample], models: dict[str, list[float]]) -> list[ScoredSample]:
+        if self.broken:
+            raise RewardFailed("rewards[r] failed")
+        values = [0.0 if sample.prompt.row in self.dull else float(index % SAMPLES) for index, sample in enumerate(samples)]
+        return [ScoredSample(sample=sample, reward=value, parts={"r": value}) for sample, value in zip(samples, values, strict=True)]
+
+
+RemoteEngine: Any = ray.remote(num_cpus=0)(Engine)
+RemoteFeed: Any = ray.remote(num_cpus=0)(Feed)
+
+
+class Fleet:
+    def __init__(self, engines: list[Any]) -> None:
+        self.serving, self.spare = engines, list[Any]()
+
+    def lost(self, engine: Any) -> None:
+        if engine in self.serving:
+            self.serving.remove(engine)
+
+    def ensure(self) -> None:
+        if not self.spare:
+            raise EnginesLost("none came back")
+        self.serving.append(self.spare.pop())
+
+
+class Crew:
+    def __init__(self, behaviours: list[str], dull: list[int], broken: bool) -> None:
+        self.fleet = Fleet([RemoteEngine.remote(behaviour) for behaviour in behaviours])
+        self.feed = RemoteFeed.remote(dull, broken)
+        self.ranks: dict[str, list[Any]] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    directory = Path("/tmp") / f"rr-{os.getpid()}"  # Ray's sockets need a short path
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, _temp_dir=str(directory), log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def make(
+    behaviours: list[str], *, staleness: int = 0, dull: list[int] | None = None, broken: bool = False, step: int = 0, pending: list[str] | None = None, **rollout: Any
+) -> tuple[Rollouts, Crew]:
+    crew = Crew(behaviours, dull or [], broken)
+    config = run_config(
+        steps=50, algorithm={"name": "dapo", "dynamicSampling": {"maxRounds": 3}}, placement={"mode": "Separated"},
+        rollout={"maxTokens": 16, "promptsPerStep": 4, "samplesPerPrompt": SAMPLES, "staleness": staleness, "seed": 3, **rollout},
+    )  # fmt: skip
+    return Rollouts(config, crew, step, pending or []), crew  # type: ignore[arg-type]
+
+
+def rows(groups: list[Group]) -> list[int]:
+    return [group.prompt.row for group in groups]
+
+
+def pumped(rollouts: Rollouts, done: Callable[[], bool]) -> None:
+    """As the loop does while it waits for the trainer."""
+    end = time.monotonic() + 60
+    while not done():
+        rollouts.pump()
+        assert time.monotonic() < end, "nothing happened for a minute"
+
+
+def test_a_step_is_one_call_an_engine_and_keeps_the_order() -> None:
+    rollouts, crew = make(["well", "well"])
+    taken = rollouts.take()
+    assert rows(taken) == [0, 1, 2, 3]
+    assert all([item.reward for item in group.samples] == [0.0, 1.0] for group in taken)
+    assert ray.get([engine.asked.remote() for engine in crew.fleet.serving]) == [[4], [4]]
+    rollouts.pump()
+    assert rollouts.admission.pending() == []  # the trainer works, and nothing begins
+    assert rollouts.finish(1) == ({"position": 4}, [])
+    assert rows(rollouts.take()) == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("behaviour", ["fail", "die"])
+def test_groups_of_a_failing_engine_are_made_by_another(behaviour: str) -> None:
+    rollouts, crew = make([behaviour, "well"])
+    assert rows(rollouts.take()) == [0, 1, 2, 3]
+    assert rollouts.metrics["rollout/retried_groups"] == 2
+    assert len(crew.fleet.serving) == (1 if behaviour == "die" else 2)
+
+
+def test_when_every_engine_fails_the_run_stops_with_the_cause() -> None:
+    rollouts, _ = make(["fail", "fail"])
+    with pytest.raises(RuntimeError, match="no memory left"):
+        rollouts.take()
+
+
+def test_when_every_engine_is_dead_groups_wait_for_one_that_comes_back() -> None:
+    rollouts, crew = make(["die", "die"])
+    crew.fleet.spare.append(RemoteEngine.remote("well"))
+    assert sorted(rows(rollouts.take())) == [0, 1, 2, 3]
+    rollouts, _ = make(["die"])
+    with pytest.raises(EnginesLost):
+        rollouts.take()
+
+
+def test_a_hung_engine_has_a_deadline_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LATE_SECONDS", 0.5)
+    rollouts, _ = make(["hang"], deadlineSeconds=0.5)
+    with pytest.raises(DeadlineExceeded, match=r"generation: 1 of 1 calls did not come back in time"):
+        rollouts.take()
+
+
+def test_a_reward_that_fails_ends_the_run() -> None:
+    rollouts, _ = make(["well"], broken=True)
+    with pytest.raises(RewardFailed):
+        rollouts.take()
+
+
+def test_a_failure_while_the_trainer_works_is_raised_by_the_next_take() -> None:
+    rollouts, _ = make(["well"], broken=True, staleness=1)
+    pumped(rollouts, lambda: rollouts._error is not None)
+    with pytest.raises(RewardFailed):
+        rollouts.take()
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_groups_that_teach_nothing_are_refilled(staleness: int) -> None:
+    rollouts, _ = make(["well", "well"], dull=[0, 2, 5], staleness=staleness)
+    taken, _, again = rollouts.take(), rollouts.finish(1), rollouts.take()
+    assert not {0, 2, 5} & {*rows(taken), *rows(again)}
+    assert len({*rows(taken), *rows(again)}) == 8
+
+
+def test_after_the_last_round_a_step_takes_what_there_is() -> None:
+    rollouts, _ = make(["well"], dull=list(range(100)))
+    assert rows(rollouts.take()) == [8, 9, 10, 11]
+    assert rollouts.metrics["rollout/dropped_groups"] == 8
+
+
+def test_staleness_begins_groups_of_the_next_step_and_no_more() -> None:
+    rollouts, crew = make(["held", "held"], staleness=1)
+    rollouts.pump()
+    assert len(rollouts.admission.pending()) == 8
+    assert sum(map(sum, ray.get([engine.asked.remote() for engine in crew.fleet.serving]))) == 8 * SAMPLES
+    ray.get([engine.release.remote() for engine in crew.fleet.serving])
+    rollouts.take()
+    pumped(rollouts, lambda: not rollouts._calls)
+    assert len(rollouts.admission.pending()) == 4
+    rollouts.finish(1)
+    assert len(rollouts.admission.pending()) == 8
+    rollouts.take()
+    assert rollouts.metrics["rollout/staleness_max"] <= 1
+
+
+def test_a_resumed_run_loses_and_repeats_no_prompt() -> None:
+    rollouts, _ = make(["well"], staleness=1, dull=[1])
+    trained = rows(rollouts.take())
+    sampler, pending = rollouts.finish(1)
+    assert pending
+    resumed, crew = make(["well"], staleness=1, step=1, pending=pending, dull=[1])
+    ray.get(crew.feed.restore.remote(sampler["position"]))
+    for step in range(2, 6):
+        trained += rows(resumed.take())
+        _, pending = resumed.finish(step)
+    everyone = [*trained, *(int(uid.split(":")[1]) for uid in pending)]
+    assert len(everyone) == len(set(everyone)) and set(range(20)) - {1} <= set(everyone)
+
+
+def test_an_evaluation_takes_nothing_from_the_steps() -> None:
+    rollouts, _ = make(["well"])
+    spec = EvaluationSpec.model_validate({"name": "e", "data": {"jsonl": {"path": "/x"}}, "samples": 3, "temperature": 0.5})
+    found = rollouts.evaluate(spec, [a_prompt(90), a_prompt(91)])
+    assert [[item.sample.prompt.row for item in group] for group in found] == [[90] * 3, [91] * 3]
+    assert rows(rollouts.take()) == [0, 1, 2, 3]
