@@ -41,7 +41,7 @@ def run_config(model: Path, given: argparse.Namespace) -> Any:
     from rlhf_api.run import resolve
 
     spec = {
-        "image": "none", "model": {"path": str(model)}, "data": {"jsonl": {"path": "none"}}, "rewards": [{"name": "none", "type": "python", "code": "none"}],
+        "image": "none", "model": {"path": str(model), "dtype": given.dtype}, "data": {"jsonl": {"path": "none"}}, "rewards": [{"name": "none", "type": "python", "code": "none"}],
         "trainer": {"steps": 100, "tokensPerMicroBatch": given.tokens, "compile": given.compile, "gradientCheckpointing": given.gradient_checkpointing},
         "checkpoint": {"path": str(model / "checkpoints")},
     }
@@ -86,6 +86,7 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--peak", type=float, default=989e12)
     parser.add_argument("--model", type=Path, help="the checkpoint, made where it is not there")
     given = parser.parse_args()
