@@ -1,5 +1,7 @@
 """Episodes: ids only grow, observations are masked, and environments can fail, hang and die without becoming samples."""
 
+import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
 from pathlib import Path
@@ -102,6 +104,16 @@ def told(turn: Turn, found: Environments, *texts: str) -> Any:
         return turn
 
     return play
+
+
+async def test_episodes_are_spread_over_the_subprocesses() -> None:
+    code = "import os\nclass Environment:\n    def reset(self, **row): pass\n    def step(self, completion): return {'observation': '', 'done': True, 'reward': float(os.getpid())}"
+    table = Environments(EnvironmentSpec(code=code, workers=2, timeout_seconds=20.0), speech())
+    try:
+        samples = await asyncio.gather(*(table.play(request(), says("4")) for _ in range(4)))  # type: ignore[arg-type]
+    finally:
+        table.close()
+    assert sorted(Counter(sample.episode_reward for sample in samples).values()) == [2, 2]
 
 
 async def test_each_turn_goes_on_from_exactly_what_was_there() -> None:

@@ -216,7 +216,8 @@ def test_staleness_begins_groups_of_the_next_step_and_no_more() -> None:
     rollouts, crew = make(["held", "held"], staleness=1)
     rollouts.pump()
     assert len(rollouts.admission.pending()) == 8
-    assert sum(map(sum, ray.get([engine.asked.remote() for engine in crew.fleet.serving]))) == 8 * SAMPLES
+    pumped(rollouts, lambda: sum(map(sum, ray.get([engine.asked.remote() for engine in crew.fleet.serving]))) == 8 * SAMPLES)
+    assert len(rollouts.admission.pending()) == 8
     ray.get([engine.release.remote() for engine in crew.fleet.serving])
     rollouts.take()
     pumped(rollouts, lambda: not rollouts._calls)

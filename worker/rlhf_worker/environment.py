@@ -5,10 +5,10 @@ again from its prompt; it never becomes a sample.
 """
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 from rlhf_api.job import EnvironmentSpec
@@ -55,18 +55,6 @@ class Seat:
             self.child.kill()
 
 
-@dataclass(slots=True)
-class _Place:
-    """Where an episode's environment lives."""
-
-    seat: Seat
-    child: Child
-    number: int
-
-    async def ask(self, action: str, **arguments: Any) -> dict[str, Any]:
-        return (await self.seat.ask(self.child, episode=self.number, action=action, **arguments))[1]
-
-
 class Environments:
     """Plays episodes. Raises BadSpec at once when the class cannot be loaded."""
 
@@ -88,38 +76,35 @@ class Environments:
         reason = Failure("never tried")
         for _ in range(self.spec.retries + 1):
             try:
-                return await self._episode(Episode(request), turn)
+                return await self._episode(request, turn)
             except Failure as failure:
                 reason = failure
         raise EnvironmentFailed(f"{FIELD} failed {self.spec.retries + 1} times on prompt {request.prompt.uid}: {reason}")
 
-    async def _episode(self, episode: Episode, turn: Callable[[Episode], Awaitable[Turn]]) -> Sample:
-        place = await self._begin(episode.request)
-        done, place.seat.episodes = False, place.seat.episodes + 1
+    async def _episode(self, request: Request, turn: Callable[[Episode], Awaitable[Turn]]) -> Sample:
+        seat, number, episode, prompt = min(self._seats, key=lambda seat: seat.episodes), next(self._numbers), Episode(request), request.prompt
+        seat.episodes += 1
         try:
-            while not done:
+            row = {**prompt.fields, "prompt": prompt.fields.get("prompt", prompt.text)}
+            child, _ = await seat.ask(None, episode=number, action="reset", **row)
+            over = False
+            while not over:
                 episode.add(await turn(episode))
-                done = await self._step(episode, place)
+                _, answer = await seat.ask(child, episode=number, action="step", completion=episode.last_turn(self.speech))
+                over = self._over(episode, answer)
+            with contextlib.suppress(Failure):  # what it did is done
+                await seat.ask(child, episode=number, action="close")
             return episode.sample(self.speech)
         finally:
-            place.seat.episodes -= 1
+            seat.episodes -= 1
 
-    async def _begin(self, request: Request) -> _Place:
-        seat, number, prompt = min(self._seats, key=lambda seat: seat.episodes), next(self._numbers), request.prompt
-        child, _ = await seat.ask(None, episode=number, action="reset", **{**prompt.fields, "prompt": prompt.fields.get("prompt", prompt.text)})
-        return _Place(seat, child, number)
-
-    async def _step(self, episode: Episode, place: _Place) -> bool:
-        """Whether the episode is over. Also a turn that was cut gets its reward."""
-        answer = await place.ask("step", completion=episode.last_turn(self.speech))
+    def _over(self, episode: Episode, answer: dict[str, Any]) -> bool:
+        """With the answer to the last turn in the episode. Also a turn that was cut gets its reward."""
         if answer["reward"] is not None:
             episode.reward = (episode.reward or 0.0) + finite(answer["reward"])
-        over = answer["done"] or episode.turns >= self.spec.max_turns or episode.finish_reason == "length"
-        if not over:
+        if not (answer["done"] or episode.turns >= self.spec.max_turns or episode.finish_reason == "length"):
             episode.observe(self.speech.observation(answer["observation"], episode.token_ids[-1]))
-        if over or episode.finish_reason:
-            await place.ask("close")
-        return bool(over or episode.finish_reason)
+        return bool(episode.finish_reason)
 
     def close(self) -> None:
         for seat in self._seats:

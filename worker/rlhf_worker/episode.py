@@ -7,7 +7,7 @@ assistant, and only that suffix is tokenised. Its tokens are masked out of the l
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from rlhf_api.job import DataSpec
 from rlhf_worker.errors import BadSpec
@@ -15,14 +15,6 @@ from rlhf_worker.experience import Prompt, Sample
 
 TURN = "What the assistant said."  # stands for a turn when the template is asked what follows one
 BEFORE = 8  # tokens before a text that a decoder may need to see: some put a space only between words
-
-
-class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that turns need."""
-
-    def apply_chat_template(self, conversation: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool) -> Any: ...
-    def encode(self, text: str, *, add_special_tokens: bool) -> Any: ...
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +44,9 @@ class Turn:
 
 
 class Speech:
-    """From token ids to text, and from an observation to token ids."""
+    """From token ids to text, and from an observation to token ids, by a Hugging Face tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, *, chat: bool) -> None:
+    def __init__(self, tokenizer: Any, *, chat: bool) -> None:
         self.tokenizer, self.chat = tokenizer, chat
 
     @classmethod

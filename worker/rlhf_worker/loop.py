@@ -52,8 +52,8 @@ class Loop:
         synced = self.crew.fleet.sync(prove=self.config.weight_sync.verify)
         self.reporter.update(state="Training", detail="generating", step=step, synced=synced)
         self._finished(step)
-        if values := evaluate(self.config, step, self.rollouts.evaluate, self._feed):
-            self._feed("log", step, values)
+        if not step:
+            self._evaluate()
 
     def run(self) -> None:
         """To the last step. Raises Terminated, after saving, when asked to stop."""
@@ -87,10 +87,15 @@ class Loop:
         with timer.phase("sync"):  # 5. the new weights into the engines
             synced = self._sync(number)
         self._finished(number)  # 6. the step is finished
-        with timer.phase("evaluate"):
-            values = evaluate(self.config, number, self.rollouts.evaluate, self._feed)
-        self._report(scored, values | trained | shaped.metrics | self.rollouts.metrics, synced, timer, time.monotonic() - start)
-        self._feed("record", number, scored, [sequence.columns["advantages"] for update in shaped.updates for sequence in update])
+        self._report(scored, trained | shaped.metrics | self.rollouts.metrics, synced, timer, time.monotonic() - start)
+        if self.config.telemetry.keeps_rollouts(number):
+            self._feed("record", number, scored, [sequence.columns["advantages"] for update in shaped.updates for sequence in update])
+        with self.stop.abandonable():
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        if values := evaluate(self.config, self.step, self.rollouts.evaluate, self._feed):
+            self._feed("log", self.step, values)
 
     def _forward(self, sequences: list[TrainSequence]) -> list[TrainSequence]:
         """With a column for each forward pass that the algorithm needs. Packed as they will be trained, so that the first ratio is exactly 1."""

@@ -58,6 +58,7 @@ class Rollouts:
         self._load: Counter[ActorHandle] = Counter()  # groups in flight
         self._counts: Counter[str] = Counter()
         self._error: Exception | None = None
+        self._evaluating = False
 
     def take(self) -> list[Group]:
         """The groups of the next step, as soon as they are finished. Raises what kept one from it."""
@@ -91,7 +92,9 @@ class Rollouts:
         """Scored samples of each prompt, which no step trains. Raises what kept one from being finished."""
         groups = [Group(prompt, self.admission.version, spec) for prompt in prompts]
         self._dispatch(groups)
+        self._evaluating = True
         self._until(lambda: all(group.samples for group in groups))
+        self._evaluating = False
         return [group.samples for group in groups]
 
     def _until(self, done: Callable[[], bool]) -> None:
@@ -138,7 +141,7 @@ class Rollouts:
     def _admit(self) -> None:
         """Begin as many groups as there is room for; without staleness only when all before them are finished, so that batches do not depend on timing."""
         room = self.admission.room
-        if room <= 0 or not (self.config.rollout.staleness or self.admission.idle):
+        if room <= 0 or not (self.config.rollout.staleness or (self.admission.idle and not self._evaluating)):
             return
         first, self._pending = self._pending[:room], self._pending[room:]
         prompts: list[Prompt] = self._feed("draw_again", first) if first else []

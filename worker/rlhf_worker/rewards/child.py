@@ -82,7 +82,10 @@ class Episodes:
             self.open[episode] = self.make()
             self.open[episode].reset(**arguments)
         else:
-            return self._answer(self.open[episode].step(**arguments))
+            environment = self.open.pop(episode)  # one that raises is not asked again
+            answer = self._answer(environment.step(**arguments))
+            self.open[episode] = environment
+            return answer
         return {}
 
     def _answer(self, step: Any) -> dict[str, Any]:
