@@ -68,14 +68,15 @@ class Admission:
     @property
     def complete(self) -> bool:
         """Whether a step can be taken: enough groups are finished, and it would leave none behind for too long."""
-        taken = self._next()
+        taken = set(self._next())
         return len(taken) == self.batch and not self._too_late([group for group in self._under_way if group not in taken])
 
     def take(self) -> list[Group]:
         """The groups of the next step, the oldest finished first. Only when `complete`."""
         taken = self._next()
-        self._ready.difference_update(taken)
-        self._under_way = [group for group in self._under_way if group not in taken]
+        chosen = set(taken)
+        self._ready -= chosen
+        self._under_way = [group for group in self._under_way if group not in chosen]
         self.consumed += self.batch
         self.dropped = 0
         return taken

@@ -112,8 +112,11 @@ class Rollouts:
 
     def _work(self, seconds: float) -> None:
         self._admit()
-        ray.wait([ref for one in self._calls for ref in one.waiting], num_returns=1, timeout=seconds)
-        for one in list(self._calls):
+        calls = {ref: one for one in self._calls for ref in one.waiting}
+        ray.wait(list(calls), num_returns=1, timeout=seconds)
+        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
+        late = [one for one in self._calls if time.monotonic() > one.end]
+        for one in dict.fromkeys([*(calls[ref] for ref in done), *late]):
             self._look_at(one)
         self._admit()
 
