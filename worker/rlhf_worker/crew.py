@@ -45,14 +45,15 @@ class Crew:
 
 def start(config: RunConfig, stage: Stage, reporter: Reporter) -> tuple[Crew, dict[str, list[str]]]:
     """Every actor, loaded, connected, and proven to sit where the plan says."""
-    reporter.update(detail="starting feed and trainer")
+    reporter.update(detail="starting feed, trainer and engines")
     backend = choose(config, stage.device, one_node=len({bundle.node for bundle in stage.bundles.values()}) == 1)
     feed = RemoteFeed.options(max_concurrency=FEED_THREADS, **stage.options(config.placement.trainer_slots[0], 0.0)).remote(config)
     ranks, engines = _roles(config, stage), [_engine(config, stage, index) for index in range(len(config.placement.engine_slots))]
     groups = list({group[0]: group for group in ranks.values()}.values())
-    gather([feed.open.remote(), *(call for group in groups for call in _join(group))], START_DEADLINE_SECONDS, "start of feed and trainer")
+    prepared = [engine.prepare.remote(backend) for engine in engines]
+    gather([feed.open.remote(), *(call for group in groups for call in _join(group)), *prepared], START_DEADLINE_SECONDS, "start of feed, trainer and engines")
     preflight(config, groups, feed, reporter)
-    reporter.update(detail="loading models, starting engines")
+    reporter.update(detail="loading models")
     started = [engine.start.remote(backend) for engine in engines]
     if stage.device == "cuda":
         # Sharing a GPU, vLLM measures its free memory while it starts: the trainer takes its own after that.

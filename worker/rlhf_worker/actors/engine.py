@@ -51,17 +51,24 @@ class Engine:
         self.llm: AsyncLLM | None = None
         self._requests = 0
 
-    async def start(self, backend: str) -> str:
-        """Load the model into vLLM. Returns vLLM's version. Raises BadSpec."""
+    async def prepare(self, backend: str) -> None:
+        """All of a start that takes no memory of the device: checks, and vLLM's import, which takes as long as the rest. Raises BadSpec."""
         check_engine_args(self.config)
         require_path(self.config.model)
         check_context(self.config, context_length(load_config(self.config.model)))
         self._environment(backend)
         import vllm
         from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
 
         check_known(self.config.rollout.engine_args, {f.name for f in fields(AsyncEngineArgs)}, vllm.__version__)
+
+    async def start(self, backend: str) -> str:
+        """Load the model into vLLM. Returns vLLM's version. Raises BadSpec."""
+        await self.prepare(backend)
+        import vllm
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
         self._open_environments()
         try:
             self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args(backend)))
