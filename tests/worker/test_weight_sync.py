@@ -14,13 +14,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hack.tiny_model import write
 from rlhf_api.run import RunConfig
 from rlhf_worker import crew as crews
-from rlhf_worker.actors.engine import Request
 from rlhf_worker.actors.group import call, call_all
 from rlhf_worker.crew import Crew
+from rlhf_worker.episode import Request
 from rlhf_worker.errors import SyncMismatch
+from rlhf_worker.experience import Prompt
+from rlhf_worker.fleet import Fleet
 from rlhf_worker.local import LocalRay
 from rlhf_worker.placement import reserve
 from rlhf_worker.progress import ConsoleReporter
+from rlhf_worker.weights.sync import WeightSync
 from tests.worker.configs import run_config
 from tests.worker.poked import PokedEngine, flip_one_element, freeze
 
@@ -62,11 +65,19 @@ def crew(config: RunConfig) -> Iterator[Crew]:
     with pytest.MonkeyPatch.context() as patch, LocalRay(config, verbose=False):
         patch.setattr(crews, "RemoteEngine", ray.remote(PokedEngine))
         stage = reserve(config.placement, 60, name="weight-sync")
-        yield crews.start(config, stage, ConsoleReporter(config))[0]
+        made = crews.start(config, stage, ConsoleReporter(config))[0]
+        made.fleet.close()  # which would start anew what the tests lose
+        yield made
+
+
+def weights(crew: Crew) -> WeightSync:
+    assert isinstance(crew.fleet, Fleet)
+    return crew.fleet.weights
 
 
 def generated(crew: Crew, index: int) -> list[int]:
-    made = call(crew.engines[index], "generate", [Request([3, 4, 5], seed=7)], 60.0, deadline_seconds=120, what="generation")
+    request = Request(prompt=Prompt(uid="0:0", epoch=0, row=0, token_ids=[3, 4, 5], text="", fields={}), seed=7, temperature=1.0, max_tokens=16)
+    made = call(crew.fleet.serving[index], "generate", [request], 60.0, deadline_seconds=120, what="generation")
     return list(made[0].token_ids)
 
 
@@ -79,56 +90,56 @@ def wait_until_stopped(pid: int) -> None:
 
 def test_all_engines_hold_every_parameter(crew: Crew) -> None:
     """Rows of two ranks, passed on from engine to engine: checksums of each parameter, and the same tokens from each engine."""
-    proof = crew.sync(prove=True).proof
+    proof = weights(crew)(prove=True).proof
     assert proof is not None and proof.probe is not None
     assert proof.equal == ENGINES * PLANNED and proof.probe < 1e-4
     assert len({tuple(generated(crew, index)) for index in range(ENGINES)}) == 1
 
 
 def test_one_flipped_element_is_seen(crew: Crew) -> None:
-    name = call(crew.engines[1], "poke", flip_one_element, deadline_seconds=DEADLINE, what="poke")
+    name = call(crew.fleet.serving[1], "poke", flip_one_element, deadline_seconds=DEADLINE, what="poke")
     with pytest.raises(SyncMismatch, match=rf"engine 1 rank 0 differs from the trainer at version 0 in 1 parameters: \['{name}'\]"):
-        crew.sync.prove(0)
-    assert crew.sync(prove=True).proof is not None
+        weights(crew).prove(0)
+    assert weights(crew)(prove=True).proof is not None
 
 
 def test_what_the_plan_leaves_to_load_weights_arrives_all_the_same(crew: Crew) -> None:
-    crew.sync._connect(frozenset({FUSED, "model.norm.weight"}))
-    proof = crew.sync(prove=True).proof
+    weights(crew)._connect(frozenset({FUSED, "model.norm.weight"}))
+    proof = weights(crew)(prove=True).proof
     assert proof is not None and proof.probe is not None
     assert proof.equal == ENGINES * (PLANNED - 3) and proof.probe < 1e-4  # the fused bias goes with its layer
-    crew.sync._connect(frozenset())
+    weights(crew)._connect(frozenset())
 
 
 def test_an_engine_that_holds_a_part_serves_nothing_until_a_whole_sync(crew: Crew) -> None:
-    call_all(crew.engines, "pause", deadline_seconds=DEADLINE, what="pause")
+    call_all(crew.fleet.serving, "pause", deadline_seconds=DEADLINE, what="pause")
     with pytest.raises(RuntimeError, match="holds a part of a sync, after version 0: it serves nothing"):
         generated(crew, 0)
-    crew.sync(prove=False)
+    weights(crew)(prove=False)
     assert len(generated(crew, 0)) == 16
 
 
 def test_an_engine_that_hangs_is_left_out_after_the_deadline(crew: Crew) -> None:
-    frozen = call(crew.engines[2], "poke", freeze, deadline_seconds=DEADLINE, what="freeze")
+    frozen = call(crew.fleet.serving[2], "poke", freeze, deadline_seconds=DEADLINE, what="freeze")
     try:
         wait_until_stopped(frozen)
-        synced = crew.sync(prove=True)
+        synced = weights(crew)(prove=True)
     finally:
         os.kill(frozen, signal.SIGKILL)
     assert synced.proof is not None and synced.proof.equal == (ENGINES - 1) * PLANNED
-    assert len(crew.engines) == ENGINES - 1
+    assert len(crew.fleet.serving) == ENGINES - 1
 
 
 def test_an_engine_that_dies_is_left_out(crew: Crew) -> None:
-    ray.kill(crew.engines[0])
-    synced = crew.sync(prove=True)
+    ray.kill(crew.fleet.serving[0])
+    synced = weights(crew)(prove=True)
     assert synced.proof is not None and synced.proof.equal == PLANNED
-    assert len(crew.engines) == 1 and len(generated(crew, 0)) == 16
+    assert len(crew.fleet.serving) == 1 and len(generated(crew, 0)) == 16
 
 
 def test_without_any_engine_the_sync_fails(crew: Crew) -> None:
-    ray.kill(crew.engines[0])
+    ray.kill(crew.fleet.serving[0])
     with pytest.raises(ray.exceptions.RayError):  # of the engine, or of a trainer rank's link to it: whichever is told first
-        crew.sync(prove=False)
+        weights(crew)(prove=False)
     with pytest.raises(ray.exceptions.RayError):
         generated(crew, 0)
