@@ -20,7 +20,7 @@ lint: setup ## ruff
 	$(PY) -m ruff check .
 
 types: setup ## mypy strict
-	$(PY) -m mypy api/rlhf_api operator/rlhf_operator worker/rlhf_worker hack
+	$(PY) -m mypy api/rlhf_api operator/rlhf_operator worker/rlhf_worker hack tests
 
 contracts: setup ## import contracts (who may import whom)
 	.venv/bin/lint-imports --no-cache

@@ -59,8 +59,8 @@ def run_config(model: Path, given: argparse.Namespace, arguments: dict[str, Any]
 
 
 def requests(prompts: list[list[int]], given: argparse.Namespace) -> list[Any]:
-    from rlhf_worker.episode import Request
     from rlhf_worker.experience import Prompt
+    from rlhf_worker.rollout.episode import Request
 
     made = [Prompt(uid=f"0:{i}", epoch=0, row=i, token_ids=tokens, text="", fields={}) for i, tokens in enumerate(prompts)]
     return [Request(prompt=prompt, seed=None, temperature=1.0, max_tokens=given.tokens) for prompt in made for _ in range(given.samples)]
@@ -74,7 +74,7 @@ def timed(call: Any) -> tuple[float, Any]:
 
 def measure(given: argparse.Namespace, work: Path) -> dict[str, list[float]]:
     """Tokens a second of each round, by row."""
-    from rlhf_worker.actors.engine import RemoteEngine
+    from rlhf_worker.engines.engine import RemoteEngine
 
     write_model(work, given.shape, given.dtype)
     tokenizer().save_pretrained(work)

@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("--peak", type=float, default=989e12)
     parser.add_argument("--model", type=Path, help="the checkpoint, made where it is not there")
     given = parser.parse_args()
-    from rlhf_worker.trainer import Trainer
+    from rlhf_worker.trainer.rank import Trainer
 
     model = given.model or Path(tempfile.mkdtemp(prefix="training-"))
     if not (model / "config.json").exists():

@@ -22,7 +22,7 @@ from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
 from hack.bench.weight_base import Sample, free_ports, parameters, timed
-from rlhf_worker.actors.engine import Engine
+from rlhf_worker.engines.engine import Engine
 from rlhf_worker.weights.backends import IPC_BUFFER_BYTES, describe
 from rlhf_worker.weights.client import EnginesClient
 from rlhf_worker.weights.compare import compare

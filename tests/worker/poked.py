@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rlhf_worker.actors.engine import Engine
+from rlhf_worker.engines.engine import Engine
 
 
 class PokedEngine(Engine):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_worker.admission import Admission, Group
 from rlhf_worker.experience import Prompt
+from rlhf_worker.rollout.admission import Admission, Group
 from tests.worker.samples import a_prompt
 
 

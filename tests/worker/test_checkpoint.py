@@ -20,12 +20,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 
 from hack.tiny_model import write
-from rlhf_worker import checkpoint
-from rlhf_worker.checkpoint import Restored, RunState, Saver, whole
 from rlhf_worker.errors import BadData, BadSpec
 from rlhf_worker.experience import equalise, pack, split
 from rlhf_worker.storage import Store
-from rlhf_worker.trainer import Trainer
+from rlhf_worker.trainer import checkpoint
+from rlhf_worker.trainer.checkpoint import Restored, RunState, Saver, whole
+from rlhf_worker.trainer.rank import Trainer
 from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
 from tests.worker.samples import sequences
@@ -294,8 +294,8 @@ def rank_of_two(rank: int, world: int, tmp_path: Path, act: str) -> None:
 
 def test_two_ranks_save_and_one_or_two_load(tmp_path: Path) -> None:
     """Every rank's own stream of random numbers comes back when their number is the same."""
-    mp.spawn(rank_of_two, (2, tmp_path, "save"), nprocs=2)
-    mp.spawn(rank_of_two, (2, tmp_path, "load"), nprocs=2)
+    mp.spawn(rank_of_two, (2, tmp_path, "save"), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
+    mp.spawn(rank_of_two, (2, tmp_path, "load"), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
     (before, drawn0), (_, drawn1) = (torch.load(tmp_path / f"save-{rank}.pt") for rank in range(2))
     (after, again0), (_, again1) = (torch.load(tmp_path / f"load-{rank}.pt") for rank in range(2))
     assert same(before, after) and torch.equal(drawn0, again0) and torch.equal(drawn1, again1) and not torch.equal(drawn0, drawn1)

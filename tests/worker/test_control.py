@@ -37,7 +37,7 @@ def serving(member: Member, act: Callable[[Any], BaseException | None]) -> Futur
 
 def test_every_member_gets_the_order_and_the_sync_ends_with_the_last_answer(hub: Hub) -> None:
     heard: list[Any] = []
-    served = [serving(member, heard.append) for member in joined(hub, 3)]  # type: ignore[arg-type]
+    served = [serving(member, heard.append) for member in joined(hub, 3)]
     hub.order({"proof": True}, range(1, 4))
     hub.finish(DEADLINE)
     assert heard == [{"proof": True}] * 3 and not any(future.exception() for future in served)

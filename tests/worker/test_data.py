@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_api.job import DataSpec
-from rlhf_worker.data import PromptSampler, PromptSource
 from rlhf_worker.errors import BadData, BadSpec
+from rlhf_worker.feed.data import PromptSampler, PromptSource
 
 ROWS = [{"prompt": f"say {i}", "answer": i} for i in range(7)]
 ORDER = ["0:2", "0:3", "0:1", "0:0", "0:6", "0:5", "0:4", "1:2", "1:3"]
@@ -286,7 +286,7 @@ def test_a_tokenizer_without_a_pad_token_is_enough() -> None:
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(WordLevel({"<unk>": 0, "say": 1}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    words.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     assert tokenizer.pad_token is None
     data = spec(reasoning_gym={"task": "basic_arithmetic", "size": 3})

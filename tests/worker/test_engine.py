@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf_worker.actors.engine_args import check_context, check_engine_args, check_known, refused
+from rlhf_worker.engines.arguments import check_context, check_engine_args, check_known, refused
 from rlhf_worker.errors import BadSpec
 from tests.worker.configs import run_config
 

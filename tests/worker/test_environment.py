@@ -12,10 +12,10 @@ import yaml
 
 from hack.tiny_model import tokenizer
 from rlhf_api.job import EnvironmentSpec
-from rlhf_worker.environment import Environments
-from rlhf_worker.episode import Episode, Request, Speech, Turn, request_seed
 from rlhf_worker.errors import BadSpec, EnvironmentFailed
 from rlhf_worker.experience import Prompt, Sample
+from rlhf_worker.rollout.environment import Environments
+from rlhf_worker.rollout.episode import Episode, Request, Speech, Turn, request_seed
 
 EOS = 2
 CHATML = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"

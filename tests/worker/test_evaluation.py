@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from rlhf_api.job import EvaluationSpec
-from rlhf_worker.actors.feed import Feed
 from rlhf_worker.errors import BadData, BadSpec
-from rlhf_worker.evaluation import due, evaluate, metrics
 from rlhf_worker.experience import Prompt, Sample, ScoredSample
+from rlhf_worker.feed.feed import Feed
+from rlhf_worker.rollout.evaluation import due, evaluate, metrics
 from tests.worker.configs import run_config
 from tests.worker.samples import a_prompt, a_sample
 from tests.worker.test_data import ROWS, Characters, jsonl
@@ -72,7 +72,7 @@ def test_only_sets_that_are_due_are_drawn_and_in_calls_of_a_steps_size() -> None
 
 
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, Any], **fields: Any) -> Feed:
-    monkeypatch.setattr("rlhf_worker.actors.feed.load_tokenizer", lambda model: Characters())
+    monkeypatch.setattr("rlhf_worker.feed.feed.load_tokenizer", lambda model: Characters())
     code = "def reward(prompt, completion, **row): return 1.0"
     train = jsonl(tmp_path / "train.jsonl", ROWS)
     config = run_config(

@@ -11,16 +11,15 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from rlhf_worker import fleet as module
+from rlhf_worker.engines import fleet as module
+from rlhf_worker.engines.fleet import Fleet
+from rlhf_worker.engines.ledger import Health
 from rlhf_worker.errors import EnginesLost, LinkBroken
-from rlhf_worker.fleet import Fleet
-from rlhf_worker.ledger import Health
 from rlhf_worker.weights.sync import Synced
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
 
-@ray.remote(num_cpus=0)
 class Pretender:
     def __init__(self, broken: bool = False) -> None:
         self.broken, self.version, self.silent = broken, -1, False
@@ -43,6 +42,9 @@ class Pretender:
 
     async def fall_silent(self) -> None:
         self.silent = True
+
+
+PretenderActor: Any = ray.remote(num_cpus=0)(Pretender)
 
 
 class PretendedSync:
@@ -77,12 +79,12 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Fleet,
     made: list[Fleet] = []
 
     def build(least: int = 1, broken: bool = False) -> tuple[Fleet, list[str | None]]:
-        actors = [Pretender.remote() for _ in range(2)]
+        actors = [PretenderActor.remote() for _ in range(2)]
         ray.get([actor.start.remote() for actor in actors])
         amiss: list[str | None] = []
 
         def spawn(number: int) -> tuple[Any, Any]:
-            actor = Pretender.remote(broken)
+            actor = PretenderActor.remote(broken)
             return actor, actor.start.remote()
 
         made.append(Fleet(actors, PretendedSync(list(actors)), spawn, amiss.append, least=least))  # type: ignore[arg-type]

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from hack.tiny_model import tokenizer, write
 from rlhf_api.run import RunConfig
-from rlhf_worker.episode import Request
+from rlhf_worker.engines.hf import Generator
 from rlhf_worker.errors import DeadlineExceeded
 from rlhf_worker.experience import Prompt
-from rlhf_worker.hf import Generator
+from rlhf_worker.rollout.episode import Request
 from tests.worker.configs import run_config
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def test_the_same_seed_gives_the_same_samples_and_temperature_0_the_likeliest(pa
 
 
 def test_many_rows_are_generated_in_parts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf_worker.hf.SCORES", 81 * 24 * 2)
+    monkeypatch.setattr("rlhf_worker.engines.hf.SCORES", 81 * 24 * 2)
     samples = generator(path).generate(requests(*(f"{i} + 1 =" for i in range(5))), 60.0)
     assert [sample.prompt.row for sample in samples] == [0, 1, 2, 3, 4]
 

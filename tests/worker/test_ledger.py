@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_worker.ledger import Engine, Event, Health, Limits, Verdict, after, can_restart, told, verdict
+from rlhf_worker.engines.ledger import Engine, Event, Health, Limits, Verdict, after, can_restart, told, verdict
 
 LIMITS = Limits(least=1, misses=3, restarts=2, forgiven_after=4)
 H, E = Health, Event

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from rlhf_worker import loop as module
-from rlhf_worker.checkpoint import Outcome
 from rlhf_worker.errors import SaveFailed
 from rlhf_worker.loop import Loop
 from rlhf_worker.stop import Stop, Terminated
+from rlhf_worker.trainer.checkpoint import Outcome
 from tests.worker.configs import run_config
 
 

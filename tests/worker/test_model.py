@@ -12,8 +12,8 @@ from hack.tiny_model import write
 from rlhf_api.job import ModelSpec, TrainerSpec
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import TrainSequence, empty_batch, pack
-from rlhf_worker.model import PolicyModule, load_critic, load_policy, load_reward, policy_pass, scores_of, values_of
 from rlhf_worker.pretrained import identity, load_config, load_tokenizer
+from rlhf_worker.trainer.model import PolicyModule, load_critic, load_policy, load_reward, policy_pass, scores_of, values_of
 from tests.worker.rewards import write_reward
 
 CPU = torch.device("cpu")
@@ -48,7 +48,7 @@ def alone(lm: torch.nn.Module, item: TrainSequence, temperature: float) -> Tenso
 
 def entropies(lm: torch.nn.Module, item: TrainSequence, temperature: float) -> Tensor:
     logits = lm(torch.tensor(item.token_ids)[None]).logits[0, item.prompt_length - 1 : -1] / temperature
-    made: Tensor = torch.distributions.Categorical(logits=logits).entropy().detach()
+    made: Tensor = torch.distributions.Categorical(logits=logits).entropy().detach()  # type: ignore[no-untyped-call]
     return made
 
 

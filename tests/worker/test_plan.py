@@ -27,8 +27,8 @@ def moves(draw: st.DrawFn) -> tuple[Move, tuple[int, ...], int]:
     width = view.shape[-1] + draw(st.integers(0, 2))
     target = torch.zeros((before + view.shape[0], *view.shape[1:-1], width) if view.ndim > 1 else (before + width,))
     put = target[before:, ..., : view.shape[-1]] if view.ndim > 1 else target[before : before + view.shape[0]]
-    take = View(view.storage_offset(), tuple(view.shape), view.stride())
-    return Move("s", take, "t", View(put.storage_offset(), tuple(put.shape), put.stride())), shape, target.numel()
+    take = View(int(view.storage_offset()), tuple(view.shape), view.stride())
+    return Move("s", take, "t", View(int(put.storage_offset()), tuple(put.shape), put.stride())), shape, target.numel()
 
 
 F32 = {"s": "float32", "model.norm.weight": "float32"}

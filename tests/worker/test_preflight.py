@@ -104,13 +104,12 @@ def rank_of_two(rank: int, tmp_path: Path, model: Path, case: str) -> None:
 )
 def test_ranks_together(tmp_path: Path, case: str, told: str) -> None:
     write(tmp_path / "model")
-    mp.spawn(rank_of_two, (tmp_path, tmp_path / "model", case), nprocs=2)
+    mp.spawn(rank_of_two, (tmp_path, tmp_path / "model", case), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
     found = [(tmp_path / f"{case}-{rank}.txt").read_text() for rank in range(2)]
     expected = told.format(root=tmp_path)
     assert found == ["", ""] if not told else any(text.startswith(expected) for text in found), found
 
 
-@ray.remote(num_cpus=0)
 class Rank:
     def __init__(self, ailing: str) -> None:
         self.ailing = ailing
@@ -124,6 +123,9 @@ class Rank:
     def try_rewards(self) -> None:
         if self.ailing == "Rewards":
             raise BadSpec("rewards[r]: no such function")
+
+
+RankActor: Any = ray.remote(num_cpus=0)(Rank)
 
 
 class Told:
@@ -158,7 +160,7 @@ def cluster() -> Iterator[None]:
 )
 def test_the_check_that_fails_is_told_by_its_name(cluster: None, monkeypatch: pytest.MonkeyPatch, ailing: str, kind: type[Exception] | None, message: str) -> None:
     monkeypatch.setattr(preflight, "DEADLINE_SECONDS", 5.0 if kind is DeadlineExceeded else 60.0)
-    told, ranks, feed = Told(), [Rank.remote(""), Rank.remote(ailing)], Rank.remote(ailing)
+    told, ranks, feed = Told(), [RankActor.remote(""), RankActor.remote(ailing)], RankActor.remote(ailing)
     if kind is None:
         preflight.preflight(run_config(), [ranks], feed, told)  # type: ignore[arg-type]
         assert told.fields["preflight"].failed is None and told.fields["preflight"].message.startswith("Devices ")

@@ -10,12 +10,12 @@ import pytest
 import ray
 
 from rlhf_api.job import EvaluationSpec
-from rlhf_worker import rollouts as module
-from rlhf_worker.admission import Group
-from rlhf_worker.episode import Episode, Request, Turn
 from rlhf_worker.errors import DeadlineExceeded, EnginesLost, RewardFailed
 from rlhf_worker.experience import Prompt, Sample, ScoredSample
-from rlhf_worker.rollouts import Rollouts
+from rlhf_worker.rollout import producer as module
+from rlhf_worker.rollout.admission import Group
+from rlhf_worker.rollout.episode import Episode, Request, Turn
+from rlhf_worker.rollout.producer import Rollouts
 from tests.worker.configs import run_config
 from tests.worker.samples import a_prompt
 

@@ -66,7 +66,8 @@ class Step:
         ids, length = torch.tensor(item.token_ids), item.length
         table = self.model(ids, torch.arange(length), torch.ones(length, length, dtype=torch.bool).tril())
         where = [t for t in range(item.prompt_length, length) if item.mask[t - item.prompt_length]]
-        return table[[t - 1 for t in where], ids[where]]
+        made: Tensor = table[[t - 1 for t in where], ids[where]]
+        return made
 
     def column(self, item: TrainSequence, name: str) -> list[float]:
         return [value for value, counts in zip(item.columns[name], item.mask, strict=True) if counts]
@@ -106,7 +107,7 @@ def oracle_advantages(step: Step, spec: Algorithm) -> tuple[list[list[float]], l
         if spec.name in ("ppo", "reinforce++"):
             values = step.column(item, "values") if spec.name == "ppo" else [0.0] * item.targets
             gamma, lam = (0.97, 0.9) if spec.name == "ppo" else (1.0, 1.0)
-            row, carried, following = [], 0.0, 0.0
+            row, carried, following = list[float](), 0.0, 0.0
             for t in reversed(range(item.targets)):
                 carried = -penalties[i][t] + (rewards[i] if t == item.targets - 1 else 0) + gamma * following - values[t] + gamma * lam * carried
                 following = values[t]

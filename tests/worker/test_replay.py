@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from rlhf_api.job import RewardSpec
-from rlhf_worker import replay
 from rlhf_worker.__main__ import main
 from rlhf_worker.errors import BadData, BadSpec
 from rlhf_worker.experience import ScoredSample
+from rlhf_worker.feed import replay
+from rlhf_worker.feed.telemetry import Telemetry
 from rlhf_worker.storage import Store
-from rlhf_worker.telemetry import Telemetry
 from tests.api.specs import a_job
 from tests.worker.configs import run_config
 from tests.worker.samples import a_sample

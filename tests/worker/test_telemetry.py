@@ -18,9 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rlhf_api.job import TelemetrySpec
 from rlhf_api.run import RunConfig
-from rlhf_worker import telemetry as module
 from rlhf_worker.errors import BadSpec
-from rlhf_worker.telemetry import Failures, Lane, PhaseTimer, Telemetry, check
+from rlhf_worker.feed import telemetry as module
+from rlhf_worker.feed.telemetry import Failures, Lane, PhaseTimer, Telemetry, check
 from tests.worker.configs import run_config
 
 
@@ -281,7 +281,7 @@ REAL = """
 import sys
 from pathlib import Path
 from tests.worker.test_telemetry import config, log
-from rlhf_worker.telemetry import check
+from rlhf_worker.feed.telemetry import check
 directory, kind = Path(sys.argv[1]), sys.argv[2]
 spec = {"wandb": {"project": "p", "mode": "offline"}} if kind == "wandb" else {"mlflow": {"trackingUri": sys.argv[3], "experiment": "e"}}
 given = config(directory, tensorboard=False, **spec)

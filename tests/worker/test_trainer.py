@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from hack.tiny_model import write
 from rlhf_worker.errors import BadSpec, Diverged
 from rlhf_worker.experience import PackedBatch, TrainSequence, add_column, empty_batch, pack
-from rlhf_worker.trainer import Trainer, learning_rate
+from rlhf_worker.trainer.rank import Trainer, learning_rate
 from rlhf_worker.weights import mapped
 from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
@@ -147,7 +147,7 @@ def test_log_probabilities_are_told_apart_by_sample(tiny: Path, tmp_path: Path, 
         assert together[item.index] == pytest.approx(made.logprobs("policy", pack([item], 1000))[item.index], abs=1e-4)
 
 
-PPO = {"algorithm": {"name": "ppo", "valueClip": 0}, "critic": {"learningRate": 0.02, "warmupSteps": 3}}
+PPO: dict[str, Any] = {"algorithm": {"name": "ppo", "valueClip": 0}, "critic": {"learningRate": 0.02, "warmupSteps": 3}}
 
 
 def test_the_critic_learns_a_constant_and_the_policy_stays(tiny: Path, tmp_path: Path, group: None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hack.tiny_model import write
-from rlhf_worker.actors.engine import Engine
+from rlhf_worker.engines.engine import Engine
 from rlhf_worker.errors import BadSpec
 from tests.worker.configs import run_config
 

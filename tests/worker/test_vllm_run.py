@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
 from hack.tiny_model import write
-from rlhf_worker import replay
 from rlhf_worker.__main__ import main
+from rlhf_worker.feed import replay
 from rlhf_worker.pretrained import load_tokenizer
 from tests.worker.test_telemetry import tensorboard
 

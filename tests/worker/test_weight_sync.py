@@ -14,15 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hack.tiny_model import write
 from rlhf_api.run import RunConfig
 from rlhf_worker import crew as crews
-from rlhf_worker.actors.group import call, call_all
+from rlhf_worker.calls import call, call_all
 from rlhf_worker.crew import Crew
-from rlhf_worker.episode import Request
+from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.errors import SyncMismatch
 from rlhf_worker.experience import Prompt
-from rlhf_worker.fleet import Fleet
 from rlhf_worker.local import LocalRay
 from rlhf_worker.placement import reserve
 from rlhf_worker.progress import ConsoleReporter
+from rlhf_worker.rollout.episode import Request
 from rlhf_worker.weights.sync import WeightSync
 from tests.worker.configs import run_config
 from tests.worker.poked import PokedEngine, flip_one_element, freeze

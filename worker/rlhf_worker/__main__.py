@@ -42,7 +42,7 @@ def _dispatch(given: argparse.Namespace) -> int:
 
         return guarded(lambda: local(given.manifest, [Volume.parse(text) for text in given.volume], given.steps, given.verbose))
     if given.command == "replay":
-        from rlhf_worker.replay import replay
+        from rlhf_worker.feed.replay import replay
 
         return guarded(lambda: replay(given.path, given.step, given.sort == "reward", given.limit, given.job))
     from rlhf_worker.gguf import import_gguf

@@ -6,15 +6,15 @@ from typing import Any
 from ray.actor import ActorHandle
 
 from rlhf_api.run import RunConfig
-from rlhf_worker.actors.engine import RemoteEngine
-from rlhf_worker.actors.feed import RemoteFeed
-from rlhf_worker.actors.group import call, call_all, gather
-from rlhf_worker.actors.policy import TRAINED, RemotePolicy
-from rlhf_worker.fleet import Fleet
-from rlhf_worker.hosts import Hosts
+from rlhf_worker.calls import call, call_all, gather
+from rlhf_worker.engines.engine import RemoteEngine
+from rlhf_worker.engines.fleet import Fleet
+from rlhf_worker.engines.hosts import Hosts
+from rlhf_worker.feed.feed import RemoteFeed
 from rlhf_worker.placement import Stage, check_seats
 from rlhf_worker.preflight import preflight
 from rlhf_worker.progress import Reporter
+from rlhf_worker.trainer.policy import TRAINED, RemotePolicy
 from rlhf_worker.weights.backends import choose
 from rlhf_worker.weights.sync import WeightSync
 

@@ -1,7 +1,7 @@
 """The training loop, one for every algorithm and for every staleness, in the order of the algorithms' papers.
 
 The loop moves values between actors and decides nothing about placement, engines or files. What a step needs of the samples before
-it trains, its advantages and its losses are `algorithm`'s; where the samples come from is `rollouts`'.
+it trains, its advantages and its losses are `algorithm`'s; where the samples come from is `rollout`'s.
 """
 
 import sys
@@ -12,18 +12,18 @@ from typing import Any
 import torch
 
 from rlhf_api.run import RunConfig
-from rlhf_worker.actors.group import call, call_all, call_each
 from rlhf_worker.algorithm.control import KLController
 from rlhf_worker.algorithm.correction import alarm, summary
 from rlhf_worker.algorithm.shape import Shaped, passes, shape
+from rlhf_worker.calls import call, call_all, call_each
 from rlhf_worker.crew import Crew
 from rlhf_worker.errors import SaveFailed
-from rlhf_worker.evaluation import evaluate
 from rlhf_worker.experience import PackedBatch, ScoredSample, TrainSequence, add_column, chunks, equalise, pack, split, to_train_sequences
+from rlhf_worker.feed.telemetry import PhaseTimer
 from rlhf_worker.progress import Reporter
-from rlhf_worker.rollouts import Rollouts
+from rlhf_worker.rollout.evaluation import evaluate
+from rlhf_worker.rollout.producer import Rollouts
 from rlhf_worker.stop import Stop, Terminated
-from rlhf_worker.telemetry import PhaseTimer
 from rlhf_worker.weights.sync import Synced
 
 TRAIN_DEADLINE_SECONDS = 7200.0

@@ -19,14 +19,14 @@ from ray.actor import ActorHandle
 from rlhf_api.job import ModelSpec, PlacementMode
 from rlhf_api.progress import Preflight
 from rlhf_api.run import RunConfig
-from rlhf_worker.actors.group import call, call_all, root_cause
+from rlhf_worker.calls import call, call_all, root_cause
 from rlhf_worker.errors import BadSpec, PreflightFailed
 from rlhf_worker.pretrained import load_config, load_tokenizer
 from rlhf_worker.progress import Reporter
 from rlhf_worker.stop import Terminated
 
 if TYPE_CHECKING:
-    from rlhf_worker.trainer import Trainer
+    from rlhf_worker.trainer.rank import Trainer
 
 DEADLINE_SECONDS = 60.0
 REDUCE_SECONDS = 20.0

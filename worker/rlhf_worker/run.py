@@ -22,10 +22,10 @@ from yaml import YAMLError
 
 from rlhf_api.progress import EXIT_BAD_DATA, EXIT_BAD_SPEC, EXIT_OK
 from rlhf_api.run import RunConfig
-from rlhf_worker.actors.engine_args import check_engine_args
-from rlhf_worker.actors.group import call, call_all, root_cause
 from rlhf_worker.advice import advice
+from rlhf_worker.calls import call, call_all, root_cause
 from rlhf_worker.crew import Crew, close, start
+from rlhf_worker.engines.arguments import check_engine_args
 from rlhf_worker.errors import BadData, BadSpec
 from rlhf_worker.placement import reserve
 from rlhf_worker.progress import Reporter, StatusReporter, in_cluster_client

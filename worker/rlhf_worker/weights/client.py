@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 
-from rlhf_worker.actors.group import ended_badly
+from rlhf_worker.calls import ended_badly
 from rlhf_worker.errors import DeadlineExceeded
 from rlhf_worker.weights.plan import RankPlan
 

@@ -9,7 +9,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from rlhf_api.run import RunConfig
-from rlhf_worker.actors.group import answering, call, call_all
+from rlhf_worker.calls import answering, call, call_all
 from rlhf_worker.errors import DeadlineExceeded, LinkBroken, SyncMismatch
 from rlhf_worker.weights.backends import PLANNED
 from rlhf_worker.weights.compare import Compared, compare

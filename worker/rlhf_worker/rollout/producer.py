@@ -19,13 +19,13 @@ from ray.exceptions import RayActorError
 
 from rlhf_api.job import EvaluationSpec
 from rlhf_api.run import RunConfig
-from rlhf_worker.actors.group import SLICE_SECONDS, call
-from rlhf_worker.admission import Admission, Group
 from rlhf_worker.algorithm.shape import informative
+from rlhf_worker.calls import SLICE_SECONDS, call
 from rlhf_worker.crew import Crew
-from rlhf_worker.episode import Request, request_seed
 from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded
 from rlhf_worker.experience import Prompt, Sample, ScoredSample
+from rlhf_worker.rollout.admission import Admission, Group
+from rlhf_worker.rollout.episode import Request, request_seed
 from rlhf_worker.stop import interrupt_if_asked
 
 SCORE_DEADLINE_SECONDS = 7200.0

@@ -7,7 +7,7 @@ from typing import Any
 from ray.actor import ActorHandle
 
 from rlhf_api.run import RunConfig
-from rlhf_worker.actors.group import call_all
+from rlhf_worker.calls import call_all
 from rlhf_worker.errors import EnginesLost
 from rlhf_worker.weights.sync import Synced
 

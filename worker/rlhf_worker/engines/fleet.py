@@ -14,9 +14,9 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from rlhf_worker.actors.group import SLICE_SECONDS, answering, gather, root_cause
+from rlhf_worker.calls import SLICE_SECONDS, answering, gather, root_cause
+from rlhf_worker.engines.ledger import Engine, Event, Health, Limits, Verdict, after, can_restart, told, verdict
 from rlhf_worker.errors import DeadlineExceeded, EnginesLost, LinkBroken
-from rlhf_worker.ledger import Engine, Event, Health, Limits, Verdict, after, can_restart, told, verdict
 from rlhf_worker.stop import interrupt_if_asked
 from rlhf_worker.weights.sync import Synced, WeightSync
 

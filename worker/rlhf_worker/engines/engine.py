@@ -15,7 +15,7 @@ import ray
 from pydantic import ValidationError
 
 from rlhf_api.run import RunConfig
-from rlhf_worker.actors.engine_args import check_context, check_engine_args, check_known, needed_context, refused
+from rlhf_worker.engines.arguments import check_context, check_engine_args, check_known, needed_context, refused
 from rlhf_worker.errors import DeadlineExceeded, EngineFailed
 from rlhf_worker.placement import Seat
 from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, require_path
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from rlhf_worker.environment import Environments
-    from rlhf_worker.episode import Episode, Request, Turn
     from rlhf_worker.experience import Sample
+    from rlhf_worker.rollout.environment import Environments
+    from rlhf_worker.rollout.episode import Episode, Request, Turn
     from rlhf_worker.weights.compare import EngineSums
 
 CPU_KV_CACHE_BYTES = 256 << 20
@@ -80,8 +80,8 @@ class Engine:
         return str(vllm.__version__)
 
     def _open_environments(self) -> None:
-        from rlhf_worker.environment import Environments
-        from rlhf_worker.episode import Speech
+        from rlhf_worker.rollout.environment import Environments
+        from rlhf_worker.rollout.episode import Speech
 
         self.speech = Speech.of(load_tokenizer(self.config.model), self.config.data)
         if self.config.rollout.environment is not None:
@@ -131,7 +131,7 @@ class Engine:
         if len(self.bundles) == 1 and backend != "sharded_rdt":  # whose workers must be Ray's
             return "uni"
         if self.device == "cpu":
-            from rlhf_worker.actors.cpu_executor import CPURayExecutor
+            from rlhf_worker.engines.cpu_executor import CPURayExecutor
 
             return CPURayExecutor
         return "ray"
@@ -184,7 +184,7 @@ class Engine:
             await asyncio.sleep(0.01)
 
     async def _sample(self, request: "Request") -> "Sample":
-        from rlhf_worker.episode import Episode
+        from rlhf_worker.rollout.episode import Episode
 
         if self.environments is not None:
             return await self.environments.play(request, self._turn)
@@ -196,7 +196,7 @@ class Engine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        from rlhf_worker.episode import Turn
+        from rlhf_worker.rollout.episode import Turn
 
         # Without text, and with one list of numbers in place of a dictionary a token: that work would be done between any two steps of the GPU.
         params = SamplingParams(

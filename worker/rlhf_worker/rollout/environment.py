@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rlhf_api.job import EnvironmentSpec
-from rlhf_worker.episode import Episode, Request, Speech, Turn
 from rlhf_worker.errors import BadSpec, EnvironmentFailed
 from rlhf_worker.experience import Sample
 from rlhf_worker.rewards.attempt import Failure, finite
 from rlhf_worker.rewards.pool import Child, LoadFailure
+from rlhf_worker.rollout.episode import Episode, Request, Speech, Turn
 
 FIELD = "rollout.environment"
 

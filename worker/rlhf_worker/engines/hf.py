@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rlhf_api.run import RunConfig
-from rlhf_worker.environment import Environments
-from rlhf_worker.episode import Episode, Request, Speech, Turn, request_seed
 from rlhf_worker.errors import DeadlineExceeded
 from rlhf_worker.experience import Sample
 from rlhf_worker.pretrained import load_config, load_tokenizer
+from rlhf_worker.rollout.environment import Environments
+from rlhf_worker.rollout.episode import Episode, Request, Speech, Turn, request_seed
 
 SCORES = 1 << 28  # numbers that `generate` may keep of one batch: one a row, a token and an entry of the vocabulary
 

@@ -203,7 +203,7 @@ class Telemetry:
 
     def record(self, step: int, scored: Sequence[ScoredSample], advantages: Sequence[Sequence[float]] | None) -> None:
         """The samples of a step into a file; a full disk costs the file only."""
-        from rlhf_worker import replay
+        from rlhf_worker.feed import replay
 
         try:
             replay.write(self._store, step, scored, advantages)

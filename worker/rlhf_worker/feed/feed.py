@@ -23,8 +23,8 @@ class Feed:
 
     def open(self) -> int:
         """Read the data, start the rewards. Returns the number of rows. Raises BadSpec or BadData."""
-        from rlhf_worker import telemetry
-        from rlhf_worker.data import PromptSampler, PromptSource
+        from rlhf_worker.feed import telemetry
+        from rlhf_worker.feed.data import PromptSampler, PromptSource
         from rlhf_worker.rewards.scorer import Scorer
 
         telemetry.check(self.config.telemetry)
@@ -36,7 +36,7 @@ class Feed:
         return len(source)
 
     def _evaluation(self, spec: EvaluationSpec, tokenizer: Any) -> "list[Prompt]":
-        from rlhf_worker.data import PromptSampler, PromptSource
+        from rlhf_worker.feed.data import PromptSampler, PromptSource
 
         try:
             prompts = PromptSampler(PromptSource(spec.data), tokenizer, spec.data).first(spec.limit)
@@ -46,7 +46,7 @@ class Feed:
 
     def begin(self, step: int, sampler: dict[str, Any] | None) -> None:
         """Go on after `step` finished steps. Raises BadData for a state of other data."""
-        from rlhf_worker.telemetry import Telemetry
+        from rlhf_worker.feed.telemetry import Telemetry
 
         if sampler is not None:
             self.sampler.restore(sampler)

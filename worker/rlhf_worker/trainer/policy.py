@@ -14,10 +14,10 @@ from rlhf_worker.placement import Seat
 from rlhf_worker.pretrained import model_field, require_path
 
 if TYPE_CHECKING:
-    from rlhf_worker.checkpoint import Outcome, Restored
-    from rlhf_worker.episode import Request
     from rlhf_worker.experience import PackedBatch, Sample
-    from rlhf_worker.roles import Text
+    from rlhf_worker.rollout.episode import Request
+    from rlhf_worker.trainer.checkpoint import Outcome, Restored
+    from rlhf_worker.trainer.roles import Text
 
 
 TRAINED = ("policy", "critic")
@@ -42,7 +42,7 @@ class Policy:
         """Raises BadSpec for a model path that is not there, before anything heavy is loaded."""
         for name, model in self.models.items():
             require_path(model, model_field(name))
-        from rlhf_worker.trainer import Trainer
+        from rlhf_worker.trainer.rank import Trainer
 
         self.trainer = Trainer(*self.given)
         self.trainer.join(address)

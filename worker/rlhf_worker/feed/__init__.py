@@ -1,0 +1,1 @@
+"""What needs the files of a trainer pod and no GPU: prompts, rewards, telemetry."""

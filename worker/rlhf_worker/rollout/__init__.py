@@ -1,0 +1,1 @@
+"""From prompts to finished, scored groups of samples."""

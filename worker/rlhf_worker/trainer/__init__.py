@@ -1,0 +1,1 @@
+"""The trainer: one rank, the roles that it holds, their models and checkpoints."""
