@@ -25,6 +25,8 @@ from rlhf_api.job import (
 )
 from rlhf_api.placement import Placement, plan_placement
 
+TRAINED = ("policy", "critic")  # roles with an optimizer; the others are frozen
+
 
 class JobRef(Model):
     name: str

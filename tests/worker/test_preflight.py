@@ -17,8 +17,9 @@ from hack.tiny_model import write
 from rlhf_api.job import ModelSpec
 from rlhf_worker import preflight
 from rlhf_worker.errors import BadSpec, DeadlineExceeded, PreflightFailed
-from rlhf_worker.preflight import CHECKS, GIB, check_memory, check_shared_memory, host_memory, needed_bytes, parameters
 from rlhf_worker.storage import Store
+from rlhf_worker.trainer import checks
+from rlhf_worker.trainer.checks import CHECKS, GIB, check_memory, check_shared_memory, host_memory, needed_bytes, parameters
 from tests.worker.configs import run_config
 
 BILLION = 10**9
@@ -79,7 +80,7 @@ def rank_of_two(rank: int, tmp_path: Path, model: Path, case: str) -> None:
         root = tmp_path / "file" / "run"
     config = run_config(model={"path": str(model), "dtype": "float32"})
     held: Any = SimpleNamespace(config=config, rank=rank, world=2, device=torch.device("cpu"), names=["policy"], store=Store(str(root)))
-    preflight.REDUCE_SECONDS = 1.0
+    checks.REDUCE_SECONDS = 1.0
     told = ""
     try:
         for name, check in CHECKS.items() if not (case == "hang" and rank == 1) else ():
@@ -162,9 +163,9 @@ def test_the_check_that_fails_is_told_by_its_name(cluster: None, monkeypatch: py
     monkeypatch.setattr(preflight, "DEADLINE_SECONDS", 5.0 if kind is DeadlineExceeded else 60.0)
     told, ranks, feed = Told(), [RankActor.remote(""), RankActor.remote(ailing)], RankActor.remote(ailing)
     if kind is None:
-        preflight.preflight(run_config(), [ranks], feed, told)  # type: ignore[arg-type]
+        preflight.preflight([ranks], feed, told)  # type: ignore[arg-type]
         assert told.fields["preflight"].failed is None and told.fields["preflight"].message.startswith("Devices ")
         return
     with pytest.raises(kind):
-        preflight.preflight(run_config(), [ranks], feed, told)  # type: ignore[arg-type]
+        preflight.preflight([ranks], feed, told)  # type: ignore[arg-type]
     assert told.fields["preflight"].failed == ailing and message in told.fields["preflight"].message

@@ -5,7 +5,7 @@ from typing import Any
 
 from ray.actor import ActorHandle
 
-from rlhf_api.run import RunConfig
+from rlhf_api.run import TRAINED, RunConfig
 from rlhf_worker.calls import call, call_all, gather
 from rlhf_worker.engines.engine import RemoteEngine
 from rlhf_worker.engines.fleet import Fleet
@@ -14,7 +14,7 @@ from rlhf_worker.feed.feed import RemoteFeed
 from rlhf_worker.placement import Stage, check_seats
 from rlhf_worker.preflight import preflight
 from rlhf_worker.progress import Reporter
-from rlhf_worker.trainer.policy import TRAINED, RemotePolicy
+from rlhf_worker.trainer.policy import RemotePolicy
 from rlhf_worker.weights.backends import choose
 from rlhf_worker.weights.sync import WeightSync
 
@@ -52,7 +52,7 @@ def start(config: RunConfig, stage: Stage, reporter: Reporter) -> tuple[Crew, di
     groups = list({group[0]: group for group in ranks.values()}.values())
     prepared = [engine.prepare.remote(backend) for engine in engines]
     gather([feed.open.remote(), *(call for group in groups for call in _join(group)), *prepared], START_DEADLINE_SECONDS, "start of feed, trainer and engines")
-    preflight(config, groups, feed, reporter)
+    preflight(groups, feed, reporter)
     reporter.update(detail="loading models")
     started = [engine.start.remote(backend) for engine in engines]
     if stage.device == "cuda":

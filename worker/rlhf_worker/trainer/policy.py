@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from rlhf_worker.trainer.roles import Text
 
 
-TRAINED = ("policy", "critic")
-
-
 class Policy:
     """Created in its bundle by `crew`; the work begins with `join`, so that a failure is the call's and not the actor's."""
 
@@ -48,7 +45,7 @@ class Policy:
         self.trainer.join(address)
 
     def preflight(self, check: str) -> None:
-        from rlhf_worker.preflight import CHECKS
+        from rlhf_worker.trainer.checks import CHECKS
 
         CHECKS[check](self.trainer)
 

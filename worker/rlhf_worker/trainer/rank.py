@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
-from rlhf_api.run import RunConfig
+from rlhf_api.run import TRAINED, RunConfig
 from rlhf_worker.algorithm.losses import policy_loss, value_loss
 from rlhf_worker.engines.hf import Generator
 from rlhf_worker.errors import Diverged, RewardFailed
@@ -29,7 +29,6 @@ from rlhf_worker.rollout.episode import Request
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer.checkpoint import Outcome, Restored, RunState, Saver
 from rlhf_worker.trainer.model import PREFIX, policy_pass, scores_of, values_of
-from rlhf_worker.trainer.policy import TRAINED
 from rlhf_worker.trainer.roles import Role, Text
 from rlhf_worker.weights.backends import Sender
 from rlhf_worker.weights.source import PolicySource

@@ -9,12 +9,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
-from rlhf_api.run import RunConfig
+from rlhf_api.run import TRAINED, RunConfig
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import TrainSequence
 from rlhf_worker.pretrained import context_length, load_tokenizer, model_field
 from rlhf_worker.trainer.model import RoleModule, load_critic, load_policy, load_reward, shard
-from rlhf_worker.trainer.policy import TRAINED
 
 ADAM_BETAS = (0.9, 0.95)
 

@@ -1,0 +1,178 @@
+"""What a run needs, tried by name on every trainer rank before anything heavy is loaded: an import of torch and a process group are all there is.
+
+What only another spec can mend raises BadSpec; what may pass, such as memory that a predecessor still holds, raises PreflightFailed, and
+the driver is started again.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_api.job import ModelSpec, PlacementMode
+from rlhf_api.run import RunConfig
+from rlhf_worker.errors import BadSpec, PreflightFailed
+from rlhf_worker.pretrained import load_config, load_tokenizer
+
+if TYPE_CHECKING:
+    from rlhf_worker.trainer.rank import Trainer
+
+REDUCE_SECONDS = 20.0
+MEMORY_WAIT_SECONDS = 20.0  # for a dead predecessor's memory to be given back
+SHM_BYTES = {"cuda": 32 << 20, "cpu": 8 << 20}  # a rank, where there are several: NCCL's and gloo's buffers
+TRAINED_BYTES, FROZEN_BYTES = 16, 4  # a parameter: float32 weight, gradient and two moments; float32 weight
+SAVED_BYTES = 12  # weight and two moments
+GIB = 2**30
+
+
+def _devices(rank: "Trainer") -> None:
+    """One GPU a rank, by its UUID: two processes on one would halve each other's memory unseen."""
+    import torch
+    import torch.distributed as dist
+
+    if rank.device.type == "cpu":
+        return
+    if not torch.cuda.is_available():
+        raise PreflightFailed("torch sees no GPU in a trainer pod: is the device plugin there, and does spec.placement.resourceName name a GPU?")
+    seen: list[Any] = [None] * rank.world
+    dist.all_gather_object(seen, str(torch.cuda.get_device_properties(0).uuid))
+    if len(set(seen)) < rank.world:
+        raise PreflightFailed(f"{rank.world} trainer ranks see {len(set(seen))} GPUs ({', '.join(sorted(set(seen)))}): the device plugin gives one GPU out twice")
+
+
+def _shared_memory(rank: "Trainer") -> None:
+    found = os.statvfs("/dev/shm")
+    check_shared_memory(found.f_blocks * found.f_frsize, rank.device.type, rank.world)
+
+
+def check_shared_memory(size: int, device: str, world: int) -> None:
+    """size: of /dev/shm, bytes. Whether NCCL really comes by with it, the next check tries. Raises PreflightFailed."""
+    if world > 1 and size < (need := SHM_BYTES[device] * world):
+        raise PreflightFailed(f"/dev/shm has {size >> 20} MiB, {need >> 20} MiB are needed: mount an emptyDir with medium Memory there (pods.trainer.volumes), or raise its sizeLimit")
+
+
+def _reduce(rank: "Trainer") -> None:
+    """The collective that FSDP lives on, with a deadline of its own: NCCL itself would wait for half an hour."""
+    import torch
+    import torch.distributed as dist
+
+    value = torch.ones(1 << 16, device=rank.device)
+    work = dist.all_reduce(value, async_op=True)
+    assert work is not None
+    end = time.monotonic() + REDUCE_SECONDS
+    while not work.is_completed():
+        if time.monotonic() > end:
+            raise PreflightFailed(f"an all-reduce over {rank.world} trainer ranks did not end in {REDUCE_SECONDS:g} s: look at NCCL_SOCKET_IFNAME, NCCL_IB_DISABLE and the network between the pods (NCCL_DEBUG=INFO in pods.trainer.env tells)")
+        time.sleep(0.01)
+    work.wait(timedelta(seconds=REDUCE_SECONDS))
+    if value.sum().item() != rank.world * value.numel():
+        raise PreflightFailed(f"an all-reduce over {rank.world} trainer ranks gave a wrong sum: a GPU or a link is faulty")
+
+
+# Runs in a fresh process beside the rank, as the engine's worker will.
+OPEN_HANDLE = "import pickle, sys; rebuild, args = pickle.load(sys.stdin.buffer); assert rebuild(*args).sum().item() == 42.0"
+
+
+def _shared_gpu(rank: "Trainer") -> None:
+    """CUDA IPC between processes of one pod, where the weight sync will use it."""
+    import torch
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    if rank.device.type == "cpu" or not _beside_engine(rank):
+        return
+    value = torch.full((42,), 1.0, device=rank.device)
+    handle = pickle.dumps(reduce_tensor(value))  # type: ignore[no-untyped-call]
+    done = subprocess.run([sys.executable, "-c", OPEN_HANDLE], input=handle, capture_output=True, timeout=REDUCE_SECONDS * 2, check=False)
+    if done.returncode:
+        raise PreflightFailed(f"another process cannot open this GPU's memory by CUDA IPC ({done.stderr.decode().strip().splitlines()[-1:]}): set spec.weightSync.backend to vllm-ipc after mending it, or placement.mode to Separated")
+
+
+def _beside_engine(rank: "Trainer") -> bool:
+    """A role with GPUs of its own shares them with nobody."""
+    return rank.config.placement.mode is PlacementMode.COLOCATED and "policy" in rank.names
+
+
+def _memory(rank: "Trainer") -> None:
+    import torch
+
+    need = needed_bytes(rank.config, {name: parameters(rank.config.roles[name]) for name in rank.names}, rank.world)
+    if rank.device.type == "cpu":
+        return check_memory(need, 0, *host_memory(Path("/proc/meminfo").read_text()), "the node of a trainer pod")
+    name = f"GPU {torch.cuda.get_device_properties(0).uuid}"
+    end = time.monotonic() + MEMORY_WAIT_SECONDS
+    while True:
+        free, total = torch.cuda.mem_get_info()
+        share = float(rank.config.rollout.engine_args.get("gpu_memory_utilization", 0.9 * rank.config.placement.engine_fraction)) if _beside_engine(rank) else 0.0
+        try:
+            return check_memory(need, int(share * total), free, total, name)
+        except PreflightFailed:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1.0)
+
+
+def host_memory(meminfo: str) -> tuple[int, int]:
+    """Bytes that processes may still take, and all."""
+    kib = {line.split(":")[0]: int(line.split()[1]) for line in meminfo.splitlines() if line.startswith("Mem")}
+    return kib["MemAvailable"] << 10, kib["MemTotal"] << 10
+
+
+def parameters(spec: ModelSpec) -> int:
+    """Of the whole model, from its config alone. Raises BadSpec."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(load_config(spec), trust_remote_code=spec.trust_remote_code).parameters())
+
+
+def needed_bytes(config: RunConfig, counts: Mapping[str, int], world: int) -> int:
+    """What one rank's roles take at least, in bytes: without activations. counts: parameters of each role; with offload one role is there at a time."""
+    each = [count * (TRAINED_BYTES if role in ("policy", "critic") else FROZEN_BYTES) // world for role, count in counts.items()]
+    return max(each) if config.trainer.offload else sum(each)
+
+
+def check_memory(roles: int, engine: int, free: int, total: int, where: str) -> None:
+    """Bytes, all. Raises BadSpec for what can never fit, PreflightFailed for what does not fit now."""
+    if roles + engine <= free:
+        return
+    asked = f"the trainer's roles need at least {roles / GIB:.1f} GiB" + (f" and the engine takes {engine / GIB:.1f} GiB" if engine else "")
+    fix = "raise spec.trainer.gpus, set spec.trainer.offload, or lower " + ("spec.placement.fractions.rollout" if engine else "the size of the model")
+    if roles + engine > total:
+        raise BadSpec(f"{where} has {total / GIB:.1f} GiB, but {asked}: {fix}")
+    raise PreflightFailed(f"{where} has {free / GIB:.1f} GiB free of {total / GIB:.1f}, but {asked}: something else holds the rest; end it, or {fix}")
+
+
+def _checkpoint(rank: "Trainer") -> None:
+    """Every rank sees what the first one writes, and a checkpoint has room."""
+    import torch.distributed as dist
+
+    name, told = f".preflight-{rank.names[0]}", [str(time.time()), ""]
+    if rank.rank == 0:
+        try:
+            rank.store.write(name, told[0].encode())
+        except OSError as error:
+            told[1] = str(error)
+    dist.broadcast_object_list(told, 0)
+    if told[1]:
+        raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) cannot be written: {told[1]}")
+    if name not in rank.store.names() or rank.store.read(name).decode() != told[0]:
+        raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) is another directory in each trainer pod: mount a volume that they share (pods.trainer.volumes)")
+    room, need = rank.store.room(), sum(SAVED_BYTES * parameters(rank.config.roles[role]) for role in rank.names if role in ("policy", "critic"))
+    if room and room[0] < need:
+        raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) has {room[0] / GIB:.1f} GiB free, a checkpoint takes {need / GIB:.1f}: free space, lower spec.checkpoint.keep or use a larger volume")
+
+
+def _tokenizer(rank: "Trainer") -> None:
+    load_tokenizer(rank.config.model)
+
+
+# In this order; each a collective of a process group's ranks.
+CHECKS: Mapping[str, Callable[["Trainer"], None]] = {
+    "Devices": _devices, "SharedMemory": _shared_memory, "Reduce": _reduce, "SharedGPU": _shared_gpu, "Memory": _memory, "CheckpointPath": _checkpoint, "Tokenizer": _tokenizer,
+}
