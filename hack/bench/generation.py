@@ -22,6 +22,7 @@ import ray
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hack.bench.gpu_placement import tokenizer
+from hack.bench.local_run import config
 from hack.bench.weight_base import local_ray, write_model
 
 REPEAT = 3
@@ -44,18 +45,6 @@ class Offline:
         params = SamplingParams(temperature=1.0, max_tokens=tokens, logprobs=logprobs)
         requests = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts for _ in range(samples)]
         return sum(len(output.outputs[0].token_ids) for output in self.llm.generate(requests, params, use_tqdm=False))
-
-
-def run_config(model: Path, given: argparse.Namespace, arguments: dict[str, Any]) -> Any:
-    from rlhf_api.job import RLHFJob
-    from rlhf_api.run import resolve
-
-    spec = {
-        "image": "none", "model": {"path": str(model), "dtype": given.dtype}, "data": {"jsonl": {"path": "none"}, "maxPromptTokens": 64},
-        "rewards": [{"name": "none", "type": "python", "code": "none"}], "trainer": {"steps": 1},
-        "rollout": {"maxTokens": given.tokens, "engineArgs": arguments},
-    }
-    return resolve(RLHFJob.model_validate({"metadata": {"name": "generation"}, "spec": spec}))
 
 
 def requests(prompts: list[list[int]], given: argparse.Namespace) -> list[Any]:
@@ -82,8 +71,9 @@ def measure(given: argparse.Namespace, work: Path) -> dict[str, list[float]]:
     cpu = {"kv_cache_memory_bytes": 1 << 30, "enable_chunked_prefill": False} if given.device == "cpu" else {"gpu_memory_utilization": given.share}
     environment = {"env_vars": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(os.cpu_count()), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}} if given.device == "cpu" else {}
     offline = ray.remote(Offline).options(runtime_env=environment).remote({"model": str(work), "dtype": given.dtype, "disable_log_stats": True, **shared, **cpu})
-    config = run_config(work, given, shared | cpu)
-    engine = RemoteEngine.options(runtime_env=environment).remote(config, 0, given.device, [0], os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(","), os.cpu_count())
+    rollout = {"maxTokens": given.tokens, "engineArgs": shared | cpu}
+    run = config("generation", model={"path": str(work), "dtype": given.dtype}, rollout=rollout)
+    engine = RemoteEngine.options(runtime_env=environment).remote(run, 0, given.device, [0], os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(","), os.cpu_count())
     prompts = [[4 + (7 * i + 13 * j) % 1000 for j in range(32)] for i in range(given.prompts)]
     asked = requests(prompts, given)
     ray.get([offline.generate.remote(prompts[:2], 1, 8, None), engine.start.remote("ipc" if given.device == "cuda" else "shm")], timeout=DEADLINE_SECONDS)

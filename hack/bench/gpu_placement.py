@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hack.bench.local_run import run
+from hack.bench.local_run import job, run
 
 VOCABULARY = 151936
 REWARD = '''
@@ -73,14 +73,14 @@ def manifest(mode: str, work: Path, steps: int) -> dict[str, Any]:
     extra = MODES[mode]
     rollout = {"promptsPerStep": 32, "samplesPerPrompt": 8, "maxTokens": 256, "engineArgs": {"enforce_eager": True}}
     spec = {
-        "image": "none", "model": {"path": str(work / "model"), "dtype": "bfloat16"},
+        "model": {"path": str(work / "model"), "dtype": "bfloat16"},
         "data": {"jsonl": {"path": str(work / "prompts.jsonl")}, "maxPromptTokens": 64},
         "rewards": [{"name": "letter", "type": "python", "code": REWARD}],
         "rollout": rollout | extra["rollout"], "trainer": {"steps": steps, "learningRate": 1e-5} | extra["trainer"],
         "placement": extra["placement"], "weightSync": {"verifyEverySteps": 1},
         "checkpoint": {"path": str(work / mode), "everySteps": 1000, "export": False},
     }
-    return {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFJob", "metadata": {"name": f"bench-{mode}"}, "spec": spec}
+    return job(f"bench-{mode}", **spec)
 
 
 def write_prompts(path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hack.bench.local_run import run
+from hack.bench.local_run import job, run
 
 WARM = 3
 FRACTIONS = {"trainer": 0.45, "rollout": 0.45}
@@ -38,13 +38,13 @@ def manifest(name: str, model: Path, work: Path, steps: int) -> dict[str, Any]:
     rollout = {"promptsPerStep": 64, "samplesPerPrompt": 16, "maxTokens": 64, "engineArgs": {"enforce_eager": True}}
     trainer = {"steps": steps, "learningRate": 1e-5, "tokensPerMicroBatch": 32768, "gradientCheckpointing": False}
     spec = {
-        "image": "none", "model": {"path": str(model), "dtype": "bfloat16"},
+        "model": {"path": str(model), "dtype": "bfloat16"},
         "data": {"reasoningGym": TASK, "maxPromptTokens": 128},
         "rewards": [{"name": "answer", "type": "python", "function": "rlhf_worker.rewards.reasoning_gym:score", "workers": 4}],
         "checkpoint": {"path": str(work / name), "everySteps": 10000, "export": False},
         **extra, "rollout": rollout | extra.get("rollout", {}), "trainer": trainer | extra.get("trainer", {}),
     }
-    return {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFJob", "metadata": {"name": name}, "spec": spec}
+    return job(name, **spec)
 
 
 def markdown(name: str, steps: list[dict[str, Any]]) -> str:

@@ -14,6 +14,20 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def job(name: str, **spec: Any) -> dict[str, Any]:
+    """An RLHFJob that no cluster sees."""
+    return {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFJob", "metadata": {"name": name}, "spec": {"image": "none", **spec}}
+
+
+def config(name: str, **spec: Any) -> Any:
+    """The RunConfig of a job without data or rewards, for a benchmark that drives a part of the worker itself."""
+    from rlhf_api.job import RLHFJob
+    from rlhf_api.run import resolve
+
+    nothing = {"data": {"jsonl": {"path": "none"}, "maxPromptTokens": 64}, "rewards": [{"name": "none", "type": "python", "code": "none"}], "trainer": {"steps": 1}}
+    return resolve(RLHFJob.model_validate(job(name, **nothing | spec)))
+
+
 def run(manifest: dict[str, Any], work: Path) -> dict[str, Any]:
     """{"seats": ..., "steps": [{"step", "reward/mean", "seconds/step", ...}]}. A process each, so that a run starts with empty GPUs. Raises CalledProcessError."""
     name = manifest["metadata"]["name"]

@@ -22,6 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from hack.bench.local_run import config
 from hack.bench.weight_base import SHAPES, free_ports, model_config, parameters
 
 WARM, REPEAT = 2, 3
@@ -37,18 +38,11 @@ def write_checkpoint(directory: Path, shape: str, device: str) -> None:
 
 
 def run_config(model: Path, given: argparse.Namespace) -> Any:
-    from rlhf_api.job import RLHFJob
-    from rlhf_api.run import resolve
-
-    spec = {
-        "image": "none", "model": {"path": str(model), "dtype": given.dtype}, "data": {"jsonl": {"path": "none"}}, "rewards": [{"name": "none", "type": "python", "code": "none"}],
-        "trainer": {"steps": 100, "tokensPerMicroBatch": given.tokens, "compile": given.compile, "gradientCheckpointing": given.gradient_checkpointing},
-        "checkpoint": {"path": str(model / "checkpoints")},
-    }
-    return resolve(RLHFJob.model_validate({"metadata": {"name": "training"}, "spec": spec}))
+    trainer = {"steps": 100, "tokensPerMicroBatch": given.tokens, "compile": given.compile, "gradientCheckpointing": given.gradient_checkpointing}
+    return config("training", model={"path": str(model), "dtype": given.dtype}, trainer=trainer, checkpoint={"path": str(model / "checkpoints")})
 
 
-def batches(config: Any, given: argparse.Namespace) -> list[Any]:
+def batches(run: Any, given: argparse.Namespace) -> list[Any]:
     """micro-batches of sequences of 1024 tokens, a quarter of each the prompt."""
     from rlhf_worker.algorithm.shape import shape
     from rlhf_worker.experience import TrainSequence, pack
@@ -64,7 +58,7 @@ def batches(config: Any, given: argparse.Namespace) -> list[Any]:
         for i in range(count)
     ]  # fmt: skip
     rewards = [float(i % 2) for i in range(count)]
-    shaped = shape(config.algorithm, 0.0, sequences, rewards, [i // 4 for i in range(count)], updates=1, max_tokens=length - prompt)
+    shaped = shape(run.algorithm, 0.0, sequences, rewards, [i // 4 for i in range(count)], updates=1, max_tokens=length - prompt)
     return pack(shaped.updates[0], given.tokens)
 
 
@@ -96,11 +90,11 @@ def main() -> int:
     if not (model / "config.json").exists():
         write_checkpoint(model, given.shape, given.device)
         torch.cuda.empty_cache()
-    config = run_config(model, given)
-    trainer = Trainer(config, ["policy"], 0, 1, given.device, os.cpu_count() or 1)
+    run = run_config(model, given)
+    trainer = Trainer(run, ["policy"], 0, 1, given.device, os.cpu_count() or 1)
     trainer.join(("127.0.0.1", free_ports(1)[0]))
     trainer.load()
-    update, seconds = batches(config, given), []
+    update, seconds = batches(run, given), []
     for _ in range(WARM + REPEAT):
         began = time.perf_counter()
         metrics = trainer.train("policy", [update])  # which ends with numbers on the host

@@ -12,7 +12,6 @@ import fsspec
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from fsspec.implementations.memory import MemoryFileSystem
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -274,8 +273,8 @@ def test_a_directory_is_published_whole_or_not_at_all(root: str) -> None:
     assert {name: store.read(f"export/{name}") for name in store.names("export")} == {"config.json": b"two", "model.safetensors": b"two"}
 
 
-def rank_of_two(rank: int, world: int, tmp_path: Path, act: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/{act}", rank=rank, world_size=world)
+def rank_of_two(rank: int, world: int, tmp_path: Path, act: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Its weights, and what it draws."""
     held = made(0)
     its = saver(tmp_path / "run")
     if act == "save":
@@ -286,18 +285,15 @@ def rank_of_two(rank: int, world: int, tmp_path: Path, act: str) -> None:
         assert its.restore(MODEL, {"policy": held}).state == state(2)
     drawn = torch.rand(3)
     assert all(o.error is None for o in its.finished(wait=True))
-    torch.save((weights(held), drawn), tmp_path / f"{act}-{rank}.pt")
     dist.barrier()
     its.close()
-    dist.destroy_process_group()
+    return weights(held), drawn
 
 
 def test_two_ranks_save_and_one_or_two_load(tmp_path: Path) -> None:
     """Every rank's own stream of random numbers comes back when their number is the same."""
-    mp.spawn(rank_of_two, (2, tmp_path, "save"), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
-    mp.spawn(rank_of_two, (2, tmp_path, "load"), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
-    (before, drawn0), (_, drawn1) = (torch.load(tmp_path / f"save-{rank}.pt") for rank in range(2))
-    (after, again0), (_, again1) = (torch.load(tmp_path / f"load-{rank}.pt") for rank in range(2))
+    (before, drawn0), (_, drawn1) = over_ranks(2, rank_of_two, tmp_path, "save")
+    (after, again0), (_, again1) = over_ranks(2, rank_of_two, tmp_path, "load")
     assert same(before, after) and torch.equal(drawn0, again0) and torch.equal(drawn1, again1) and not torch.equal(drawn0, drawn1)
     alone = made(5)
     assert saver(tmp_path / "run").restore(MODEL, {"policy": alone}).state == state(2)

@@ -52,21 +52,20 @@ def test_only_those_that_are_asked_must_answer(hub: Hub) -> None:
     assert served.exception() is None and not members[0].hung_up()
 
 
-def test_what_a_member_raises_is_raised_here(hub: Hub) -> None:
-    served = serving(joined(hub, 1)[0], lambda _: ValueError("layer 3 is missing"))
-    hub.order("order", range(1, 2))
-    with pytest.raises(ValueError, match="layer 3 is missing"):
-        hub.finish(DEADLINE)
-    assert served.exception() is None
-
-
-def test_an_error_that_cannot_travel_comes_as_its_words(hub: Hub) -> None:
+def local_error() -> Exception:
     class Local(Exception):
         """Cannot be pickled: it lives in a function."""
 
-    served = serving(joined(hub, 1)[0], lambda _: Local("deep inside"))
+    return Local("deep inside")
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "words"), [(ValueError("layer 3 is missing"), ValueError, "layer 3 is missing"), (local_error(), RuntimeError, "Local: deep inside")]
+)
+def test_what_a_member_raises_is_raised_here_or_its_words_where_it_cannot_travel(hub: Hub, failure: Exception, kind: type[Exception], words: str) -> None:
+    served = serving(joined(hub, 1)[0], lambda _: failure)
     hub.order("order", range(1, 2))
-    with pytest.raises(RuntimeError, match="Local: deep inside"):
+    with pytest.raises(kind, match=words):
         hub.finish(DEADLINE)
     assert served.exception() is None
 

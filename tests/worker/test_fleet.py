@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.engines.ledger import Health
 from rlhf_worker.errors import EnginesLost, LinkBroken
 from rlhf_worker.weights.sync import Synced
+from tests.worker.waiting import kill, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
@@ -96,13 +96,6 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Fleet,
         fleet.close()
 
 
-def until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_a_killed_engine_comes_back_with_the_next_sync(make: Callable[..., Any]) -> None:
     fleet, amiss = make()
     first, victim = fleet.actors
@@ -112,7 +105,7 @@ def test_a_killed_engine_comes_back_with_the_next_sync(make: Callable[..., Any])
     fleet.lost(victim)
     assert fleet.serving == [first]
     fleet.ensure()  # one is enough: training goes on meanwhile
-    until(lambda: fleet.health()[1] is Health.STALE)
+    until(lambda: fleet.health()[1] is Health.STALE, 60)
     assert fleet.serving == [first] and "engine 1 is stale" in amiss
     synced = fleet.sync(prove=False)
     assert fleet.health() == [Health.HEALTHY] * 2 and amiss[-1] is None
@@ -124,7 +117,7 @@ def test_nobody_needs_to_call_an_engine_for_its_death_to_be_found(make: Callable
     fleet, _ = make()
     victim = fleet.actors[0]
     ray.get(victim.fall_silent.remote())
-    until(lambda: fleet.actors[0] != victim and fleet.health()[0] is Health.STALE)
+    until(lambda: fleet.actors[0] != victim and fleet.health()[0] is Health.STALE, 60)
     with pytest.raises(RayActorError):  # who waits for it is not left waiting
         ray.get(victim.held.remote())
     fleet.sync(prove=False)
@@ -133,13 +126,13 @@ def test_nobody_needs_to_call_an_engine_for_its_death_to_be_found(make: Callable
 
 def test_a_call_leaves_out_the_dead(make: Callable[..., Any]) -> None:
     fleet, _ = make()
-    ray.kill(fleet.actors[0])
+    kill(fleet.actors[0])
     assert fleet.call("held", deadline_seconds=30.0) == [1]
 
 
 def test_too_few_are_waited_for_and_get_the_weights_before_they_serve(make: Callable[..., Any]) -> None:
     fleet, _ = make(least=2)
-    ray.kill(fleet.actors[1])
+    kill(fleet.actors[1])
     assert len(fleet.call("held", deadline_seconds=30.0)) == 1
     fleet.ensure()
     assert ray.get([actor.held.remote() for actor in fleet.serving]) == [2, 2]
@@ -148,7 +141,7 @@ def test_too_few_are_waited_for_and_get_the_weights_before_they_serve(make: Call
 def test_a_sync_that_finds_nobody_alive_waits_for_the_first_that_comes_back(make: Callable[..., Any]) -> None:
     fleet, _ = make()
     for actor in fleet.actors:
-        ray.kill(actor)
+        kill(actor)
     fleet.sync(prove=False)
     assert Health.HEALTHY in fleet.health()
 
@@ -163,7 +156,7 @@ def test_an_error_that_no_death_explains_is_the_callers(make: Callable[..., Any]
 
 def test_engines_that_never_start_again_end_the_run_by_name(make: Callable[..., Any]) -> None:
     fleet, _ = make(least=2, broken=True)
-    ray.kill(fleet.actors[1])
+    kill(fleet.actors[1])
     fleet.call("held", deadline_seconds=30.0)
     with pytest.raises(EnginesLost, match=r"fewer than spec\.rollout\.minEngines \(2\) engines are left.*engine 1 is dead; engine 1: no memory"):
         fleet.ensure()

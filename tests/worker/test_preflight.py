@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import ray
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from hack.tiny_model import write
 from rlhf_api.job import ModelSpec
@@ -21,6 +19,8 @@ from rlhf_worker.storage import Store
 from rlhf_worker.trainer import checks
 from rlhf_worker.trainer.checks import CHECKS, GIB, check_memory, check_shared_memory, host_memory, needed_bytes, parameters
 from tests.worker.configs import run_config
+from tests.worker.ranks import over_ranks
+from tests.worker.waiting import until
 
 BILLION = 10**9
 
@@ -72,14 +72,14 @@ def test_parameters_are_counted_without_loading_them(tmp_path: Path) -> None:
     assert parameters(ModelSpec(path=str(tmp_path), dtype="float32")) == AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters()
 
 
-def rank_of_two(rank: int, tmp_path: Path, model: Path, case: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/{case}", rank=rank, world_size=2)
+def rank_of_two(rank: int, world: int, tmp_path: Path, model: Path, case: str) -> str:
+    """What it was told."""
     root = tmp_path / ("run" if case != "apart" else f"run-{rank}")
     if case == "blocked":
         (tmp_path / "file").touch()
         root = tmp_path / "file" / "run"
     config = run_config(model={"path": str(model), "dtype": "float32"})
-    held: Any = SimpleNamespace(config=config, rank=rank, world=2, device=torch.device("cpu"), names=["policy"], store=Store(str(root)))
+    held: Any = SimpleNamespace(config=config, rank=rank, world=world, device=torch.device("cpu"), names=["policy"], store=Store(str(root)))
     checks.REDUCE_SECONDS = 1.0
     told = ""
     try:
@@ -88,10 +88,9 @@ def rank_of_two(rank: int, tmp_path: Path, model: Path, case: str) -> None:
             check(held)
     except PreflightFailed as error:
         told = f"{last}: {error}"
-    (tmp_path / f"{case}-{rank}.txt").write_text(told)
-    while not all((tmp_path / f"{case}-{r}.txt").exists() for r in range(2)):  # a rank that is gone would end the other's wait
-        time.sleep(0.05)
-    dist.destroy_process_group()
+    (tmp_path / f"{case}-{rank}").touch()
+    until(lambda: all((tmp_path / f"{case}-{r}").exists() for r in range(world)), 120)  # a rank that is gone would end the other's wait
+    return told
 
 
 @pytest.mark.parametrize(
@@ -105,8 +104,7 @@ def rank_of_two(rank: int, tmp_path: Path, model: Path, case: str) -> None:
 )
 def test_ranks_together(tmp_path: Path, case: str, told: str) -> None:
     write(tmp_path / "model")
-    mp.spawn(rank_of_two, (tmp_path, tmp_path / "model", case), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
-    found = [(tmp_path / f"{case}-{rank}.txt").read_text() for rank in range(2)]
+    found = over_ranks(2, rank_of_two, tmp_path, tmp_path / "model", case)
     expected = told.format(root=tmp_path)
     assert found == ["", ""] if not told else any(text.startswith(expected) for text in found), found
 
@@ -162,6 +160,7 @@ def cluster() -> Iterator[None]:
 def test_the_check_that_fails_is_told_by_its_name(cluster: None, monkeypatch: pytest.MonkeyPatch, ailing: str, kind: type[Exception] | None, message: str) -> None:
     monkeypatch.setattr(preflight, "DEADLINE_SECONDS", 5.0 if kind is DeadlineExceeded else 60.0)
     told, ranks, feed = Told(), [RankActor.remote(""), RankActor.remote(ailing)], RankActor.remote(ailing)
+    ray.get([actor.__ray_ready__.remote() for actor in (*ranks, feed)])  # their processes' start is not preflight's time
     if kind is None:
         preflight.preflight([ranks], feed, told)  # type: ignore[arg-type]
         assert told.fields["preflight"].failed is None and told.fields["preflight"].message.startswith("Devices ")

@@ -1,8 +1,6 @@
 """Reports to the API server: what is applied, what comes back, and that an outage costs nothing but reports."""
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from rlhf_worker import progress
 from rlhf_worker.progress import StatusReporter, in_words
 from rlhf_worker.weights.sync import Proof, Synced
 from tests.worker.configs import run_config
+from tests.worker.waiting import until
 
 STEP = {
     "reward/mean": 0.51234, "mismatch/abs": 0.00123, "rollout/tokens_per_second": 812.4, "train/loss": -0.1, "train/grad_norm": 0.5,
@@ -52,13 +51,6 @@ def reporter(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return StatusReporter(run_config(steps=10), client)
 
 
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "condition not met in 10 s"
-        time.sleep(0.01)
-
-
 def test_a_step_is_applied_to_the_jobs_own_status(server: Server, reporter: StatusReporter) -> None:
     synced = Synced(3, 0.123, "gloo", Proof(3, 5, 2, 1e-4, 0.5))
     reporter.stepped(4, STEP, eta_seconds=75, synced=synced)
@@ -87,10 +79,10 @@ def test_suspend_comes_back_with_the_answer(server: Server, reporter: StatusRepo
     assert not reporter.suspended
     server.suspend = True
     reporter.update(detail="generating")
-    until(lambda: reporter.suspended)
+    until(lambda: reporter.suspended, 10)
     server.suspend = False
     reporter.update(detail="saved")
-    until(lambda: not reporter.suspended)
+    until(lambda: not reporter.suspended, 10)
     reporter.close()
 
 
@@ -98,7 +90,7 @@ def test_an_outage_is_outlived_and_the_newest_report_arrives(server: Server, rep
     server.down = 2
     reporter.update(detail="one")
     reporter.update(detail="two")
-    until(lambda: bool(server.applied))
+    until(lambda: bool(server.applied), 10)
     reporter.close()
     assert server.applied[-1]["status"]["progress"]["detail"] == "two"
 

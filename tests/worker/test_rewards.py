@@ -21,6 +21,7 @@ from rlhf_worker.rewards.http import HttpReward
 from rlhf_worker.rewards.judge import JudgeReward
 from rlhf_worker.rewards.scorer import Scorer
 from tests.worker.samples import a_sample
+from tests.worker.waiting import until
 
 
 def python(named: str = "", **fields: Any) -> RewardSpec:
@@ -65,7 +66,7 @@ def others() -> Iterator[set[int]]:
     before, files, threads = children(), descriptors(), threading.active_count()
     yield before
     gc.collect()
-    wait_until(lambda: children() <= before and descriptors() <= files and threading.active_count() <= threads)
+    until(lambda: children() <= before and descriptors() <= files and threading.active_count() <= threads)
 
 
 def values(spec: RewardSpec, count: int = 1, **row: Any) -> list[float]:
@@ -214,7 +215,7 @@ def test_close_ends_a_call_in_the_middle(others: set[int]) -> None:
     thread = threading.Thread(target=score)
     (child,) = children() - others
     thread.start()
-    wait_until(lambda: asleep(child))
+    until(lambda: asleep(child))
     scorer.close()
     thread.join(20)
     assert not thread.is_alive()
@@ -232,16 +233,9 @@ def test_children_end_with_a_killed_parent_also_in_the_middle_of_a_call(tmp_path
     )
     file = tmp_path / "pids"
     with subprocess.Popen([sys.executable, "-c", code, str(file)]) as parent:
-        wait_until(lambda: file.exists() and len(file.read_text().split()) == 2, seconds=120)
+        until(lambda: file.exists() and len(file.read_text().split()) == 2, seconds=120)
         parent.kill()
     assert all(gone(int(pid)) for pid in file.read_text().split())
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never came true"
-        threading.Event().wait(0.01)
 
 
 def asleep(pid: int) -> bool:

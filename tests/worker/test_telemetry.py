@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from rlhf_worker.errors import BadSpec
 from rlhf_worker.feed import telemetry as module
 from rlhf_worker.feed.telemetry import Failures, Lane, PhaseTimer, Telemetry, check
 from tests.worker.configs import run_config
+from tests.worker.waiting import until
 
 
 def config(directory: Path, **telemetry: Any) -> RunConfig:
@@ -40,13 +40,6 @@ def tensorboard(directory: Path, name: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(directory / "tensorboard"))
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(name)]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition never came true"
-        threading.Event().wait(0.01)
 
 
 def test_tensorboard_gets_every_step(tmp_path: Path) -> None:
@@ -138,7 +131,7 @@ def test_a_hung_backend_holds_nothing_up_and_its_backlog_is_bounded(tmp_path: Pa
     telemetry = Telemetry(config(tmp_path, prometheusPort=9000), 1)
     for step in range(1, module.BACKLOG + 20):
         telemetry.log(step, {"reward": 1.0})
-        wait_until(lambda step=step: tensorboard_count(tmp_path) >= step)  # type: ignore[misc]
+        until(lambda step=step: tensorboard_count(tmp_path) >= step)  # type: ignore[misc]
     assert telemetry.failures.counts["prometheusPort"] >= 18
     telemetry.close()
     released.set()
@@ -184,7 +177,7 @@ def test_prometheus_serves_the_newest_value_of_each_metric(tmp_path: Path, port:
     telemetry = Telemetry(config(tmp_path, prometheusPort=port), 1)
     telemetry.log(4, {"reward/mean": 0.5, "eval/held-out/mean_reward": 0.25})
     telemetry.log(5, {"reward/mean": 0.75})
-    wait_until(lambda: serves(port) and scraped(port).get('rlhf_step{rlhfjob="tiny"}') == 5.0)
+    until(lambda: serves(port) and scraped(port).get('rlhf_step{rlhfjob="tiny"}') == 5.0)
     assert scraped(port) == {
         'rlhf_reward_mean{rlhfjob="tiny"}': 0.75,
         'rlhf_eval_held_out_mean_reward{rlhfjob="tiny"}': 0.25,
@@ -202,9 +195,9 @@ def test_a_port_that_is_taken_is_told_and_taken_once_it_is_free(tmp_path: Path, 
         port = taken.getsockname()[1]
         telemetry = Telemetry(config(tmp_path, prometheusPort=port), 1)
         telemetry.log(1, {"reward/mean": 0.5})
-        wait_until(lambda: telemetry.failures.counts["prometheusPort"] == 1)
+        until(lambda: telemetry.failures.counts["prometheusPort"] == 1)
     telemetry.log(2, {"reward/mean": 0.75})
-    wait_until(lambda: serves(port))
+    until(lambda: serves(port))
     assert scraped(port)['rlhf_telemetry_failures{rlhfjob="tiny"}'] == 1.0
     telemetry.close()
     assert "spec.telemetry.prometheusPort: OSError: [Errno 98] Address already in use" in capfd.readouterr().err

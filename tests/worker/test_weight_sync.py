@@ -26,6 +26,7 @@ from rlhf_worker.rollout.episode import Request
 from rlhf_worker.weights.sync import WeightSync
 from tests.worker.configs import run_config
 from tests.worker.poked import PokedEngine, flip_one_element, freeze
+from tests.worker.waiting import kill
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(900)]
 ENGINES, RANKS = 3, 2
@@ -131,14 +132,14 @@ def test_an_engine_that_hangs_is_left_out_after_the_deadline(crew: Crew) -> None
 
 
 def test_an_engine_that_dies_is_left_out(crew: Crew) -> None:
-    ray.kill(crew.fleet.serving[0])
+    kill(crew.fleet.serving[0])
     synced = weights(crew)(prove=True)
     assert synced.proof is not None and synced.proof.equal == PLANNED
     assert len(crew.fleet.serving) == 1 and len(generated(crew, 0)) == 16
 
 
 def test_without_any_engine_the_sync_fails(crew: Crew) -> None:
-    ray.kill(crew.fleet.serving[0])
+    kill(crew.fleet.serving[0])
     with pytest.raises(ray.exceptions.RayError):  # of the engine, or of a trainer rank's link to it: whichever is told first
         weights(crew)(prove=False)
     with pytest.raises(ray.exceptions.RayError):

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from rlhf_api.job import TrainerSpec
+
 T = TypeVar("T")
 
 
@@ -187,6 +189,11 @@ def _cat(rows: Iterable[Sequence[T]], dtype: torch.dtype) -> Tensor:
 def _aligned(sequence: TrainSequence, completion: Sequence[T], fill: T) -> list[T]:
     """Values of the completion's tokens, each at the position that predicts it: one before its own."""
     return [fill] * (sequence.prompt_length - 1) + list(completion) + [fill]
+
+
+def dealt(sequences: Sequence[TrainSequence], ranks: int, spec: TrainerSpec) -> list[list[PackedBatch]]:
+    """Each rank's micro-batches, as many on every rank."""
+    return equalise([pack(own, spec.tokens_per_micro_batch, padded=spec.batching == "padded") for own in split(sequences, ranks)])
 
 
 def equalise(ranks: Sequence[Sequence[PackedBatch]]) -> list[list[PackedBatch]]:

@@ -18,7 +18,7 @@ from rlhf_worker.algorithm.shape import Shaped, passes, shape
 from rlhf_worker.calls import call, call_all, call_each
 from rlhf_worker.crew import Crew
 from rlhf_worker.errors import SaveFailed
-from rlhf_worker.experience import PackedBatch, ScoredSample, TrainSequence, add_column, chunks, equalise, pack, split, to_train_sequences
+from rlhf_worker.experience import PackedBatch, ScoredSample, TrainSequence, add_column, chunks, dealt, to_train_sequences
 from rlhf_worker.feed.telemetry import PhaseTimer
 from rlhf_worker.progress import Reporter
 from rlhf_worker.rollout.evaluation import evaluate
@@ -128,9 +128,8 @@ class Loop:
 
     def _batches(self, role: str, updates: Sequence[Sequence[TrainSequence]]) -> list[list[list[PackedBatch]]]:
         """[rank][update][micro-batch] for the role's ranks; as many micro-batches on every rank."""
-        ranks, trainer = len(self.crew.ranks[role]), self.config.trainer
-        padded = trainer.batching == "padded"
-        packed = [equalise([pack(own, trainer.tokens_per_micro_batch, padded=padded) for own in split(part, ranks)]) for part in updates]
+        ranks = len(self.crew.ranks[role])
+        packed = [dealt(part, ranks, self.config.trainer) for part in updates]
         return [[update[rank] for update in packed] for rank in range(ranks)]
 
     def _each(self, role: str, method: str, *args: Any, arguments: Sequence[Any], what: str) -> list[Any]:

@@ -186,16 +186,20 @@ class Rollouts:
 
         self._begin([engine.generate.remote(requests, deadline)], deadline + LATE_SECONDS, "generation", then, failed)
 
+    def _size(self, group: Group) -> int:
+        """Samples of its prompt."""
+        return group.evaluation.samples if group.evaluation else self.config.rollout.samples_per_prompt
+
     def _requests(self, group: Group) -> list[Request]:
         rollout, of, prompt = self.config.rollout, group.evaluation, group.prompt
-        count, temperature = (rollout.samples_per_prompt, rollout.temperature) if of is None else (of.samples, of.temperature)
+        temperature = of.temperature if of else rollout.temperature
         tokens = of.max_tokens if of and of.max_tokens else rollout.max_tokens
-        seeds = [None if rollout.seed is None else request_seed(rollout.seed, group.born + 1, prompt.uid, index) for index in range(count)]
+        seeds = [None if rollout.seed is None else request_seed(rollout.seed, group.born + 1, prompt.uid, index) for index in range(self._size(group))]
         return [Request(prompt=prompt, seed=seed, temperature=temperature, max_tokens=tokens) for seed in seeds]
 
     def _generated(self, groups: list[Group], samples: list[Sample]) -> None:
         each = iter(samples)
-        self._unscored += [(group, [next(each) for _ in self._requests(group)]) for group in groups]
+        self._unscored += [(group, [next(each) for _ in range(self._size(group))]) for group in groups]
         self._score()
 
     def _score(self) -> None:

@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_api.job import ModelSpec, PlacementMode
-from rlhf_api.run import RunConfig
+from rlhf_api.run import TRAINED, RunConfig
 from rlhf_worker.errors import BadSpec, PreflightFailed
 from rlhf_worker.pretrained import load_config, load_tokenizer
 
@@ -122,6 +123,7 @@ def host_memory(meminfo: str) -> tuple[int, int]:
     return kib["MemAvailable"] << 10, kib["MemTotal"] << 10
 
 
+@cache  # asked for by two checks, and for roles of the same model
 def parameters(spec: ModelSpec) -> int:
     """Of the whole model, from its config alone. Raises BadSpec."""
     import torch
@@ -133,7 +135,7 @@ def parameters(spec: ModelSpec) -> int:
 
 def needed_bytes(config: RunConfig, counts: Mapping[str, int], world: int) -> int:
     """What one rank's roles take at least, in bytes: without activations. counts: parameters of each role; with offload one role is there at a time."""
-    each = [count * (TRAINED_BYTES if role in ("policy", "critic") else FROZEN_BYTES) // world for role, count in counts.items()]
+    each = [count * (TRAINED_BYTES if role in TRAINED else FROZEN_BYTES) // world for role, count in counts.items()]
     return max(each) if config.trainer.offload else sum(each)
 
 
@@ -163,7 +165,7 @@ def _checkpoint(rank: "Trainer") -> None:
         raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) cannot be written: {told[1]}")
     if name not in rank.store.names() or rank.store.read(name).decode() != told[0]:
         raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) is another directory in each trainer pod: mount a volume that they share (pods.trainer.volumes)")
-    room, need = rank.store.room(), sum(SAVED_BYTES * parameters(rank.config.roles[role]) for role in rank.names if role in ("policy", "critic"))
+    room, need = rank.store.room(), sum(SAVED_BYTES * parameters(rank.config.roles[role]) for role in rank.names if role in TRAINED)
     if room and room[0] < need:
         raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) has {room[0] / GIB:.1f} GiB free, a checkpoint takes {need / GIB:.1f}: free space, lower spec.checkpoint.keep or use a larger volume")
 

@@ -23,7 +23,7 @@ from rlhf_api.run import TRAINED, RunConfig
 from rlhf_worker.algorithm.losses import policy_loss, value_loss
 from rlhf_worker.engines.hf import Generator
 from rlhf_worker.errors import Diverged, RewardFailed
-from rlhf_worker.experience import PackedBatch, Sample, TrainSequence, at_targets, by_sample, equalise, pack, split
+from rlhf_worker.experience import PackedBatch, Sample, TrainSequence, at_targets, by_sample, dealt, pack
 from rlhf_worker.pretrained import identity, load_config, load_tokenizer, make_readable
 from rlhf_worker.rollout.episode import Request
 from rlhf_worker.storage import Store
@@ -127,8 +127,7 @@ class Trainer:
     def scores(self, name: str, prompts: Sequence[Text], completions: Sequence[str]) -> list[float]:
         """Of a reward model, one a sample, in their order; every rank gets all samples and returns all. Raises BadSpec, RewardFailed."""
         sequences = [self.roles[name].read(index, *pair) for index, pair in enumerate(zip(prompts, completions, strict=True))]
-        budget, padded = self.config.trainer.tokens_per_micro_batch, self.config.trainer.batching == "padded"
-        batches = equalise([pack(part, budget, padded=padded) for part in split(sequences, self.world)])[self.rank]
+        batches = dealt(sequences, self.world, self.config.trainer)[self.rank]
         with self._briefly(name) as role:
             own = {index: value for b in batches for index, value in zip(b.indices, scores_of(role.module, b, self.device).tolist(), strict=True)}
         found: list[dict[int, float]] = [own] * self.world
