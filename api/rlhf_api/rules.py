@@ -92,9 +92,21 @@ def _whole_engines(job: RLHFJob) -> Iterator[str]:
         yield f"{engines} engines of {size} GPUs, {node} GPUs a node"
 
 
+def _together(job: RLHFJob) -> Iterator[str]:
+    trainer = job.spec.trainer
+    groups = {"trainer": trainer.gpus, **own_gpus(job.spec)}
+    if odd := [f"{name} {gpus}" for name, gpus in groups.items() if gpus % trainer.context_parallel]:
+        yield f"contextParallel is {trainer.context_parallel}, gpus: {', '.join(odd)}"
+
+
+def _padded(job: RLHFJob) -> Iterator[str]:
+    if job.spec.trainer.context_parallel > 1 and job.spec.trainer.batching == "padded":
+        yield f"contextParallel is {job.spec.trainer.context_parallel}, batching is padded"
+
+
 def _batch(job: RLHFJob) -> Iterator[str]:
     samples = job.spec.rollout.prompts_per_step * job.spec.rollout.samples_per_prompt
-    parts = job.spec.trainer.gpus * job.spec.trainer.updates_per_step
+    parts = job.spec.trainer.gpus // job.spec.trainer.context_parallel * job.spec.trainer.updates_per_step
     if samples < parts:
         yield f"{samples} samples for {parts} parts"
 
@@ -227,8 +239,8 @@ def _name(job: RLHFJob) -> Iterator[str]:
 
 
 COLOCATED = "self.placement.mode != 'Colocated' || "
-TRAINER_GPUS = ("self.trainer.gpus + (has(self.critic) && has(self.critic.gpus) ? self.critic.gpus : 0)"
-                " + (has(self.reference) && has(self.reference.gpus) ? self.reference.gpus : 0) + self.rewards.map(r, has(r.gpus) ? r.gpus : 0).sum()")  # fmt: skip
+EACH_TRAINER_GPUS = ", ".join(["self.trainer.gpus", *(f"has(self.{role}) && has(self.{role}.gpus) ? self.{role}.gpus : 0" for role in ("critic", "reference"))])
+TRAINER_GPUS = f"[{EACH_TRAINER_GPUS}].sum() + self.rewards.map(r, has(r.gpus) ? r.gpus : 0).sum()"
 SEPARATED = "self.placement.mode != 'Separated' || "
 
 RULES = (
@@ -258,7 +270,12 @@ RULES = (
          " || (self.placement.mode == 'Colocated' ? self.placement.gpusPerNode % self.rollout.tensorParallelSize == 0"
          " : self.rollout.engines % (self.placement.gpusPerNode / self.rollout.tensorParallelSize) == 0)",
          "engines on more than one node must fill whole nodes: change rollout.engines, rollout.tensorParallelSize or placement.gpusPerNode", "rollout.engines", _whole_engines),
-    Rule("spec", "self.rollout.promptsPerStep * self.rollout.samplesPerPrompt >= self.trainer.gpus * self.trainer.updatesPerStep",
+    Rule("spec", f"[{EACH_TRAINER_GPUS}].all(gpus, gpus % self.trainer.contextParallel == 0) && self.rewards.all(r, !has(r.gpus) || r.gpus % self.trainer.contextParallel == 0)",
+         "every group of ranks is divided into as many as share a sequence: make the gpus of trainer, critic, reference and rewards multiples of trainer.contextParallel",
+         "trainer.contextParallel", _together),
+    Rule("spec", "self.trainer.contextParallel == 1 || self.trainer.batching == 'packed'",
+         "ranks share packed sequences only: set trainer.batching to packed, or trainer.contextParallel to 1", "trainer.batching", _padded),
+    Rule("spec", "self.rollout.promptsPerStep * self.rollout.samplesPerPrompt >= self.trainer.gpus / self.trainer.contextParallel * self.trainer.updatesPerStep",
          "a step's batch must hold a sample for each rank and update: raise rollout.promptsPerStep or lower trainer.updatesPerStep", "rollout.promptsPerStep", _batch),
     Rule("spec", "!(self.weightSync.backend in (self.placement.mode == 'Separated' ? ['ipc', 'vllm-ipc'] : ['nccl', 'vllm-nccl', 'sharded_rdt']))",
          "ipc and vllm-ipc need Colocated (one GPU's memory, shared), nccl, vllm-nccl and sharded_rdt need Separated (one rank a GPU): use auto", "weightSync.backend", _backend),

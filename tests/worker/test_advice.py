@@ -17,7 +17,8 @@ SEPARATED = {"placement": {"mode": "Separated"}}
 CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     (TORCH, {}, ["in the trainer; first things first: lower spec.trainer.tokensPerMicroBatch (8192; the longest sample has 32 tokens)", "spec.placement.fractions.rollout (0.4)", "set spec.trainer.offload"]),
     (TORCH, {"trainer": {"steps": 1, "gradientCheckpointing": False}}, ["first things first: set spec.trainer.gradientCheckpointing"]),
-    (TORCH, {"trainer": {"steps": 1, "tokensPerMicroBatch": 16}}, ["lower spec.rollout.maxTokens (16): one sample of 32 tokens"]),
+    (TORCH, {"trainer": {"steps": 1, "tokensPerMicroBatch": 16}}, ["raise spec.trainer.contextParallel (1) with spec.trainer.gpus, or lower spec.rollout.maxTokens (16): one sample of 32 tokens"]),
+    (TORCH, {"trainer": {"steps": 1, "gpus": 2, "contextParallel": 2, "tokensPerMicroBatch": 20}, "rollout": {"maxTokens": 16, "engines": 2}}, ["lower spec.trainer.tokensPerMicroBatch (20; the"]),
     (VLLM, {}, ["in an engine; first things first: lower spec.placement.fractions.rollout (0.4)", "set spec.rollout.engineArgs.max_num_seqs"]),
     (VLLM, {**SEPARATED, "rollout": {"maxTokens": 16, "engineArgs": {"gpu_memory_utilization": 0.95, "max_num_seqs": 512}}}, ["lower spec.rollout.engineArgs.gpu_memory_utilization (0.95)", "max_num_seqs (512)"]),
     (CACHE, {}, ["raise spec.placement.fractions.rollout; lower spec.rollout.maxTokens (16) or spec.data.maxPromptTokens (16)"]),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, Qwen3NextConfig
 
 from hack.tiny_model import write
 from rlhf_api.job import ModelSpec, TrainerSpec
@@ -105,6 +105,14 @@ def test_a_model_without_a_score_head_is_no_reward_model(tiny: Path, tmp_path: P
     write_reward(tiny, tmp_path, labels=2)
     with pytest.raises(BadSpec, match=r"one label \(num_labels: 1 in its config\)"):
         load_reward(spec_of(tmp_path), trainer, "spec.rewards[r].model.path")
+
+
+def test_what_cannot_be_spread_over_ranks_is_refused_before_it_is_loaded(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadSpec, match=r"spec\.trainer\.contextParallel is 3, but .* has 4 attention heads: use a divisor of that"):
+        module(tiny, gpus=3, contextParallel=3)
+    Qwen3NextConfig(num_hidden_layers=4).save_pretrained(tmp_path)
+    with pytest.raises(BadSpec, match=r"has layers of linear_attention, which cannot be spread over ranks: set it to 1"):
+        module(tmp_path, gpus=2, contextParallel=2)
 
 
 def test_the_tiny_model_is_small_and_its_tokenizer_exact(tiny: Path) -> None:

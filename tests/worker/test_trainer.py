@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from hack.tiny_model import write
 from rlhf_worker.errors import BadSpec, Diverged
-from rlhf_worker.experience import PackedBatch, TrainSequence, add_column, empty_batch, pack
+from rlhf_worker.experience import PackedBatch, TrainSequence, add_column, dealt, empty_batch, pack
 from rlhf_worker.trainer.rank import Trainer, learning_rate
 from rlhf_worker.weights import mapped
 from tests.worker.configs import run_config
@@ -108,6 +108,28 @@ def test_ranks_change_nothing(tiny: Path, tmp_path: Path) -> None:
     first, second = over_ranks(2, _rank, str(tiny), str(tmp_path))
     same(one, first)
     same(first, second)
+
+
+def _sharing(rank: int, world: int, tiny: str, root: str, options: dict[str, Any], algorithm: str) -> tuple[dict[int, list[float]], Any]:
+    """What this rank finds of its samples, and what training makes of all."""
+    made = trainer(Path(tiny), Path(root), rank=rank, world=world, options=options, algorithm={"name": algorithm})
+    items = dealt(sequences(), world, made.config.trainer)[rank]
+    found = made.logprobs("policy", items)
+    if algorithm == "ppo":
+        torch.nn.init.ones_(made.roles["critic"].module.head.weight)
+        found = {index: row + made.values(items)[index] for index, row in found.items()}
+    return found, after(made, [[*items, empty_batch(sequences()[0].columns)]])
+
+
+@pytest.mark.parametrize(("world", "algorithm", "budget"), [(2, "ppo", 100), (4, "gspo", 5)], ids=["one micro-batch", "two groups with several"])
+def test_ranks_that_share_every_sequence_change_nothing(tiny: Path, tmp_path: Path, group: None, world: int, algorithm: str, budget: int) -> None:
+    found, trained = _sharing(0, 1, str(tiny), str(tmp_path), {}, algorithm)
+    options = {"gpus": world, "contextParallel": 2, "tokensPerMicroBatch": budget, "gradientCheckpointing": True}
+    ranks = over_ranks(world, _sharing, str(tiny), str(tmp_path), options, algorithm)
+    assert {index for own, _ in ranks for index in own} == {*found}
+    for own, made in ranks:
+        assert [value for index in own for value in own[index]] == pytest.approx([value for index in own for value in found[index]], abs=1e-5)
+        same(trained, made)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -25,10 +25,10 @@ def _trainer(config: RunConfig) -> list[str]:
     trainer, colocated = config.trainer, config.placement.mode is PlacementMode.COLOCATED
     steps = [] if trainer.gradient_checkpointing else ["set spec.trainer.gradientCheckpointing"]
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
-    if trainer.tokens_per_micro_batch > longest:
+    if trainer.tokens_per_micro_batch * trainer.context_parallel > longest:
         steps.append(f"lower spec.trainer.tokensPerMicroBatch ({trainer.tokens_per_micro_batch}; the longest sample has {longest} tokens)")
     else:
-        steps.append(f"lower spec.rollout.maxTokens ({config.rollout.max_tokens}): one sample of {longest} tokens fills a micro-batch")
+        steps.append(f"raise spec.trainer.contextParallel ({trainer.context_parallel}) with spec.trainer.gpus, or lower spec.rollout.maxTokens ({config.rollout.max_tokens}): one sample of {longest} tokens fills a micro-batch")
     if colocated:
         steps.append(_share(config))
     return [*steps, *([] if trainer.offload else ["set spec.trainer.offload"]), f"raise spec.trainer.gpus ({trainer.gpus})"]

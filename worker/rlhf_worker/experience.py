@@ -192,8 +192,11 @@ def _aligned(sequence: TrainSequence, completion: Sequence[T], fill: T) -> list[
 
 
 def dealt(sequences: Sequence[TrainSequence], ranks: int, spec: TrainerSpec) -> list[list[PackedBatch]]:
-    """Each rank's micro-batches, as many on every rank."""
-    return equalise([pack(own, spec.tokens_per_micro_batch, padded=spec.batching == "padded") for own in split(sequences, ranks)])
+    """Each rank's micro-batches, as many on every rank; ranks that are neighbours in context parallelism share theirs."""
+    together = spec.context_parallel
+    parts = split(sequences, ranks // together)
+    shares = equalise([pack(own, spec.tokens_per_micro_batch * together, padded=spec.batching == "padded") for own in parts])
+    return [share for share in shares for _ in range(together)]
 
 
 def equalise(ranks: Sequence[Sequence[PackedBatch]]) -> list[list[PackedBatch]]:

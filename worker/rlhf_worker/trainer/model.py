@@ -21,6 +21,7 @@ from rlhf_api.job import ModelSpec, TrainerSpec
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import PackedBatch
 from rlhf_worker.pretrained import load_config
+from rlhf_worker.trainer.context import by_heads, by_positions, check_heads, own_positions, read_at
 
 PACKED_ATTENTION = "rlhf_packed"
 HEAD_CHUNK = 2048  # positions whose logits exist at the same time
@@ -34,6 +35,7 @@ class RoleModule(nn.Module):
         super().__init__()
         self.lm = lm
         self.padded = padded
+        self.context: DeviceMesh | None = None  # ranks that share every batch
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -44,12 +46,23 @@ class RoleModule(nn.Module):
             raise BadSpec(f"{self.lm.config.name_or_path}: {type(base).__name__} has no list of decoder layers, by which the trainer would shard it")
         return found
 
-    def hidden(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
-        """token_ids, position_ids (T,); cu_seqlens (S + 1,) -> last hidden states (T, H)."""
+    def forward(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int, where: Tensor, *targets: Tensor) -> Tensor:
+        """token_ids, position_ids (T,); cu_seqlens (S + 1,); where (N,): the positions that are read; targets (N,) each -> what `read` makes of them."""
+        if self.context is None:
+            return self.read(self._hidden(token_ids, position_ids, cu_seqlens, max_length)[where], *targets)
+        inputs = own_positions(self.context, token_ids, position_ids, cu_seqlens)
+        return read_at(self.context, self.read, self._hidden(*inputs, max_length), where, *targets)
+
+    def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
+        """hidden (N, H), targets (N,) each -> (..., N) float32."""
+        raise NotImplementedError
+
+    def _hidden(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
+        """token_ids, position_ids (T,): all, or this rank's -> last hidden states (T, H)."""
         if self.padded:
             return self._by_row(token_ids, position_ids, cu_seqlens, max_length)
         made: Tensor = self.lm.base_model(
-            input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False,
+            input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, context=self.context,
             cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=max_length, max_length_k=max_length,
         ).last_hidden_state[0]
         return made
@@ -70,13 +83,12 @@ class PolicyModule(RoleModule):
         super().__init__(lm, padded=padded)
         self.temperature = temperature
 
-    def forward(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int, where: Tensor, targets: Tensor) -> Tensor:
-        """where (N,): positions whose next token `targets` (N,) names -> (2, N) float32: log probabilities, and entropies.
+    def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
+        """targets (N,), one: the tokens that follow -> (2, N) float32: their log probabilities, and entropies.
 
         Entropies have no gradient, and are 0 where none is recorded. No logits outlive their chunk.
         """
-        picked = self.hidden(token_ids, position_ids, cu_seqlens, max_length)[where]
-        parts = zip(torch.split(picked, HEAD_CHUNK), torch.split(targets, HEAD_CHUNK), strict=True)
+        parts = zip(torch.split(hidden, HEAD_CHUNK), torch.split(targets[0], HEAD_CHUNK), strict=True)
         return torch.cat([checkpoint(self._chunk, h, t, use_reentrant=False) for h, t in parts], dim=1)
 
     def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -98,9 +110,9 @@ class ScalarModule(RoleModule):
         super().__init__(lm, padded=padded)
         self.head = head
 
-    def forward(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int, where: Tensor) -> Tensor:
-        """where (N,) -> (N,) float32."""
-        made: Tensor = self.head(self.hidden(token_ids, position_ids, cu_seqlens, max_length)[where].float())
+    def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
+        """-> (N,) float32. No targets."""
+        made: Tensor = self.head(hidden.float())
         return made[:, 0].clone()  # a view would lose the hooks that FSDP hangs on what it returns, should someone write into it
 
 
@@ -128,7 +140,7 @@ def load_reward(spec: ModelSpec, trainer: TrainerSpec, field: str) -> ScalarModu
 
 
 def _pretrained(kind: Any, spec: ModelSpec, trainer: TrainerSpec, field: str) -> PreTrainedModel:
-    load_config(spec, field)
+    check_heads(load_config(spec, field), trainer.context_parallel)
     attention = {} if trainer.batching == "padded" else {"attn_implementation": PACKED_ATTENTION}
     try:
         lm, loaded = kind.from_pretrained(spec.path, dtype=torch.float32, trust_remote_code=spec.trust_remote_code, output_loading_info=True, **attention)
@@ -154,11 +166,12 @@ def _ready(module: M, trainer: TrainerSpec) -> M:
     return module
 
 
-def shard(module: RoleModule, mesh: DeviceMesh, dtype: str) -> None:
-    """FSDP2: a unit each decoder layer, the rest in the root. Products are made in `dtype`, gradients summed in float32, a scalar head is float32.
+def shard(module: RoleModule, mesh: DeviceMesh, context: DeviceMesh | None, dtype: str) -> None:
+    """FSDP2 over `mesh`: a unit each decoder layer, the rest in the root. Products are made in `dtype`, gradients summed in float32, a scalar head is float32.
 
-    Weights of a model that is trained stay float32; those of a frozen one are kept in `dtype`, which gives the same products.
+    context: the ranks that share this one's batches, if any. Weights of a model that is trained stay float32; those of a frozen one are kept in `dtype`, which gives the same products.
     """
+    module.context = context
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if dtype == "bfloat16" else MixedPrecisionPolicy()
     for parameter in module.lm.parameters():
         if not parameter.requires_grad:
@@ -202,20 +215,30 @@ def _targets(batch: PackedBatch) -> Tensor:
 
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    cu_seq_lens_q: Tensor | None = None, max_length_q: int = 0, sliding_window: int | None = None, **_: Any,
+    cu_seq_lens_q: Tensor | None = None, max_length_q: int = 0, sliding_window: int | None = None, context: DeviceMesh | None = None, **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query (1, H, T, D), key and value (1, H_kv, T, D) -> (1, T, H, D). Causal within each sequence."""
+    """transformers' attention interface: query (1, H, T, D), key and value (1, H_kv, T, D) -> (1, T, H, D). Causal within each sequence.
+
+    context: T are this rank's positions, cu_seq_lens_q are all.
+    """
     if cu_seq_lens_q is None:
         raise ValueError("packed attention needs cu_seq_lens_q: call the model through RoleModule")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        window = (sliding_window - 1 if sliding_window else -1, 0)
-        out = varlen_attn(
-            q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scaling, window_size=window, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        assert isinstance(out, Tensor)
-        return out[None], None
-    return _by_sequence(q, k, v, cu_seq_lens_q.diff().tolist(), scaling, sliding_window)[None], None
+    if context is None:
+        return _attended(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
+    q, k, v = by_heads(context, q, k, v)
+    made = _attended(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+    return by_positions(context, made)[None], None
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, window: int | None) -> Tensor:
+    """(T, H, D) each -> (T, H, D)"""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16):
+        return _by_sequence(q, k, v, cu_seqlens.diff().tolist(), scale, window)
+    reach = (window - 1 if window else -1, 0)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=reach, enable_gqa=q.shape[1] != k.shape[1])
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _by_sequence(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: float | None, window: int | None) -> Tensor:

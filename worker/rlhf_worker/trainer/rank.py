@@ -68,9 +68,12 @@ class Trainer:
 
     def load(self) -> None:
         """Every role's model, one after the other. Raises BadSpec."""
-        mesh = init_device_mesh(self.device.type, (self.world,))
+        together = self.config.trainer.context_parallel
+        mesh, context = init_device_mesh(self.device.type, (self.world,)), None
+        if together > 1:
+            context = init_device_mesh(self.device.type, (self.world // together, together), mesh_dim_names=("data", "context"))["context"]
         for name in self.names:
-            self.roles[name] = Role(self.config, name, mesh, self.device)
+            self.roles[name] = Role(self.config, name, mesh, context, self.device)
             self._rest()
         if "policy" in self.roles:
             module = self.roles["policy"].module
@@ -181,7 +184,8 @@ class Trainer:
             loss, metrics = policy_loss(self.config.algorithm, logprobs, columns, sequence)
             metrics["entropy"] = (columns["token_weights"] * entropy).sum().detach()
         torch.autograd.backward(loss * self.world)
-        return {**metrics, "loss": loss.detach()}
+        # Each of the ranks that share a batch has the loss of all of it, and its metrics.
+        return {name: value.detach() / self.config.trainer.context_parallel for name, value in (metrics | {"loss": loss}).items()}
 
     def _require_finite(self, role: Role, loss: Tensor, norm: Tensor, batches: list[PackedBatch]) -> None:
         """All ranks stop together; one file holds the batches of all, by rank."""
