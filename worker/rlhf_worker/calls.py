@@ -66,9 +66,6 @@ def call_all(actors: Sequence[ActorHandle], method: str, *args: Any, deadline_se
     return gather([getattr(actor, method).remote(*args) for actor in actors], deadline_seconds, what)
 
 
-def call_each(
-    actors: Sequence[ActorHandle], method: str, *args: Any, arguments: Sequence[Any], deadline_seconds: float, what: str, meanwhile: Callable[[], None] | None = None
-) -> list[Any]:
-    """Actor i gets `args` and arguments[i]. Raises as `gather` does."""
-    calls = [getattr(actor, method).remote(*args, argument) for actor, argument in zip(actors, arguments, strict=True)]
-    return gather(calls, deadline_seconds, what, meanwhile)
+def ask(actors: Sequence[ActorHandle], method: str, *args: Any, arguments: Sequence[Any]) -> list[Any]:
+    """Begins a call on every actor, for `gather`: actor i gets `args` and arguments[i]."""
+    return [getattr(actor, method).remote(*args, argument) for actor, argument in zip(actors, arguments, strict=True)]

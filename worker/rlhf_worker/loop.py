@@ -15,7 +15,7 @@ from rlhf_api.run import RunConfig
 from rlhf_worker.algorithm.control import KLController
 from rlhf_worker.algorithm.correction import alarm, summary
 from rlhf_worker.algorithm.shape import Shaped, passes, shape
-from rlhf_worker.calls import call, call_all, call_each
+from rlhf_worker.calls import ask, call, call_all, gather
 from rlhf_worker.crew import Crew
 from rlhf_worker.errors import SaveFailed
 from rlhf_worker.experience import PackedBatch, ScoredSample, TrainSequence, add_column, chunks, dealt, to_train_sequences
@@ -99,11 +99,13 @@ class Loop:
 
     def _forward(self, sequences: list[TrainSequence]) -> list[TrainSequence]:
         """With a column for each forward pass that the algorithm needs. Packed as they will be trained, so that the first ratio is exactly 1."""
-        updates = self.config.trainer.updates_per_step
-        for column, role in passes(self.config.algorithm, updates).items():
-            ranks = [[batch for update in rank for batch in update] for rank in self._batches(role, chunks(sequences, updates))]
-            method = ("values",) if role == "critic" else ("logprobs", role)
-            sequences = add_column(sequences, column, self._each(role, *method, arguments=ranks, what=f"{column} of the samples"))
+        updates = chunks(sequences, self.config.trainer.updates_per_step)
+        asked = {}
+        for column, role in passes(self.config.algorithm, len(updates)).items():
+            batches = [[batch for update in rank for batch in update] for rank in self._batches(role, updates)]
+            asked[column] = ask(self.crew.ranks[role], *(("values",) if role == "critic" else ("logprobs", role)), arguments=batches)
+        for column, found in self._answers("forward passes", asked).items():
+            sequences = add_column(sequences, column, found)
         return sequences
 
     def _shape(self, sequences: list[TrainSequence], scored: list[ScoredSample]) -> Shaped:
@@ -114,15 +116,16 @@ class Loop:
 
     def _train(self, number: int, shaped: Shaped) -> dict[str, float]:
         """Metrics by their full names. The policy waits until the critic is warm."""
-        found, critic = {}, self.config.critic
-        if critic is not None:
-            made = self._each("critic", "train", "critic", arguments=self._batches("critic", shaped.updates), what="training of the critic")[0]
-            found = {f"critic/{name}": value for name, value in made.items()}
-        if critic is None or number > critic.warmup_steps:
-            made = summary(self._each("policy", "train", "policy", arguments=self._batches("policy", shaped.updates), what="training")[0])
-            self.kl.observe(made.get("kl", 0.0), sum(map(len, shaped.updates)))
-            found |= {name if "/" in name else f"train/{name}": value for name, value in made.items()}
-            if words := alarm(self.config.algorithm.correction, made):
+        critic = self.config.critic
+        roles = [*(["critic"] if critic else []), *(["policy"] if critic is None or number > critic.warmup_steps else [])]
+        asked = {role: ask(self.crew.ranks[role], "train", role, arguments=self._batches(role, shaped.updates)) for role in roles}
+        made = {role: answers[0] for role, answers in self._answers("training", asked).items()}
+        found = {f"critic/{name}": value for name, value in made.get("critic", {}).items()}
+        if "policy" in made:
+            policy = summary(made["policy"])
+            self.kl.observe(policy.get("kl", 0.0), sum(map(len, shaped.updates)))
+            found |= {name if "/" in name else f"train/{name}": value for name, value in policy.items()}
+            if words := alarm(self.config.algorithm.correction, policy):
                 print(f"step {number}: {words}", file=sys.stderr, flush=True)
         return found
 
@@ -132,10 +135,11 @@ class Loop:
         packed = [dealt(part, ranks, self.config.trainer) for part in updates]
         return [[update[rank] for update in packed] for rank in range(ranks)]
 
-    def _each(self, role: str, method: str, *args: Any, arguments: Sequence[Any], what: str) -> list[Any]:
-        """Of each of the role's ranks; generation goes on meanwhile."""
-        pump = self.rollouts.pump
-        return call_each(self.crew.ranks[role], method, *args, arguments=arguments, deadline_seconds=TRAIN_DEADLINE_SECONDS, what=what, meanwhile=pump)
+    def _answers(self, what: str, asked: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Of every rank that was asked. Roles with GPUs of their own work side by side, and generation goes on meanwhile."""
+        calls = [one for group in asked.values() for one in group]
+        answers = iter(gather(calls, TRAIN_DEADLINE_SECONDS, f"{what} ({', '.join(asked)})", self.rollouts.pump))
+        return {name: [next(answers) for _ in group] for name, group in asked.items()}
 
     def _sleep(self) -> None:
         if self.crew.sleeps:
