@@ -7,13 +7,16 @@ one sequence a row for the model's own attention, and the results are put end to
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -116,34 +119,41 @@ class ScalarModule(RoleModule):
         return made[:, 0].clone()  # a view would lose the hooks that FSDP hangs on what it returns, should someone write into it
 
 
-def load_policy(spec: ModelSpec, temperature: float, trainer: TrainerSpec, field: str = "spec.model.path") -> PolicyModule:
-    """The checkpoint in float32 on the CPU. Raises BadSpec, which names `field`."""
-    module = PolicyModule(_pretrained(AutoModelForCausalLM, spec, trainer, field), temperature, padded=trainer.batching == "padded")
+def load_policy(spec: ModelSpec, temperature: float, trainer: TrainerSpec, field: str = "spec.model.path", *, whole: bool = True) -> PolicyModule:
+    """The checkpoint in float32 on the CPU; if not `whole`, memory of its shape that is never written and so takes none. Raises BadSpec, which names `field`."""
+    module = PolicyModule(_pretrained(AutoModelForCausalLM, spec, trainer, field, whole), temperature, padded=trainer.batching == "padded")
     return _ready(module, trainer)
 
 
-def load_critic(spec: ModelSpec, trainer: TrainerSpec, field: str) -> ScalarModule:
+def load_critic(spec: ModelSpec, trainer: TrainerSpec, field: str, *, whole: bool = True) -> ScalarModule:
     """The backbone of the checkpoint under a value head of zeros: before the first update every value is 0. Raises BadSpec."""
-    lm = _pretrained(AutoModel, spec, trainer, field)
+    lm = _pretrained(AutoModel, spec, trainer, field, whole)
     head = nn.Linear(lm.config.hidden_size, 1, bias=False)
     nn.init.zeros_(head.weight)
     return _ready(ScalarModule(lm, head, padded=trainer.batching == "padded"), trainer)
 
 
-def load_reward(spec: ModelSpec, trainer: TrainerSpec, field: str) -> ScalarModule:
+def load_reward(spec: ModelSpec, trainer: TrainerSpec, field: str, *, whole: bool = True) -> ScalarModule:
     """A sequence-classification checkpoint with one label, by transformers' name for its head, `score`. Raises BadSpec."""
-    lm = _pretrained(AutoModelForSequenceClassification, spec, trainer, field)
+    lm = _pretrained(AutoModelForSequenceClassification, spec, trainer, field, whole)
     head = getattr(lm, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise BadSpec(f"{field}: {spec.path}: {type(lm).__name__} must score by one linear head `score` with one label (num_labels: 1 in its config)")
     return _ready(ScalarModule(lm.base_model, head, padded=trainer.batching == "padded"), trainer)
 
 
-def _pretrained(kind: Any, spec: ModelSpec, trainer: TrainerSpec, field: str) -> PreTrainedModel:
-    check_heads(load_config(spec, field), trainer.context_parallel)
-    attention = {} if trainer.batching == "padded" else {"attn_implementation": PACKED_ATTENTION}
+def _pretrained(kind: Any, spec: ModelSpec, trainer: TrainerSpec, field: str, whole: bool) -> PreTrainedModel:
+    config = load_config(spec, field)
+    check_heads(config, trainer.context_parallel)
+    options = {"dtype": torch.float32, "trust_remote_code": spec.trust_remote_code}
+    options |= {} if trainer.batching == "padded" else {"attn_implementation": PACKED_ATTENTION}
+    if not whole:
+        with no_init_weights():
+            empty: PreTrainedModel = kind.from_config(config, **options)
+        empty.tie_weights()
+        return empty
     try:
-        lm, loaded = kind.from_pretrained(spec.path, dtype=torch.float32, trust_remote_code=spec.trust_remote_code, output_loading_info=True, **attention)
+        lm, loaded = kind.from_pretrained(spec.path, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         raise BadSpec(f"{field}: {spec.path}: transformers cannot load it: {error}") from error
     if missing := sorted(loaded["missing_keys"]):
@@ -169,18 +179,34 @@ def _ready(module: M, trainer: TrainerSpec) -> M:
 def shard(module: RoleModule, mesh: DeviceMesh, context: DeviceMesh | None, dtype: str) -> None:
     """FSDP2 over `mesh`: a unit each decoder layer, the rest in the root. Products are made in `dtype`, gradients summed in float32, a scalar head is float32.
 
-    context: the ranks that share this one's batches, if any. Weights of a model that is trained stay float32; those of a frozen one are kept in `dtype`, which gives the same products.
+    context: the ranks that share this one's batches, if any. Weights of a model that is trained stay float32; those of a frozen one are kept in
+    `dtype`, which gives the same products. The first rank's weights become everyone's.
     """
     module.context = context
+    first = mesh.get_local_rank() == 0
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if dtype == "bfloat16" else MixedPrecisionPolicy()
     for parameter in module.lm.parameters():
         if not parameter.requires_grad:
-            parameter.data = parameter.data.to(getattr(torch, dtype))
+            parameter.data = parameter.data.to(getattr(torch, dtype)) if first else torch.empty_like(parameter, dtype=getattr(torch, dtype))
+    weights = {name: parameter.data for name, parameter in module.named_parameters()} if first else {}
     if isinstance(module, ScalarModule):
         fully_shard(module.head, mesh=mesh)
     for layer in module.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
+    if mesh.size() > 1:
+        _deal(module, mesh, weights)
+
+
+@torch.no_grad()
+def _deal(module: nn.Module, mesh: DeviceMesh, weights: dict[str, Tensor]) -> None:
+    """The first rank's whole `weights`, by name, into everyone's shards; and its buffers. Others have none."""
+    for name, parameter in module.named_parameters():
+        assert isinstance(parameter, DTensor)
+        whole = weights[name] if weights else torch.empty(parameter.shape, dtype=parameter.dtype)
+        parameter.to_local().copy_(distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements).to_local())
+    for buffer in module.buffers():
+        dist.broadcast(buffer, 0, group=mesh.get_group())
 
 
 def policy_pass(module: nn.Module, batch: PackedBatch, device: torch.device) -> Tensor:

@@ -28,7 +28,7 @@ class Role:
         """mesh: the role's ranks; context: those that share this one's batches. Raises BadSpec."""
         self.name = name
         self.path = config.roles[name].path
-        self.module: Any = _load(config, name)
+        self.module: Any = _load(config, name, whole=mesh.get_local_rank() == 0)
         if name not in TRAINED:
             self.module.requires_grad_(False)
         shard(self.module, mesh, context, config.roles[name].dtype)
@@ -85,15 +85,15 @@ class Role:
             self._away += _to_host(self.module.parameters())
 
 
-def _load(config: RunConfig, name: str) -> RoleModule:
+def _load(config: RunConfig, name: str, *, whole: bool) -> RoleModule:
     spec, trainer, field = config.roles[name], config.trainer, model_field(name)
     if name.startswith("reward:"):
-        return load_reward(spec, trainer, field)
+        return load_reward(spec, trainer, field, whole=whole)
     if spec.path != config.model.path and load_tokenizer(spec, field).get_vocab() != load_tokenizer(config.model).get_vocab():
         raise BadSpec(f"{field}: {spec.path} has another vocabulary than {config.model.path}, whose tokens it is given: use a model of the same tokenizer")
     if name == "critic":
-        return load_critic(spec, trainer, field)
-    return load_policy(spec, config.rollout.temperature, trainer, field)
+        return load_critic(spec, trainer, field, whole=whole)
+    return load_policy(spec, config.rollout.temperature, trainer, field, whole=whole)
 
 
 def _storages(tensors: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
