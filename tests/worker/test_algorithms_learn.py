@@ -1,9 +1,9 @@
 """Every algorithm raises the reward of the tiny task, in whole runs: the driver's own `drive` on one Ray, the real trainer, rewards and
 checkpoints; transformers' `generate` stands for vLLM, so that a run takes seconds.
 
-The task: write the letter "e". By chance it is one token of 81, so a run begins near 0.01. The bound is far above that and below what was
-seen: floats that are added in another order soon give other samples, as another seed does, and of all algorithms with seeds 0 to 2 the
-least ended at BOUND.
+The task: write the letter "e". By chance it is one token of 81, so a run begins near 0.01. Seeded runs are exact on one machine; on
+another, floats that are added in another order soon give other samples, as another seed does. So the bound is far below what several
+seeds gave: 0.6 at the least for dapo, which first learns to end within maxTokens for the sake of its overlong penalty, 0.95 for the others.
 """
 
 from collections.abc import Iterator, Mapping
@@ -78,7 +78,7 @@ def learned(config: RunConfig) -> list[float]:
 def test_it_raises_the_reward(name: str, tiny: Path, tmp_path: Path) -> None:
     rewards = learned(config(tiny, tmp_path, {"name": name}))
     assert rewards[0] < 0.05
-    assert sum(rewards[-3:]) / 3 > 0.35
+    assert sum(rewards[-3:]) / 3 > 0.4
 
 
 def test_it_raises_the_score_of_a_reward_model_near_a_reference(tiny: Path, tmp_path: Path) -> None:

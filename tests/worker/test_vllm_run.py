@@ -167,9 +167,9 @@ def test_ppo_with_a_critic_a_reference_and_a_reward_model_learns(tiny: Path, tmp
 
 
 def test_sigterm_saves_and_exits_143(tiny: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        command(SAMPLES / "tiny-colocated.yaml", tiny, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    """Without vLLM; test_engine_loss.py ends a run with engines in the same way."""
+    manifest = changed(tmp_path, rollout={"engine": "hf"})
+    process = subprocess.Popen(command(manifest, tiny, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     start, seen = time.monotonic(), []
     for text in process.stdout:
@@ -195,9 +195,9 @@ def test_an_unknown_engine_argument_is_named(tiny: Path, tmp_path: Path) -> None
 
 
 def test_a_checkpoint_of_another_model_is_refused(learned: Run, tmp_path: Path) -> None:
-    """The same shape under another path is another model."""
+    """The same shape under another path is another model, whatever generates."""
     shutil.copytree(learned.checkpoints / "step-30", tmp_path / "run" / "step-30")
     write(tmp_path / "model")
-    done = run(SAMPLES / "tiny-colocated.yaml", tmp_path / "model", tmp_path / "run")
+    done = run(changed(tmp_path, rollout={"engine": "hf"}), tmp_path / "model", tmp_path / "run")
     assert done.code == 65
     assert "is of another model" in done.output
