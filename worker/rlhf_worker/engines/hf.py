@@ -39,7 +39,7 @@ class Generator:
         self._batches = 0
 
     def refresh(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Weights by their checkpoint names, all of them; tied ones come once. Raises ValueError for one that the model lacks, or that is missing."""
+        """Weights by transformers' names, all of them; tied ones come once. Raises ValueError for one that the model lacks, or that is missing."""
         missing, unexpected = self.lm.load_state_dict(dict(weights), strict=False)
         if unexpected or (lacking := set(missing) & dict(self.lm.named_parameters()).keys()):
             raise ValueError(f"hf: the policy's weights do not fit: {unexpected or sorted(lacking)}")

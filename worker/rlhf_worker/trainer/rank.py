@@ -31,6 +31,7 @@ from rlhf_worker.trainer.checkpoint import Outcome, Restored, RunState, Saver
 from rlhf_worker.trainer.model import PREFIX, policy_pass, scores_of, values_of
 from rlhf_worker.trainer.roles import Role, Text
 from rlhf_worker.weights.backends import Sender
+from rlhf_worker.weights.layout import layout_of
 from rlhf_worker.weights.source import PolicySource
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -78,7 +79,8 @@ class Trainer:
         if "policy" in self.roles:
             module = self.roles["policy"].module
             self.places = [(name.removeprefix(PREFIX), module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name, _ in module.named_parameters()]
-            self.source = PolicySource(self._named, getattr(torch, self.config.model.dtype), transient=self.config.trainer.offload and self.device.type == "cuda")
+            transient = self.config.trainer.offload and self.device.type == "cuda"
+            self.source = PolicySource(self._named, getattr(torch, self.config.model.dtype), layout_of(module.lm, "spec.model.path"), transient=transient)
             if self.config.rollout.engine == "hf":
                 self.generator = Generator(self.config, self.rank, self.device)
         attempt = ray.get_runtime_context().get_job_id() if ray.is_initialized() else ""
@@ -86,7 +88,7 @@ class Trainer:
         self.saver = Saver(self.config.checkpoint.path, self.config.checkpoint.keep, expected, attempt)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's parameters by their checkpoint names, sharded."""
+        """The policy's parameters, sharded."""
         self.roles["policy"].module.reshard()  # a forward pass without a backward leaves the root's whole
         # Looked up in their modules each time: FSDP may replace the objects. Walking the modules anew would cost more than a sync.
         return ((name, getattr(module, key)) for name, module, key in self.places)
@@ -213,11 +215,18 @@ class Trainer:
 
     # The policy's weights, out.
 
+    def _whole(self) -> Iterator[tuple[str, Tensor]]:
+        """What transformers' model of the policy consists of, in the engine's dtype: whole parameters, and buffers that checkpoints have too."""
+        lm = self.roles["policy"].module.lm
+        yield from self.source.whole()
+        buffers = dict(lm.named_buffers())
+        yield from ((name, buffers[name]) for name in lm.state_dict() if name in buffers)
+
     def refresh(self) -> int:
         """The weights into this rank's own generator; returns their version."""
         assert self.generator is not None
         with self._briefly("policy"):
-            self.generator.refresh(self.source, self.version)
+            self.generator.refresh(self._whole(), self.version)
         return self.version
 
     def generate(self, requests: list[Request], deadline_seconds: float) -> list[Sample]:
@@ -284,7 +293,7 @@ class Trainer:
     def export(self) -> str:
         """The model as a Hugging Face checkpoint under <checkpoint.path>/export, in the engine's dtype."""
         with self._briefly("policy") as role:
-            weights = {name: tensor.cpu() for name, tensor in self.source if self.rank == 0}
+            weights = {name: tensor.cpu() for name, tensor in self._whole() if self.rank == 0}
         if self.rank == 0:
             with self.store.publishing("export", "config.json") as target:
                 role.module.lm.save_pretrained(target, state_dict=weights)

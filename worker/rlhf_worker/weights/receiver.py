@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from rlhf_worker.weights import checksum, mapped, wire
 from rlhf_worker.weights.compare import EngineSums
 from rlhf_worker.weights.control import Member
 from rlhf_worker.weights.plan import Hop, Piece, RankPlan, to_all, waves
-from rlhf_worker.weights.recorder import Recording, record
+from rlhf_worker.weights.recorder import Image, Recording, record
 from rlhf_worker.weights.terms import Order, Terms
 from rlhf_worker.weights.views import placed
 
@@ -133,7 +134,7 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
         self.held = [mapped.open_all(own, self.device) for own in handles]
         direct = [piece for piece in self.needs if piece.move.target in self.recording.live]
         self.copies = ([self._put(piece) for piece in direct], [self._take(piece) for piece in direct])
-        self.parts: dict[str, list[Piece]] = {name: [] for name in self.recording.images}
+        self.parts: dict[str, list[Piece]] = {image.name: [] for images in self.recording.images.values() for image in images}
         for piece in self.needs:
             if piece.move.target in self.parts:
                 self.parts[piece.move.target].append(piece)
@@ -148,34 +149,35 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
     def _read(self, proof: bool) -> None:
         if self.copies[0]:
             torch._foreach_copy_(*self.copies)
-        for name, (layer, shape, dtype) in self.recording.images.items():
-            self._pack(name, layer, self._image(self.parts[name], shape, dtype), proof)
+        for layer, images in self.recording.images.items():
+            self._pack(layer, {image.name: self._image(image, self.parts[image.name]) for image in images}, proof)
 
-    def _image(self, parts: Sequence[Piece], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _image(self, image: Image, parts: Sequence[Piece]) -> Tensor:
         """A parameter as it is before it is packed: the trainer's own memory where that has the same form, else assembled."""
-        if len(parts) == 1 and parts[0].move.take.contiguous and (held := self._take(parts[0])).dtype == dtype and held.numel() == torch.Size(shape).numel():
-            return held.view(shape)
-        image = torch.zeros(shape, dtype=dtype)
+        if len(parts) == 1 and parts[0].move.take.contiguous and (held := self._take(parts[0])).dtype == image.dtype and held.numel() == prod(image.shape):
+            return held.view(image.shape)
+        made = torch.zeros(image.shape, dtype=image.dtype)
         for part in parts:
-            placed(image, part.move.put).copy_(self._take(part))
-        return image
+            placed(made, part.move.put).copy_(self._take(part))
+        return made
 
-    def _pack(self, name: str, layer: nn.Module, image: Tensor, proof: bool) -> None:
-        if proof:
-            self.packed_sums[name] = int(checksum.whole(image))
-        layer.weight = nn.Parameter(image, requires_grad=False)
+    def _pack(self, layer: nn.Module, images: Mapping[str, Tensor], proof: bool) -> None:
+        for name, image in images.items():
+            if proof:
+                self.packed_sums[name] = int(checksum.whole(image))
+            setattr(layer, name.rpartition(".")[2], nn.Parameter(image, requires_grad=False))
         _process(layer)
 
     # Memory at the other end of a link.
 
     def _receive(self, channel: wire.Channel, proof: bool) -> None:
-        images = {name: torch.zeros(shape, dtype=dtype) for name, (_, shape, dtype) in self.recording.images.items()}
-        if images or not self.waves:
-            targets = {**self.recording.live, **images}
+        made = {image.name: torch.zeros(image.shape, dtype=image.dtype) for images in self.recording.images.values() for image in images}
+        if made or not self.waves:
+            targets = {**self.recording.live, **made}
             self.waves = [self._wave(hops, self.stage[number % 2], targets) for number, hops in enumerate(self.hops)]
         wire.run(channel, self.waves, self._given_up)
-        for name, (layer, _, _) in self.recording.images.items():
-            self._pack(name, layer, images[name], proof)
+        for layer, images in self.recording.images.items():
+            self._pack(layer, {image.name: made[image.name] for image in images}, proof)
 
     def _given_up(self) -> bool:
         return self.member is None or self.member.hung_up()
@@ -220,8 +222,9 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
 
 
 def _process(layer: Any) -> None:
-    """vLLM's own step after loading: on CPU, the packed copy that the layer computes with."""
-    layer.quant_method.process_weights_after_loading(layer)
+    """vLLM's own step after loading: on CPU, the packed copy that the layer computes with. Its experts' own step packs them the first time only."""
+    kernel = getattr(layer.quant_method, "moe_kernel", None)
+    (layer.quant_method if kernel is None else kernel.fused_experts).process_weights_after_loading(layer)
 
 
 def _engine(worker: Any) -> PlannedWeightTransferEngine:

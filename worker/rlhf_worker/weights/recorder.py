@@ -24,7 +24,8 @@ from rlhf_worker.weights.plan import ITEMSIZE, Move, RankPlan, View, fills_once
 from rlhf_worker.weights.views import dtype_name, placed
 
 # Layers whose parameters stay as they were loaded (on GPU), or are packed from them (on CPU). Others may shuffle, quantise or swizzle.
-PLAIN = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"}
+PLAIN = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod", "UnquantizedFusedMoEMethod"}
+PLAIN_EXPERTS = {"TRITON", "BATCHED_TRITON", "CPU"}  # the same of the kernels that compute a layer's experts
 
 
 @dataclass(slots=True)
@@ -42,13 +43,22 @@ class _Parameter:
 
 
 @dataclass(frozen=True, slots=True)
+class Image:
+    """A parameter that is gone once its layer is packed: assembled, then packed again."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
 class Recording:
     """The plan, and what carrying it out needs on this rank."""
 
     plan: RankPlan
     live: dict[str, Tensor]  # parameters written in place
     zeros: list[Tensor]  # padding of those that no checkpoint tensor fills
-    images: dict[str, tuple[nn.Module, tuple[int, ...], torch.dtype]]  # parameters that are gone once packed: assembled, then packed again
+    images: dict[nn.Module, list[Image]]  # by layer, which is packed when all of its own are there
     repack: list[nn.Module]  # layers whose packed copy follows from parameters written in place
     reload: list[nn.Module]  # layers that only load_weights can fill
 
@@ -186,15 +196,16 @@ def _recording(parameters: list[_Parameter], layers: list[nn.Module], failed: di
     for p in parameters:
         if p.fed and p not in planned:
             reload |= {name: troubles.get(p.name, f"its layer has {next(iter(troubles))}") for name in p.fed}
-    images = {p.name: (p.layers[0], tuple(p.recorded.shape), p.recorded.dtype) for p in planned if _packed_away(p)}
-    written = {p.name: p.live.data for p in planned if p.name not in images}
+    images: dict[nn.Module, list[Image]] = {}
+    for p in (p for p in planned if _packed_away(p)):
+        images.setdefault(p.layers[0], []).append(Image(p.name, tuple(p.recorded.shape), p.recorded.dtype))
+    written = {p.name: p.live.data for p in planned if not _packed_away(p)}
     plan = RankPlan(
         moves=tuple(move for p in planned for move in p.moves),
         dtypes={p.name: dtype_name(p.recorded.dtype) for p in planned},
         reload=reload, kept=tuple(p.name for p in parameters if not p.fed),
     )
-    assembled = [layer for layer, _, _ in images.values()]
-    repack = [layer for layer in layers if _multiplies(layer) and layer not in assembled and any(layer in p.layers for p in planned if p.name in written)]
+    repack = [layer for layer in layers if _multiplies(layer) and layer not in images and any(layer in p.layers for p in planned if p.name in written)]
     whole = [layer for layer in layers if layer._parameters] if failed else bad
     zeros = [placed(p.live.data, put) for p in planned if p.name in written for put in p.zeros]
     return Recording(plan, written, zeros, images, repack, whole)
@@ -206,8 +217,16 @@ def _multiplies(layer: nn.Module) -> bool:
 
 
 def _packed_away(p: _Parameter) -> bool:
-    """vLLM's CPU linear layers keep only a packed copy."""
-    return p.live.numel() == 0 and p.recorded.numel() > 0 and len(p.layers) == 1 and hasattr(p.layers[0], "cpu_linear")
+    """vLLM's CPU linear layers and experts keep only a packed copy."""
+    if len(p.layers) > 1 or not p.recorded.numel():
+        return False
+    return _experts(p.layers[0]) == "CPU" or (p.live.numel() == 0 and hasattr(p.layers[0], "cpu_linear"))
+
+
+def _experts(layer: Any) -> str | None:
+    """The kernel that computes them, where the layer has any."""
+    backend = getattr(getattr(layer, "quant_method", None), "unquantized_backend", None)
+    return None if backend is None else str(backend.name)
 
 
 def _trouble(p: _Parameter) -> str | None:
@@ -216,6 +235,8 @@ def _trouble(p: _Parameter) -> str | None:
         method = type(getattr(layer, "quant_method", None)).__name__
         if method not in PLAIN and method != "NoneType":
             return f"{method} may store it in another form"
+        if _experts(layer) not in {None, *PLAIN_EXPERTS}:
+            return f"{_experts(layer)} may store it in another form: rollout.engineArgs.moe_backend: triton keeps it as it is"
     if p.trouble is not None:
         return p.trouble
     same = (p.live.shape, p.live.dtype, p.live.stride()) == (p.recorded.shape, p.recorded.dtype, p.recorded.stride())

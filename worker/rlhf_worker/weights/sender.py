@@ -108,7 +108,7 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
 
     def _moved(self) -> bool:
         """Whether parameters lie elsewhere than at the last sync: offloaded and back, or replaced. Raises RuntimeError when they are other parts."""
-        if [tensor.data_ptr() for tensor in self.source.local_tensors()] == self.places:
+        if self._places() == self.places:
             return False
         shards = self.source.held()
         if changed := [name for name, shard in shards.items() if shard.extent != self.shards[name].extent]:
@@ -118,7 +118,7 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         return True
 
     def _places(self) -> list[int]:
-        return [shard.local.data_ptr() for shard in self.shards.values()]
+        return [tensor.data_ptr() for tensor in self.source.local_tensors()]
 
     def _join(self) -> None:
         address = wire.Address(self.info.address, self.info.rank, self.group.size, self.info.deadline_seconds)
