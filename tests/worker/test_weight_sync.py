@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
-from hack.tiny_model import write
 from rlhf_api.run import RunConfig
 from rlhf_worker import crew as crews
 from rlhf_worker.calls import call, call_all
@@ -25,6 +24,7 @@ from rlhf_worker.progress import ConsoleReporter
 from rlhf_worker.rollout.episode import Request
 from rlhf_worker.weights.sync import WeightSync
 from tests.worker.configs import run_config
+from tests.worker.moe import write_moe
 from tests.worker.poked import PokedEngine, flip_one_element, freeze
 from tests.worker.waiting import kill
 
@@ -38,7 +38,6 @@ FUSED = "model.layers.0.self_attn.qkv_proj.weight"
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     path = tmp_path_factory.mktemp("tiny")
-    write(path)
     with_biases(path)
     return run_config(
         model={"path": str(path), "dtype": "float32"}, data={"jsonl": {"path": str(path / "prompts.jsonl")}, "maxPromptTokens": 16},
@@ -49,11 +48,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 def with_biases(path: Path) -> None:
-    """The tiny model again, with a head of its own and biases, which vLLM fuses and keeps apart from the packed weights."""
-    config = LlamaConfig.from_pretrained(path)
-    config.attention_bias, config.tie_word_embeddings = True, False
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    """A dense layer and one of experts, a head of its own, and biases, which vLLM fuses and keeps apart from the packed weights."""
+    write_moe(path, "qwen2_moe")
+    model = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.1) if name.endswith("bias") else None

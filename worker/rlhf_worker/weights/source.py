@@ -36,15 +36,12 @@ class PolicySource(WeightSource):
         self.dtype = dtype
         self.transient = transient
 
-    def _stretches(self) -> Iterator[tuple[Stretch, Tensor]]:
-        """Every checkpoint tensor, with the parameter in which it lies."""
-        for name, parameter in self._named():
-            for stretch in self._layout.get(name, [Stretch(name, parameter.shape)]):
-                yield stretch, parameter
+    def _of(self, name: str, shape: torch.Size) -> list[Stretch]:
+        return self._layout.get(name) or [Stretch(name, shape)]
 
     def held(self) -> dict[str, Held]:
         """No copies: the tensors are the parameters' own memory. Raises ValueError for a layout that is not rows."""
-        return {stretch.name: _held(stretch, parameter.detach()) for stretch, parameter in self._stretches()}
+        return {held: part for name, parameter in self._named() for held, part in _held(name, parameter.detach(), self._of(name, parameter.shape))}
 
     def local_tensors(self) -> list[Tensor]:
         """The memory of `held`, a tensor a parameter: cheap, for each sync."""
@@ -52,10 +49,10 @@ class PolicySource(WeightSource):
 
     def own_metas(self) -> tuple[ParamMeta, ...]:
         """In the trainer's own types."""
-        return tuple(ParamMeta(stretch.name, parameter.dtype, tuple(stretch.shape)) for stretch, parameter in self._stretches())
+        return tuple(ParamMeta(part.name, parameter.dtype, tuple(part.shape)) for name, parameter in self._named() for part in self._of(name, parameter.shape))
 
     def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(stretch.name, self.dtype, tuple(stretch.shape)) for stretch, _ in self._stretches()]
+        return [ParamMeta(meta.name, self.dtype, meta.shape) for meta in self.own_metas()]
 
     @torch.no_grad()
     def whole(self) -> Iterator[tuple[str, Tensor]]:
@@ -68,18 +65,20 @@ class PolicySource(WeightSource):
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Whole checkpoint tensors; as `whole` otherwise."""
         for name, tensor in self.whole():
-            for stretch in self._layout.get(name, [Stretch(name, tensor.shape)]):
-                yield stretch.name, tensor.flatten()[stretch.start : stretch.start + stretch.shape.numel()].view(stretch.shape)
+            for part in self._of(name, tensor.shape):
+                yield part.name, tensor.view(-1)[part.start : part.start + part.shape.numel()].view(part.shape)
 
 
-def _held(stretch: Stretch, parameter: Tensor) -> Held:
+def _held(name: str, parameter: Tensor, stretches: list[Stretch]) -> Iterator[tuple[str, Held]]:
     local, first = parameter, 0
     if isinstance(parameter, DTensor):
         if parameter.placements != (Shard(0),):
-            raise ValueError(f"weight sync: {stretch.name} is laid out as {parameter.placements}; it must be sharded by rows over one mesh dimension")
+            raise ValueError(f"weight sync: {name} is laid out as {parameter.placements}; it must be sharded by rows over one mesh dimension")
         local, rows = parameter.to_local(), compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)[1][0]
         first = rows * (parameter.numel() // max(1, parameter.shape[0]))
-    # The elements that are both of this rank's rows and of the stretch, counted from the beginning of the stretch.
-    start, stop = (min(max(edge, 0), stretch.shape.numel()) for edge in (first - stretch.start, first + local.numel() - stretch.start))
-    begin = start + stretch.start - first
-    return Held(local.view(-1)[begin : begin + stop - start], (start, stop))
+    flat = local.view(-1)
+    for part in stretches:
+        # The elements that are both this rank's and the tensor's, as the parameter counts them, then each as it counts itself.
+        start, stop = max(first, part.start), min(first + local.numel(), part.start + part.shape.numel())
+        held = flat[start - first : stop - first] if start < stop else flat[:0]
+        yield part.name, Held(held, (start - part.start, stop - part.start) if start < stop else (0, 0))
