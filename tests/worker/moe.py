@@ -12,7 +12,10 @@ from rlhf_worker.pretrained import make_readable
 EXPERTS = 3  # uneven over two ranks
 KINDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
-    "qwen2_moe": {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "mlp_only_layers": [0]},
+    "qwen2_moe": {
+        "num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "mlp_only_layers": [0],
+        "hidden_size": HEADS * HEAD_DIM,
+    },
     "mixtral": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2},
     "olmoe": {"num_experts": EXPERTS, "num_experts_per_tok": 2, "hidden_size": HEADS * HEAD_DIM},
     "glm4_moe": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1},

@@ -241,7 +241,8 @@ def _targets(batch: PackedBatch) -> Tensor:
 
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    cu_seq_lens_q: Tensor | None = None, max_length_q: int = 0, sliding_window: int | None = None, context: DeviceMesh | None = None, **_: Any,
+    cu_seq_lens_q: Tensor | None = None, max_length_q: int = 0, sliding_window: int | None = None, s_aux: Tensor | None = None,
+    context: DeviceMesh | None = None, **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query (1, H, T, D), key and value (1, H_kv, T, D) -> (1, T, H, D). Causal within each sequence.
 
@@ -249,6 +250,8 @@ def packed_attention(
     """
     if cu_seq_lens_q is None:
         raise ValueError("packed attention needs cu_seq_lens_q: call the model through RoleModule")
+    if s_aux is not None:
+        raise BadSpec("spec.model.path: packed attention leaves out the model's attention sinks: set spec.trainer.batching to padded")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if context is None:
         return _attended(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
