@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from hack.tiny_model import CHARACTERS, HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, SPECIAL, write
 from rlhf_worker.pretrained import make_readable
 
-EXPERTS = 3  # uneven over two ranks
+EXPERTS = 4
 KINDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
     "qwen2_moe": {

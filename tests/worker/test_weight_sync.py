@@ -49,7 +49,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 def write_model(path: Path) -> None:
     """A dense layer and one of experts, a head of its own, and biases, which vLLM fuses and keeps apart from the packed weights."""
-    write_moe(path, "qwen2_moe")
+    write_moe(path, "qwen2_moe", num_experts=3)  # uneven over two ranks
     model = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -42,12 +42,12 @@ def layout_of(lm: PreTrainedModel, field: str) -> Layout:
     wholes = {name: torch.empty(parameter.shape, device="meta") for name, parameter in lm.named_parameters()}
     owners = {tensor.untyped_storage()._cdata: name for name, tensor in wholes.items()}
     found: dict[str, list[Stretch]] = {name: [] for name in wholes}
-    with torch.no_grad(), _NoCopies():
+    with torch.no_grad(), _NoCopies():  # type: ignore[no-untyped-call]
         saved = revert_weight_conversion(lm, dict(wholes))
     for name, tensor in saved.items():
         owner = owners.get(tensor.untyped_storage()._cdata)
         if owner is None or not View(0, tuple(tensor.shape), tensor.stride()).contiguous:
-            raise BadSpec(f"{field}: {lm.config.name_or_path}: the trainer computes with {name} in another form than its checkpoint has, which the engines cannot follow")
+            raise BadSpec(f"{field}: {lm.config.name_or_path}: the trainer computes with {name} in another form than its checkpoint has: use another model")
         found[owner].append(Stretch(name, tensor.shape, int(tensor.storage_offset())))
     if lost := [name for name, parts in found.items() if sum(part.shape.numel() for part in parts) != wholes[name].numel()]:
         raise BadSpec(f"{field}: {lm.config.name_or_path}: transformers does not say which tensors of the checkpoint make up {lost[0]}")

@@ -88,7 +88,7 @@ def _open(handle: Handle, device: torch.device, opened: dict[Any, Any]) -> Tenso
     return torch.empty(0, dtype=getattr(torch, handle.dtype), device=device).set_(opened[key], handle.offset, (handle.numel,), (1,))
 
 
-def _storage(handle: Handle, device: torch.device) -> torch.UntypedStorage:
+def _storage(handle: Handle, device: torch.device) -> Any:
     if handle.cuda is None:
         assert handle.file is not None
         return torch.UntypedStorage.from_file(handle.file, shared=True, nbytes=Path(handle.file).stat().st_size)
