@@ -1,8 +1,10 @@
 """Mixture-of-experts models in the trainer: what their checkpoints hold, the forward pass, FSDP over more ranks than experts, the way out."""
 
+import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,12 +13,15 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import Transpose, WeightConverter
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import pack
 from rlhf_worker.trainer.model import packed_attention, policy_pass
 from rlhf_worker.weights.layout import layout_of
-from rlhf_worker.weights.plan import Extent
+from rlhf_worker.weights.plan import Extent, Move, View
+from rlhf_worker.weights.recorder import _packed_away, _Parameter, _trouble
 from tests.worker.moe import KINDS, write_moe
 from tests.worker.ranks import over_ranks
 from tests.worker.test_model import CPU, alone, module, sequence
@@ -74,6 +79,18 @@ def test_attention_sinks_are_not_left_out() -> None:
     one = torch.zeros(1, 1, 2, 4)
     with pytest.raises(BadSpec, match=r"attention sinks: set spec\.trainer\.batching to padded"):
         packed_attention(torch.nn.Module(), one, one, one, None, cu_seq_lens_q=torch.tensor([0, 2]), s_aux=torch.zeros(1))
+
+
+@pytest.mark.parametrize(("kernel", "trouble", "packed"), [("TRITON", None, False), ("CPU", None, True), ("FLASHINFER_TRTLLM", "another form: .*moe_backend: triton", False)])
+def test_experts_are_written_in_place_where_their_kernel_leaves_them_as_they_are(kernel: str, trouble: str | None, packed: bool) -> None:
+    method = object.__new__(UnquantizedFusedMoEMethod)
+    layer = SimpleNamespace(quant_method=method)
+    torch.nn.Module.__init__(method)
+    method.unquantized_backend = UnquantizedMoeBackend[kernel]
+    weight, whole = torch.nn.Parameter(torch.zeros(2, 3)), View(0, (6,), (1,))
+    found = _Parameter("experts.w2_weight", weight, weight, [cast(Any, layer)], [Move("experts.0.down_proj.weight", whole, "experts.w2_weight", whole)])
+    assert re.search(trouble, _trouble(found) or "") if trouble else _trouble(found) is None
+    assert _packed_away(found) is packed
 
 
 @pytest.mark.parametrize("trainer", [{}, {"batching": "padded"}], ids=str)
