@@ -60,7 +60,7 @@ def checkpoint(path: Path) -> dict[str, torch.Tensor]:
 def test_the_layout_is_that_of_the_checkpoints_files(each: Path) -> None:
     """Name for name and tensor for tensor."""
     lm = AutoModelForCausalLM.from_pretrained(each)
-    parts = {part.name: (name, part) for name, stretches in layout_of(lm, "spec.model.path").items() for part in stretches}
+    parts = {part.name: (name, part) for name, stretches in layout_of(lm).items() for part in stretches}
     files = checkpoint(each)
     assert parts.keys() == files.keys() - {BIAS} and len(parts) > len(list(lm.parameters()))
     for file, (name, part) in parts.items():
@@ -72,7 +72,7 @@ def test_a_checkpoint_in_another_form_is_refused(tiny: Path) -> None:
     lm = AutoModelForCausalLM.from_pretrained(tiny)
     lm._weight_conversions = [WeightConverter("mlp.experts.down_proj", "mlp.experts.down_proj", [Transpose(1, 2)])]
     with pytest.raises(BadSpec, match=r"spec\.model\.path: .*: the trainer computes with model\.layers\.1\.mlp\.experts\.down_proj in another form"):
-        layout_of(lm, "spec.model.path")
+        layout_of(lm)
 
 
 def test_attention_sinks_are_not_left_out() -> None:

@@ -80,7 +80,7 @@ class Trainer:
             module = self.roles["policy"].module
             self.places = [(name.removeprefix(PREFIX), module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name, _ in module.named_parameters()]
             transient = self.config.trainer.offload and self.device.type == "cuda"
-            self.source = PolicySource(self._named, getattr(torch, self.config.model.dtype), layout_of(module.lm, "spec.model.path"), transient=transient)
+            self.source = PolicySource(self._named, getattr(torch, self.config.model.dtype), layout_of(module.lm), transient=transient)
             if self.config.rollout.engine == "hf":
                 self.generator = Generator(self.config, self.rank, self.device)
         attempt = ray.get_runtime_context().get_job_id() if ray.is_initialized() else ""

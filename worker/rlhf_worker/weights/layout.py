@@ -37,8 +37,9 @@ class _NoCopies(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return args[0] if func is torch.ops.aten.clone.default else func(*args, **(kwargs or {}))
 
 
-def layout_of(lm: PreTrainedModel, field: str) -> Layout:
-    """Raises BadSpec, which names `field`, for a model whose checkpoint has tensors that are no stretches of its parameters."""
+def layout_of(lm: PreTrainedModel) -> Layout:
+    """Of the policy. Raises BadSpec for a model whose checkpoint has tensors that are no stretches of its parameters."""
+    path = f"spec.model.path: {lm.config.name_or_path}"
     wholes = {name: torch.empty(parameter.shape, device="meta") for name, parameter in lm.named_parameters()}
     owners = {tensor.untyped_storage()._cdata: name for name, tensor in wholes.items()}
     found: dict[str, list[Stretch]] = {name: [] for name in wholes}
@@ -47,8 +48,8 @@ def layout_of(lm: PreTrainedModel, field: str) -> Layout:
     for name, tensor in saved.items():
         owner = owners.get(tensor.untyped_storage()._cdata)
         if owner is None or not View(0, tuple(tensor.shape), tensor.stride()).contiguous:
-            raise BadSpec(f"{field}: {lm.config.name_or_path}: the trainer computes with {name} in another form than its checkpoint has: use another model")
+            raise BadSpec(f"{path}: the trainer computes with {name} in another form than its checkpoint has: use another model")
         found[owner].append(Stretch(name, tensor.shape, int(tensor.storage_offset())))
     if lost := [name for name, parts in found.items() if sum(part.shape.numel() for part in parts) != wholes[name].numel()]:
-        raise BadSpec(f"{field}: {lm.config.name_or_path}: transformers does not say which tensors of the checkpoint make up {lost[0]}")
+        raise BadSpec(f"{path}: transformers does not say which tensors of the checkpoint make up {lost[0]}")
     return found
