@@ -15,6 +15,7 @@ from rlhf_api.base import Model
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Path = Annotated[str, Field(min_length=1, max_length=4096)]
+ModuleName = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 FreeObject = dict[str, Any]
 
 
@@ -27,6 +28,21 @@ class ModelSpec(Model):
     path: Path = Field(description="Hub id, or a directory inside the pods (a mounted volume) with a Hugging Face checkpoint.")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of the engine's weights and of the trainer's matrix products. The trainer's own weights are float32.")
     trust_remote_code: bool = Field(False, description="Run python code that comes with the checkpoint.")
+
+
+class LoRASpec(Model):
+    rank: Annotated[int, Field(ge=1, le=512)] = Field(16, description="Rows of A and columns of B; the adapter adds alpha / rank * B A x to what its layer gives.")
+    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="Scale of the adapters, divided by rank.")
+    target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=64)] | None = Field(None, description="Last part of the names of the decoder's linear layers that get adapters, such as q_proj. Unset: all of them.")
+
+
+class PolicySpec(ModelSpec):
+    lora: LoRASpec | None = Field(None, description="Train low-rank adapters (arXiv 2106.09685) and leave the model as it is. Unset: train every weight.")
+
+    @property
+    def base(self) -> ModelSpec:
+        """As it was before training."""
+        return ModelSpec(path=self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
 
 
 class KLSpec(Model):
@@ -218,7 +234,7 @@ class PlacementSpec(Model):
 
 
 class WeightSyncSpec(Model):
-    backend: Literal["auto", "nccl", "ipc", "shm", "gloo", "vllm-nccl", "vllm-ipc", "sharded_rdt"] = Field("auto", description="auto: on GPU ipc when Colocated and nccl when Separated; on CPU shm on one node and gloo on several. vllm-nccl, vllm-ipc and sharded_rdt are vLLM's own.")
+    backend: Literal["auto", "nccl", "ipc", "shm", "gloo", "vllm-nccl", "vllm-ipc", "sharded_rdt"] = Field("auto", description="auto: with model.lora adapter; else on GPU ipc when Colocated and nccl when Separated; on CPU shm on one node and gloo on several. vllm-nccl, vllm-ipc and sharded_rdt are vLLM's own.")
     verify: bool = Field(True, description="Prove after the first sync, and every verifyEverySteps, that the engines hold the trainer's weights.")
     verify_every_steps: PositiveInt = Field(50, description="Steps between two proofs.")
     deadline_seconds: Annotated[float, Field(gt=0)] = Field(300.0, description="Deadline of one sync. Past it the sync is tried again without the engines that died; if none did, the run stops and resumes from its checkpoint.")
@@ -311,7 +327,7 @@ class PodsSpec(Model):
 class RLHFJobSpec(Model):
     image: Annotated[str, Field(min_length=1, max_length=1024)] = Field(description="Worker image.")
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field("IfNotPresent", description="As in a container.")
-    model: ModelSpec = Field(description="The model to train.")
+    model: PolicySpec = Field(description="The model to train.")
     algorithm: AlgorithmSpec = Field(default_factory=AlgorithmSpec, description="The algorithm and its numbers.")
     data: DataSpec = Field(description="Where prompts come from.")
     rewards: list[RewardSpec] = Field(min_length=1, max_length=16, description="Rewards; their weighted sum is what is maximised.")

@@ -194,6 +194,11 @@ def _backend(job: RLHFJob) -> Iterator[str]:
         yield f"backend is {backend}, mode is {mode}"
 
 
+def _adapters(job: RLHFJob) -> Iterator[str]:
+    if job.spec.model.lora is not None and job.spec.weight_sync.backend != "auto":
+        yield f"backend is {job.spec.weight_sync.backend}"
+
+
 def _algorithm(broken: Callable[[AlgorithmSpec], bool]) -> Check:
     def check(job: RLHFJob) -> Iterator[str]:
         if broken(job.spec.algorithm):
@@ -279,6 +284,8 @@ RULES = (
          "a step's batch must hold a sample for each rank and update: raise rollout.promptsPerStep or lower trainer.updatesPerStep", "rollout.promptsPerStep", _batch),
     Rule("spec", "!(self.weightSync.backend in (self.placement.mode == 'Separated' ? ['ipc', 'vllm-ipc'] : ['nccl', 'vllm-nccl', 'sharded_rdt']))",
          "ipc and vllm-ipc need Colocated (one GPU's memory, shared), nccl, vllm-nccl and sharded_rdt need Separated (one rank a GPU): use auto", "weightSync.backend", _backend),
+    Rule("spec", "!has(self.model.lora) || self.weightSync.backend == 'auto'",
+         "with model.lora only the adapters travel, and there is one way: set weightSync.backend to auto, or remove model.lora", "weightSync.backend", _adapters),
     Rule("spec", f"self.rollout.samplesPerPrompt >= 2 || self.algorithm.name in {list(UNGROUPED)}",
          "the algorithm compares samples of one prompt: set rollout.samplesPerPrompt to 2 or more, or algorithm.name to ppo or reinforce++", "rollout.samplesPerPrompt", _group),
     Rule("spec", "!has(self.algorithm.overlong.bufferTokens) || self.algorithm.overlong.bufferTokens <= self.rollout.maxTokens",

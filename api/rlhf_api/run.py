@@ -14,6 +14,7 @@ from rlhf_api.job import (
     DataSpec,
     EvaluationSpec,
     ModelSpec,
+    PolicySpec,
     ReferenceSpec,
     RewardSpec,
     RLHFJob,
@@ -38,7 +39,7 @@ class RunConfig(Model):
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, protected_namespaces=())
 
     job: JobRef
-    model: ModelSpec
+    model: PolicySpec
     algorithm: Algorithm
     data: DataSpec
     rewards: list[RewardSpec]
@@ -57,6 +58,11 @@ class RunConfig(Model):
         """The models of the trainer's processes, by role: "policy", "critic", "reference", "reward:<name>"."""
         others = {"critic": self.critic, "reference": self.reference} | {f"reward:{reward.name}": reward for reward in self.rewards}
         return {"policy": self.model} | {name: role.model for name, role in others.items() if role and role.model}
+
+    @property
+    def reference_in_policy(self) -> bool:
+        """Whether the reference needs no weights of its own: it is the policy without its adapters, on the same ranks."""
+        return bool(self.model.lora and self.reference and self.reference.gpus is None and self.reference.model == self.model.base)
 
     @property
     def sampling_seed(self) -> int:
@@ -86,11 +92,11 @@ def _critic(spec: RLHFJobSpec) -> CriticSpec | None:
     if spec.algorithm.name != "ppo":
         return None
     critic = spec.critic or CriticSpec()
-    return critic.model_copy(update={"model": critic.model or spec.model})
+    return critic.model_copy(update={"model": critic.model or spec.model.base})
 
 
 def _reference(spec: RLHFJobSpec) -> ReferenceSpec | None:
     if not spec.algorithm.kl.coefficient:
         return None
     reference = spec.reference or ReferenceSpec()
-    return reference.model_copy(update={"model": reference.model or spec.model})
+    return reference.model_copy(update={"model": reference.model or spec.model.base})

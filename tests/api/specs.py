@@ -81,6 +81,7 @@ BROKEN: list[tuple[str, Object]] = [
     ("promptsPerStep", a_job(rollout__promptsPerStep=1, rollout__samplesPerPrompt=2, trainer__updatesPerStep=3)),
     ("'ipc'", a_job(weightSync__backend="ipc", placement__mode="Separated")),
     ("'ipc'", a_job(weightSync__backend="nccl")),
+    ("has(self.model.lora)", a_job(model__lora={}, weightSync__backend="gloo")),
     ("samplesPerPrompt >= 2", a_job(rollout__samplesPerPrompt=1)),
     ("samplesPerPrompt >= 2", a_job(rollout__samplesPerPrompt=1, algorithm__name="rloo")),
     ("bufferTokens <= self.rollout.maxTokens", a_job(algorithm__overlong__bufferTokens=513)),

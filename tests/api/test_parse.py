@@ -99,6 +99,37 @@ def test_the_sampling_seed_falls_back_to_the_jobs() -> None:
     assert resolve(parse_job(a_job(trainer__seed=7, rollout__seed=0))).sampling_seed == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "inside"),
+    [
+        ({}, True),
+        ({"reference": {"model": {"path": "some/model"}}}, True),
+        ({"reference": {"model": {"path": "other/model"}}}, False),
+        ({"reference": {"gpus": 1}}, False),
+        ({"model": {"path": "some/model"}}, False),
+        ({"algorithm": {"kl": {"coefficient": 0}}}, False),
+    ],
+    ids=str,
+)
+def test_a_reference_of_the_policys_base_on_its_ranks_is_the_policy_without_adapters(changes: dict[str, Any], inside: bool) -> None:
+    given: dict[str, Any] = {"model": {"path": "some/model", "lora": {}}, "algorithm": {"kl": {"coefficient": 0.1}}, **changes}
+    config = resolve(parse_job(a_job(**given)))
+    assert config.reference_in_policy is inside
+    assert "reference" not in config.roles or not hasattr(config.roles["reference"], "lora")
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"rank": 0}, "model.lora.rank"), ({"rank": 513}, "model.lora.rank"), ({"alpha": 0}, "model.lora.alpha"),
+        ({"targetModules": []}, "model.lora.targetModules"), ({"targetModules": ["a.b"]}, r"model.lora.targetModules\[0\]"),
+    ],
+)  # fmt: skip
+def test_adapters_that_cannot_be(lora: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidJob, match=rf"spec\.{message}"):
+        parse_job(a_job(model__lora=lora))
+
+
 JUDGE = {"name": "j", "type": "judge", "url": "http://judge/", "judge": {"model": "m", "prompt": "rate {completion}"}}
 
 

@@ -22,6 +22,11 @@ def test_auto(mode: str, device: str, one_node: bool, backend: str) -> None:
     assert choose(config(mode), device, one_node=one_node) == backend
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_adapters_have_a_way_of_their_own(device: str) -> None:
+    assert choose(run_config(model={"path": "/m", "lora": {}}), device, one_node=False) == "adapter"
+
+
 def test_a_wish_that_can_be_met_is_met() -> None:
     assert choose(config("Colocated", "gloo"), "cpu", one_node=True) == "gloo"
     assert choose(config("Separated", "vllm-nccl"), "cuda", one_node=False) == "vllm-nccl"

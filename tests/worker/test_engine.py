@@ -38,7 +38,7 @@ def test_a_model_class_that_vllm_does_not_know_is_named() -> None:
     assert "refuses them: something else" in str(refused(run_config(), "something else", "0.32.0"))
 
 
-@pytest.mark.parametrize("name", ["model", "tensor_parallel_size", "logprobs_mode", "weight_transfer_config"])
+@pytest.mark.parametrize("name", ["model", "tensor_parallel_size", "logprobs_mode", "weight_transfer_config", "enable_lora", "max_loras"])
 def test_arguments_of_the_workers_own_are_refused(name: str) -> None:
     with pytest.raises(BadSpec, match=rf"engineArgs\.{name}: the worker sets it itself"):
         check_engine_args(run_config(rollout={"engineArgs": {name: "x"}}))

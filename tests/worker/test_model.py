@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, Qwen3NextConfig
 
 from hack.tiny_model import write
-from rlhf_api.job import ModelSpec, TrainerSpec
+from rlhf_api.job import ModelSpec, PolicySpec, TrainerSpec
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import TrainSequence, empty_batch, pack
 from rlhf_worker.pretrained import identity, load_config, load_tokenizer
@@ -135,7 +135,7 @@ def test_a_broken_config_is_the_specs_fault(tmp_path: Path) -> None:
 
 
 def test_identity_tells_models_apart(tiny: Path) -> None:
-    spec = ModelSpec(path=str(tiny))
+    spec = PolicySpec(path=str(tiny))
     config = load_config(spec)
     assert identity(spec, config) == identity(spec, config)
     other = load_config(spec)

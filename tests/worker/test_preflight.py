@@ -38,6 +38,11 @@ def test_what_roles_need_at_least(counts: dict[str, int], world: int, offload: b
     assert needed_bytes(run_config(trainer={"steps": 1, "offload": offload}), counts, world) == expected
 
 
+def test_a_policy_with_adapters_needs_what_a_frozen_role_needs() -> None:
+    config = run_config(model={"path": "/m", "lora": {}}, algorithm={"name": "ppo"})
+    assert needed_bytes(config, {"policy": BILLION, "critic": BILLION}, 2) == 10 * BILLION
+
+
 def test_memory_that_is_there_is_enough() -> None:
     check_memory(30 * GIB, 50 * GIB, 80 * GIB, 140 * GIB, "GPU x")
 

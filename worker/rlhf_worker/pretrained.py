@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_api.job import ModelSpec
+from rlhf_api.job import ModelSpec, PolicySpec
 from rlhf_worker.errors import BadSpec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from torch.nn import ModuleList
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def model_field(role: str) -> str:
@@ -51,10 +52,43 @@ def load_tokenizer(spec: ModelSpec, field: str = "spec.model.path") -> "PreTrain
         raise BadSpec(f"{field}: {spec.path}: transformers cannot read its tokenizer: {error}") from error
 
 
-def identity(spec: ModelSpec, config: "PreTrainedConfig") -> dict[str, Any]:
-    """What makes a checkpoint belong to this model: its path and its shape."""
+def identity(spec: PolicySpec, config: "PreTrainedConfig") -> dict[str, Any]:
+    """What makes a checkpoint belong to this model: its path, its shape and its adapters."""
     shape = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    return {"path": spec.path, **{name: getattr(config, name, None) for name in shape}}
+    return {"path": spec.path, "lora": spec.lora and spec.lora.to_dict(), **{name: getattr(config, name, None) for name in shape}}
+
+
+def skeleton(spec: ModelSpec) -> "PreTrainedModel":
+    """The whole model without its weights. Raises BadSpec."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(spec), trust_remote_code=spec.trust_remote_code)
+        return made
+
+
+def decoder_layers(lm: "PreTrainedModel") -> "ModuleList":
+    """Raises BadSpec for a model that names them otherwise."""
+    from torch.nn import ModuleList
+
+    base = lm.base_model
+    found = next((getattr(base, name) for name in ("layers", "h") if hasattr(base, name)), None)
+    if not isinstance(found, ModuleList):
+        raise BadSpec(f"{lm.config.name_or_path}: {type(base).__name__} has no list of decoder layers, by which the trainer would shard it")
+    return found
+
+
+def adapted(spec: PolicySpec) -> list[str]:
+    """Last part of the names of the linear layers that get adapters. Raises BadSpec."""
+    from torch.nn import Linear
+
+    assert spec.lora is not None
+    there = sorted({name.rpartition(".")[2] for name, layer in decoder_layers(skeleton(spec)).named_modules() if isinstance(layer, Linear)})
+    wanted = spec.lora.target_modules or there
+    if wrong := [name for name in wanted or ["of torch.nn.Linear"] if name not in there]:
+        raise BadSpec(f"spec.model.lora.targetModules: the decoder of {spec.path} has no linear layers {', '.join(wrong)}; it has {', '.join(there) or 'none'}")
+    return wanted
 
 
 def context_length(config: "PreTrainedConfig") -> int | None:

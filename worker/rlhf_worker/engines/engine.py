@@ -6,6 +6,7 @@ vLLM is imported after the environment is set, because it reads it at import.
 import asyncio
 import os
 import pickle
+from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import ray
 from pydantic import ValidationError
 
 from rlhf_api.run import RunConfig
+from rlhf_worker.engines.adapters import Adapters, adapter_args, version_of
 from rlhf_worker.engines.arguments import check_context, check_engine_args, check_known, needed_context, refused
 from rlhf_worker.errors import DeadlineExceeded, EngineFailed
 from rlhf_worker.placement import Seat
@@ -49,6 +51,8 @@ class Engine:
         self.environments: Environments | None = None
         self.sleep_level = 1
         self.llm: AsyncLLM | None = None
+        self.adapters: Adapters | None = None  # with model.lora
+        self.adapter_args: dict[str, Any] = {}
         self._requests = 0
 
     async def prepare(self, backend: str) -> None:
@@ -61,6 +65,7 @@ class Engine:
         from vllm.engine.arg_utils import AsyncEngineArgs
 
         check_known(self.config.rollout.engine_args, {f.name for f in fields(AsyncEngineArgs)}, vllm.__version__)
+        self.adapter_args = adapter_args(self.config)
 
     async def start(self, backend: str) -> str:
         """Load the model into vLLM. Returns vLLM's version. Raises BadSpec."""
@@ -77,6 +82,8 @@ class Engine:
         except Exception as error:
             raise EngineFailed(f"engine {self.index} did not start: {error}; its log ends: {printed()}") from error
         await self.llm.update_weight_version("0")
+        if self.adapter_args:
+            self.adapters = Adapters(self.llm)
         return str(vllm.__version__)
 
     def _open_environments(self) -> None:
@@ -121,10 +128,11 @@ class Engine:
             # vLLM's CPU generators cannot be wound back, which a seeded request needs when its prompt is prefilled in chunks.
             args |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True, "enable_chunked_prefill": False}
         args |= config.rollout.engine_args
-        return args | {
+        transfer = {} if self.adapter_args else {"weight_transfer_config": {"backend": engine_backend(backend)}}
+        return args | transfer | self.adapter_args | {
             "model": str(Path(config.model.path).expanduser()) if config.model.path.startswith("~") else config.model.path,
             "dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code, "tensor_parallel_size": ranks,
-            "distributed_executor_backend": self._executor(backend), "logprobs_mode": "processed_logprobs", "weight_transfer_config": {"backend": engine_backend(backend)},
+            "distributed_executor_backend": self._executor(backend), "logprobs_mode": "processed_logprobs",
         }
 
     def _executor(self, backend: str) -> Any:
@@ -203,18 +211,22 @@ class Engine:
             temperature=episode.request.temperature, top_p=1.0, top_k=0, seed=episode.seed, max_tokens=episode.left, logprobs=0,
             output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False, flat_logprobs=True, skip_clone=True,
         )  # fmt: skip
-        output = (await self._final(episode.context, params)).outputs[0]
+        found = await self._final(episode.context, params)
+        output = found.outputs[0]
         if output.finish_reason not in ("stop", "length") or output.logprobs is None or output.weight_versions is None:
             raise RuntimeError(f"engine {self.index}: a completion ended as {output.finish_reason!r}")
         versions = [int(span.version) for span in output.weight_versions for _ in range(span.end - span.start)]
+        if found.lora_request is not None:  # a request keeps its adapter, whatever is loaded meanwhile
+            versions = [version_of(found.lora_request)] * len(output.token_ids)
         return Turn(list(output.token_ids), list(output.logprobs.logprobs), versions, output.finish_reason)
 
     async def _final(self, token_ids: list[int], params: "SamplingParams") -> "RequestOutput":
         from vllm.inputs.engine import tokens_input
 
         self._requests += 1
-        outputs = self._running().generate(tokens_input(token_ids), params, f"{self.index}-{self._requests}")
-        found = [output async for output in outputs if output.finished]
+        with self.adapters.lent() if self.adapters else nullcontext() as adapter:
+            outputs = self._running().generate(tokens_input(token_ids), params, f"{self.index}-{self._requests}", lora_request=adapter)
+            found = [output async for output in outputs if output.finished]
         if not found:
             raise RuntimeError(f"engine {self.index}: a request came back without output")
         return found[0]
@@ -258,7 +270,8 @@ class Engine:
     async def adopt(self, version: int) -> None:
         """The new weights are in place: forget what the old ones computed, count from the new version, and go on."""
         llm = self._running()
-        await llm.reset_prefix_cache(reset_running_requests=True)
+        if self.adapters is None:  # vLLM keys its cache by the adapter
+            await llm.reset_prefix_cache(reset_running_requests=True)
         await llm.update_weight_version(str(version))
         self.version, self.stale = version, False
         await llm.resume_generation()
@@ -284,6 +297,10 @@ class Engine:
         # A sync brings back all that a plan covers; what it leaves alone must survive a sleep on the host.
         self.sleep_level = 1 if any(pickle.loads(plan).kept for plan in plans) else 2
         return plans
+
+    async def load_adapter(self, version: int, files: dict[str, bytes]) -> None:
+        assert self.adapters is not None
+        await self.adapters.load(version, files)
 
     async def start_weight_update(self) -> None:
         await self._running().start_weight_update()

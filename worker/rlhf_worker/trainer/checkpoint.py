@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
@@ -35,6 +35,7 @@ RUN, PART, RNG, LATEST = "run.json", "part.json", "rng.pt", "latest"
 LEADER = "policy"  # its first rank makes a checkpoint of every role's part
 PARTS_DEADLINE_SECONDS = 1800.0
 POLL_SECONDS = 0.2
+PARTIAL = StateDictOptions(strict=False)
 
 Roles = Mapping[str, tuple[nn.Module, Optimizer]]
 Files = dict[str, list[int]]  # by name inside the checkpoint: size in bytes, CRC32
@@ -245,7 +246,7 @@ class Saver:
                 raise BadData(
                     f"checkpoint {path} does not fit {role} ({_cause(error)}): set spec.checkpoint.path to an empty directory, or the spec to what made it"
                 ) from error
-            set_state_dict(module, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+            set_state_dict(module, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"], options=PARTIAL)
         self._load_rng(f"{name}/{next(iter(roles))}/{RNG}")
 
     def _load_rng(self, name: str) -> None:
@@ -300,8 +301,10 @@ def _cause(error: BaseException) -> str:
 
 
 def _tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """Without what adapters leave frozen, which comes from the model's own files; a tied weight has two names."""
     model, optim = get_state_dict(module, optimizer)
-    return {"model": model, "optimizer": optim}
+    frozen = {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+    return {"model": {name: tensor for name, tensor in model.items() if name not in frozen}, "optimizer": optim}
 
 
 def _rng() -> dict[str, torch.Tensor]:

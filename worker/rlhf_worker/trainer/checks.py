@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_api.job import ModelSpec, PlacementMode
 from rlhf_api.run import TRAINED, RunConfig
 from rlhf_worker.errors import BadSpec, PreflightFailed
-from rlhf_worker.pretrained import load_config, load_tokenizer
+from rlhf_worker.pretrained import load_tokenizer, skeleton
 
 if TYPE_CHECKING:
     from rlhf_worker.trainer.rank import Trainer
@@ -126,17 +126,18 @@ def host_memory(meminfo: str) -> tuple[int, int]:
 @cache  # asked for by two checks, and for roles of the same model
 def parameters(spec: ModelSpec) -> int:
     """Of the whole model, from its config alone. Raises BadSpec."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(load_config(spec), trust_remote_code=spec.trust_remote_code).parameters())
+    return sum(p.numel() for p in skeleton(spec).parameters())
 
 
 def needed_bytes(config: RunConfig, counts: Mapping[str, int], world: int) -> int:
     """What one rank's roles take at least, in bytes: without activations. counts: parameters of each role; with offload one role is there at a time."""
-    each = [count * (TRAINED_BYTES if role in TRAINED else FROZEN_BYTES) // world for role, count in counts.items()]
+    each = [count * (TRAINED_BYTES if role in _trained_whole(config) else FROZEN_BYTES) // world for role, count in counts.items()]
     return max(each) if config.trainer.offload else sum(each)
+
+
+def _trained_whole(config: RunConfig) -> tuple[str, ...]:
+    """Adapters are a small part of a model: they are left out of the least that a run needs."""
+    return tuple(role for role in TRAINED if role != "policy" or config.model.lora is None)
 
 
 def check_memory(roles: int, engine: int, free: int, total: int, where: str) -> None:
@@ -165,7 +166,7 @@ def _checkpoint(rank: "Trainer") -> None:
         raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) cannot be written: {told[1]}")
     if name not in rank.store.names() or rank.store.read(name).decode() != told[0]:
         raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) is another directory in each trainer pod: mount a volume that they share (pods.trainer.volumes)")
-    room, need = rank.store.room(), sum(SAVED_BYTES * parameters(rank.config.roles[role]) for role in rank.names if role in TRAINED)
+    room, need = rank.store.room(), sum(SAVED_BYTES * parameters(rank.config.roles[role]) for role in rank.names if role in _trained_whole(rank.config))
     if room and room[0] < need:
         raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) has {room[0] / GIB:.1f} GiB free, a checkpoint takes {need / GIB:.1f}: free space, lower spec.checkpoint.keep or use a larger volume")
 

@@ -20,10 +20,11 @@ from transformers.initialization import no_init_weights
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from rlhf_api.job import ModelSpec, TrainerSpec
+from rlhf_api.job import ModelSpec, PolicySpec, TrainerSpec
+from rlhf_worker import lora
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import PackedBatch
-from rlhf_worker.pretrained import load_config
+from rlhf_worker.pretrained import decoder_layers, load_config
 from rlhf_worker.trainer.context import by_heads, by_positions, check_heads, own_positions, read_at
 
 PACKED_ATTENTION = "rlhf_packed"
@@ -42,12 +43,8 @@ class RoleModule(nn.Module):
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder's. Raises BadSpec for a model that names them otherwise."""
-        base = self.lm.base_model
-        found = next((getattr(base, name) for name in ("layers", "h") if hasattr(base, name)), None)
-        if not isinstance(found, nn.ModuleList):
-            raise BadSpec(f"{self.lm.config.name_or_path}: {type(base).__name__} has no list of decoder layers, by which the trainer would shard it")
-        return found
+        """The decoder's. Raises BadSpec."""
+        return decoder_layers(self.lm)
 
     def forward(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int, where: Tensor, *targets: Tensor) -> Tensor:
         """token_ids, position_ids (T,); cu_seqlens (S + 1,); where (N,): the positions that are read; targets (N,) each -> what `read` makes of them."""
@@ -120,8 +117,13 @@ class ScalarModule(RoleModule):
 
 
 def load_policy(spec: ModelSpec, temperature: float, trainer: TrainerSpec, field: str = "spec.model.path", *, whole: bool = True) -> PolicyModule:
-    """The checkpoint in float32 on the CPU; if not `whole`, memory of its shape that is never written and so takes none. Raises BadSpec, which names `field`."""
+    """The checkpoint in float32 on the CPU, with the spec's adapters; if not `whole`, memory of its shape that is never written and so takes none.
+
+    Raises BadSpec, which names `field`.
+    """
     module = PolicyModule(_pretrained(AutoModelForCausalLM, spec, trainer, field, whole), temperature, padded=trainer.batching == "padded")
+    if isinstance(spec, PolicySpec) and spec.lora is not None:
+        lora.inject(module, module.layers, spec, trainer.seed)
     return _ready(module, trainer)
 
 

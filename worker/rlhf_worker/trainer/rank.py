@@ -7,7 +7,7 @@ its own. With trainer.offload one role at a time lies on the device, and none wh
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
 from rlhf_api.run import TRAINED, RunConfig
+from rlhf_worker import lora
 from rlhf_worker.algorithm.losses import policy_loss, value_loss
 from rlhf_worker.engines.hf import Generator
 from rlhf_worker.errors import Diverged, RewardFailed
@@ -47,7 +48,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, names: Sequence[str], rank: int, world: int, device: str, threads: int) -> None:
         self.config = config
-        self.names = names
+        self.names = [name for name in names if name != "reference" or not config.reference_in_policy]
         self.rank = rank
         self.world = world
         self.device = torch.device(device)
@@ -78,9 +79,10 @@ class Trainer:
             self._rest()
         if "policy" in self.roles:
             module = self.roles["policy"].module
-            self.places = [(name.removeprefix(PREFIX), module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name, _ in module.named_parameters()]
-            transient = self.config.trainer.offload and self.device.type == "cuda"
-            self.source = PolicySource(self._named, getattr(torch, self.config.model.dtype), layout_of(module.lm), transient=transient)
+            sent = [name for name, parameter in module.named_parameters() if parameter.requires_grad or self.config.rollout.engine == "hf"]
+            self.places = [(name.removeprefix(PREFIX), module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in sent]
+            transient, layout = self.config.trainer.offload and self.device.type == "cuda", {} if self.config.model.lora else layout_of(module.lm)
+            self.source = PolicySource(self._named, getattr(torch, self.config.model.dtype), layout, transient=transient)
             if self.config.rollout.engine == "hf":
                 self.generator = Generator(self.config, self.rank, self.device)
         attempt = ray.get_runtime_context().get_job_id() if ray.is_initialized() else ""
@@ -88,7 +90,7 @@ class Trainer:
         self.saver = Saver(self.config.checkpoint.path, self.config.checkpoint.keep, expected, attempt)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's parameters, sharded."""
+        """The policy's parameters, or its adapters, sharded."""
         self.roles["policy"].module.reshard()  # a forward pass without a backward leaves the root's whole
         # Looked up in their modules each time: FSDP may replace the objects. Walking the modules anew would cost more than a sync.
         return ((name, getattr(module, key)) for name, module, key in self.places)
@@ -119,8 +121,10 @@ class Trainer:
     @torch.no_grad()
     def logprobs(self, name: str, batches: list[PackedBatch]) -> dict[int, list[float]]:
         """Of the policy or the reference: the log probability of each completion token of each sample, by the sample's number."""
-        module = self._use(name).module
-        return {index: row for batch in batches for index, row in by_sample(batch, policy_pass(module, batch, self.device)[0]).items()}
+        bare = name not in self.roles  # a reference without weights of its own
+        module = self._use("policy" if bare else name).module
+        with lora.off(module) if bare else nullcontext():
+            return {index: row for batch in batches for index, row in by_sample(batch, policy_pass(module, batch, self.device)[0]).items()}
 
     @torch.no_grad()
     def values(self, batches: list[PackedBatch]) -> dict[int, list[float]]:
@@ -226,7 +230,7 @@ class Trainer:
         """The weights into this rank's own generator; returns their version."""
         assert self.generator is not None
         with self._briefly("policy"):
-            self.generator.refresh(self._whole(), self.version)
+            self.generator.refresh(lora.merged(dict(self._whole()), self.config.model.lora).items(), self.version)
         return self.version
 
     def generate(self, requests: list[Request], deadline_seconds: float) -> list[Sample]:
@@ -245,7 +249,7 @@ class Trainer:
         """The weights into all engines; returns their version."""
         assert self.sender is not None
         with self._briefly("policy"):
-            self.sender.send(prove=prove)
+            self.sender.send(self.version, prove=prove)
         return self.version
 
     def checksums(self) -> list[dict[str, int]]:
@@ -291,12 +295,16 @@ class Trainer:
         return identity(self.config.model, load_config(self.config.model))
 
     def export(self) -> str:
-        """The model as a Hugging Face checkpoint under <checkpoint.path>/export, in the engine's dtype."""
+        """The model as a Hugging Face checkpoint, or its adapters in PEFT's format, under <checkpoint.path>/export, in the engine's dtype."""
         with self._briefly("policy") as role:
             weights = {name: tensor.cpu() for name, tensor in self._whole() if self.rank == 0}
         if self.rank == 0:
-            with self.store.publishing("export", "config.json") as target:
-                role.module.lm.save_pretrained(target, state_dict=weights)
+            adapters = self.config.model.lora is not None
+            with self.store.publishing("export", lora.CONFIG if adapters else "config.json") as target:
+                if adapters:
+                    lora.write(target, lora.files(self.config.model, weights))
+                else:
+                    role.module.lm.save_pretrained(target, state_dict=weights)
                 load_tokenizer(self.config.model).save_pretrained(target)
                 make_readable(target)
         dist.barrier()

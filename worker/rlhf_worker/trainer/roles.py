@@ -36,7 +36,8 @@ class Role:
         self.optimizer: AdamW | None = None
         if name in TRAINED:
             decay = config.trainer.weight_decay
-            self.optimizer = AdamW(self.module.parameters(), betas=ADAM_BETAS, weight_decay=decay, fused=device.type == "cuda")
+            trained = [p for p in self.module.parameters() if p.requires_grad]
+            self.optimizer = AdamW(trained, betas=ADAM_BETAS, weight_decay=decay, fused=device.type == "cuda")
         self.tokenizer: Any = load_tokenizer(config.roles[name], model_field(name)) if name.startswith("reward:") else None
         self.steps = 0  # steps of the run in which it was trained, or was left out of
         self._away: Away = []

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from rlhf_api.job import PlacementMode
+from rlhf_api.job import PlacementMode, PolicySpec
 from rlhf_api.run import RunConfig
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.weights.plan import RankPlan
@@ -13,14 +13,18 @@ if TYPE_CHECKING:
     from ray.actor import ActorHandle
     from vllm.distributed.weight_transfer.base import TrainerInitInfo
 
+    from rlhf_worker.weights.client import EnginesClient
     from rlhf_worker.weights.source import PolicySource
 
-PLANNED = ("ipc", "shm", "nccl", "gloo")  # ours; the others are vLLM's own
+PLANNED = ("ipc", "shm", "nccl", "gloo")  # ours; the others but `adapter` are vLLM's own
+ADAPTER = "adapter"  # PEFT's files through Ray, for model.lora
 IPC_BUFFER_BYTES = 512 << 20  # that vLLM's ipc backend stages on a GPU, or its largest tensor, which must fit
 
 
 def choose(config: RunConfig, device: str, *, one_node: bool) -> str:
     """device: "cuda" or "cpu". one_node: every role sees the same node's memory. Raises BadSpec for a wish that cannot be met."""
+    if config.model.lora is not None:
+        return ADAPTER
     wish = config.weight_sync.backend
     able = _able(config, device, one_node=one_node)
     if wish == "auto":
@@ -78,16 +82,19 @@ class Sender:
         from rlhf_worker.weights.client import EnginesClient
         from rlhf_worker.weights.plugin import register
 
-        register()
-        self.planned = backend in PLANNED
+        self.planned, self.adapter = backend in PLANNED, backend == ADAPTER
         self.client = EnginesClient(engines, config.rollout.tensor_parallel_size, config.weight_sync.deadline_seconds)
+        if self.adapter:
+            self.engine: Any = AdapterSender(config.model, self.client, source, rank)
+            return
+        register()
         info = trainer_info(backend, rank, address, config, len(engines), source, distrusted)
-        self.engine: Any = WeightTransferTrainerFactory.trainer_init(info, client=self.client, source=source)
+        self.engine = WeightTransferTrainerFactory.trainer_init(info, client=self.client, source=source)
 
-    def send(self, *, prove: bool) -> None:
+    def send(self, version: int, *, prove: bool) -> None:
         """Raises DeadlineExceeded, LinkBroken, or what an engine raised."""
         self.client.begin()
-        self.engine.send_weights(**{"proof": prove} if self.planned else {})
+        self.engine.send_weights(**{"proof": prove} if self.planned else {"version": version} if self.adapter else {})
 
     def checksums(self) -> list[dict[str, int]]:
         found: list[dict[str, int]] = self.engine.checksums()
@@ -99,6 +106,23 @@ class Sender:
 
     def close(self) -> None:
         self.engine.shutdown()
+
+
+class AdapterSender:
+    """A trainer rank's end where only adapters are trained. They are small: rank 0 hands them whole to every engine."""
+
+    def __init__(self, model: PolicySpec, client: "EnginesClient", source: "PolicySource", rank: int) -> None:
+        self.model, self.client, self.source, self.rank = model, client, source, rank
+
+    def send_weights(self, version: int) -> None:
+        from rlhf_worker.lora import files
+
+        weights = {name: tensor.cpu() for name, tensor in self.source if self.rank == 0}  # on every rank: it gathers
+        if self.rank == 0:
+            self.client.load_adapter(version, files(self.model, weights))
+
+    def shutdown(self) -> None:
+        """There is no link."""
 
 
 def describe(plans: Sequence[RankPlan]) -> list[str]:

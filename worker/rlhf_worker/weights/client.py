@@ -58,6 +58,12 @@ class EnginesClient:
         """Whether an engine has ended with an error."""
         return any(ended_badly(call) for call in ray.wait(calls, num_returns=len(calls), timeout=0)[0])
 
+    # Adapters.
+
+    def load_adapter(self, version: int, files: dict[str, bytes]) -> None:
+        """Through Ray's object store, so that it is sent to each node once."""
+        self._all("load_adapter", version, ray.put(files))
+
     # vLLM's protocol, for its own backends.
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
