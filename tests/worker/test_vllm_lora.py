@@ -9,7 +9,7 @@ import torch
 
 from hack.tiny_model import write
 from rlhf_worker import crew as crews
-from rlhf_worker.calls import ask, call, gather
+from rlhf_worker.calls import call, gather
 from rlhf_worker.crew import Crew
 from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.errors import SyncMismatch
@@ -61,7 +61,7 @@ def ask(crew: Crew, method: str, *args: Any) -> Any:
 
 def train(crew: Crew) -> None:
     batches = [[[*pack(sequences([(3, 9)] * 4, seed=rank), 1000)]] for rank in range(RANKS)]
-    gather(ask(crew.policy, "train", "policy", arguments=batches), 60, "training")
+    gather([rank.train.remote("policy", batch) for rank, batch in zip(crew.policy, batches, strict=True)], 60, "training")
 
 
 def difference(one: list[float], two: list[float]) -> float:
