@@ -33,7 +33,7 @@ class ModelSpec(Model):
 class LoRASpec(Model):
     rank: Annotated[int, Field(ge=1, le=512)] = Field(16, description="Rows of A and columns of B; the adapter adds alpha / rank * B A x to what its layer gives.")
     alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="Scale of the adapters, divided by rank.")
-    target_modules: Annotated[list[ModuleName], Field(min_length=1, max_length=64)] | None = Field(None, description="Last part of the names of the decoder's linear layers that get adapters, such as q_proj. Unset: all of them.")
+    target_modules: Annotated[tuple[ModuleName, ...], Field(min_length=1, max_length=64)] | None = Field(None, description="Last part of the names of the decoder's linear layers that get adapters, such as q_proj. Unset: all of them.")
 
 
 class PolicySpec(ModelSpec):

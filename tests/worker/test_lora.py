@@ -181,10 +181,10 @@ def test_merging_keeps_names_biases_and_types() -> None:
 
 
 def test_only_named_layers_get_adapters_and_a_name_that_is_none_is_told(tiny: Path) -> None:
-    module = load_policy(PolicySpec(path=str(tiny), lora=LoRASpec(rank=2, target_modules=["q_proj", "down_proj"])), 1.0, TrainerSpec(steps=1))
+    module = load_policy(PolicySpec(path=str(tiny), lora=LoRASpec(rank=2, target_modules=("q_proj", "down_proj"))), 1.0, TrainerSpec(steps=1))
     assert {name.split(".")[-4] for name, p in module.named_parameters() if p.requires_grad} == {"q_proj", "down_proj"}
     with pytest.raises(BadSpec, match=r"spec\.model\.lora\.targetModules: the decoder of .* has no linear layers qkv; it has down_proj, gate_proj, k_proj, o_proj, q_proj"):
-        load_policy(PolicySpec(path=str(tiny), lora=LoRASpec(target_modules=["q_proj", "qkv"])), 1.0, TrainerSpec(steps=1))
+        load_policy(PolicySpec(path=str(tiny), lora=LoRASpec(target_modules=("q_proj", "qkv"))), 1.0, TrainerSpec(steps=1))
 
 
 def test_adapters_are_a_part_of_a_models_identity(tiny: Path) -> None:

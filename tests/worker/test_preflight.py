@@ -12,7 +12,7 @@ import ray
 import torch
 
 from hack.tiny_model import write
-from rlhf_api.job import ModelSpec
+from rlhf_api.job import LoRASpec, ModelSpec, PolicySpec
 from rlhf_worker import preflight
 from rlhf_worker.errors import BadSpec, DeadlineExceeded, PreflightFailed
 from rlhf_worker.storage import Store
@@ -74,7 +74,9 @@ def test_parameters_are_counted_without_loading_them(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     write(tmp_path)
-    assert parameters(ModelSpec(path=str(tmp_path), dtype="float32")) == AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters()
+    count = AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters()
+    assert parameters(ModelSpec(path=str(tmp_path), dtype="float32")) == count
+    assert parameters(PolicySpec(path=str(tmp_path), lora=LoRASpec(target_modules=("q_proj",)))) == count
 
 
 def rank_of_two(rank: int, world: int, tmp_path: Path, model: Path, case: str) -> str:

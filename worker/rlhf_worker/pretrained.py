@@ -85,7 +85,7 @@ def adapted(spec: PolicySpec) -> list[str]:
 
     assert spec.lora is not None
     there = sorted({name.rpartition(".")[2] for name, layer in decoder_layers(skeleton(spec)).named_modules() if isinstance(layer, Linear)})
-    wanted = spec.lora.target_modules or there
+    wanted = list(spec.lora.target_modules or there)
     if wrong := [name for name in wanted or ["of torch.nn.Linear"] if name not in there]:
         raise BadSpec(f"spec.model.lora.targetModules: the decoder of {spec.path} has no linear layers {', '.join(wrong)}; it has {', '.join(there) or 'none'}")
     return wanted
