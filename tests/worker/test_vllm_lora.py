@@ -1,5 +1,6 @@
 """Adapters from two FSDP ranks into a vLLM engine on the CPU: what it computes with, what requests under way keep, and what the proof sees."""
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,6 +32,17 @@ CALM, LOUD = 1e-4, 0.05  # differences of log probabilities: of rounding, and of
 class AdapterEngine(PokedEngine):
     async def loaded(self) -> list[int]:
         return sorted(await self._running().list_loras())
+
+    async def begin(self, request: Request) -> None:
+        """Returns with the request under way and the engine paused: it cannot be finished."""
+        assert self.adapters is not None
+        self.begun = asyncio.create_task(self.generate([request], 60.0))
+        while not self.adapters._users.total():
+            await asyncio.sleep(0)
+        await self.pause()
+
+    async def end(self) -> list[Sample]:
+        return await self.begun
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +99,11 @@ def test_a_request_under_way_keeps_its_adapter_and_says_so(crew: Crew) -> None:
     before = weights(crew)(prove=False).version
     request = Request(prompt=a_prompt(), seed=7, temperature=1.0, max_tokens=300)
     wanted: list[Sample] = ask(crew, "generate", [request], 60.0)
-    running = crew.fleet.serving[0].generate.remote([request], 60.0)
-    ask(crew, "pause")  # before it can be finished; the sync ends the pause
+    ask(crew, "begin", request)
     train(crew)
     after = weights(crew)(prove=True).version
     assert ask(crew, "loaded") == [before + 1, after + 1]
-    (sample,) = ray.get(running, timeout=60)
+    (sample,) = ask(crew, "end")
     (later,) = ask(crew, "generate", [request], 60.0)
     assert (set(sample.versions), set(later.versions)) == ({before}, {after})
     assert sample.token_ids == wanted[0].token_ids != later.token_ids
