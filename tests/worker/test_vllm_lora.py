@@ -37,7 +37,7 @@ class AdapterEngine(PokedEngine):
         """Returns with the request under way and the engine paused: it cannot be finished."""
         assert self.adapters is not None
         self.begun = asyncio.create_task(self.generate([request], 60.0))
-        while not self.adapters._users.total():
+        while not self.adapters._users.total():  # noqa: ASYNC110  # the next turns of the loop bring it
             await asyncio.sleep(0)
         await self.pause()
 
