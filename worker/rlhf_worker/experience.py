@@ -193,10 +193,10 @@ def _aligned(sequence: TrainSequence, completion: Sequence[T], fill: T) -> list[
 
 def dealt(sequences: Sequence[TrainSequence], ranks: int, spec: TrainerSpec) -> list[list[PackedBatch]]:
     """Each rank's micro-batches, as many on every rank; ranks that are neighbours in context parallelism share theirs."""
-    together = spec.context_parallel
-    parts = split(sequences, ranks // together)
-    shares = equalise([pack(own, spec.tokens_per_micro_batch * together, padded=spec.batching == "padded") for own in parts])
-    return [share for share in shares for _ in range(together)]
+    cp = spec.context_parallel
+    parts = split(sequences, ranks // cp)
+    shares = equalise([pack(own, spec.tokens_per_micro_batch * cp, padded=spec.batching == "padded") for own in parts])
+    return [share for share in shares for _ in range(cp)]
 
 
 def equalise(ranks: Sequence[Sequence[PackedBatch]]) -> list[list[PackedBatch]]:

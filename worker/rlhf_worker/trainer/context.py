@@ -29,45 +29,45 @@ def check_heads(config: PreTrainedConfig, ranks: int) -> None:
         raise BadSpec(f"spec.trainer.contextParallel is {ranks}, but {config.name_or_path} has {heads} attention heads: use a divisor of that")
 
 
-def own_positions(mesh: DeviceMesh, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def own_positions(cp_mesh: DeviceMesh, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(T,), (T,), (S + 1,) -> this rank's run of both, (T'/c,), and the whole batch's cu_seqlens.
 
     T' is T made a multiple of the c ranks by a sequence of fillers, which nothing reads.
     """
-    fill = -len(token_ids) % mesh.size()
+    fill = -len(token_ids) % cp_mesh.size()
     if fill:
         token_ids = F.pad(token_ids, (0, fill))
         position_ids = torch.cat([position_ids, torch.arange(fill, device=position_ids.device)])
         cu_seqlens = torch.cat([cu_seqlens, cu_seqlens[-1:] + fill])
-    rank = mesh.get_local_rank()
-    return token_ids.chunk(mesh.size())[rank], position_ids.chunk(mesh.size())[rank], cu_seqlens
+    rank = cp_mesh.get_local_rank()
+    return token_ids.chunk(cp_mesh.size())[rank], position_ids.chunk(cp_mesh.size())[rank], cu_seqlens
 
 
-def by_heads(mesh: DeviceMesh, *projections: Tensor) -> list[Tensor]:
+def by_heads(cp_mesh: DeviceMesh, *projections: Tensor) -> list[Tensor]:
     """Query, key, value: (T/c, H, D) each -> (T, H/c, D). Heads of keys that are too few for the ranks are repeated."""
-    ranks = mesh.size()
+    ranks = cp_mesh.size()
     shares = [next(n for n in range(1, ranks + 1) if n * x.shape[1] % ranks == 0) for x in projections]
-    return [_moved(mesh, x.repeat_interleave(share, dim=1) if share > 1 else x, 0, 1) for x, share in zip(projections, shares, strict=True)]
+    return [_moved(cp_mesh, x.repeat_interleave(share, dim=1) if share > 1 else x, 0, 1) for x, share in zip(projections, shares, strict=True)]
 
 
-def by_positions(mesh: DeviceMesh, made: Tensor) -> Tensor:
+def by_positions(cp_mesh: DeviceMesh, made: Tensor) -> Tensor:
     """(T, H/c, D) -> (T/c, H, D)"""
-    return _moved(mesh, made, 1, 0)
+    return _moved(cp_mesh, made, 1, 0)
 
 
-def read_at(mesh: DeviceMesh, read: Callable[..., Tensor], hidden: Tensor, where: Tensor, *targets: Tensor) -> Tensor:
+def read_at(cp_mesh: DeviceMesh, read: Callable[..., Tensor], hidden: Tensor, where: Tensor, *targets: Tensor) -> Tensor:
     """`read(hidden[where], *targets)` of the whole batch, (..., N), on every rank; each reads at its own positions of hidden (T/c, H).
 
     Every rank's loss has the same gradient then, and passes on that of its own positions.
     """
-    first = mesh.get_local_rank() * len(hidden)
+    first = cp_mesh.get_local_rank() * len(hidden)
     own = ((where >= first) & (where < first + len(hidden))).nonzero().squeeze(1)
     there = own if len(own) else own.new_zeros(1)  # every rank's pass must reach every parameter
     made = read(hidden[(where[there] - first).clamp(0, len(hidden) - 1)], *(x[there] for x in targets)) * bool(len(own))
     whole = made.new_zeros(*made.shape[:-1], len(where)).index_add(-1, there, made)
-    return DTensor.from_local(whole, mesh, [Partial()], run_check=False).full_tensor()
+    return DTensor.from_local(whole, cp_mesh, [Partial()], run_check=False).full_tensor()
 
 
-def _moved(mesh: DeviceMesh, x: Tensor, sharded: int, wanted: int) -> Tensor:
+def _moved(cp_mesh: DeviceMesh, x: Tensor, sharded: int, wanted: int) -> Tensor:
     placements: list[Placement] = [Shard(sharded)]
-    return DTensor.from_local(x, mesh, placements, run_check=False).redistribute(placements=[Shard(wanted)]).to_local()
+    return DTensor.from_local(x, cp_mesh, placements, run_check=False).redistribute(placements=[Shard(wanted)]).to_local()

@@ -39,7 +39,7 @@ class RoleModule(nn.Module):
         super().__init__()
         self.lm = lm
         self.padded = padded
-        self.context: DeviceMesh | None = None  # ranks that share every batch
+        self.cp_mesh: DeviceMesh | None = None  # ranks that share every batch
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -48,10 +48,10 @@ class RoleModule(nn.Module):
 
     def forward(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int, where: Tensor, *targets: Tensor) -> Tensor:
         """token_ids, position_ids (T,); cu_seqlens (S + 1,); where (N,): the positions that are read; targets (N,) each -> what `read` makes of them."""
-        if self.context is None:
+        if self.cp_mesh is None:
             return self.read(self._hidden(token_ids, position_ids, cu_seqlens, max_length)[where], *targets)
-        inputs = own_positions(self.context, token_ids, position_ids, cu_seqlens)
-        return read_at(self.context, self.read, self._hidden(*inputs, max_length), where, *targets)
+        inputs = own_positions(self.cp_mesh, token_ids, position_ids, cu_seqlens)
+        return read_at(self.cp_mesh, self.read, self._hidden(*inputs, max_length), where, *targets)
 
     def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
         """hidden (N, H), targets (N,) each -> (..., N) float32."""
@@ -62,7 +62,7 @@ class RoleModule(nn.Module):
         if self.padded:
             return self._by_row(token_ids, position_ids, cu_seqlens, max_length)
         made: Tensor = self.lm.base_model(
-            input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, context=self.context,
+            input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, cp_mesh=self.cp_mesh,
             cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=max_length, max_length_k=max_length,
         ).last_hidden_state[0]
         return made
@@ -178,13 +178,13 @@ def _ready(module: M, trainer: TrainerSpec) -> M:
     return module
 
 
-def shard(module: RoleModule, mesh: DeviceMesh, context: DeviceMesh | None, dtype: str) -> None:
+def shard(module: RoleModule, mesh: DeviceMesh, cp_mesh: DeviceMesh | None, dtype: str) -> None:
     """FSDP2 over `mesh`: a unit each decoder layer, the rest in the root. Products are made in `dtype`, gradients summed in float32, a scalar head is float32.
 
-    context: the ranks that share this one's batches, if any. Weights of a model that is trained stay float32; those of a frozen one are kept in
+    cp_mesh: the ranks that share this one's batches, if any. Weights of a model that is trained stay float32; those of a frozen one are kept in
     `dtype`, which gives the same products. The first rank's weights become everyone's.
     """
-    module.context = context
+    module.cp_mesh = cp_mesh
     first = mesh.get_local_rank() == 0
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if dtype == "bfloat16" else MixedPrecisionPolicy()
     for parameter in module.lm.parameters():
@@ -244,22 +244,22 @@ def _targets(batch: PackedBatch) -> Tensor:
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None, max_length_q: int = 0, sliding_window: int | None = None, s_aux: Tensor | None = None,
-    context: DeviceMesh | None = None, **_: Any,
+    cp_mesh: DeviceMesh | None = None, **_: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query (1, H, T, D), key and value (1, H_kv, T, D) -> (1, T, H, D). Causal within each sequence.
 
-    context: T are this rank's positions, cu_seq_lens_q are all.
+    cp_mesh: T are this rank's positions, cu_seq_lens_q are all.
     """
     if cu_seq_lens_q is None:
         raise ValueError("packed attention needs cu_seq_lens_q: call the model through RoleModule")
     if s_aux is not None:
         raise BadSpec("spec.model.path: packed attention leaves out the model's attention sinks: set spec.trainer.batching to padded")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if context is None:
+    if cp_mesh is None:
         return _attended(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
-    q, k, v = by_heads(context, q, k, v)
+    q, k, v = by_heads(cp_mesh, q, k, v)
     made = _attended(q, k, v, cu_seq_lens_q, max_length_q, scaling, sliding_window)
-    return by_positions(context, made)[None], None
+    return by_positions(cp_mesh, made)[None], None
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float | None, window: int | None) -> Tensor:

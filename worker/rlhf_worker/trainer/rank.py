@@ -70,12 +70,12 @@ class Trainer:
 
     def load(self) -> None:
         """Every role's model, one after the other. Raises BadSpec."""
-        together = self.config.trainer.context_parallel
-        mesh, context = init_device_mesh(self.device.type, (self.world,)), None
-        if together > 1:
-            context = init_device_mesh(self.device.type, (self.world // together, together), mesh_dim_names=("data", "context"))["context"]
+        cp = self.config.trainer.context_parallel
+        mesh, cp_mesh = init_device_mesh(self.device.type, (self.world,)), None
+        if cp > 1:
+            cp_mesh = init_device_mesh(self.device.type, (self.world // cp, cp), mesh_dim_names=("dp", "cp"))["cp"]
         for name in self.names:
-            self.roles[name] = Role(self.config, name, mesh, context, self.device)
+            self.roles[name] = Role(self.config, name, mesh, cp_mesh, self.device)
             self._rest()
         if "policy" in self.roles:
             module = self.roles["policy"].module

@@ -24,14 +24,14 @@ Away = list[tuple[torch.UntypedStorage, Tensor]]  # emptied storages, and their 
 class Role:
     """`policy`, `critic`, `reference` or `reward:<name>`; `optimizer` is None for a frozen one."""
 
-    def __init__(self, config: RunConfig, name: str, mesh: DeviceMesh, context: DeviceMesh | None, device: torch.device) -> None:
-        """mesh: the role's ranks; context: those that share this one's batches. Raises BadSpec."""
+    def __init__(self, config: RunConfig, name: str, mesh: DeviceMesh, cp_mesh: DeviceMesh | None, device: torch.device) -> None:
+        """mesh: the role's ranks; cp_mesh: those that share this one's batches. Raises BadSpec."""
         self.name = name
         self.path = config.roles[name].path
         self.module: Any = _load(config, name, whole=mesh.get_local_rank() == 0)
         if name not in TRAINED:
             self.module.requires_grad_(False)
-        shard(self.module, mesh, context, config.roles[name].dtype)
+        shard(self.module, mesh, cp_mesh, config.roles[name].dtype)
         self.module.to(device)
         self.optimizer: AdamW | None = None
         if name in TRAINED:
