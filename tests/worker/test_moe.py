@@ -18,7 +18,8 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import pack
-from rlhf_worker.trainer.model import packed_attention, policy_pass
+from rlhf_worker.trainer.attention import packed_attention
+from rlhf_worker.trainer.model import policy_pass
 from rlhf_worker.weights.layout import layout_of
 from rlhf_worker.weights.plan import Extent, Move, View
 from rlhf_worker.weights.recorder import _packed_away, _Parameter, _trouble
