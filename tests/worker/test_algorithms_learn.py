@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from hack.tiny_model import write
 from rlhf_api.algorithms import OWN
 from rlhf_api.run import RunConfig
 from rlhf_worker.local import LocalRay
@@ -40,13 +39,6 @@ class Recorder(ConsoleReporter):
     def stepped(self, step: int, values: Mapping[str, float], *, eta_seconds: int, synced: Synced) -> None:
         super().stepped(step, values, eta_seconds=eta_seconds, synced=synced)
         self.rewards.append(values["reward/mean"])
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    write(path)
-    return path
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,7 +4,6 @@ import errno
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +28,8 @@ from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
 from tests.worker.samples import sequences
 
+pytestmark = pytest.mark.usefixtures("group")
 MODEL = {"path": "/m", "hidden_size": 8}
-
-
-@pytest.fixture(autouse=True)
-def group(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 class Bucket(MemoryFileSystem):  # type: ignore[misc]

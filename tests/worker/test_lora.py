@@ -1,12 +1,10 @@
 """Adapters on trainer ranks, without engines: what is trained, the reference, checkpoints, and PEFT's format, read by PEFT itself."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -14,7 +12,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from hack.tiny_model import write
 from rlhf_api.job import LoRASpec, PolicySpec, TrainerSpec
 from rlhf_worker.engines.adapters import adapter_args
 from rlhf_worker.errors import BadData, BadSpec
@@ -28,20 +25,6 @@ from tests.worker.ranks import over_ranks
 from tests.worker.samples import evenly
 
 RANK_4 = {"rank": 4, "alpha": 8}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    write(path)
-    return path
-
-
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def trainer(tiny: Path, root: Path, rank: int = 0, world: int = 1, lora: dict[str, Any] | None = RANK_4, dtype: str = "float32", **changes: Any) -> Trainer:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, Qwen3NextConfig
 
-from hack.tiny_model import write
 from rlhf_api.job import ModelSpec, PolicySpec, TrainerSpec
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import TrainSequence, empty_batch, pack
@@ -17,13 +16,6 @@ from rlhf_worker.trainer.model import PolicyModule, load_critic, load_policy, lo
 from tests.worker.rewards import write_reward
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    write(path)
-    return path
 
 
 def spec_of(path: Path) -> ModelSpec:

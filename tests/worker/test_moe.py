@@ -26,9 +26,8 @@ from rlhf_worker.weights.recorder import _packed_away, _Parameter, _trouble
 from tests.worker.moe import KINDS, write_moe
 from tests.worker.ranks import over_ranks
 from tests.worker.test_model import CPU, alone, module, sequence
-from tests.worker.test_trainer import after, group, same, sequences, trainer, with_logprobs
+from tests.worker.test_trainer import after, same, sequences, trainer, with_logprobs
 
-__all__ = ["group"]  # a fixture
 RANKS = 3  # torch.chunk gives them 2, 2 and 0 of the experts
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"  # of glm4_moe: a buffer, which steers the routing and is not trained
 

@@ -1,13 +1,11 @@
 """Trainer ranks on gloo, without Ray: gradients whatever packing, padding and ranks, the roles, offload, and a loss that is not finite."""
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch._dynamo.utils import counters
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -20,20 +18,6 @@ from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
 from tests.worker.rewards import write_reward
 from tests.worker.samples import evenly
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    write(path)
-    return path
-
-
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def trainer(tiny: Path, root: Path, *, rank: int = 0, world: int = 1, dtype: str = "float32", options: dict[str, Any] | None = None, **changes: Any) -> Trainer:

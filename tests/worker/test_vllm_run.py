@@ -39,13 +39,6 @@ class Run:
         return [float(value) for value in re.findall(r"^step \d+/\d+  reward (\S+)", self.output, re.MULTILINE)]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("tiny")
-    write(path)
-    return path
-
-
 def command(manifest: Path, tiny: Path, checkpoints: Path, *more: str) -> list[str]:
     """The sample's directories are these; a manifest that `changed` wrote keeps the sample's paths."""
     kind = next((kind for kind in ("separated", "ppo") if kind in manifest.name), "colocated")

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from rlhf_worker.weights.sync import WeightSync
 from tests.worker.configs import run_config
 from tests.worker.moe import write_moe
 from tests.worker.poked import PokedEngine, flip_one_element, freeze
-from tests.worker.waiting import kill
+from tests.worker.waiting import kill, until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(900)]
 ENGINES, RANKS = 3, 2
@@ -79,11 +78,8 @@ def generated(crew: Crew, index: int) -> list[int]:
     return list(made[0].token_ids)
 
 
-def wait_until_stopped(pid: int) -> None:
-    end = time.monotonic() + DEADLINE
-    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-        assert time.monotonic() < end
-        time.sleep(0.05)
+def stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def test_all_engines_hold_every_parameter(crew: Crew) -> None:
@@ -120,7 +116,7 @@ def test_an_engine_that_holds_a_part_serves_nothing_until_a_whole_sync(crew: Cre
 def test_an_engine_that_hangs_is_left_out_after_the_deadline(crew: Crew) -> None:
     frozen = call(crew.fleet.serving[2], "poke", freeze, deadline_seconds=DEADLINE, what="freeze")
     try:
-        wait_until_stopped(frozen)
+        until(lambda: stopped(frozen), DEADLINE)
         synced = weights(crew)(prove=True)
     finally:
         os.kill(frozen, signal.SIGKILL)

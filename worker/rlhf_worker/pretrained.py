@@ -1,5 +1,6 @@
 """What can be said of a checkpoint without its weights. Cheap to import: transformers comes with the first call."""
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +59,9 @@ def identity(spec: PolicySpec, config: "PreTrainedConfig") -> dict[str, Any]:
     return {"path": spec.path, "lora": spec.lora and spec.lora.to_dict(), **{name: getattr(config, name, None) for name in shape}}
 
 
+@cache  # one start asks for it several times, and it holds no memory
 def skeleton(spec: ModelSpec) -> "PreTrainedModel":
-    """The whole model without its weights. Raises BadSpec."""
+    """The whole model without its weights, to look at. Raises BadSpec."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
-SHARED_MEMORY = "/dev/shm"
-
 
 def adapter_args(config: RunConfig) -> dict[str, Any]:
     """vLLM's arguments. Slots: a request runs over `staleness` syncs at most, so that many versions are in use while the next one comes, and one at least.
@@ -46,12 +44,14 @@ class Adapters:
         """PEFT's files, by name; later requests use them. What has the version already keeps it. Raises EngineFailed."""
         from vllm.lora.request import LoRARequest
 
+        from rlhf_worker.lora import write
+        from rlhf_worker.weights.mapped import SHARED_MEMORY
+
         if self.current is not None and version_of(self.current) == version:
             return
         # An engine lies on one node, and its workers see this actor's shared memory.
         with tempfile.TemporaryDirectory(prefix="rlhf-adapter-", dir=SHARED_MEMORY) as directory:
-            for name, content in files.items():
-                (Path(directory) / name).write_bytes(content)
+            write(Path(directory), files)
             request = LoRARequest(lora_name=f"policy-{version}", lora_int_id=version + 1, lora_path=directory)
             if not await self.llm.add_lora(request):
                 raise EngineFailed(f"vLLM did not take the adapter of version {version}")

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,7 +122,6 @@ def host_memory(meminfo: str) -> tuple[int, int]:
     return kib["MemAvailable"] << 10, kib["MemTotal"] << 10
 
 
-@cache  # asked for by two checks, and for roles of the same model
 def parameters(spec: ModelSpec) -> int:
     """Of the whole model, from its config alone. Raises BadSpec."""
     return sum(p.numel() for p in skeleton(spec).parameters())
