@@ -1,9 +1,9 @@
-"""Placement and weight sync on real GPUs: five GRPO steps colocated (0.4 + 0.4 on each of 2 GPUs), tensor-parallel, sleeping, separated (1 + 1).
+"""Whole runs on real GPUs, a mode each: where every role sits, the weights' proof after each sync, and the seconds of each phase.
 
-usage: python hack/bench/gpu_placement.py [--out DIR] [--steps N] [--layers N]
+usage: python hack/bench/gpu_placement.py [--modes MODE ...] [--out DIR] [--steps N] [--layers N] [--share 0.4]
 
-Makes a random model of Qwen3-0.6B's shape with a word for every token, runs `rlhf_worker`'s own local driver on it, and prints a JSON
-line and a Markdown table: the GPUs of every role, the checksums after each sync, and the seconds of each phase. Needs 2 GPUs.
+Makes a random model of Qwen3-0.6B's shape (`experts`: of Qwen3 MoE, 8 layers of 32 experts) with a word for every token, runs
+`rlhf_worker`'s own local driver on it, and prints a JSON line and a Markdown table. A mode needs one GPU, or two where it says so below.
 """
 
 import argparse
@@ -24,34 +24,35 @@ def reward(prompt, completion, **row):
     words = completion.split()
     return sum("7" in word for word in words) / len(words) if words else 0.0
 '''
+ONE = {"mode": "Colocated", "gpusPerNode": 1}
+TWO = {"mode": "Colocated", "gpusPerNode": 2}
 MODES: dict[str, dict[str, Any]] = {
-    "colocated": {
-        "rollout": {"engines": 2}, "trainer": {"gpus": 2},
-        "placement": {"mode": "Colocated", "gpusPerNode": 2, "fractions": {"trainer": 0.4, "rollout": 0.4}},
-    },
-    "tensor-parallel": {
-        "rollout": {"engines": 1, "tensorParallelSize": 2}, "trainer": {"gpus": 2},
-        "placement": {"mode": "Colocated", "gpusPerNode": 2, "fractions": {"trainer": 0.4, "rollout": 0.4}},
-    },
-    "sleeping": {
-        "rollout": {"engines": 1, "engineArgs": {"enforce_eager": True, "enable_sleep_mode": True}}, "trainer": {"gpus": 1},
-        "placement": {"mode": "Colocated", "gpusPerNode": 1, "fractions": {"trainer": 0.4, "rollout": 0.4}},
-    },
-    "separated": {"rollout": {"engines": 1}, "trainer": {"gpus": 1}, "placement": {"mode": "Separated", "gpusPerNode": 1}},
+    "colocated": {"rollout": {"engines": 2}, "trainer": {"gpus": 2}, "placement": TWO},
+    "tensor-parallel": {"rollout": {"engines": 1, "tensorParallelSize": 2}, "trainer": {"gpus": 2}, "placement": TWO},
+    "context-parallel": {"rollout": {"engines": 2}, "trainer": {"gpus": 2, "contextParallel": 2}, "placement": TWO},
+    "separated": {"placement": {"mode": "Separated", "gpusPerNode": 1}},  # two GPUs
+    "sleeping": {"rollout": {"engineArgs": {"enforce_eager": True, "enable_sleep_mode": True}}, "placement": ONE},
+    "offload": {"algorithm": {"name": "ppo", "kl": {"coefficient": 0.001}}, "critic": {}, "trainer": {"offload": True}, "placement": ONE},
+    "lora": {"model": {"lora": {"rank": 16, "alpha": 32}}, "algorithm": {"kl": {"coefficient": 0.001}}, "trainer": {"learningRate": 1e-4}, "placement": ONE},
+    "experts": {"placement": ONE},
 }
 
 
-def write_model(directory: Path, layers: int) -> int:
-    """Qwen3-0.6B's shape, random weights, bfloat16. Returns the number of parameters."""
+def write_model(directory: Path, layers: int, *, experts: bool) -> int:
+    """Random weights in bfloat16. Returns the number of parameters."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCABULARY, hidden_size=1024, intermediate_size=3072, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=8,
-        head_dim=128, max_position_embeddings=4096, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2, dtype="bfloat16",
-    )
-    model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": layers, "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096, "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2, "dtype": "bfloat16",
+    }
+    if experts:
+        shape |= {"num_hidden_layers": min(layers, 8), "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 512, "norm_topk_prob": True}
+    config = AutoConfig.for_model("qwen3_moe" if experts else "qwen3", **shape)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     return sum(p.numel() for p in model.parameters())
@@ -68,19 +69,23 @@ def tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def manifest(mode: str, work: Path, steps: int) -> dict[str, Any]:
+def manifest(mode: str, work: Path, steps: int, share: float) -> dict[str, Any]:
     """The RLHFJob of one mode. Every sync is proven."""
-    extra = MODES[mode]
-    rollout = {"promptsPerStep": 32, "samplesPerPrompt": 8, "maxTokens": 256, "engineArgs": {"enforce_eager": True}}
-    spec = {
-        "model": {"path": str(work / "model"), "dtype": "bfloat16"},
+    rollout = {"engines": 1, "promptsPerStep": 32, "samplesPerPrompt": 8, "maxTokens": 256, "engineArgs": {"enforce_eager": True}}
+    spec: dict[str, dict[str, Any]] = {
+        "model": {"path": str(model_of(mode, work)), "dtype": "bfloat16"},
         "data": {"jsonl": {"path": str(work / "prompts.jsonl")}, "maxPromptTokens": 64},
-        "rewards": [{"name": "letter", "type": "python", "code": REWARD}],
-        "rollout": rollout | extra["rollout"], "trainer": {"steps": steps, "learningRate": 1e-5} | extra["trainer"],
-        "placement": extra["placement"], "weightSync": {"verifyEverySteps": 1},
+        "rollout": rollout, "trainer": {"steps": steps, "learningRate": 1e-5}, "weightSync": {"verifyEverySteps": 1},
+        "placement": {"fractions": {"trainer": share, "rollout": share}} if mode != "separated" else {},
         "checkpoint": {"path": str(work / mode), "everySteps": 1000, "export": False},
     }
-    return job(f"bench-{mode}", **spec)
+    for section, values in MODES[mode].items():
+        spec[section] = spec.get(section, {}) | values
+    return job(f"bench-{mode}", rewards=[{"name": "letter", "type": "python", "code": REWARD}], **spec)
+
+
+def model_of(mode: str, work: Path) -> Path:
+    return work / ("experts-model" if mode == "experts" else "model")
 
 
 def write_prompts(path: Path) -> None:
@@ -92,13 +97,13 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
     for mode, made in found.items():
         lines += [f"### {mode}", "", "| role | host/GPU |", "|---|---|"]
         lines += [f"| {role} | {', '.join(seats)} |" for role, seats in made["seats"].items()]
-        lines += ["", "| step | generate s | score s | train s | sync s | proof s | step s | checksums equal | packed or loaded |", "|---|" + "---|" * 8]
+        lines += ["", "| step | generate s | forward s | train s | sync s | proof s | step s | checksums equal | packed or loaded |", "|---|" + "---|" * 8]
         lines += [_row(step) for step in made["steps"]] + [""]
     return "\n".join(lines)
 
 
 def _row(step: dict[str, Any]) -> str:
-    phases = [step[f"seconds/{name}"] for name in ("generate", "score", "train")]
+    phases = [step[f"seconds/{name}"] for name in ("generate", "forward", "train")]
     cells = [*phases, step["sync/seconds"], step["proof/seconds"], step["seconds/step"]]
     return f"| {step['step']} | " + " | ".join(f"{value:.3f}" for value in cells) + f" | {step['equal']} | {step['indirect']} |"
 
@@ -109,12 +114,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
+    parser.add_argument("--share", type=float, default=0.4, help="of a GPU, for each trainer rank and each engine rank where they share it")
     given = parser.parse_args()
     work = (given.out or Path(tempfile.mkdtemp(prefix="gpu-placement-"))).absolute()
-    (work / "model").mkdir(parents=True, exist_ok=True)
-    parameters = write_model(work / "model", given.layers)
+    models = {model_of(mode, work) for mode in given.modes}
+    for model in models:
+        model.mkdir(parents=True, exist_ok=True)
+    parameters = {model.name: write_model(model, given.layers, experts=model.name == "experts-model") for model in models}
     write_prompts(work / "prompts.jsonl")
-    found = {mode: run(manifest(mode, work, given.steps), work) for mode in given.modes}
+    found = {mode: run(manifest(mode, work, given.steps, given.share), work) for mode in given.modes}
     (work / "gpu_placement.json").write_text(json.dumps({"parameters": parameters, "runs": found}))
     (work / "gpu_placement.md").write_text(markdown(found))
     print(json.dumps({"parameters": parameters, "runs": found}))

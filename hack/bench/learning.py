@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct learns a reasoning-gym task on GPUs: the reward of each step, and where its time goes.
 
-usage: python hack/bench/learning.py --model DIR [--runs colocated separated-0 separated-1 ppo] [--steps N] [--out DIR]
+usage: python hack/bench/learning.py --model DIR [--runs colocated lora separated-0 separated-1 ppo] [--steps N] [--out DIR]
 
-colocated needs one GPU, the others two: separated (1 + 1) with staleness 0 and 1, and PPO with a critic, colocated on two. Prints a
+colocated and lora need one GPU, the others two: separated (1 + 1) with staleness 0 and 1, and PPO with a critic, colocated on two. Prints a
 Markdown table a run: the reward at every fourth step, and the mean seconds of a step and its phases, the first three left out.
 """
 
@@ -22,6 +22,10 @@ WARM = 3
 FRACTIONS = {"trainer": 0.45, "rollout": 0.45}
 RUNS: dict[str, dict[str, Any]] = {
     "colocated": {"placement": {"mode": "Colocated", "gpusPerNode": 1, "fractions": FRACTIONS}},
+    "lora": {
+        "placement": {"mode": "Colocated", "gpusPerNode": 1, "fractions": FRACTIONS}, "model": {"lora": {"rank": 16, "alpha": 32}},
+        "trainer": {"learningRate": 2e-4},
+    },
     "separated-0": {"placement": {"mode": "Separated", "gpusPerNode": 1}},
     "separated-1": {"placement": {"mode": "Separated", "gpusPerNode": 1}, "rollout": {"staleness": 1}},
     "ppo": {
@@ -38,11 +42,11 @@ def manifest(name: str, model: Path, work: Path, steps: int) -> dict[str, Any]:
     rollout = {"promptsPerStep": 64, "samplesPerPrompt": 16, "maxTokens": 64, "engineArgs": {"enforce_eager": True}}
     trainer = {"steps": steps, "learningRate": 1e-5, "tokensPerMicroBatch": 32768, "gradientCheckpointing": False}
     spec = {
-        "model": {"path": str(model), "dtype": "bfloat16"},
         "data": {"reasoningGym": TASK, "maxPromptTokens": 128},
         "rewards": [{"name": "answer", "type": "python", "function": "rlhf_worker.rewards.reasoning_gym:score", "workers": 4}],
         "checkpoint": {"path": str(work / name), "everySteps": 10000, "export": False},
-        **extra, "rollout": rollout | extra.get("rollout", {}), "trainer": trainer | extra.get("trainer", {}),
+        **extra, "model": {"path": str(model), "dtype": "bfloat16"} | extra.get("model", {}),
+        "rollout": rollout | extra.get("rollout", {}), "trainer": trainer | extra.get("trainer", {}),
     }
     return job(name, **spec)
 

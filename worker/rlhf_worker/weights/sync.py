@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from ray.actor import ActorHandle
@@ -14,8 +15,9 @@ from rlhf_worker.errors import DeadlineExceeded, LinkBroken, SyncMismatch
 from rlhf_worker.weights.backends import PLANNED
 from rlhf_worker.weights.compare import Compared, compare
 
-# Log probabilities of the probe may differ by this much: the engine rounds in other places than the trainer.
-TOLERANCE = {"float32": 2e-3, "bfloat16": 0.25}
+# Log probabilities of the probe may differ by this much on average: the engine rounds in other places than the trainer. Rounding alone
+# gives SmolLM2-135M 0.06 to 0.09 in bfloat16, and one wrong matrix of its 30 layers 0.2 and more; single tokens differ by 0.5 by rounding.
+TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 PROBE_LENGTH = 64
 ANSWER_SECONDS = 30.0  # that an engine has at most, after a failed sync, to say that it lives
 
@@ -27,7 +29,7 @@ class Proof:
     version: int
     equal: int  # parameters whose checksums are equal, over all engine ranks
     indirect: int  # parameters that the model computes with only after packing or load_weights: they need the probe
-    probe: float | None  # largest difference of log probabilities
+    probe: float | None  # mean difference of log probabilities, the worst engine's
     seconds: float
 
 
@@ -109,12 +111,12 @@ class WeightSync:
         return compare(self._policy("checksums"), self._engines("checksums"))
 
     def _probe(self, version: int) -> float:
-        """Largest difference of a fixed sequence's log probabilities between the trainer and each engine."""
+        """Mean difference of a fixed sequence's log probabilities between the trainer and an engine, the worst one's."""
         tokens = [3 + index * 7 % 61 for index in range(min(PROBE_LENGTH, self.config.data.max_prompt_tokens))]
         ours = self._policy("probe", tokens)[0]
-        worst: float = max(abs(a - b) for theirs in self._engines("probe", tokens) for a, b in zip(ours, theirs, strict=True))
+        worst = max(fmean(abs(a - b) for a, b in zip(ours, theirs, strict=True)) for theirs in self._engines("probe", tokens))
         if not worst <= TOLERANCE[self.config.model.dtype]:
-            raise SyncMismatch(f"an engine's log probabilities differ from the trainer's by {worst:.3g} at version {version}")
+            raise SyncMismatch(f"an engine's log probabilities differ from the trainer's by {worst:.3g} on average at version {version}")
         return worst
 
     def _engines(self, method: str, *args: object) -> list[Any]:
