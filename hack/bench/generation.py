@@ -26,6 +26,7 @@ from hack.bench.local_run import config
 from hack.bench.weight_base import local_ray, write_model
 
 REPEAT = 3
+KV_CACHE_BYTES = 24 << 30  # of each: room for all samples at once. Two engines that start side by side cannot measure what is free
 DEADLINE_SECONDS = 600.0
 
 
@@ -68,7 +69,7 @@ def measure(given: argparse.Namespace, work: Path) -> dict[str, list[float]]:
     write_model(work, given.shape, given.dtype)
     tokenizer().save_pretrained(work)
     shared = {"load_format": "dummy", "max_model_len": 64 + given.tokens, "enforce_eager": given.eager}
-    cpu = {"kv_cache_memory_bytes": 1 << 30, "enable_chunked_prefill": False} if given.device == "cpu" else {"gpu_memory_utilization": given.share}
+    cpu = {"kv_cache_memory_bytes": 1 << 30, "enable_chunked_prefill": False} if given.device == "cpu" else {"gpu_memory_utilization": given.share, "kv_cache_memory_bytes": KV_CACHE_BYTES}
     environment = {"env_vars": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(os.cpu_count()), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}} if given.device == "cpu" else {}
     offline = ray.remote(Offline).options(runtime_env=environment).remote({"model": str(work), "dtype": given.dtype, "disable_log_stats": True, **shared, **cpu})
     rollout = {"maxTokens": given.tokens, "engineArgs": shared | cpu}

@@ -42,7 +42,7 @@ def _engine(text: str, config: RunConfig) -> list[str]:
     if "less than desired GPU memory utilization" in text:
         return ["something else holds the GPU's memory: " + ("the trainer, or " if colocated else "") + "a process that is still ending", _share(config)]
     sequences = given.get("max_num_seqs")
-    fewer = f"lower spec.rollout.engineArgs.max_num_seqs ({sequences})" if sequences else "set spec.rollout.engineArgs.max_num_seqs to 128 or less"
+    fewer = f"lower spec.rollout.engineArgs.max_num_seqs ({sequences})" if sequences else "set spec.rollout.engineArgs.max_num_seqs to 256 or less"
     return [_share(config), fewer, "raise spec.rollout.tensorParallelSize"]
 
 

@@ -72,11 +72,13 @@ class Engine:
         await self.prepare(backend)
         import vllm
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._open_environments()
         try:
-            self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args(backend)))
+            # The batch sizes that vLLM chooses for offline generation; without this, those for an unknown use: 128 sequences.
+            self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args(backend)), usage_context=UsageContext.LLM_CLASS)
         except ValidationError as error:  # of vLLM's config, before anything is loaded
             raise refused(self.config, error.errors()[0]["msg"], vllm.__version__) from None
         except Exception as error:
