@@ -24,6 +24,8 @@ def reward(prompt, completion, **row):
     words = completion.split()
     return sum("7" in word for word in words) / len(words) if words else 0.0
 '''
+# Engines that start side by side cannot measure what memory is free.
+ENGINE = {"enforce_eager": True, "kv_cache_memory_bytes": 4 << 30}
 ONE = {"mode": "Colocated", "gpusPerNode": 1}
 TWO = {"mode": "Colocated", "gpusPerNode": 2}
 MODES: dict[str, dict[str, Any]] = {
@@ -31,7 +33,7 @@ MODES: dict[str, dict[str, Any]] = {
     "tensor-parallel": {"rollout": {"engines": 1, "tensorParallelSize": 2}, "trainer": {"gpus": 2}, "placement": TWO},
     "context-parallel": {"rollout": {"engines": 2}, "trainer": {"gpus": 2, "contextParallel": 2}, "placement": TWO},
     "separated": {"placement": {"mode": "Separated", "gpusPerNode": 1}},  # two GPUs
-    "sleeping": {"rollout": {"engineArgs": {"enforce_eager": True, "enable_sleep_mode": True}}, "placement": ONE},
+    "sleeping": {"rollout": {"engineArgs": ENGINE | {"enable_sleep_mode": True}}, "placement": ONE},
     "offload": {"algorithm": {"name": "ppo", "kl": {"coefficient": 0.001}}, "critic": {}, "trainer": {"offload": True}, "placement": ONE},
     "lora": {"model": {"lora": {"rank": 16, "alpha": 32}}, "algorithm": {"kl": {"coefficient": 0.001}}, "trainer": {"learningRate": 1e-4}, "placement": ONE},
     "experts": {"placement": ONE},
@@ -71,7 +73,7 @@ def tokenizer() -> Any:
 
 def manifest(mode: str, work: Path, steps: int, share: float) -> dict[str, Any]:
     """The RLHFJob of one mode. Every sync is proven."""
-    rollout = {"engines": 1, "promptsPerStep": 32, "samplesPerPrompt": 8, "maxTokens": 256, "engineArgs": {"enforce_eager": True}}
+    rollout = {"engines": 1, "promptsPerStep": 32, "samplesPerPrompt": 8, "maxTokens": 256, "engineArgs": ENGINE}
     spec: dict[str, dict[str, Any]] = {
         "model": {"path": str(model_of(mode, work)), "dtype": "bfloat16"},
         "data": {"jsonl": {"path": str(work / "prompts.jsonl")}, "maxPromptTokens": 64},

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hack.bench.local_run import job, run
 
 WARM = 3
-FRACTIONS = {"trainer": 0.45, "rollout": 0.45}
+FRACTIONS = {"trainer": 0.2, "rollout": 0.2}
+KV_CACHE_BYTES = 8 << 30  # holds all samples of a step
 RUNS: dict[str, dict[str, Any]] = {
     "colocated": {"placement": {"mode": "Colocated", "gpusPerNode": 1, "fractions": FRACTIONS}},
     "lora": {
@@ -39,7 +40,7 @@ TASK = {"task": "chain_sum", "size": 4000, "config": {"min_terms": 2, "max_terms
 def manifest(name: str, model: Path, work: Path, steps: int) -> dict[str, Any]:
     """The RLHFJob of one run."""
     extra = RUNS[name]
-    rollout = {"promptsPerStep": 64, "samplesPerPrompt": 16, "maxTokens": 64, "engineArgs": {"enforce_eager": True}}
+    rollout = {"promptsPerStep": 64, "samplesPerPrompt": 16, "maxTokens": 64, "engineArgs": {"enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE_BYTES}}
     trainer = {"steps": steps, "learningRate": 1e-5, "tokensPerMicroBatch": 32768, "gradientCheckpointing": False}
     spec = {
         "data": {"reasoningGym": TASK, "maxPromptTokens": 128},
