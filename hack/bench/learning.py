@@ -41,7 +41,7 @@ def manifest(name: str, model: Path, work: Path, steps: int) -> dict[str, Any]:
     """The RLHFJob of one run."""
     extra = RUNS[name]
     rollout = {"promptsPerStep": 64, "samplesPerPrompt": 16, "maxTokens": 64, "engineArgs": {"enforce_eager": True, "kv_cache_memory_bytes": KV_CACHE_BYTES}}
-    trainer = {"steps": steps, "learningRate": 1e-5, "tokensPerMicroBatch": 32768, "gradientCheckpointing": False}
+    trainer = {"steps": steps, "learningRate": 4e-5, "tokensPerMicroBatch": 32768, "gradientCheckpointing": False}
     spec = {
         "data": {"reasoningGym": TASK, "maxPromptTokens": 128},
         "rewards": [{"name": "answer", "type": "python", "function": "rlhf_worker.rewards.reasoning_gym:score", "workers": 4}],
