@@ -39,7 +39,7 @@ def run(manifest: dict[str, Any], work: Path) -> dict[str, Any]:
 
 
 def _child(path: Path, out: Path) -> int:
-    from rlhf_worker.local import LocalRay, configure
+    from rlhf_worker.local import configure, local_ray
     from rlhf_worker.progress import ConsoleReporter
     from rlhf_worker.run import drive, guarded
     from rlhf_worker.stop import Stop
@@ -56,7 +56,7 @@ def _child(path: Path, out: Path) -> int:
         config = configure(path, [])
         reporter = Recorder(config)
         reporter.steps = []
-        with LocalRay(config, verbose=True):
+        with local_ray(config, verbose=True):
             result = drive(config, reporter, Stop())
         out.write_text(json.dumps({"seats": result.seats, "steps": reporter.steps}))
 

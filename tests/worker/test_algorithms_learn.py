@@ -14,7 +14,7 @@ import pytest
 
 from rlhf_api.algorithms import OWN
 from rlhf_api.run import RunConfig
-from rlhf_worker.local import LocalRay
+from rlhf_worker.local import local_ray
 from rlhf_worker.progress import ConsoleReporter
 from rlhf_worker.run import drive
 from rlhf_worker.stop import Stop
@@ -43,7 +43,7 @@ class Recorder(ConsoleReporter):
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    with LocalRay(run_config(rollout={"engine": "hf"}), verbose=False):
+    with local_ray(run_config(rollout={"engine": "hf"}), verbose=False):
         yield
 
 

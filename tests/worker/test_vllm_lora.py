@@ -15,7 +15,7 @@ from rlhf_worker.crew import Crew
 from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.errors import SyncMismatch
 from rlhf_worker.experience import Sample, pack
-from rlhf_worker.local import LocalRay
+from rlhf_worker.local import local_ray
 from rlhf_worker.placement import reserve
 from rlhf_worker.progress import ConsoleReporter
 from rlhf_worker.rollout.episode import Request
@@ -55,7 +55,7 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
         weightSync={"deadlineSeconds": 30}, checkpoint={"path": str(path / "checkpoints")},
         rewards=[{"name": "r", "type": "python", "function": "tests.worker.reward_functions:length"}],
     )
-    with pytest.MonkeyPatch.context() as patch, LocalRay(config, verbose=False):
+    with pytest.MonkeyPatch.context() as patch, local_ray(config, verbose=False):
         patch.setattr(crews, "RemoteEngine", ray.remote(AdapterEngine))
         made = crews.start(config, reserve(config.placement, 60, name="lora"), ConsoleReporter(config))[0]
         made.fleet.close()

@@ -17,7 +17,7 @@ from rlhf_worker.crew import Crew
 from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.errors import SyncMismatch
 from rlhf_worker.experience import Prompt
-from rlhf_worker.local import LocalRay
+from rlhf_worker.local import local_ray
 from rlhf_worker.placement import reserve
 from rlhf_worker.progress import ConsoleReporter
 from rlhf_worker.rollout.episode import Request
@@ -59,7 +59,7 @@ def write_model(path: Path) -> None:
 @pytest.fixture(scope="module")
 def crew(config: RunConfig) -> Iterator[Crew]:
     """One for all tests, in the order in which they lose engines."""
-    with pytest.MonkeyPatch.context() as patch, LocalRay(config, verbose=False):
+    with pytest.MonkeyPatch.context() as patch, local_ray(config, verbose=False):
         patch.setattr(crews, "RemoteEngine", ray.remote(PokedEngine))
         stage = reserve(config.placement, 60, name="weight-sync")
         made = crews.start(config, stage, ConsoleReporter(config))[0]

@@ -2,11 +2,10 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +69,50 @@ def local(path: Path, volumes: Sequence[Volume], steps: int | None = None, verbo
     """To the end of the run; it resumes when the checkpoint path holds a checkpoint. Raises what ends it."""
     config = configure(path, volumes, steps)
     stop, reporter = Stop(), ConsoleReporter(config)
-    with LocalRay(config, verbose):
+    with local_ray(config, verbose):
         stop.install()  # after ray.init, which takes SIGTERM for itself
         return drive(config, reporter, stop)
+
+
+@contextlib.contextmanager
+def local_ray(config: RunConfig, verbose: bool) -> Iterator[None]:
+    """A Ray for this run alone: its own directory and ports, ended with it. Logical GPUs where there is no real one. Raises BadSpec."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.pop("RAY_ADDRESS", None)
+    _check_gpus(config)
+    with tempfile.TemporaryDirectory(prefix="rlhf-", ignore_cleanup_errors=True) as directory:
+        _start_ray(config, verbose, directory)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _check_gpus(config: RunConfig) -> None:
+    if device_here() == "cpu":
+        return
+    import torch
+
+    if (there := torch.cuda.device_count()) < config.placement.gpus:
+        raise BadSpec(f"spec.trainer.gpus and spec.rollout ask for {config.placement.gpus} GPUs, this machine has {there}: lower them")
+
+
+def _start_ray(config: RunConfig, verbose: bool, directory: str) -> None:
+    for left in reversed(range(START_TRIES)):
+        try:
+            ray.init(
+                address="local", namespace=config.job.name, num_gpus=config.placement.gpus, log_to_driver=verbose,
+                resources={group.ray_resource: float(len(group.slots)) for group in config.placement.groups},
+                include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, _temp_dir=directory,
+            )  # fmt: skip
+            return
+        except Exception as error:  # Ray raises a bare Exception when its own 30 s for a start are over, as on a busy machine
+            ray.shutdown()
+            _end_children()
+            if not left:
+                raise
+            print(f"Ray did not start ({error}); trying again", file=sys.stderr, flush=True)
 
 
 def _end_children() -> None:
@@ -81,48 +121,3 @@ def _end_children() -> None:
         for pid in (thread / "children").read_text().split():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
-
-
-class LocalRay:
-    """A Ray for this run alone: its own directory and ports, ended with it. Logical GPUs where there is no real one."""
-
-    def __init__(self, config: RunConfig, verbose: bool) -> None:
-        self.config = config
-        self.verbose = verbose
-
-    def __enter__(self) -> None:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.pop("RAY_ADDRESS", None)
-        self._check_gpus()
-        self.directory = tempfile.mkdtemp(prefix="rlhf-")
-        for left in reversed(range(START_TRIES)):
-            try:
-                self._init()
-                return
-            except Exception as error:  # Ray raises a bare Exception when its own 30 s for a start are over, as on a busy machine
-                ray.shutdown()
-                _end_children()
-                if not left:
-                    raise
-                print(f"Ray did not start ({error}); trying again", file=sys.stderr, flush=True)
-
-    def _init(self) -> None:
-        placement = self.config.placement
-        ray.init(
-            address="local", namespace=self.config.job.name, num_gpus=placement.gpus, log_to_driver=self.verbose,
-            resources={group.ray_resource: float(len(group.slots)) for group in placement.groups},
-            include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, _temp_dir=self.directory,
-        )
-
-    def _check_gpus(self) -> None:
-        if device_here() == "cpu":
-            return
-        import torch
-
-        if (there := torch.cuda.device_count()) < self.config.placement.gpus:
-            raise BadSpec(f"spec.trainer.gpus and spec.rollout ask for {self.config.placement.gpus} GPUs, this machine has {there}: lower them")
-
-    def __exit__(self, *_: object) -> None:
-        ray.shutdown()
-        shutil.rmtree(self.directory, ignore_errors=True)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 
@@ -52,37 +52,18 @@ def sync_fields(synced: Synced, before: Sync | None) -> dict[str, Any]:
     return {"sync": Sync(version=synced.version, seconds=f"{synced.seconds:.3f}", backend=synced.backend, verified_version=proven)}
 
 
-class Reporter(Protocol):
-    @property
-    def suspended(self) -> bool: ...
-    def update(self, synced: Synced | None = None, **fields: Any) -> None: ...
-    def stepped(self, step: int, values: Mapping[str, float], *, eta_seconds: int, synced: Synced) -> None: ...
-    def saved(self, step: int, path: str) -> None: ...
-    def close(self) -> None: ...
+class Reporter:
+    """The run's progress, with a line on the terminal for each step and checkpoint."""
 
-
-class StatusReporter:
-    """Server-side apply of the whole progress, at each step end and every HEARTBEAT_SECONDS, at most once in LEAST_SECONDS."""
-
-    def __init__(self, config: RunConfig, client: httpx.Client) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.progress = Progress(total_steps=config.trainer.steps, display=f"0/{config.trainer.steps}")
-        self._job = config.job
-        self._client = client
-        self._suspended = False
-        self._lock = threading.Lock()
-        self._news, self._closing = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._work, name="progress", daemon=True)
-        self._thread.start()
-
-    @property
-    def suspended(self) -> bool:
-        return self._suspended
+        self.suspended = False
+        self._lock = threading.Lock()  # the engines' thread tells what is amiss
 
     def update(self, synced: Synced | None = None, **fields: Any) -> None:
         with self._lock:
             fields |= sync_fields(synced, self.progress.sync) if synced else {}
             self.progress = self.progress.model_copy(update=fields)
-        self._news.set()
 
     def stepped(self, step: int, values: Mapping[str, float], *, eta_seconds: int, synced: Synced) -> None:
         self.update(synced, **step_fields(step, self.progress.total_steps, values, eta_seconds))
@@ -91,6 +72,22 @@ class StatusReporter:
     def saved(self, step: int, path: str) -> None:
         self.update(checkpoint=Saved(step=step, path=path, time=now()), save_error=None)
         print(f"saved step {step} to {path}", flush=True)
+
+
+class StatusReporter(Reporter):
+    """Server-side apply of the whole progress, at each step end and every HEARTBEAT_SECONDS, at most once in LEAST_SECONDS."""
+
+    def __init__(self, config: RunConfig, client: httpx.Client) -> None:
+        super().__init__(config)
+        self._job = config.job
+        self._client = client
+        self._news, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._work, name="progress", daemon=True)
+        self._thread.start()
+
+    def update(self, synced: Synced | None = None, **fields: Any) -> None:
+        super().update(synced, **fields)
+        self._news.set()
 
     def close(self) -> None:
         """Deliver the last report, or give up after LAST_REPORT_SECONDS."""
@@ -112,14 +109,13 @@ class StatusReporter:
             self._closing.wait(LEAST_SECONDS * min(10, 2**failures)) if not closing else time.sleep(LEAST_SECONDS)
 
     def _send(self) -> bool:
-        with self._lock:
-            body = {"progress": {**self.progress.to_dict(), "reportTime": now()}}
+        body = {"progress": {**self.progress.to_dict(), "reportTime": now()}}
         try:
             answer = apply_status(self._client, self._job, body)
         except (httpx.HTTPError, OSError, ValueError) as error:
             print(f"progress could not be reported: {error}", file=sys.stderr, flush=True)
             return False
-        self._suspended = bool(answer.get("spec", {}).get("suspend", False))
+        self.suspended = bool(answer.get("spec", {}).get("suspend", False))
         return True
 
 
@@ -158,32 +154,15 @@ def line(progress: Progress, values: Mapping[str, float]) -> str:
     )
 
 
-class ConsoleReporter:
-    """The same reports as lines on the terminal. Nothing can suspend a run by hand."""
-
-    suspended = False
-
-    def __init__(self, config: RunConfig) -> None:
-        self.progress = Progress(total_steps=config.trainer.steps)
+class ConsoleReporter(Reporter):
+    """The same reports as lines on the terminal alone. Nothing can suspend a run by hand."""
 
     def update(self, synced: Synced | None = None, **fields: Any) -> None:
-        state, detail = fields.get("state"), fields.get("detail")
-        fields |= sync_fields(synced, self.progress.sync) if synced else {}
-        self.progress = self.progress.model_copy(update=fields)
-        if state or detail:
+        super().update(synced, **fields)
+        if fields.get("state") or fields.get("detail"):
             print(f"{self.progress.state}: {self.progress.detail}", flush=True)
         if synced and synced.proof:
             print(proven(synced), flush=True)
-
-    def stepped(self, step: int, values: Mapping[str, float], *, eta_seconds: int, synced: Synced) -> None:
-        self.update(synced, **step_fields(step, self.progress.total_steps, values, eta_seconds))
-        print(line(self.progress, values), flush=True)
-
-    def saved(self, step: int, path: str) -> None:
-        print(f"saved step {step} to {path}", flush=True)
-
-    def close(self) -> None:
-        sys.stdout.flush()
 
 
 def proven(synced: Synced) -> str:
