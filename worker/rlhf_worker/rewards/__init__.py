@@ -1,4 +1,4 @@
-"""Rewards: scorer.py joins them, python.py runs functions in subprocesses, http.py asks services.
+"""Rewards: scorer.py joins them, pool.py runs functions in subprocesses, http.py and judge.py ask services.
 
 Law: this file and child.py import the standard library only; they run in every reward subprocess.
 """

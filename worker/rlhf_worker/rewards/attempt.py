@@ -1,16 +1,33 @@
-"""What one try of a reward needs, whatever its type."""
+"""What every reward does, whatever its type: samples in batches, several at a time, and a batch that fails again."""
 
+import asyncio
 import contextlib
 import math
-from typing import Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import RewardFailed
 from rlhf_worker.experience import Sample
 
+T = TypeVar("T")
+BACKOFF_LIMIT = 30.0  # seconds
+
 
 class Failure(Exception):
-    """One try failed; the message says how. It is tried again, or becomes a RewardFailed."""
+    """One try failed; the message says how. It is tried again, or becomes what ends the run."""
+
+
+async def tried(retries: int, once: Callable[[int], Awaitable[T]], backoff: float = 0.0) -> T:
+    """What the first of `retries + 1` tries gives that does not fail. Raises the last one's Failure.
+
+    `once` gets the number of the try, from 0; `backoff`: seconds before the second, twice as many before each further one.
+    """
+    for attempt in range(retries):
+        with contextlib.suppress(Failure):
+            return await once(attempt)
+        await asyncio.sleep(min(BACKOFF_LIMIT, backoff * 2**attempt))
+    return await once(retries)
 
 
 def arguments(sample: Sample) -> dict[str, Any]:
@@ -26,7 +43,41 @@ def finite(value: Any) -> float:
     raise Failure(f"returned {value!r:.200}, a finite number is needed")
 
 
-def failed(spec: RewardSpec, sample: Sample, reason: Failure) -> RewardFailed:
-    """The error that ends the run once every try has failed."""
-    tries = f"{spec.retries + 1} times" if spec.retries else "once (retries is 0)"
-    return RewardFailed(f"rewards[{spec.name}] failed {tries} on prompt {sample.prompt.uid}, completion {sample.text!r:.120}: {reason}")
+class Reward:
+    """`spec.workers` batches at a time, each tried up to `spec.retries` times again. What one try is, the subclass says."""
+
+    batch = 1  # most samples of one
+    backoff = 0.0  # seconds before the second try
+
+    def __init__(self, spec: RewardSpec) -> None:
+        self.spec = spec
+
+    async def once(self, batch: Sequence[Sample], attempt: int) -> list[float]:
+        """One value a sample, each finite. Raises Failure."""
+        raise NotImplementedError
+
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        """One value a sample, in order. Must not be called from a thread that runs an event loop.
+
+        Raises RewardFailed at the first batch that has failed every try; the others are given up.
+        """
+        return asyncio.run(self._score(samples))
+
+    async def _score(self, samples: Sequence[Sample]) -> list[float]:
+        size = max(1, min(self.batch, -(-len(samples) // self.spec.workers)))
+        gate = asyncio.Semaphore(self.spec.workers)
+        batches = [samples[start : start + size] for start in range(0, len(samples), size)]
+        values = await asyncio.gather(*(self._tried(gate, batch) for batch in batches))
+        return [value for found in values for value in found]
+
+    async def _tried(self, gate: asyncio.Semaphore, batch: Sequence[Sample]) -> list[float]:
+        async with gate:
+            try:
+                return await tried(self.spec.retries, lambda attempt: self.once(batch, attempt), self.backoff)
+            except Failure as reason:
+                tries = f"{self.spec.retries + 1} times" if self.spec.retries else "once (retries is 0)"
+                which = f"prompt {batch[0].prompt.uid}, completion {batch[0].text!r:.120}"
+                raise RewardFailed(f"rewards[{self.spec.name}] failed {tries} on {which}: {reason}") from None
+
+    def close(self) -> None:
+        """Nothing that it started outlives this."""

@@ -1,8 +1,8 @@
 """A subprocess that calls one reward function, or holds episodes of one environment: `python -m rlhf_worker.rewards.child FD`, FD one end of a socket pair.
 
-Messages are a 4 byte length and a body. The parent sends pickles (first what to load, then the arguments of one call each) and
-gets one JSON object for each: {"value": float} or {"error": text}. What the function prints goes to standard error. When
-the parent is gone, so is the child, also in the middle of a call.
+The parent sends pickles (first what to load, then the arguments of one call each) and gets one line of JSON for each:
+{"value": float} or {"error": text}. What the function prints goes to standard error. When the parent is gone, so is the child,
+also in the middle of a call.
 """
 
 import builtins
@@ -14,38 +14,15 @@ import os
 import pickle
 import queue
 import socket
-import struct
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-HEADER = struct.Struct(">I")
 ERROR_LIMIT = 2000  # characters of a traceback's tail
 
 Function = Callable[..., Any]
-
-
-def receive(connection: socket.socket, deadline: float | None = None) -> bytes:
-    """One message. Raises EOFError when the other side is gone, TimeoutError at the deadline (of time.monotonic)."""
-    return _exactly(connection, HEADER.unpack(_exactly(connection, HEADER.size, deadline))[0], deadline)
-
-
-def _exactly(connection: socket.socket, size: int, deadline: float | None) -> bytes:
-    data = bytearray()
-    while len(data) < size:
-        connection.settimeout(None if deadline is None else max(0.001, deadline - time.monotonic()))
-        part = connection.recv(min(size - len(data), 1 << 20))
-        if not part:
-            raise EOFError("the other side is gone")
-        data += part
-    return bytes(data)
-
-
-def send(connection: socket.socket, body: bytes) -> None:
-    connection.sendall(HEADER.pack(len(body)) + body)
 
 
 def load(function: str | None, code: str | None, field: str, kind: str, name: str) -> Function:
@@ -81,6 +58,8 @@ class Episodes:
         elif action == "reset":
             self.open[episode] = self.make()
             self.open[episode].reset(**arguments)
+        elif episode not in self.open:
+            raise LookupError("its process was killed with another episode's call")
         else:
             environment = self.open.pop(episode)  # one that raises is not asked again
             answer = self._answer(environment.step(**arguments))
@@ -121,12 +100,16 @@ def tail() -> str:
     return "".join(trace.format())[-ERROR_LIMIT:].strip()
 
 
-def _listen(connection: socket.socket, requests: "queue.Queue[bytes]") -> None:
-    try:
-        while True:
-            requests.put(receive(connection))
-    except (EOFError, OSError):
-        os._exit(0)
+def _listen(connection: socket.socket, requests: "queue.SimpleQueue[Any]") -> None:
+    with connection.makefile("rb") as stream:
+        try:
+            while True:
+                requests.put(pickle.load(stream))
+        except (EOFError, OSError):
+            os._exit(0)
+        except BaseException:  # of what this process cannot unpickle
+            traceback.print_exc()
+            os._exit(1)
 
 
 def _loaded(spec: dict[str, Any], episodes: bool) -> tuple[Function | None, dict[str, Any]]:
@@ -139,13 +122,13 @@ def _loaded(spec: dict[str, Any], episodes: bool) -> tuple[Function | None, dict
 
 def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
-    requests: queue.Queue[bytes] = queue.Queue()
+    requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(connection, requests), daemon=True).start()
-    function, answer = _loaded(**pickle.loads(requests.get()))
-    send(connection, json.dumps(answer).encode())
+    function, answer = _loaded(**requests.get())
+    connection.sendall(json.dumps(answer).encode() + b"\n")
     while function is not None:
-        answer = call(function, pickle.loads(requests.get()))
-        send(connection, json.dumps(answer).encode())
+        answer = call(function, requests.get())
+        connection.sendall(json.dumps(answer).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ class JudgeReward(Service):
 
     def __init__(self, spec: RewardSpec, backoff: float = 0.5) -> None:
         super().__init__(spec, backoff)
-        if spec.judge is None:
-            raise BadSpec(f"rewards[{spec.name}].judge is missing")
+        assert spec.judge is not None
         self.judge, self._pattern = spec.judge, re.compile(spec.judge.pattern)
         if name := spec.judge.api_key_env:
             if not os.environ.get(name):

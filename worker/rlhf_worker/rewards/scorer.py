@@ -2,24 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import RewardFailed
 from rlhf_worker.experience import Sample, ScoredSample
-from rlhf_worker.rewards.attempt import Failure, finite
+from rlhf_worker.rewards.attempt import Failure, Reward, finite
 from rlhf_worker.rewards.http import HttpReward
 from rlhf_worker.rewards.judge import JudgeReward
 from rlhf_worker.rewards.pool import PythonReward
-
-
-class Reward(Protocol):
-    spec: RewardSpec
-
-    def score(self, samples: Sequence[Sample]) -> list[float]: ...
-    def close(self) -> None: ...
-
 
 KINDS: Mapping[str, Callable[[RewardSpec], Reward]] = {"python": PythonReward, "http": HttpReward, "judge": JudgeReward}
 
@@ -63,7 +54,7 @@ class Scorer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_api.job import EnvironmentSpec
 from rlhf_worker.errors import BadSpec, EnvironmentFailed
 from rlhf_worker.experience import Sample
-from rlhf_worker.rewards.attempt import Failure, finite
+from rlhf_worker.rewards.attempt import Failure, finite, tried
 from rlhf_worker.rewards.pool import Child, LoadFailure
 from rlhf_worker.rollout.episode import Episode, Request, Speech, Turn
 
@@ -22,37 +22,22 @@ FIELD = "rollout.environment"
 
 
 class Seat:
-    """One subprocess, started when it is needed, with a thread that talks to it: one call at a time."""
+    """One subprocess, with a thread that talks to it."""
 
     def __init__(self, spec: EnvironmentSpec) -> None:
-        self.spec = spec
         self.episodes = 0
-        self.child: Child | None = None
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="environment")
+        self.child = Child(episodes=True, function=spec.function, code=spec.code, field=FIELD, kind="class", name="Environment")
+        self._seconds = spec.timeout_seconds
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="environment")
 
-    def running(self) -> Child:
-        """The subprocess, a new one if the last was killed. Raises Failure."""
-        if self.child is None or not self.child.alive:
-            self.child = Child()
-            self.child.load(episodes=True, function=self.spec.function, code=self.spec.code, field=FIELD, kind="class", name="Environment")
-        return self.child
-
-    async def ask(self, child: Child | None, **call: Any) -> tuple[Child, dict[str, Any]]:
-        """The answer of `child`, or of whichever runs. Raises Failure, also when that child is gone."""
-        return await asyncio.get_running_loop().run_in_executor(self.thread, self._ask, child, call)
-
-    def _ask(self, child: Child | None, call: dict[str, Any]) -> tuple[Child, dict[str, Any]]:
-        child = child or self.running()
-        if not child.alive:
-            raise Failure("its process was killed with another episode's call")
-        return child, child.ask(call, self.spec.timeout_seconds)
+    async def ask(self, **call: Any) -> dict[str, Any]:
+        """Raises Failure."""
+        answer: dict[str, Any] = await asyncio.get_running_loop().run_in_executor(self._thread, self.child.ask, call, self._seconds)
+        return answer
 
     def close(self) -> None:
-        if self.child is not None and self.child.alive:
-            self.child.interrupt()
-        self.thread.shutdown(wait=True, cancel_futures=True)
-        if self.child is not None and self.child.alive:
-            self.child.kill()
+        self.child.close()
+        self._thread.shutdown(wait=True, cancel_futures=True)
 
 
 class Environments:
@@ -63,37 +48,32 @@ class Environments:
         self._numbers = itertools.count()
         self._seats = [Seat(spec) for _ in range(spec.workers)]
         try:
-            self._seats[0].running()
+            self._seats[0].child.start()
             speech.observation("probe", -1)
-        except BaseException as error:
+        except LoadFailure as error:
+            raise BadSpec(f"{FIELD}.{'code' if spec.code is not None else 'function'} cannot be loaded: {error}") from None
+        except BaseException:
             self.close()
-            if isinstance(error, LoadFailure):
-                raise BadSpec(f"{FIELD}.{'code' if spec.code is not None else 'function'} cannot be loaded: {error}") from None
             raise
 
     async def play(self, request: Request, turn: Callable[[Episode], Awaitable[Turn]]) -> Sample:
         """Turns and observations until the environment is done, the turns are used up, or the completion is cut. Raises EnvironmentFailed, or what `turn` raises."""
-        reason = Failure("never tried")
-        for _ in range(self.spec.retries + 1):
-            try:
-                return await self._episode(request, turn)
-            except Failure as failure:
-                reason = failure
-        raise EnvironmentFailed(f"{FIELD} failed {self.spec.retries + 1} times on prompt {request.prompt.uid}: {reason}")
+        try:
+            return await tried(self.spec.retries, lambda _: self._episode(request, turn))
+        except Failure as reason:
+            raise EnvironmentFailed(f"{FIELD} failed {self.spec.retries + 1} times on prompt {request.prompt.uid}: {reason}") from None
 
     async def _episode(self, request: Request, turn: Callable[[Episode], Awaitable[Turn]]) -> Sample:
         seat, number, episode, prompt = min(self._seats, key=lambda seat: seat.episodes), next(self._numbers), Episode(request), request.prompt
         seat.episodes += 1
         try:
-            row = {**prompt.fields, "prompt": prompt.fields.get("prompt", prompt.text)}
-            child, _ = await seat.ask(None, episode=number, action="reset", **row)
+            await seat.ask(episode=number, action="reset", **{**prompt.fields, "prompt": prompt.fields.get("prompt", prompt.text)})
             over = False
             while not over:
                 episode.add(await turn(episode))
-                _, answer = await seat.ask(child, episode=number, action="step", completion=episode.last_turn(self.speech))
-                over = self._over(episode, answer)
+                over = self._over(episode, await seat.ask(episode=number, action="step", completion=episode.last_turn(self.speech)))
             with contextlib.suppress(Failure):  # what it did is done
-                await seat.ask(child, episode=number, action="close")
+                await seat.ask(episode=number, action="close")
             return episode.sample(self.speech)
         finally:
             seat.episodes -= 1
