@@ -43,7 +43,10 @@ def spec(**fields: Any) -> DataSpec:
 
 
 def sampler(data: DataSpec, chat: bool = False, state: dict[str, Any] | None = None) -> PromptSampler:
-    return PromptSampler(PromptSource(data), Characters(chat), data, state)
+    found = PromptSampler(PromptSource(data), Characters(chat), data)
+    if state is not None:
+        found.restore(state)
+    return found
 
 
 @pytest.fixture

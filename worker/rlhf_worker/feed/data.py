@@ -8,6 +8,7 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,7 +44,12 @@ class PromptSource:
 
     def __init__(self, spec: DataSpec) -> None:
         self._spec = spec
-        self.name, self.rows = _open(spec)
+        self._lines: list[int] = []  # of a JSON lines file, by row
+        if spec.jsonl:
+            by_line = _json_lines(spec.jsonl)
+            self.name, self.rows, self._lines = f"data.jsonl {spec.jsonl.path}", list(by_line.values()), list(by_line)
+        else:
+            self.name, self.rows = _open(spec)
         self.prompt_field = "question" if spec.reasoning_gym else spec.prompt_field
         if len(self.rows) == 0:
             raise BadData(f"{self.name}: there are no rows: give at least one prompt")
@@ -53,7 +59,7 @@ class PromptSource:
         return len(self.rows)
 
     def place(self, row: int) -> str:
-        return f"{self.name}, row {row}" if not isinstance(self.rows, _JsonLines) else self.rows.place(row)
+        return f"{self.name}, line {self._lines[row]}" if self._lines else f"{self.name}, row {row}"
 
     def _prompt(self, row: int) -> tuple[Any, Row]:
         fields = self.rows[row]
@@ -87,53 +93,31 @@ def _is_chat(prompt: Any) -> bool:
 
 
 def _open(spec: DataSpec) -> tuple[str, Rows]:
-    if spec.jsonl:
-        return f"data.jsonl {spec.jsonl.path}", _JsonLines(spec.jsonl)
     if spec.parquet:
         return f"data.parquet {spec.parquet.path}", _Parquet(spec.parquet)
     if spec.dataset:
         return f"data.dataset {spec.dataset.path}", _dataset(spec.dataset)
-    if spec.reasoning_gym:
-        return f"data.reasoningGym {spec.reasoning_gym.task}", _ReasoningGym(spec.reasoning_gym, spec.seed)
-    raise BadSpec("data: set exactly one of jsonl, parquet, dataset and reasoningGym")
+    assert spec.reasoning_gym is not None
+    return f"data.reasoningGym {spec.reasoning_gym.task}", _ReasoningGym(spec.reasoning_gym, spec.seed)
 
 
-class _JsonLines:
-    """A JSON lines file, read whole, so that a broken line is found before the run begins. Blank lines are skipped."""
-
-    def __init__(self, spec: JsonlData) -> None:
-        self._path = Path(spec.path)
-        self._rows: list[Row] = []
-        self._lines: list[int] = []
-        for number, line in enumerate(_lines(self._path), 1):
-            if line.strip():
-                self._rows.append(self._parse(number, line))
-                self._lines.append(number)
-
-    def _parse(self, number: int, line: bytes) -> Row:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise BadData(f"data.jsonl: {self._path}, line {number}: not JSON: {error}: correct or remove the line") from None
-        if not isinstance(row, dict):
-            raise BadData(f'data.jsonl: {self._path}, line {number}: must be an object, such as {{"prompt": "..."}}, not {line[:40]!r}')
-        return row
-
-    def place(self, row: int) -> str:
-        return f"data.jsonl: {self._path}, line {self._lines[row]}"
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int, /) -> Row:
-        return self._rows[index]
-
-
-def _lines(path: Path) -> list[bytes]:
+def _json_lines(spec: JsonlData) -> dict[int, Row]:
+    """The rows by their lines, read whole, so that a broken line is found before the run begins. Blank lines are skipped."""
     try:
-        return path.read_bytes().split(b"\n")
+        lines = Path(spec.path).read_bytes().split(b"\n")
     except OSError as error:
-        raise BadData(f"data.jsonl.path: {path}: {error.strerror}: is the volume mounted in the pods that read it?") from None
+        raise BadData(f"data.jsonl.path: {spec.path}: {error.strerror}: is the volume mounted in the pods that read it?") from None
+    return {number: _json_row(f"data.jsonl {spec.path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()}
+
+
+def _json_row(place: str, line: bytes) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise BadData(f"{place}: not JSON: {error}: correct or remove the line") from None
+    if not isinstance(row, dict):
+        raise BadData(f'{place}: must be an object, such as {{"prompt": "..."}}, not {line[:40]!r}')
+    return row
 
 
 class _Parquet:
@@ -209,16 +193,13 @@ class _ReasoningGym:
 class PromptSampler:
     """Draws prompts: every row once an epoch, in an order made from seed and epoch."""
 
-    def __init__(self, source: PromptSource, tokenizer: Tokenizer, spec: DataSpec, state: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, source: PromptSource, tokenizer: Tokenizer, spec: DataSpec) -> None:
         self._source, self._tokenizer, self._spec = source, tokenizer, spec
         self._chat = spec.chat_template and tokenizer.chat_template is not None
         if spec.system_prompt and not self._chat:
             raise BadSpec("data.systemPrompt needs a chat template: remove it, or set data.chatTemplate with a tokenizer that has one")
         self._digest = source.digest()
         self._drawn = 0
-        self._order: tuple[int, list[int]] = (-1, [])
-        if state is not None:
-            self.restore(state)
 
     def next(self, count: int) -> list[Prompt]:
         """The next `count` prompts, over as many epochs as they take. Raises BadData; then none is consumed."""
@@ -255,7 +236,7 @@ class PromptSampler:
     def _locate(self, index: int) -> tuple[int, int]:
         """Epoch and row of the run's prompt `index`."""
         epoch, position = divmod(index, len(self._source))
-        return epoch, self._permutation(epoch)[position]
+        return epoch, _permutation(self._spec.seed, epoch, len(self._source))[position]
 
     def _prompt(self, epoch: int, row: int) -> Prompt:
         prompt, fields = self._source.read(row)
@@ -265,13 +246,6 @@ class PromptSampler:
                 f"{self._source.place(row)}: the prompt has {len(token_ids)} tokens, data.maxPromptTokens is {self._spec.max_prompt_tokens}: shorten it or raise the limit"
             )
         return Prompt(uid=f"{epoch}:{row}", epoch=epoch, row=row, token_ids=token_ids, text=text, fields=fields)
-
-    def _permutation(self, epoch: int) -> list[int]:
-        if self._order[0] != epoch:
-            order = list(range(len(self._source)))
-            random.Random(f"{self._spec.seed}:{epoch}").shuffle(order)
-            self._order = (epoch, order)
-        return self._order[1]
 
     def _render(self, row: int, prompt: str | list[dict[str, Any]]) -> tuple[str, list[int]]:
         if self._chat:
@@ -295,3 +269,10 @@ class PromptSampler:
             return str(self._tokenizer.apply_chat_template([*system, *messages], tokenize=False, add_generation_prompt=True))
         except (TemplateError, TypeError) as error:
             raise BadData(f"{self._source.place(row)}: the chat template refuses the messages: {error}") from None
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, rows: int) -> list[int]:
+    order = list(range(rows))
+    random.Random(f"{seed}:{epoch}").shuffle(order)
+    return order
