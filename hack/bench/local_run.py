@@ -53,7 +53,7 @@ def _child(path: Path, out: Path) -> int:
             self.steps.append({"step": step, **proof, **values})
 
     def work() -> None:
-        config = configure(path, [])
+        config = configure(path, {})
         reporter = Recorder(config)
         reporter.steps = []
         with local_ray(config, verbose=True):

@@ -66,12 +66,10 @@ class Feed:
     def __init__(self, dull: list[int], broken: bool = False) -> None:
         self.drawn, self.dull, self.broken = 0, dull, broken
 
-    def draw(self, count: int) -> list[Prompt]:
+    def draw(self, again: list[str], count: int) -> list[Prompt]:
         self.drawn += count
-        return [a_prompt(row) for row in range(self.drawn - count, self.drawn)]
-
-    def draw_again(self, uids: list[str]) -> list[Prompt]:
-        return [a_prompt(int(uid.split(":")[1])) for uid in uids]
+        rows = [*(int(uid.split(":")[1]) for uid in again), *range(self.drawn - count, self.drawn)]
+        return [a_prompt(row) for row in rows]
 
     def sampler_state(self) -> dict[str, Any]:
         return {"position": self.drawn}

@@ -8,7 +8,7 @@ from ray.exceptions import RayTaskError
 
 from rlhf_worker import run
 from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded
-from rlhf_worker.local import Volume, configure, mapped
+from rlhf_worker.local import configure, mapped, volume
 from rlhf_worker.stop import Stop, Terminated
 
 SAMPLES = Path(__file__).parents[2] / "manifests" / "samples"
@@ -78,23 +78,23 @@ def test_a_stop_interrupts_only_what_may_be_dropped() -> None:
 
 @pytest.mark.parametrize("path", sorted(SAMPLES.glob("tiny-*.yaml")), ids=lambda p: p.stem)
 def test_samples_resolve_onto_directories_of_this_machine(path: Path) -> None:
-    config = configure(path, [Volume.parse("/var/lib/rlhf=here"), Volume.parse("/var/lib/rlhf/models/=/m")], steps=3)
+    config = configure(path, dict(map(volume, ["/var/lib/rlhf=here", "/var/lib/rlhf/models/=/m"])), steps=3)
     assert (config.trainer.steps, config.model.path) == (3, "/m/tiny")
     assert config.checkpoint.path == f"{Path.cwd()}/here/checkpoints/{path.stem}"
-    assert [reward.code for reward in config.rewards] == [reward.code for reward in configure(path, []).rewards]
+    assert [reward.code for reward in config.rewards] == [reward.code for reward in configure(path, {}).rewards]
 
 
 def test_only_whole_directories_are_mapped() -> None:
-    assert mapped({"a": ["/data", "/data/x", "/database", 3]}, [Volume("/data", "/d")]) == {"a": ["/d", "/d/x", "/database", 3]}
+    assert mapped({"a": ["/data", "/data/x", "/database", 3]}, {"/data": "/d"}) == {"a": ["/d", "/d/x", "/database", 3]}
 
 
 @pytest.mark.parametrize("text", ["/data", "data=here", "/data="])
 def test_a_wrong_volume_is_refused(text: str) -> None:
     with pytest.raises(BadSpec, match="MOUNT=DIR"):
-        Volume.parse(text)
+        volume(text)
 
 
 def test_a_wrong_manifest_lists_everything(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("kind: RLHFJob\napiVersion: rlhf.dev/v1alpha1\nmetadata: {name: x}\nspec: {imag: y}\n")
     with pytest.raises(BadSpec, match=r"spec\.image.*spec\.imag: unknown field"):
-        configure(tmp_path / "job.yaml", [])
+        configure(tmp_path / "job.yaml", {})

@@ -36,11 +36,11 @@ def _dispatch(given: argparse.Namespace) -> int:
     from rlhf_worker.run import guarded, run
 
     if given.command == "run":
-        return run(given.config)
+        return guarded(lambda: run(given.config))
     if given.command == "local":
-        from rlhf_worker.local import Volume, local
+        from rlhf_worker.local import local, volume
 
-        return guarded(lambda: local(given.manifest, [Volume.parse(text) for text in given.volume], given.steps, given.verbose))
+        return guarded(lambda: local(given.manifest, dict(map(volume, given.volume)), given.steps, given.verbose))
     if given.command == "replay":
         from rlhf_worker.feed.replay import replay
 

@@ -4,7 +4,6 @@ prompts -> samples -> scored samples -> train sequences -> parts (one a rank) ->
 Every step is deterministic in its input. Padding does not exist here; it is the oracle of the tests.
 """
 
-import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -134,12 +133,12 @@ def chunks(items: Sequence[T], count: int) -> list[list[T]]:
 
 def split(sequences: Sequence[TrainSequence], parts: int) -> list[list[TrainSequence]]:
     """One part a rank, balanced by tokens (longest first to the least loaded); none is empty if there are enough sequences."""
-    loads = [(0, part) for part in range(parts)]
+    loads = [0] * parts
     chosen: list[list[int]] = [[] for _ in range(parts)]
-    for index in sorted(range(len(sequences)), key=lambda i: (-sequences[i].length, i)):
-        load, part = heapq.heappop(loads)
+    for index in sorted(range(len(sequences)), key=lambda i: -sequences[i].length):
+        part = loads.index(min(loads))
         chosen[part].append(index)
-        heapq.heappush(loads, (load + sequences[index].length, part))
+        loads[part] += sequences[index].length
     return [[sequences[i] for i in sorted(indices)] for indices in chosen]
 
 
@@ -155,7 +154,7 @@ def _bins(lengths: Sequence[int], budget: int, *, padded: bool) -> list[list[int
     """First-fit decreasing; each bin lists its indices in ascending order."""
     bins: list[list[int]] = []
     loads: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         place = next((b for b, load in enumerate(loads) if load + (lengths[bins[b][0]] if padded else lengths[index]) <= budget), len(bins))
         if place == len(bins):
             bins.append([])

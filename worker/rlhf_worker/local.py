@@ -5,8 +5,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,39 +23,28 @@ OBJECT_STORE_BYTES = 512 << 20
 START_TRIES = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Volume:
-    """A directory of this machine that stands for a mount of the pods."""
-
-    mount: str
-    directory: str
-
-    @classmethod
-    def parse(cls, text: str) -> "Volume":
-        """`MOUNT=DIR`. Raises BadSpec."""
-        mount, sign, directory = text.partition("=")
-        if not (sign and mount.startswith("/") and directory):
-            raise BadSpec(f"--volume {text!r} is not MOUNT=DIR with an absolute MOUNT")
-        return cls(mount.rstrip("/"), str(Path(directory).absolute()))
-
-    def replaces(self, value: str) -> bool:
-        return value == self.mount or value.startswith(self.mount + "/")
+def volume(text: str) -> tuple[str, str]:
+    """`MOUNT=DIR`: a mount of the pods, and the directory of this machine that stands for it. Raises BadSpec."""
+    mount, sign, directory = text.partition("=")
+    if not (sign and mount.startswith("/") and directory):
+        raise BadSpec(f"--volume {text!r} is not MOUNT=DIR with an absolute MOUNT")
+    return mount.rstrip("/"), str(Path(directory).absolute())
 
 
-def mapped(node: Any, volumes: Sequence[Volume]) -> Any:
+def mapped(node: Any, volumes: Mapping[str, str]) -> Any:
     """Every path of a manifest that lies in a mount, at its place on this machine; the deepest mount wins."""
     if isinstance(node, dict):
         return {key: mapped(value, volumes) for key, value in node.items()}
     if isinstance(node, list):
         return [mapped(value, volumes) for value in node]
-    fitting = [v for v in volumes if isinstance(node, str) and v.replaces(node)]
-    if not fitting:
+    mounts = [mount for mount in volumes if isinstance(node, str) and f"{node}/".startswith(f"{mount}/")]
+    if not mounts:
         return node
-    deepest = max(fitting, key=lambda volume: len(volume.mount))
-    return deepest.directory + node.removeprefix(deepest.mount)
+    deepest = max(mounts, key=len)
+    return volumes[deepest] + node.removeprefix(deepest)
 
 
-def configure(path: Path, volumes: Sequence[Volume], steps: int | None = None) -> RunConfig:
+def configure(path: Path, volumes: Mapping[str, str], steps: int | None = None) -> RunConfig:
     """Raises BadSpec with everything that is wrong with the manifest."""
     try:
         config = RunConfig.model_validate(mapped(resolve(load_job(path)).to_dict(), volumes))
@@ -65,7 +53,7 @@ def configure(path: Path, volumes: Sequence[Volume], steps: int | None = None) -
     return config if steps is None else config.model_copy(update={"trainer": config.trainer.model_copy(update={"steps": steps})})
 
 
-def local(path: Path, volumes: Sequence[Volume], steps: int | None = None, verbose: bool = False) -> Result:
+def local(path: Path, volumes: Mapping[str, str], steps: int | None = None, verbose: bool = False) -> Result:
     """To the end of the run; it resumes when the checkpoint path holds a checkpoint. Raises what ends it."""
     config = configure(path, volumes, steps)
     stop, reporter = Stop(), ConsoleReporter(config)

@@ -40,20 +40,20 @@ class Seat:
             import torch
 
             return cls.of_uuid(str(torch.cuda.get_device_properties(0).uuid))
-        ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-        return cls(node=_node(), gpu=",".join(map(str, ids)))
+        return cls.of_uuid(_held_gpus())
 
     @classmethod
     def of_uuid(cls, uuid: str) -> "Seat":
-        return cls(node=_node(), gpu=uuid)
+        """On this host. vLLM's own worker processes are no Ray workers, so the host's name stands for the node."""
+        return cls(node=socket.gethostname(), gpu=uuid)
 
     def __str__(self) -> str:
         return f"{self.node}/{self.gpu}"
 
 
-def _node() -> str:
-    """vLLM's own worker processes are no Ray workers, so the host's name stands for the node."""
-    return socket.gethostname()
+def _held_gpus() -> str:
+    """Ray's numbers of what the calling worker holds, one as a rule."""
+    return ",".join(map(str, ray.get_runtime_context().get_accelerator_ids().get("GPU", [])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +79,8 @@ class Stage:
         return self.bundles[0].device
 
     def options(self, slot: int, share: float) -> dict[str, Any]:
-        """Of an actor that takes `share` of the slot's GPU. num_cpus=0: a bundle holds no CPUs."""
-        strategy = PlacementGroupSchedulingStrategy(
-            placement_group=self.group, placement_group_bundle_index=self.bundles[slot].index, placement_group_capture_child_tasks=False
-        )
-        return {"num_gpus": share, "num_cpus": 0, "scheduling_strategy": strategy}
+        """Of an actor that takes `share` of the slot's GPU."""
+        return _options(self.group, self.bundles[slot].index, share)
 
     def threads(self, slots: Sequence[int]) -> dict[int, int]:
         """CPU threads for one process a slot when all of these compute at the same time."""
@@ -116,7 +113,7 @@ def reserve(placement: Placement, deadline_seconds: float, name: str) -> Stage:
         remove_placement_group(group)
         raise PlacementFailed(f"no placement for {len(wanted)} GPUs after {deadline_seconds:g} s: {shortage(placement, ray.cluster_resources())}")
     look = ray.remote(_look)
-    calls = [look.options(**_probe_options(group, index)).remote(index) for index in range(len(wanted))]
+    calls = [look.options(**_options(group, index, PROBE_SHARE)).remote(index) for index in range(len(wanted))]
     return Stage(group, tie(placement, ray.get(calls, timeout=deadline_seconds)))
 
 
@@ -138,16 +135,15 @@ def shortage(placement: Placement, has: dict[str, float]) -> str:
     return ", ".join(f"{name}: asked {count}, Ray has {has.get(name, 0):g}" for name, count in asked.items())
 
 
-def _probe_options(group: PlacementGroup, index: int) -> dict[str, Any]:
-    strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
-    return {"num_gpus": PROBE_SHARE, "num_cpus": 0, "scheduling_strategy": strategy}
+def _options(group: PlacementGroup, index: int, share: float) -> dict[str, Any]:
+    """num_cpus=0: a bundle holds no CPUs."""
+    strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index, placement_group_capture_child_tasks=False)
+    return {"num_gpus": share, "num_cpus": 0, "scheduling_strategy": strategy}
 
 
 def _look(index: int) -> Bundle:
     """Runs in the bundle. Must stay cheap: it imports neither torch nor vLLM."""
-    ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-    gpu = ",".join(map(str, ids))
-    return Bundle(index, ray.get_runtime_context().get_node_id(), gpu, device_here(), len(os.sched_getaffinity(0)))
+    return Bundle(index, ray.get_runtime_context().get_node_id(), _held_gpus(), device_here(), len(os.sched_getaffinity(0)))
 
 
 def device_here() -> str:

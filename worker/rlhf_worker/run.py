@@ -134,11 +134,6 @@ def _tell_kubelet(words: str) -> None:
         print(f"{TERMINATION_LOG}: {error}", file=sys.stderr, flush=True)
 
 
-def run(path: Path) -> int:
-    """`rlhf_worker run`: in the head pod, beside Ray. Returns the exit code."""
-    return guarded(lambda: _run(path))
-
-
 def _connect(config: RunConfig, stop: Stop) -> None:
     """To the Ray of this pod. The kubelet starts both containers at once, so its head may need a while."""
     deadline = time.monotonic() + RAY_DEADLINE_SECONDS
@@ -153,7 +148,8 @@ def _connect(config: RunConfig, stop: Stop) -> None:
         stop.wait(0.5)
 
 
-def _run(path: Path) -> None:
+def run(path: Path) -> None:
+    """`rlhf_worker run`: in the head pod, beside Ray. Raises what ends it."""
     stop = Stop()
     stop.install()
     try:

@@ -70,11 +70,6 @@ class Store:
                 size, crc = size + len(chunk), zlib.crc32(chunk, crc)
         return size, crc
 
-    def size(self, name: str) -> int:
-        """Bytes. Raises OSError."""
-        found: int = self.fs.size(self.path(name))
-        return found
-
     def remove(self, name: str) -> None:
         """With all that is in it, if it is there. Raises OSError."""
         if self.fs.exists(self.path(name)):

@@ -59,7 +59,9 @@ class PromptSource:
         return len(self.rows)
 
     def place(self, row: int) -> str:
-        return f"{self.name}, line {self._lines[row]}" if self._lines else f"{self.name}, row {row}"
+        if self._spec.jsonl:
+            return f"data.jsonl: {self._spec.jsonl.path}, line {self._lines[row]}"
+        return f"{self.name}, row {row}"
 
     def _prompt(self, row: int) -> tuple[Any, Row]:
         fields = self.rows[row]
@@ -107,7 +109,7 @@ def _json_lines(spec: JsonlData) -> dict[int, Row]:
         lines = Path(spec.path).read_bytes().split(b"\n")
     except OSError as error:
         raise BadData(f"data.jsonl.path: {spec.path}: {error.strerror}: is the volume mounted in the pods that read it?") from None
-    return {number: _json_row(f"data.jsonl {spec.path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()}
+    return {number: _json_row(f"data.jsonl: {spec.path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()}
 
 
 def _json_row(place: str, line: bytes) -> Row:

@@ -21,19 +21,18 @@ class Feed:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
 
-    def open(self) -> int:
-        """Read the data, start the rewards. Returns the number of rows. Raises BadSpec or BadData."""
+    def open(self) -> None:
+        """Read the data, start the rewards. Raises BadSpec or BadData."""
         from rlhf_worker.feed import telemetry
         from rlhf_worker.feed.data import PromptSampler, PromptSource
         from rlhf_worker.rewards.scorer import Scorer
 
         telemetry.check(self.config.telemetry)
-        source, tokenizer = PromptSource(self.config.data), load_tokenizer(self.config.model)
-        self.sampler = PromptSampler(source, tokenizer, self.config.data)
+        tokenizer = load_tokenizer(self.config.model)
+        self.sampler = PromptSampler(PromptSource(self.config.data), tokenizer, self.config.data)
         self.sampler.check(self.config.trainer.steps * self.config.rollout.prompts_per_step)
         self.evaluations = {spec.name: self._evaluation(spec, tokenizer) for spec in self.config.evaluation}
         self.scorer = Scorer(self.config.rewards)
-        return len(source)
 
     def _evaluation(self, spec: EvaluationSpec, tokenizer: Any) -> "list[Prompt]":
         from rlhf_worker.feed.data import PromptSampler, PromptSource
@@ -52,13 +51,9 @@ class Feed:
             self.sampler.restore(sampler)
         self.telemetry = Telemetry(self.config, step + 1)
 
-    def draw(self, count: int) -> "list[Prompt]":
-        """Raises BadData."""
-        return self.sampler.next(count)
-
-    def draw_again(self, uids: list[str]) -> "list[Prompt]":
-        """What a run that ended had drawn and not trained."""
-        return self.sampler.again(uids)
+    def draw(self, again: list[str], count: int) -> "list[Prompt]":
+        """`again`: uids of what a run that ended had drawn and not trained; after them the next `count`. Raises BadData."""
+        return [*self.sampler.again(again), *self.sampler.next(count)]
 
     def draw_evaluation(self, name: str) -> "list[Prompt]":
         """The same prompts each time."""

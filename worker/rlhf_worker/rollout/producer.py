@@ -36,7 +36,7 @@ LATE_SECONDS = 60.0  # beyond the engine's own deadline, whose error says more
 class _Call:
     """Calls of actors that belong together, and what becomes of their results, or of a failure."""
 
-    def __init__(self, refs: list[Any], seconds: float, what: str, then: Callable[[list[Any]], None], failed: Callable[[Exception], None] | None) -> None:
+    def __init__(self, refs: list[Any], seconds: float, what: str, then: Callable[[list[Any]], None], failed: Callable[[Exception], None] | None = None) -> None:
         self.refs, self.what, self.then, self.failed = refs, what, then, failed
         self.waiting = list(refs)
         self.end = time.monotonic() + seconds
@@ -120,9 +120,6 @@ class Rollouts:
             self._look_at(one)
         self._admit()
 
-    def _begin(self, refs: list[Any], seconds: float, what: str, then: Callable[[list[Any]], None], failed: Callable[[Exception], None] | None = None) -> None:
-        self._calls.append(_Call(refs, seconds, what, then, failed))
-
     def _look_at(self, one: _Call) -> None:
         done, one.waiting = ray.wait(one.waiting, num_returns=len(one.waiting), timeout=0)
         try:
@@ -147,9 +144,7 @@ class Rollouts:
         if room <= 0 or not (self.config.rollout.staleness or (self.admission.idle and not self._evaluating)):
             return
         first, self._pending = self._pending[:room], self._pending[room:]
-        prompts: list[Prompt] = self._feed("draw_again", first) if first else []
-        prompts += self._feed("draw", room - len(first)) if room > len(first) else []
-        self._dispatch(self.admission.admit(prompts))
+        self._dispatch(self.admission.admit(self._feed("draw", first, room - len(first))))
 
     def _dispatch(self, groups: list[Group], tried: frozenset[ActorHandle] = frozenset(), error: Exception | None = None) -> None:
         """To the engines with the least to do; a group stays on one, for its prefix cache. Raises `error` when every living engine was tried."""
@@ -184,7 +179,7 @@ class Rollouts:
             print(f"generation: {len(groups)} groups are tried on another engine: {type(error).__name__}: {str(error)[-500:]}", flush=True)
             self._dispatch(groups, tried | {engine}, error)
 
-        self._begin([engine.generate.remote(requests, deadline)], deadline + LATE_SECONDS, "generation", then, failed)
+        self._calls.append(_Call([engine.generate.remote(requests, deadline)], deadline + LATE_SECONDS, "generation", then, failed))
 
     def _size(self, group: Group) -> int:
         """Samples of its prompt."""
@@ -216,10 +211,10 @@ class Rollouts:
         def then(results: list[Any]) -> None:
             values = {name: results[start] for name, start in zip(names, starts, strict=True)}
             ref = self.crew.feed.score.remote(samples, values)
-            self._begin([ref], SCORE_DEADLINE_SECONDS, "rewards", lambda results: self._scored(groups, results[0]))
+            self._calls.append(_Call([ref], SCORE_DEADLINE_SECONDS, "rewards", lambda results: self._scored(groups, results[0])))
 
         if names:
-            self._begin([ref for refs in calls for ref in refs], SCORE_DEADLINE_SECONDS, "reward models", then)
+            self._calls.append(_Call([ref for refs in calls for ref in refs], SCORE_DEADLINE_SECONDS, "reward models", then))
         else:
             then([])
 

@@ -1,5 +1,6 @@
 """Attention over packed batches, under transformers' interface for it: block-diagonal by `cu_seqlens`, causal within each sequence."""
 
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -52,24 +53,13 @@ def _by_sequence(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], scale: flo
     if window is not None and window < max(lengths):
         raise BadSpec(f"spec.model.path: sliding-window attention ({window}) over longer sequences ({max(lengths)}) is trained on GPU in bfloat16 only")
     out, start = [], 0
-    for length, count in _runs(lengths):
-        parts = (x[start : start + length * count].reshape(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
-        query, key, value = parts
+    for length, run in groupby(lengths):
+        count = len(list(run))
+        query, key, value = (x[start : start + length * count].reshape(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
         made = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
         out.append(made.transpose(1, 2).reshape(count * length, *q.shape[1:]))
         start += length * count
     return torch.cat(out)
-
-
-def _runs(lengths: list[int]) -> list[tuple[int, int]]:
-    """[5, 5, 3] -> [(5, 2), (3, 1)]"""
-    runs: list[tuple[int, int]] = []
-    for length in lengths:
-        if runs and runs[-1][0] == length:
-            runs[-1] = (length, runs[-1][1] + 1)
-        else:
-            runs.append((length, 1))
-    return runs
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -285,11 +285,12 @@ def read_run(data: bytes) -> tuple[RunState | str, Files]:
 
 def _fault(store: Store, name: str, size: int, crc: int) -> str:
     try:
-        if (there := store.size(name)) != size:
-            return f"{name} has {there} bytes of {size}"
-        return "" if store.measure(name)[1] == crc else f"the checksum of {name} differs"
+        found = store.measure(name)
     except OSError as error:
         return f"{name}: {error}"
+    if found[0] != size:
+        return f"{name} has {found[0]} bytes of {size}"
+    return "" if found[1] == crc else f"the checksum of {name} differs"
 
 
 def _cause(error: BaseException) -> str:
