@@ -44,12 +44,7 @@ class PromptSource:
 
     def __init__(self, spec: DataSpec) -> None:
         self._spec = spec
-        self._lines: list[int] = []  # of a JSON lines file, by row
-        if spec.jsonl:
-            by_line = _json_lines(spec.jsonl)
-            self.name, self.rows, self._lines = f"data.jsonl {spec.jsonl.path}", list(by_line.values()), list(by_line)
-        else:
-            self.name, self.rows = _open(spec)
+        self.name, self.rows, self._lines = _open(spec)
         self.prompt_field = "question" if spec.reasoning_gym else spec.prompt_field
         if len(self.rows) == 0:
             raise BadData(f"{self.name}: there are no rows: give at least one prompt")
@@ -94,13 +89,17 @@ def _is_chat(prompt: Any) -> bool:
     return isinstance(prompt, list) and bool(prompt) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
 
 
-def _open(spec: DataSpec) -> tuple[str, Rows]:
+def _open(spec: DataSpec) -> tuple[str, Rows, list[int]]:
+    """Name, rows, and each row's line where the source has lines."""
+    if spec.jsonl:
+        by_line = _json_lines(spec.jsonl)
+        return f"data.jsonl {spec.jsonl.path}", list(by_line.values()), list(by_line)
     if spec.parquet:
-        return f"data.parquet {spec.parquet.path}", _Parquet(spec.parquet)
+        return f"data.parquet {spec.parquet.path}", _Parquet(spec.parquet), []
     if spec.dataset:
-        return f"data.dataset {spec.dataset.path}", _dataset(spec.dataset)
+        return f"data.dataset {spec.dataset.path}", _dataset(spec.dataset), []
     assert spec.reasoning_gym is not None
-    return f"data.reasoningGym {spec.reasoning_gym.task}", _ReasoningGym(spec.reasoning_gym, spec.seed)
+    return f"data.reasoningGym {spec.reasoning_gym.task}", _ReasoningGym(spec.reasoning_gym, spec.seed), []
 
 
 def _json_lines(spec: JsonlData) -> dict[int, Row]:

@@ -123,8 +123,10 @@ class PythonReward(Reward):
 
     def __init__(self, spec: RewardSpec) -> None:
         super().__init__(spec)
-        load = {"function": spec.function, "code": spec.code, "field": f"rewards[{spec.name}]", "kind": "function", "name": "reward(prompt, completion, **row)"}
-        self._children = [Child(**load) for _ in range(spec.workers)]
+        self._children = [
+            Child(function=spec.function, code=spec.code, field=f"rewards[{spec.name}]", kind="function", name="reward(prompt, completion, **row)")
+            for _ in range(spec.workers)
+        ]
         self._idle = list(self._children)
         try:
             self._idle[-1].start()
