@@ -1,19 +1,22 @@
 """Where every element of a sync comes from and where it goes. Pure integers: neither torch nor I/O.
 
     recorder: Move   a slice of a checkpoint tensor -> a slice of an engine's parameter, one set an engine rank
+    joined:   Move   a slice of a trainer's parameter, in which many such tensors may lie -> the same, as few as that allows
     pieces:   Piece  a move cut to the rows that one trainer rank holds
     waves:    Hop    a piece from one rank of the group to another, in the order in which links carry them
 
 Ranks of the group: the trainer's first, then every engine's tensor-parallel ranks, engine by engine.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from math import prod
 
-Extent = tuple[int, int]  # flat elements [start, stop) of a whole checkpoint tensor
-Shards = Mapping[str, Extent]  # what one trainer rank holds, by checkpoint name
+Extent = tuple[int, int]  # flat elements [start, stop) of a whole tensor
+Shards = Mapping[str, Extent]  # what one trainer rank holds, by parameter of the trainer
+Places = Mapping[str, tuple[str, int]]  # by checkpoint tensor: the trainer's parameter in which it lies, and its first element there
 MOST_RUNS = 1 << 20
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4}
 
@@ -60,7 +63,10 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """`take` of the contiguous checkpoint tensor `source` fills `put` of the contiguous parameter `target`; both views are of one size."""
+    """`take` of the contiguous tensor `source` fills `put` of the contiguous parameter `target`; both views are of one size.
+
+    The source is a tensor of the checkpoint in a RankPlan, a parameter of the trainer once that is `joined`.
+    """
 
     source: str
     take: View
@@ -70,10 +76,35 @@ class Move:
     def narrow(self, dim: int, start: int, stop: int) -> "Move":
         return Move(self.source, self.take.narrow(dim, start, stop), self.target, self.put.narrow(dim, start, stop))
 
+    @property
+    def contiguous(self) -> bool:
+        return self.take.contiguous and self.put.contiguous
+
+    @property
+    def dims(self) -> list[tuple[int, int, int]]:
+        """Size and both steps of each."""
+        return [*zip(self.take.size, self.take.stride, self.put.stride, strict=True)]
+
+    def followed_by(self, other: "Move") -> "Move | None":
+        """Both as one, if `other` lies behind this one on both sides and continues or repeats it. Both are simplified and of the same two tensors."""
+        (n, take, put), *row = self.dims
+        (more, *steps), *others = other.dims
+        ahead = other.take.offset - self.take.offset, other.put.offset - self.put.offset
+        if other.take.offset <= self.take.last or other.put.offset <= self.put.last:
+            return None
+        if ahead == (n * take, n * put) and other.dims == row:
+            return self._of([(n + 1, take, put), *row])
+        if ahead == (n * take, n * put) and (steps, others) == ([take, put], row):
+            return self._of([(n + more, take, put), *row])
+        return self._of([(2, *ahead), *self.dims]) if other.dims == self.dims else None
+
     def simplified(self) -> "Move":
         """The same elements in as few dimensions as both views allow."""
+        return self._of(self.dims)
+
+    def _of(self, own: Sequence[tuple[int, int, int]]) -> "Move":
         dims: list[tuple[int, int, int]] = []
-        for n, take, put in zip(self.take.size, self.take.stride, self.put.stride, strict=True):
+        for n, take, put in own:
             if n == 1:
                 continue
             if dims and dims[-1][1] == n * take and dims[-1][2] == n * put:
@@ -151,8 +182,40 @@ def _run_length(view: View) -> int:
     return stop - start
 
 
+def joined(plan: RankPlan, places: Places, dtypes: Mapping[str, str], small: int) -> RankPlan:
+    """The plan with the trainer's parameters for its sources. dtypes: theirs; small: bytes below which a piece is packed.
+
+    Moves that neighbour each other on both sides become one: a layer's experts are a tensor each in the checkpoint, and one
+    parameter at the trainer and in the engine.
+    """
+    groups: dict[tuple[str, str], list[Move]] = {}
+    for move in plan.moves:
+        source, start = places[move.source]
+        take = View(start + move.take.offset, move.take.size, move.take.stride)
+        groups.setdefault((source, move.target), []).append(Move(source, take, move.target, move.put).simplified())
+    made: list[Move] = []
+    for (source, target), moves in groups.items():
+        dtype = plan.dtypes[target]
+        made += _join(moves, small // ITEMSIZE[dtype] if dtypes[source] == dtype else sys.maxsize)
+    return replace(plan, moves=tuple(made))
+
+
+def _join(moves: list[Move], small: int) -> list[Move]:
+    """small: elements."""
+    made: list[Move] = []
+    for move in sorted(moves, key=lambda move: move.put.offset):
+        one = made[-1].followed_by(move) if made else None
+        # What is strided must be packed. That costs nothing where the parts are packed anyway: strided themselves, of another type, or
+        # small. A large contiguous part goes from memory to memory, and becomes part of another only where that does too.
+        if one is None or not (one.contiguous or all(not part.contiguous or part.put.numel < small for part in (made[-1], move))):
+            made.append(move)
+        else:
+            made[-1] = one
+    return made if len(made) == len(moves) else _join(made, small)
+
+
 def pieces(plan: RankPlan, shards: Sequence[Shards], dtypes: Mapping[str, str], small: int = 0) -> list[Piece]:
-    """The plan's moves, cut by who holds what. dtypes: the trainer's, by checkpoint name; small: bytes below which a piece is packed.
+    """The moves of a joined plan, cut by who holds what. dtypes: the trainer's, by parameter; small: bytes below which a piece is packed.
 
     Where several trainer ranks hold an element, the first gives it. Raises Incomplete.
     """
@@ -162,7 +225,7 @@ def pieces(plan: RankPlan, shards: Sequence[Shards], dtypes: Mapping[str, str], 
         for rank, (start, stop) in _owners(move.source, shards):
             for part in move.cut(max(start, reached), stop):
                 own = Move(move.source, View(part.take.offset - start, part.take.size, part.take.stride), move.target, part.put).simplified()
-                packed = dtypes[move.source] != dtype or not (own.take.contiguous and own.put.contiguous) or own.put.numel * ITEMSIZE[dtype] < small
+                packed = dtypes[move.source] != dtype or not own.contiguous or own.put.numel * ITEMSIZE[dtype] < small
                 found.append(Piece(rank, own, ITEMSIZE[dtype], packed))
                 have += part.put.numel
             reached = max(reached, stop)

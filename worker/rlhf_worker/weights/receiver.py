@@ -150,11 +150,12 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
         if self.copies[0]:
             torch._foreach_copy_(*self.copies)
         for layer, images in self.recording.images.items():
-            self._pack(layer, {image.name: self._image(image, self.parts[image.name]) for image in images}, proof)
+            lend = hasattr(layer, "cpu_linear")  # experts may be computed with as they are, by a kernel that packs nothing
+            self._pack(layer, {image.name: self._image(image, self.parts[image.name], lend) for image in images}, proof)
 
-    def _image(self, image: Image, parts: Sequence[Piece]) -> Tensor:
-        """A parameter as it is before it is packed: the trainer's own memory where that has the same form, else assembled."""
-        if len(parts) == 1 and parts[0].move.take.contiguous and (held := self._take(parts[0])).dtype == image.dtype and held.numel() == prod(image.shape):
+    def _image(self, image: Image, parts: Sequence[Piece], lend: bool) -> Tensor:
+        """A parameter as it is before it is packed: the trainer's own memory where that may be lent and has the same form, else assembled."""
+        if lend and len(parts) == 1 and parts[0].move.take.contiguous and (held := self._take(parts[0])).dtype == image.dtype and held.numel() == prod(image.shape):
             return held.view(image.shape)
         made = torch.zeros(image.shape, dtype=image.dtype)
         for part in parts:

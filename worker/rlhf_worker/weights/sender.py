@@ -67,7 +67,7 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         mapping = self.info.link in ("ipc", "shm")
         handles = self._all(self._export()) if mapping else None
         control = self._agree(self._open_hub)
-        self.terms = Terms(self.info.link, metas, tuple(extents), self.group, tuple(handles) if handles else None, self.info.address, control, self.info.deadline_seconds)
+        self.terms = Terms(self.info.link, metas, self.source.places(), tuple(extents), self.group, tuple(handles) if handles else None, self.info.address, control, self.info.deadline_seconds)
         self.needs = [[p for p in self.terms.pieces(plan) if p.rank == self.info.rank] for plan in self.plans]
         joining = self.client.begin_connect(pickle.dumps(self.terms)) if self.is_sender else []
         if not mapping:

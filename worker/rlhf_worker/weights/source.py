@@ -17,7 +17,7 @@ Named = Callable[[], Iterable[tuple[str, Tensor]]]
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """This rank's part of a checkpoint tensor: flat elements `extent` of the whole, in contiguous memory."""
+    """This rank's part of a parameter: flat elements `extent` of the whole, in contiguous memory."""
 
     local: Tensor
     extent: Extent
@@ -41,7 +41,11 @@ class PolicySource(WeightSource):
 
     def held(self) -> dict[str, Held]:
         """No copies: the tensors are the parameters' own memory. Raises ValueError for a layout that is not rows."""
-        return {held: part for name, parameter in self._named() for held, part in _held(name, parameter.detach(), self._of(name, parameter.shape))}
+        return {name: _held(name, parameter.detach()) for name, parameter in self._named()}
+
+    def places(self) -> dict[str, tuple[str, int]]:
+        """By tensor of the checkpoint: the parameter in which it lies, and its first element there."""
+        return {part.name: (name, part.start) for name, parameter in self._named() for part in self._of(name, parameter.shape)}
 
     def local_tensors(self) -> list[Tensor]:
         """The memory of `held`, a tensor a parameter: cheap, for each sync."""
@@ -69,16 +73,11 @@ class PolicySource(WeightSource):
                 yield part.name, tensor.view(-1)[part.start : part.start + part.shape.numel()].view(part.shape)
 
 
-def _held(name: str, parameter: Tensor, stretches: list[Stretch]) -> Iterator[tuple[str, Held]]:
-    local, first = parameter, 0
-    if isinstance(parameter, DTensor):
-        if parameter.placements != (Shard(0),):
-            raise ValueError(f"weight sync: {name} is laid out as {parameter.placements}; it must be sharded by rows over one mesh dimension")
-        local, rows = parameter.to_local(), compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)[1][0]
-        first = rows * (parameter.numel() // max(1, parameter.shape[0]))
-    flat = local.view(-1)
-    for part in stretches:
-        # The elements that are both this rank's and the tensor's, as the parameter counts them, then each as it counts itself.
-        start, stop = max(first, part.start), min(first + local.numel(), part.start + part.shape.numel())
-        held = flat[start - first : stop - first] if start < stop else flat[:0]
-        yield part.name, Held(held, (start - part.start, stop - part.start) if start < stop else (0, 0))
+def _held(name: str, parameter: Tensor) -> Held:
+    if not isinstance(parameter, DTensor):
+        return Held(parameter.view(-1), (0, parameter.numel()))
+    if parameter.placements != (Shard(0),):
+        raise ValueError(f"weight sync: {name} is laid out as {parameter.placements}; it must be sharded by rows over one mesh dimension")
+    local, rows = parameter.to_local(), compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)[1][0]
+    first = rows * (parameter.numel() // max(1, parameter.shape[0]))
+    return Held(local.view(-1), (first, first + local.numel()))

@@ -1,5 +1,6 @@
 """What the two ends of a sync agree on when they connect."""
 
+import sys
 from dataclasses import dataclass
 from math import prod
 
@@ -8,7 +9,7 @@ from vllm.distributed.weight_transfer.base import ParamMeta
 
 from rlhf_worker.weights.control import Meeting
 from rlhf_worker.weights.mapped import Handle
-from rlhf_worker.weights.plan import Group, Piece, RankPlan, Shards, pieces, whole
+from rlhf_worker.weights.plan import Group, Piece, Places, RankPlan, Shards, joined, pieces, whole
 from rlhf_worker.weights.views import dtype_name
 from rlhf_worker.weights.wire import SMALL_BYTES, STAGE_BYTES
 
@@ -28,6 +29,7 @@ class Terms:
 
     link: str  # "ipc" | "shm" | "nccl" | "gloo"
     metas: tuple[ParamMeta, ...]  # of the trainer's tensors, in its own types
+    places: Places  # of those tensors
     shards: tuple[Shards, ...]
     group: Group
     handles: tuple[dict[str, Handle], ...] | None
@@ -37,12 +39,14 @@ class Terms:
 
     def pieces(self, plan: RankPlan) -> list[Piece]:
         """What one engine rank needs, cut by who holds it."""
-        dtypes = {meta.name: dtype_name(meta.dtype) for meta in self.metas}
-        return pieces(plan, self.shards, dtypes, SMALL_BYTES if self.link == "nccl" else 0)
+        dtypes = {self.places[meta.name][0]: dtype_name(meta.dtype) for meta in self.metas}
+        small = SMALL_BYTES.get(self.link, sys.maxsize)  # mapped memory is copied view by view, strided or not
+        return pieces(joined(plan, self.places, dtypes, small), self.shards, dtypes, small)
 
     def whole(self, meta: ParamMeta, dtype: torch.dtype) -> list[Piece]:
         """A checkpoint tensor as it is, in the engine's type."""
-        return pieces(whole(meta.name, prod(meta.shape), dtype_name(dtype)), self.shards, {meta.name: dtype_name(meta.dtype)})
+        dtypes = {self.places[meta.name][0]: dtype_name(meta.dtype)}
+        return pieces(joined(whole(meta.name, prod(meta.shape), dtype_name(dtype)), self.places, dtypes, 0), self.shards, dtypes)
 
     @property
     def stage_limit(self) -> int:
