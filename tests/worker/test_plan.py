@@ -1,11 +1,14 @@
 """The plan's arithmetic against what torch itself does with the same views."""
 
+from dataclasses import replace
+from itertools import pairwise, product
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_worker.weights.plan import Group, Incomplete, Move, Piece, RankPlan, View, fills_once, pieces, unused, waves
+from rlhf_worker.weights.plan import Group, Incomplete, Move, Piece, Places, RankPlan, View, fills_once, joined, pieces, unused, waves
 
 
 def viewed(tensor: torch.Tensor, view: View) -> torch.Tensor:
@@ -59,6 +62,100 @@ def test_pieces_of_any_sharding_make_the_same_parameter(case: tuple[Move, tuple[
     assert written.max() <= 1 and written.sum() == move.put.numel
 
 
+BF16 = {"t": "bfloat16"}
+
+
+def experts(count: int, heights: list[int], width: int, *, by_part: bool = False) -> tuple[Places, dict[str, int]]:
+    """Where the parts (gate, up) of each expert lie in one parameter: expert by expert, or part by part; and the height of each."""
+    order = [(e, p) for p, e in product(range(len(heights)), range(count))] if by_part else [*product(range(count), range(len(heights)))]
+    places, start = {}, 0
+    for e, p in order:
+        places[f"{e}.{p}"] = ("w", start)
+        start += heights[p] * width
+    return places, {f"{e}.{p}": heights[p] for e, p in order}
+
+
+def slices(heights: dict[str, int], width: int, rows: tuple[int, int], columns: tuple[int, int], gaps: list[int]) -> RankPlan:
+    """The same rows (counted in halves of a tensor) and columns of each tensor, one behind the other in one parameter of an engine, gaps[i % n] between them."""
+    found, end = [], 0
+    for i, (name, height) in enumerate(heights.items()):
+        start, stop = (height * half // 2 for half in rows)
+        size = (stop - start, columns[1] - columns[0])
+        found.append(Move(name, View(start * width + columns[0], size, (width, 1)), "t", View(end, size, (size[1], 1))))
+        end += size[0] * size[1] + gaps[i % len(gaps)]
+    return RankPlan(tuple(move for move in found if move.put.numel), BF16, {}, ())
+
+
+def located(plan: RankPlan, places: Places) -> RankPlan:
+    """What `joined` makes of a plan in which it finds no neighbours."""
+    return replace(plan, moves=tuple(
+        Move(places[m.source][0], replace(m.take, offset=places[m.source][1] + m.take.offset), m.target, m.put).simplified() for m in plan.moves
+    ))
+
+
+def moved(found: list[Piece], starts: list[int], numel: int) -> torch.Tensor:
+    """By element of the target: the element of the source that came there, or -1; every one at most once."""
+    source, target = torch.arange(numel), torch.full((2 * numel,), -1)
+    for piece in found:
+        assert (viewed(target, piece.move.put) == -1).all()
+        viewed(target, piece.move.put).copy_(viewed(source[starts[piece.rank] :], piece.move.take))
+    return target
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.data())
+def test_joined_moves_move_the_same_elements_in_no_more_pieces(data: st.DataObject) -> None:
+    draw = data.draw
+    count, width, heights = draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    places, sizes = experts(count, heights, width, by_part=draw(st.booleans()))
+    sizes = {name: sizes[name] for name in (draw(st.permutations([*sizes])) if draw(st.booleans()) else sizes)}
+    columns = draw(st.sampled_from([(0, width), (0, (width + 1) // 2), (width // 2, width)]))
+    plan = slices(sizes, width, draw(st.sampled_from([(0, 2), (0, 1), (1, 2)])), columns, draw(st.lists(st.integers(0, 2), min_size=1, max_size=3)))
+    plan = replace(plan, moves=tuple(move for move in plan.moves if draw(st.integers(0, 5))))
+    numel, small, dtypes = count * sum(heights) * width, draw(st.integers(0, 40)), {"w": draw(st.sampled_from(["bfloat16", "float32"]))}
+    borders = [0, *sorted(draw(st.lists(st.integers(0, numel), max_size=3))), numel]
+    shards = [{"w": extent} for extent in pairwise(borders)]
+    fewer = joined(plan, places, dtypes, small)
+    before, after = (pieces(each, shards, dtypes, small) for each in (located(plan, places), fewer))
+    assert torch.equal(moved(after, borders, numel + 12 * count), moved(before, borders, numel + 12 * count))
+    assert len(after) <= len(before) and len(fewer.moves) <= len(plan.moves)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 4), st.booleans(), st.sampled_from([(0, 2), (0, 1)]), st.lists(st.integers(0, 2), min_size=1, max_size=2), st.integers(0, 40))
+def test_a_large_stretch_stays_one(count: int, width: int, by_part: bool, rows: tuple[int, int], gaps: list[int], small: int) -> None:
+    """It goes from memory to memory, and would be packed as a part of what is strided."""
+    places, sizes = experts(count, [2, 4], width, by_part=by_part)
+    plan, dtypes = slices(sizes, width, rows, (0, width), gaps), {"w": "bfloat16"}
+    direct = [sum(p.move.put.numel for p in pieces(each, [{"w": (0, 6 * count * width)}], dtypes, small) if not p.packed)
+              for each in (located(plan, places), joined(plan, places, dtypes, small))]
+    assert direct[1] >= direct[0]
+
+
+@pytest.mark.parametrize(("rows", "columns", "made"), [
+    ((0, 2), (0, 6), ((64 * 4 * 6,), (1,), (1,))),  # all of it, as it is
+    ((0, 1), (0, 6), ((128, 6), (12, 1), (6, 1))),  # half of the rows of gate, then of up
+    ((0, 2), (3, 6), ((64 * 4, 3), (6, 1), (3, 1))),  # half of the columns
+])
+def test_a_layers_experts_are_one_move_and_a_piece_a_trainer_rank(rows: tuple[int, int], columns: tuple[int, int], made: tuple[tuple[int, ...], ...]) -> None:
+    places, sizes = experts(64, [2, 2], 6)
+    plan = joined(slices(sizes, 6, rows, columns, [0]), places, {"w": "bfloat16"}, 1 << 20)
+    assert [(m.put.size, m.take.stride, m.put.stride) for m in plan.moves] == [made]
+    shards = [{"w": (start * 24, stop * 24)} for start, stop in [(0, 25), (25, 50), (50, 64), (64, 64)]]
+    assert [p.rank for p in pieces(plan, shards, {"w": "bfloat16"}, 1 << 20)] == [0, 1, 2]
+
+
+def test_parts_that_would_have_to_be_packed_stay_apart_unless_they_are_of_another_type() -> None:
+    places, sizes = experts(8, [2, 2], 6)
+    plan = slices(sizes, 6, (0, 1), (0, 6), [0])
+    assert [len(joined(plan, places, {"w": dtype}, 0).moves) for dtype in ("bfloat16", "float32")] == [16, 1]
+
+
+def test_tensors_of_other_parameters_stay_apart() -> None:
+    plan = slices({"q": 2, "k": 2}, 6, (0, 2), (0, 6), [0])
+    assert [m.source for m in joined(plan, {"q": ("a", 0), "k": ("b", 0)}, {"a": "bfloat16", "b": "bfloat16"}, 1 << 20).moves] == ["a", "b"]
+
+
 def test_a_fused_parameter_is_filled_once() -> None:
     q, k = View(0, (4, 8), (8, 1)), View(32, (2, 8), (8, 1))
     assert fills_once([q, k], 48)
@@ -84,6 +181,11 @@ def test_rows_that_nobody_holds_are_named() -> None:
 def test_what_several_ranks_hold_comes_from_the_first() -> None:
     move = Move("s", View(0, (8,), (1,)), "t", View(0, (8,), (1,)))
     assert [(p.rank, p.move.put) for p in pieces(plan(move), [{"s": (0, 8)}, {"s": (0, 8)}], F32)] == [(0, move.put)]
+
+
+def test_a_border_may_lie_within_rows_of_which_no_whole_one_is_held() -> None:
+    move = Move("s", View(4, (2, 4), (8, 1)), "t", View(0, (2, 4), (4, 1)))
+    assert [(p.rank, p.move.put.offset, p.move.put.numel) for p in pieces(plan(move), [{"s": (0, 13)}, {"s": (13, 16)}], F32)] == [(0, 0, 4), (0, 4, 1), (1, 5, 3)]
 
 
 @settings(max_examples=60, deadline=None)

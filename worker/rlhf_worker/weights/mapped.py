@@ -31,9 +31,9 @@ class Handle:
 
     dtype: str
     numel: int
-    cuda: tuple[Any, ...] | None  # what rebuild_cuda_tensor takes, of the storage in which it lies
-    file: str | None  # of the shared memory
-    offset: int = 0  # where the tensor begins in either, in elements
+    cuda: tuple[Any, ...] | None  # what rebuild_cuda_tensor takes
+    file: str | None  # of the shared memory, and where the tensor begins in it, in elements
+    offset: int = 0
 
 
 def export(tensors: Mapping[str, Tensor]) -> dict[str, Handle]:
@@ -42,8 +42,7 @@ def export(tensors: Mapping[str, Tensor]) -> dict[str, Handle]:
     Raises BadSpec when there is too little of that.
     """
     _check_room(tensors.values())
-    opened: dict[int, tuple[Any, ...]] = {}
-    return {name: _export(tensor.detach(), opened) for name, tensor in tensors.items()}
+    return {name: _export(tensor.detach()) for name, tensor in tensors.items()}
 
 
 def _check_room(tensors: Iterable[Tensor]) -> None:
@@ -57,42 +56,32 @@ def _check_room(tensors: Iterable[Tensor]) -> None:
         )
 
 
-def _export(tensor: Tensor, opened: dict[int, tuple[Any, ...]]) -> Handle:
-    """opened: by storage; many tensors may lie in one."""
-    dtype, storage = dtype_name(tensor.dtype), tensor.untyped_storage()
+def _export(tensor: Tensor) -> Handle:
+    dtype = dtype_name(tensor.dtype)
     if not tensor.numel():
         return Handle(dtype, 0, None, None)
     if tensor.is_cuda:
-        if storage._cdata not in opened:
-            opened[storage._cdata] = reduce_tensor(torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage))[1]  # type: ignore[no-untyped-call]
-        return Handle(dtype, tensor.numel(), opened[storage._cdata], None, int(tensor.storage_offset()))
-    descriptor, _ = storage._share_fd_cpu_()
+        return Handle(dtype, tensor.numel(), reduce_tensor(tensor)[1], None)  # type: ignore[no-untyped-call]
+    descriptor, _ = tensor.untyped_storage()._share_fd_cpu_()
     return Handle(dtype, tensor.numel(), None, f"/proc/{os.getpid()}/fd/{descriptor}", int(tensor.storage_offset()))
 
 
 def open_all(handles: Mapping[str, Handle], device: torch.device) -> dict[str, Tensor]:
     """Flat tensors over the exporter's memory. They keep it mapped until they are dropped. Raises Unreachable."""
-    opened: dict[Any, Any] = {}
     try:
-        return {name: _open(handle, device, opened) for name, handle in handles.items()}
+        return {name: _open(handle, device) for name, handle in handles.items()}
     except (RuntimeError, OSError) as error:
         raise Unreachable(f"a trainer rank's memory cannot be opened in the engine's process: {error}") from error
 
 
-def _open(handle: Handle, device: torch.device, opened: dict[Any, Any]) -> Tensor:
-    if not handle.numel:
-        return torch.empty(0, dtype=getattr(torch, handle.dtype), device=device)
-    key = handle.cuda or handle.file
-    if key not in opened:
-        opened[key] = _storage(handle, device)
-    return torch.empty(0, dtype=getattr(torch, handle.dtype), device=device).set_(opened[key], handle.offset, (handle.numel,), (1,))
-
-
-def _storage(handle: Handle, device: torch.device) -> Any:
-    if handle.cuda is None:
-        assert handle.file is not None
-        return torch.UntypedStorage.from_file(handle.file, shared=True, nbytes=Path(handle.file).stat().st_size)
-    arguments = list(handle.cuda)
-    arguments[DEVICE_ARGUMENT] = device.index
-    whole: Tensor = rebuild_cuda_tensor(*arguments)  # type: ignore[no-untyped-call]
-    return whole.untyped_storage()
+def _open(handle: Handle, device: torch.device) -> Tensor:
+    if handle.cuda is not None:
+        arguments = list(handle.cuda)
+        arguments[DEVICE_ARGUMENT] = device.index
+        opened: Tensor = rebuild_cuda_tensor(*arguments)  # type: ignore[no-untyped-call]
+        return opened.view(-1)
+    made = torch.empty(0, dtype=getattr(torch, handle.dtype), device=device)
+    if handle.file is None:
+        return made
+    storage: Any = torch.UntypedStorage.from_file(handle.file, shared=True, nbytes=Path(handle.file).stat().st_size)
+    return made.set_(storage, handle.offset, (handle.numel,), (1,))

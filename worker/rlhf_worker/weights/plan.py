@@ -8,11 +8,10 @@
 Ranks of the group: the trainer's first, then every engine's tensor-parallel ranks, engine by engine.
 """
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
-from math import prod
+from math import inf, prod
 
 Extent = tuple[int, int]  # flat elements [start, stop) of a whole tensor
 Shards = Mapping[str, Extent]  # what one trainer rank holds, by parameter of the trainer
@@ -63,12 +62,9 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """`take` of the contiguous tensor `source` fills `put` of the contiguous parameter `target`; both views are of one size.
+    """`take` of the contiguous tensor `source` fills `put` of the contiguous parameter `target`; both views are of one size."""
 
-    The source is a tensor of the checkpoint in a RankPlan, a parameter of the trainer once that is `joined`.
-    """
-
-    source: str
+    source: str  # a tensor of the checkpoint; in a joined plan a parameter of the trainer
     take: View
     target: str
     put: View
@@ -92,10 +88,9 @@ class Move:
         ahead = other.take.offset - self.take.offset, other.put.offset - self.put.offset
         if other.take.offset <= self.take.last or other.put.offset <= self.put.last:
             return None
-        if ahead == (n * take, n * put) and other.dims == row:
-            return self._of([(n + 1, take, put), *row])
-        if ahead == (n * take, n * put) and (steps, others) == ([take, put], row):
-            return self._of([(n + more, take, put), *row])
+        rows = 1 if other.dims == row else more if (steps, others) == ([take, put], row) else 0
+        if rows and ahead == (n * take, n * put):
+            return self._of([(n + rows, take, put), *row])
         return self._of([(2, *ahead), *self.dims]) if other.dims == self.dims else None
 
     def simplified(self) -> "Move":
@@ -127,7 +122,7 @@ class Move:
             end = min(take.size[dim], (stop - 1 - inner - take.offset) // step + 1)
             if first < end:
                 yield self.narrow(dim, first, end)
-            for index in {first - 1, end} if first < end else range(max(0, end), min(first, take.size[dim])):
+            for index in {first - 1, end} if first <= end else range(max(0, end), min(first, take.size[dim])):
                 if 0 <= index < take.size[dim]:
                     yield from self.narrow(dim, index, index + 1).cut(start, stop)
 
@@ -182,7 +177,7 @@ def _run_length(view: View) -> int:
     return stop - start
 
 
-def joined(plan: RankPlan, places: Places, dtypes: Mapping[str, str], small: int) -> RankPlan:
+def joined(plan: RankPlan, places: Places, dtypes: Mapping[str, str], small: float) -> RankPlan:
     """The plan with the trainer's parameters for its sources. dtypes: theirs; small: bytes below which a piece is packed.
 
     Moves that neighbour each other on both sides become one: a layer's experts are a tensor each in the checkpoint, and one
@@ -196,11 +191,11 @@ def joined(plan: RankPlan, places: Places, dtypes: Mapping[str, str], small: int
     made: list[Move] = []
     for (source, target), moves in groups.items():
         dtype = plan.dtypes[target]
-        made += _join(moves, small // ITEMSIZE[dtype] if dtypes[source] == dtype else sys.maxsize)
+        made += _join(moves, small / ITEMSIZE[dtype] if dtypes[source] == dtype else inf)
     return replace(plan, moves=tuple(made))
 
 
-def _join(moves: list[Move], small: int) -> list[Move]:
+def _join(moves: list[Move], small: float) -> list[Move]:
     """small: elements."""
     made: list[Move] = []
     for move in sorted(moves, key=lambda move: move.put.offset):
@@ -214,7 +209,7 @@ def _join(moves: list[Move], small: int) -> list[Move]:
     return made if len(made) == len(moves) else _join(made, small)
 
 
-def pieces(plan: RankPlan, shards: Sequence[Shards], dtypes: Mapping[str, str], small: int = 0) -> list[Piece]:
+def pieces(plan: RankPlan, shards: Sequence[Shards], dtypes: Mapping[str, str], small: float = 0) -> list[Piece]:
     """The moves of a joined plan, cut by who holds what. dtypes: the trainer's, by parameter; small: bytes below which a piece is packed.
 
     Where several trainer ranks hold an element, the first gives it. Raises Incomplete.

@@ -1,8 +1,7 @@
 """What the two ends of a sync agree on when they connect."""
 
-import sys
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 
 import torch
 from vllm.distributed.weight_transfer.base import ParamMeta
@@ -40,7 +39,7 @@ class Terms:
     def pieces(self, plan: RankPlan) -> list[Piece]:
         """What one engine rank needs, cut by who holds it."""
         dtypes = {self.places[meta.name][0]: dtype_name(meta.dtype) for meta in self.metas}
-        small = SMALL_BYTES.get(self.link, sys.maxsize)  # mapped memory is copied view by view, strided or not
+        small = SMALL_BYTES.get(self.link, inf)  # mapped memory is copied view by view, strided or not
         return pieces(joined(plan, self.places, dtypes, small), self.shards, dtypes, small)
 
     def whole(self, meta: ParamMeta, dtype: torch.dtype) -> list[Piece]:

@@ -17,8 +17,7 @@ from rlhf_worker.errors import DeadlineExceeded, LinkBroken
 from rlhf_worker.weights.plan import Hop, Piece
 
 STAGE_BYTES = 32 << 20  # a rank packs this much ahead of the link, twice: one half is filled while the other is sent
-# Below it a piece is packed. NCCL: a send costs as much as 4 MB on the link (docs/benchmarks.md); packing, beside the link, next to nothing.
-SMALL_BYTES = {"nccl": 16 << 20, "gloo": 0}
+SMALL_BYTES = {"nccl": 16 << 20, "gloo": 0}  # that are packed: NCCL's send costs as much as 4 MB on the link (docs/benchmarks.md), packing next to nothing
 ALIGNMENT = 256
 POLL_SECONDS = 2e-5
 LOOK_SECONDS = 0.05  # between looks at whether a peer has failed
