@@ -83,13 +83,13 @@ def slices(heights: dict[str, int], width: int, rows: tuple[int, int], columns: 
         size = (stop - start, columns[1] - columns[0])
         found.append(Move(name, View(start * width + columns[0], size, (width, 1)), "t", View(end, size, (size[1], 1))))
         end += size[0] * size[1] + gaps[i % len(gaps)]
-    return RankPlan(tuple(move for move in found if move.put.numel), BF16, {}, ())
+    return RankPlan(tuple(move.simplified() for move in found if move.put.numel), BF16, {}, ())
 
 
 def located(plan: RankPlan, places: Places) -> RankPlan:
     """What `joined` makes of a plan in which it finds no neighbours."""
     return replace(plan, moves=tuple(
-        Move(places[m.source][0], replace(m.take, offset=places[m.source][1] + m.take.offset), m.target, m.put).simplified() for m in plan.moves
+        Move(places[m.source][0], replace(m.take, offset=places[m.source][1] + m.take.offset), m.target, m.put) for m in plan.moves
     ))
 
 

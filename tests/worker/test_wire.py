@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.weights.mapped import Unreachable, export, open_all
 from rlhf_worker.weights.plan import Group, Hop, Move, Piece, RankPlan, View, pieces, waves
-from rlhf_worker.weights.views import placed
+from rlhf_worker.weights.views import copy_all, placed
 from rlhf_worker.weights.wire import Wave, make_stage, make_wave
 
 COLUMNS = 8
@@ -82,6 +82,14 @@ def test_small_pieces_of_a_pair_are_one_send() -> None:
     hops = waves(many, 0, Group(1, 1, 1), 1 << 20)[0]
     wave = make_wave(hops, 0, lambda _: torch.ones(4), lambda _: torch.float32, make_stage([hops], 0, torch.device("cpu"))[0])
     assert len(wave.sends) == 1 and len(wave.before[0]) == 5
+
+
+def test_strided_and_contiguous_pairs_are_copied_alike() -> None:
+    out = [torch.arange(12.0).view(3, 4)[:, :2], torch.arange(4.0), torch.arange(6.0).view(2, 3).T]
+    into = [torch.zeros(3, 2, dtype=torch.bfloat16), torch.zeros(4), torch.zeros(3, 2)]
+    copy_all(into, out)
+    copy_all([], [])
+    assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(into, out, strict=True))
 
 
 def test_mapped_memory_is_the_trainers_own() -> None:

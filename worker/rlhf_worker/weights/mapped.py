@@ -76,9 +76,7 @@ def open_all(handles: Mapping[str, Handle], device: torch.device) -> dict[str, T
 
 def _open(handle: Handle, device: torch.device) -> Tensor:
     if handle.cuda is not None:
-        arguments = list(handle.cuda)
-        arguments[DEVICE_ARGUMENT] = device.index
-        opened: Tensor = rebuild_cuda_tensor(*arguments)  # type: ignore[no-untyped-call]
+        opened: Tensor = rebuild_cuda_tensor(*[*handle.cuda[:DEVICE_ARGUMENT], device.index, *handle.cuda[DEVICE_ARGUMENT + 1 :]])  # type: ignore[no-untyped-call]
         return opened.view(-1)
     made = torch.empty(0, dtype=getattr(torch, handle.dtype), device=device)
     if handle.file is None:

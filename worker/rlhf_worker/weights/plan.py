@@ -84,11 +84,10 @@ class Move:
     def followed_by(self, other: "Move") -> "Move | None":
         """Both as one, if `other` lies behind this one on both sides and continues or repeats it. Both are simplified and of the same two tensors."""
         (n, take, put), *row = self.dims
-        (more, *steps), *others = other.dims
         ahead = other.take.offset - self.take.offset, other.put.offset - self.put.offset
         if other.take.offset <= self.take.last or other.put.offset <= self.put.last:
             return None
-        rows = 1 if other.dims == row else more if (steps, others) == ([take, put], row) else 0
+        rows = 1 if other.dims == row else other.dims[0][0] if other.dims[0][1:] == (take, put) and other.dims[1:] == row else 0
         if rows and ahead == (n * take, n * put):
             return self._of([(n + rows, take, put), *row])
         return self._of([(2, *ahead), *self.dims]) if other.dims == self.dims else None
@@ -178,20 +177,17 @@ def _run_length(view: View) -> int:
 
 
 def joined(plan: RankPlan, places: Places, dtypes: Mapping[str, str], small: float) -> RankPlan:
-    """The plan with the trainer's parameters for its sources. dtypes: theirs; small: bytes below which a piece is packed.
-
-    Moves that neighbour each other on both sides become one: a layer's experts are a tensor each in the checkpoint, and one
-    parameter at the trainer and in the engine.
+    """The plan, of simplified moves, with the trainer's parameters for its sources. Moves that neighbour each other on both sides become one: a
+    layer's experts are a tensor each in the checkpoint, one parameter at the trainer and in the engine. dtypes, small: as for `pieces`.
     """
     groups: dict[tuple[str, str], list[Move]] = {}
     for move in plan.moves:
         source, start = places[move.source]
         take = View(start + move.take.offset, move.take.size, move.take.stride)
-        groups.setdefault((source, move.target), []).append(Move(source, take, move.target, move.put).simplified())
+        groups.setdefault((source, move.target), []).append(Move(source, take, move.target, move.put))
     made: list[Move] = []
     for (source, target), moves in groups.items():
-        dtype = plan.dtypes[target]
-        made += _join(moves, small / ITEMSIZE[dtype] if dtypes[source] == dtype else inf)
+        made += _join(moves, small / ITEMSIZE[plan.dtypes[target]] if dtypes[source] == plan.dtypes[target] else inf)
     return replace(plan, moves=tuple(made))
 
 
@@ -237,8 +233,7 @@ def unused(plans: Sequence[RankPlan], names: Sequence[str]) -> list[str]:
 
 def _owners(source: str, shards: Sequence[Shards]) -> list[tuple[int, Extent]]:
     """Ranks with a part of the tensor, by its first element."""
-    held = [(rank, own[source]) for rank, own in enumerate(shards) if source in own and own[source][0] < own[source][1]]
-    return sorted(held, key=lambda item: (item[1], item[0]))
+    return sorted(((rank, own[source]) for rank, own in enumerate(shards) if source in own and own[source][0] < own[source][1]), key=lambda item: (item[1], item[0]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,8 +301,7 @@ def _room(filled: dict[tuple[int, int], tuple[int, int]], pair: tuple[int, int],
 
 
 def _put(made: list[list[Hop]], wave: int, hop: Hop) -> None:
-    while len(made) <= wave:
-        made.append([])
+    made.extend([] for _ in range(len(made), wave + 1))
     made[wave].append(hop)
 
 

@@ -24,7 +24,7 @@ from rlhf_worker.weights.control import Member
 from rlhf_worker.weights.plan import Hop, Piece, RankPlan, to_all, waves
 from rlhf_worker.weights.recorder import Image, Recording, record
 from rlhf_worker.weights.terms import Order, Terms
-from rlhf_worker.weights.views import placed
+from rlhf_worker.weights.views import copy_all, placed
 
 
 @dataclass
@@ -147,8 +147,7 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
         return placed(self.recording.live[piece.move.target], piece.move.put)
 
     def _read(self, proof: bool) -> None:
-        if self.copies[0]:
-            torch._foreach_copy_(*self.copies)
+        copy_all(*self.copies)
         for layer, images in self.recording.images.items():
             lend = hasattr(layer, "cpu_linear")  # experts may be computed with as they are, by a kernel that packs nothing
             self._pack(layer, {image.name: self._image(image, self.parts[image.name], lend) for image in images}, proof)

@@ -15,6 +15,7 @@ from vllm.distributed.utils import StatelessProcessGroup, stateless_init_torch_d
 
 from rlhf_worker.errors import DeadlineExceeded, LinkBroken
 from rlhf_worker.weights.plan import Hop, Piece
+from rlhf_worker.weights.views import copy_all
 
 STAGE_BYTES = 32 << 20  # a rank packs this much ahead of the link, twice: one half is filled while the other is sent
 SMALL_BYTES = {"nccl": 16 << 20, "gloo": 0}  # that are packed: NCCL's send costs as much as 4 MB on the link (docs/benchmarks.md), packing next to nothing
@@ -121,8 +122,7 @@ class GlooChannel:
         self.unpack(pairs)
 
     def unpack(self, pairs: Pairs) -> None:
-        for into, out in zip(*pairs, strict=True):
-            into.copy_(out)
+        copy_all(*pairs)
 
     def exchange(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> None:
         # Posted in one order on both sides of a pair, so that one tag serves.
@@ -232,7 +232,7 @@ class NcclChannel:
         for event in after:
             self.packing.wait_event(event)
         with torch.cuda.stream(self.packing):
-            torch._foreach_copy_(*pairs)
+            copy_all(*pairs)
 
     def close(self) -> None:
         self.nccl.destroy()
