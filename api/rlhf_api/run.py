@@ -14,6 +14,7 @@ from rlhf_api.job import (
     DataSpec,
     EvaluationSpec,
     ModelSpec,
+    PlacementMode,
     PolicySpec,
     ReferenceSpec,
     RewardSpec,
@@ -63,6 +64,11 @@ class RunConfig(Model):
     def reference_in_policy(self) -> bool:
         """Whether the reference needs no weights of its own: it is the policy without its adapters, on the same ranks."""
         return bool(self.model.lora and self.reference and self.reference.gpus is None and self.reference.model == self.model.base)
+
+    @property
+    def engines_sleep(self) -> bool:
+        """Whether engines lend their memory to the trainer, whose GPUs they share, while it works."""
+        return self.placement.mode is PlacementMode.COLOCATED and bool(self.rollout.engine_args.get("enable_sleep_mode"))
 
     @property
     def sampling_seed(self) -> int:

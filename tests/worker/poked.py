@@ -16,6 +16,9 @@ class PokedEngine(Engine):
         """function(worker) in the worker process of the first rank."""
         return (await self._running().collective_rpc(function))[0]
 
+    async def sleeps(self) -> bool:
+        return bool(await self._running().is_sleeping())
+
 
 def flip_one_element(worker: Any) -> str:
     """The lowest bit of one element of a parameter that vLLM computes with as it came. Returns its name."""

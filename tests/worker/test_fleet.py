@@ -1,5 +1,6 @@
 """The fleet with real Ray actors that only pretend to be engines: death, silence, restarts, and the way back."""
 
+import asyncio
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
+from rlhf_worker.calls import gather
 from rlhf_worker.engines import fleet as module
 from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.engines.ledger import Health
@@ -22,7 +24,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 
 class Pretender:
     def __init__(self, broken: bool = False) -> None:
-        self.broken, self.version, self.silent = broken, -1, False
+        self.broken, self.version, self.silent, self.asleep, self.hung = broken, -1, False, False, asyncio.Event()
 
     async def start(self) -> int:
         if self.broken:
@@ -33,9 +35,24 @@ class Pretender:
         if self.silent:
             raise RuntimeError("the engine core is dead")
 
+    async def alive(self) -> None:
+        if self.hung.is_set():
+            await asyncio.Event().wait()
+
     async def hold(self, version: int) -> int:
-        self.version = version
+        await self.alive()
+        self.version, self.asleep = version, False
         return version
+
+    async def sleep(self) -> None:
+        self.asleep = True
+
+    async def sleeps(self) -> bool:
+        return self.asleep
+
+    async def hang(self) -> None:
+        """Its workers answer nothing any more, which `ping` does not tell."""
+        self.hung.set()
 
     async def held(self) -> int:
         return self.version
@@ -48,19 +65,12 @@ PretenderActor: Any = ray.remote(num_cpus=0)(Pretender)
 
 
 class PretendedSync:
-    """Reaches those that it is connected to, as the real one does."""
-
     def __init__(self, engines: list[Any]) -> None:
         self.engines, self.version = engines, 0
-        self.reconnect()
-
-    def reconnect(self) -> None:
-        self.joined = list(self.engines)
 
     def __call__(self, *, prove: bool) -> Synced:
-        assert self.joined == self.engines
         self.version += 1
-        ray.get([engine.hold.remote(self.version) for engine in self.joined])
+        gather([engine.hold.remote(self.version) for engine in self.engines], 2.0, "pretended sync")
         return Synced(self.version, 0.0, "none", None)
 
 
@@ -76,6 +86,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Fleet, list[str | None]]]]:
     monkeypatch.setattr(module, "PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(module, "AFTER_FAILED_SYNC_SECONDS", 2.0)
     made: list[Fleet] = []
 
     def build(least: int = 1, broken: bool = False) -> tuple[Fleet, list[str | None]]:
@@ -124,16 +135,37 @@ def test_nobody_needs_to_call_an_engine_for_its_death_to_be_found(make: Callable
     assert fleet.health() == [Health.HEALTHY] * 2
 
 
-def test_a_call_leaves_out_the_dead(make: Callable[..., Any]) -> None:
+def test_engines_that_sleep_serve_nothing_until_a_sync_reaches_those_that_still_live(make: Callable[..., Any]) -> None:
     fleet, _ = make()
-    kill(fleet.actors[0])
-    assert fleet.call("held", deadline_seconds=30.0) == [1]
+    first, second = fleet.actors
+    fleet.sleep()
+    assert fleet.serving == [] and ray.get([actor.sleeps.remote() for actor in (first, second)]) == [True, True]
+    fleet.sync(prove=False)
+    assert fleet.serving == [first, second] and ray.get([actor.sleeps.remote() for actor in (first, second)]) == [False, False]
+    kill(first)
+    fleet.sleep()
+    assert fleet.health()[0] is not Health.HEALTHY
+    fleet.ensure()
+    assert second in fleet.serving and first not in fleet.serving
+    assert ray.get([second.held.remote(), second.sleeps.remote()]) == [3, False]
+
+
+@pytest.mark.parametrize("how", ["hangs", "dies"])
+def test_who_is_lost_in_a_sync_is_left_out_and_the_others_get_the_weights_whole(make: Callable[..., Any], how: str) -> None:
+    fleet, amiss = make()
+    first, victim = fleet.actors
+    ray.get(victim.hang.remote()) if how == "hangs" else kill(victim)
+    synced = fleet.sync(prove=False)
+    assert first in fleet.serving and victim not in fleet.serving and "engine 1 is dead" in amiss
+    assert ray.get(first.held.remote()) == synced.version
+    until(lambda: fleet.actors[1] != victim and fleet.health()[1] in (Health.STALE, Health.HEALTHY), 60)
+    synced = fleet.sync(prove=False)
+    assert ray.get([actor.held.remote() for actor in fleet.serving]) == [synced.version] * 2
 
 
 def test_too_few_are_waited_for_and_get_the_weights_before_they_serve(make: Callable[..., Any]) -> None:
     fleet, _ = make(least=2)
-    kill(fleet.actors[1])
-    assert len(fleet.call("held", deadline_seconds=30.0)) == 1
+    fleet.lost(fleet.actors[1])
     fleet.ensure()
     assert ray.get([actor.held.remote() for actor in fleet.serving]) == [2, 2]
 
@@ -156,7 +188,6 @@ def test_an_error_that_no_death_explains_is_the_callers(make: Callable[..., Any]
 
 def test_engines_that_never_start_again_end_the_run_by_name(make: Callable[..., Any]) -> None:
     fleet, _ = make(least=2, broken=True)
-    kill(fleet.actors[1])
-    fleet.call("held", deadline_seconds=30.0)
+    fleet.lost(fleet.actors[1])
     with pytest.raises(EnginesLost, match=r"fewer than spec\.rollout\.minEngines \(2\) engines are left.*engine 1 is dead; engine 1: no memory"):
         fleet.ensure()

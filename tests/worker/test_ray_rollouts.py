@@ -36,10 +36,11 @@ class Engine:
     def __init__(self, behaviour: str) -> None:
         import asyncio
 
-        self.behaviour, self.go, self.calls = behaviour, asyncio.Event(), list[int]()
+        self.behaviour, self.go, self.calls, self.asleep = behaviour, asyncio.Event(), list[int](), False
 
     async def generate(self, requests: list[Request], deadline: float) -> list[Sample]:
         self.calls.append(len(requests))
+        assert not self.asleep
         if self.behaviour == "fail":
             raise RuntimeError("no memory left")
         if self.behaviour == "die":
@@ -52,6 +53,12 @@ class Engine:
         episode = Episode(request)
         episode.add(Turn([7, 8], [-1.0, -1.0], [0, 0], "stop"))
         return episode.sample(Silent())  # type: ignore[arg-type]
+
+    async def sleep(self, asleep: bool) -> None:
+        self.asleep = asleep
+
+    async def sleeps(self) -> bool:
+        return self.asleep
 
     async def release(self) -> None:
         self.go.set()
@@ -84,19 +91,43 @@ class Feed:
         return [ScoredSample(sample=sample, reward=value, parts={"r": value}) for sample, value in zip(samples, values, strict=True)]
 
 
+class Scorer:
+    """A reward model on the engines' GPUs: there is room for it only while they sleep."""
+
+    def __init__(self, engines: list[Any]) -> None:
+        self.engines, self.calls = engines, 0
+
+    def scores(self, role: str, prompts: list[str], completions: list[str]) -> list[float]:
+        self.calls += 1
+        assert all(ray.get([engine.sleeps.remote() for engine in self.engines]))
+        return [0.0] * len(completions)
+
+    def called(self) -> int:
+        return self.calls
+
+
+RemoteScorer: Any = ray.remote(num_cpus=0)(Scorer)
 RemoteEngine: Any = ray.remote(num_cpus=0)(Engine)
 RemoteFeed: Any = ray.remote(num_cpus=0)(Feed)
 
 
 class Fleet:
     def __init__(self, engines: list[Any]) -> None:
-        self.serving, self.spare = engines, list[Any]()
+        self.serving, self.spare, self.asleep = engines, list[Any](), list[Any]()
 
     def lost(self, engine: Any) -> None:
         if engine in self.serving:
             self.serving.remove(engine)
 
+    def sleep(self) -> None:
+        ray.get([engine.sleep.remote(True) for engine in self.serving])
+        self.asleep, self.serving = self.asleep + self.serving, []
+
     def ensure(self) -> None:
+        if self.asleep:
+            ray.get([engine.sleep.remote(False) for engine in self.asleep])
+            self.serving, self.asleep = self.asleep, []
+            return
         if not self.spare:
             raise EnginesLost("none came back")
         self.serving.append(self.spare.pop())
@@ -106,7 +137,8 @@ class Crew:
     def __init__(self, behaviours: list[str], dull: list[int], broken: bool) -> None:
         self.fleet = Fleet([RemoteEngine.remote(behaviour) for behaviour in behaviours])
         self.feed = RemoteFeed.remote(dull, broken)
-        self.ranks: dict[str, list[Any]] = {}
+        self.policy = [RemoteScorer.remote(list(self.fleet.serving))]
+        self.ranks: dict[str, list[Any]] = {"reward:model": self.policy}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,12 +151,14 @@ def cluster() -> Iterator[None]:
 
 
 def make(
-    behaviours: list[str], *, staleness: int = 0, dull: list[int] | None = None, broken: bool = False, step: int = 0, pending: list[str] | None = None, **rollout: Any
+    behaviours: list[str], *, staleness: int = 0, dull: list[int] | None = None, broken: bool = False, step: int = 0, pending: list[str] | None = None,
+    spec: dict[str, Any] | None = None, **rollout: Any
 ) -> tuple[Rollouts, Crew]:
     crew = Crew(behaviours, dull or [], broken)
     config = run_config(
-        steps=50, algorithm={"name": "dapo", "dynamicSampling": {"maxRounds": 3}}, placement={"mode": "Separated"},
+        steps=50, algorithm={"name": "dapo", "dynamicSampling": {"maxRounds": 3}},
         rollout={"maxTokens": 16, "promptsPerStep": 4, "samplesPerPrompt": SAMPLES, "staleness": staleness, "seed": 3, **rollout},
+        **(spec or {"placement": {"mode": "Separated"}}),
     )  # fmt: skip
     return Rollouts(config, crew, step, pending or []), crew  # type: ignore[arg-type]
 
@@ -238,6 +272,22 @@ def test_a_resumed_run_loses_and_repeats_no_prompt() -> None:
         _, pending = resumed.finish(step)
     everyone = [*trained, *(int(uid.split(":")[1]) for uid in pending)]
     assert len(everyone) == len(set(everyone)) and set(range(20)) - {1} <= set(everyone)
+
+
+def test_reward_models_on_the_engines_gpus_wait_for_all_of_them_to_sleep() -> None:
+    """Also when more is generated afterwards: a refill, an evaluation, the next step."""
+    model = {"name": "model", "type": "model", "model": {"path": "/models/judge"}}
+    rollouts, crew = make(["well", "held"], dull=[1], spec={"rewards": [model]}, engineArgs={"enable_sleep_mode": True})
+    engines, scorer = list(crew.fleet.serving), crew.policy[0]
+    pumped(rollouts, lambda: bool(rollouts._unscored))  # the first engine's
+    assert ray.get(scorer.called.remote()) == 0 and crew.fleet.serving == engines
+    ray.get(engines[1].release.remote())
+    assert rows(rollouts.take()) == [0, 2, 3, 4]
+    assert ray.get(scorer.called.remote()) == 2 and crew.fleet.serving == []
+    rollouts.finish(1)
+    spec = EvaluationSpec.model_validate({"name": "e", "data": {"jsonl": {"path": "/x"}}})
+    assert len(rollouts.evaluate(spec, [a_prompt(90)])) == 1
+    assert rows(rollouts.take()) == [5, 6, 7, 8]
 
 
 def test_an_evaluation_takes_nothing_from_the_steps() -> None:

@@ -113,11 +113,24 @@ def test_an_engine_that_holds_a_part_serves_nothing_until_a_whole_sync(crew: Cre
     assert len(generated(crew, 0)) == 16
 
 
+def test_engines_that_slept_get_a_whole_sync_before_they_serve(crew: Crew) -> None:
+    """vLLM's CPU workers only pretend to sleep; its scheduler is as still as on a GPU until all is awake."""
+    sleepers = list(crew.fleet.serving)
+    crew.fleet.sleep()
+    assert call_all(sleepers, "sleeps", deadline_seconds=DEADLINE, what="sleep") == [True] * ENGINES
+    with pytest.raises(RuntimeError, match="it serves nothing"):
+        call(sleepers[0], "generate", [], 60.0, deadline_seconds=DEADLINE, what="generation")
+    proof = crew.fleet.sync(prove=True).proof
+    assert proof is not None and proof.equal == ENGINES * PLANNED
+    assert call_all(sleepers, "sleeps", deadline_seconds=DEADLINE, what="sleep") == [False] * ENGINES
+    assert crew.fleet.serving == sleepers and len(generated(crew, 0)) == 16
+
+
 def test_an_engine_that_hangs_is_left_out_after_the_deadline(crew: Crew) -> None:
     frozen = call(crew.fleet.serving[2], "poke", freeze, deadline_seconds=DEADLINE, what="freeze")
     try:
         until(lambda: stopped(frozen), DEADLINE)
-        synced = weights(crew)(prove=True)
+        synced = crew.fleet.sync(prove=True)
     finally:
         os.kill(frozen, signal.SIGKILL)
     assert synced.proof is not None and synced.proof.equal == (ENGINES - 1) * PLANNED
@@ -126,7 +139,7 @@ def test_an_engine_that_hangs_is_left_out_after_the_deadline(crew: Crew) -> None
 
 def test_an_engine_that_dies_is_left_out(crew: Crew) -> None:
     kill(crew.fleet.serving[0])
-    synced = weights(crew)(prove=True)
+    synced = crew.fleet.sync(prove=True)
     assert synced.proof is not None and synced.proof.equal == PLANNED
     assert len(crew.fleet.serving) == 1 and len(generated(crew, 0)) == 16
 

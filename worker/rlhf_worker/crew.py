@@ -31,7 +31,6 @@ class Crew:
     feed: ActorHandle
     ranks: dict[str, list[ActorHandle]]  # by role; roles that share GPUs share actors
     fleet: Fleet | Hosts
-    sleeps: bool  # engines give their GPU memory back while the trainer works
 
     @property
     def policy(self) -> list[ActorHandle]:
@@ -61,8 +60,7 @@ def start(config: RunConfig, stage: Stage, reporter: Reporter) -> tuple[Crew, di
         started = []
     gather([*started, *(rank.load.remote() for group in groups for rank in group)], START_DEADLINE_SECONDS, "start")
     seats = _prove_seats(config, ranks, engines)
-    sleeps = stage.device == "cuda" and bool(config.rollout.engine_args.get("enable_sleep_mode"))
-    return Crew(stage, feed, ranks, _fleet(config, stage, ranks["policy"], engines, backend, reporter), sleeps), seats
+    return Crew(stage, feed, ranks, _fleet(config, stage, ranks["policy"], engines, backend, reporter)), seats
 
 
 def _fleet(config: RunConfig, stage: Stage, policy: list[Any], engines: list[Any], backend: str, reporter: Reporter) -> Fleet | Hosts:

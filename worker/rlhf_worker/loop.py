@@ -75,17 +75,19 @@ class Loop:
         start, timer, number = time.monotonic(), PhaseTimer(), self.step + 1
         # Until the policy changes, a stop may drop the step: its prompts are drawn again after the restart.
         with self.stop.abandonable():
-            with timer.phase("generate"):  # 1. groups of completions, with their rewards
+            with timer.phase("generate"):  # 1. groups of completions, with their rewards; shared GPUs are the trainer's from here to the sync
                 scored = [item for group in self.rollouts.take() for item in group.samples]
+                if self.config.engines_sleep:
+                    self.crew.fleet.sleep()
             with timer.phase("forward"):  # 2. what the algorithm must know of them before it trains
                 sequences = self._forward(to_train_sequences([item.sample for item in scored]))
             with timer.phase("shape"):  # 3. advantages, returns, and each token's weight in the loss
                 shaped = self._shape(sequences, scored)
-        self._sleep()
         with timer.phase("train"):  # 4. optimizer updates: the critic's, then the policy's
             trained = self._train(number, shaped)
         with timer.phase("sync"):  # 5. the new weights into the engines
-            synced = self._sync(number)
+            verify = self.config.weight_sync
+            synced = self.crew.fleet.sync(prove=verify.verify and number % verify.verify_every_steps == 0)
         self._finished(number)  # 6. the step is finished
         self._report(scored, trained | shaped.metrics | self.rollouts.metrics, synced, timer, time.monotonic() - start)
         if self.config.telemetry.keeps_rollouts(number):
@@ -141,19 +143,6 @@ class Loop:
         answers = iter(gather(calls, TRAIN_DEADLINE_SECONDS, f"{what} ({', '.join(asked)})", self.rollouts.pump))
         return {name: [next(answers) for _ in group] for name, group in asked.items()}
 
-    def _sleep(self) -> None:
-        if self.crew.sleeps:
-            self._engines("sleep")
-
-    def _sync(self, number: int) -> Synced:
-        verify = self.config.weight_sync
-        if self.crew.sleeps:
-            self._engines("wake", ["weights"])
-        synced = self.crew.fleet.sync(prove=verify.verify and number % verify.verify_every_steps == 0)
-        if self.crew.sleeps:
-            self._engines("wake", ["kv_cache", "scheduling"])
-        return synced
-
     def _finished(self, number: int) -> None:
         self.sampler, pending = self.rollouts.finish(number)
         self.step, self.memory = number, {"pending": pending, "kl": self.kl.state()}
@@ -199,9 +188,6 @@ class Loop:
         self._step_seconds = seconds if not self._step_seconds else 0.8 * self._step_seconds + 0.2 * seconds
         left = int(self._step_seconds * (self.config.trainer.steps - self.step))
         self.reporter.stepped(self.step, values, eta_seconds=left, synced=synced)
-
-    def _engines(self, method: str, *args: Any) -> None:
-        self.crew.fleet.call(method, *args, deadline_seconds=self.config.weight_sync.deadline_seconds)
 
     def _feed(self, method: str, *args: Any) -> Any:
         return call(self.crew.feed, method, *args, deadline_seconds=FILE_DEADLINE_SECONDS, what=f"{method} of the feed")

@@ -49,6 +49,7 @@ class Engine:
         self.version = 0
         self.stale = False  # between a sync's begin and its end: what it holds is no version
         self.environments: Environments | None = None
+        self.asleep = False
         self.sleep_level = 1
         self.llm: AsyncLLM | None = None
         self.adapters: Adapters | None = None  # with model.lora
@@ -265,13 +266,18 @@ class Engine:
         await self._running().engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
 
     async def pause(self) -> None:
-        """The weights are about to change: until `adopt` this engine serves nothing."""
+        """The weights are about to change: until `adopt` this engine serves nothing. One that sleeps takes memory for them, and no more yet."""
         self.stale = True
+        if self.asleep:
+            await self._running().wake_up(["weights"])
         await self._hold()
 
     async def adopt(self, version: int) -> None:
         """The new weights are in place: forget what the old ones computed, count from the new version, and go on."""
         llm = self._running()
+        if self.asleep:
+            await llm.wake_up(["kv_cache"])
+            self.asleep = False
         if self.adapters is None:  # vLLM keys its cache by the adapter
             await llm.reset_prefix_cache(reset_running_requests=True)
         await llm.update_weight_version(str(version))
@@ -279,12 +285,9 @@ class Engine:
         await llm.resume_generation()
 
     async def sleep(self) -> None:
-        """Give the GPU's memory back while the trainer works. Level 1 moves the weights to the host, 2 drops them; the KV cache goes in any case."""
-        self.stale = True
+        """Give the GPU's memory back until the next sync. Level 1 moves the weights to the host, 2 drops them; the KV cache goes in any case."""
+        self.stale = self.asleep = True
         await self._running().sleep(level=self.sleep_level)
-
-    async def wake(self, tags: list[str]) -> None:
-        await self._running().wake_up(tags)
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest

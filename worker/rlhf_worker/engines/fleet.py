@@ -1,7 +1,7 @@
 """The engines of a run: a thread probes them and starts dead ones anew; the loop's own thread takes them back, with a whole sync.
 
 `serving` is the list that the loop and the weight sync work with. Only the loop's thread changes it: whoever waits for a dead engine gets
-Ray's RayActorError, and tells it here by `lost`.
+Ray's RayActorError, and tells it here by `lost`. Engines that sleep serve nothing; a whole sync wakes them.
 """
 
 import sys
@@ -22,6 +22,8 @@ from rlhf_worker.weights.sync import Synced, WeightSync
 
 PROBE_SECONDS = 5.0  # between two probes
 ANSWER_SECONDS = 10.0  # for one: the engine's event loop is busy at times
+AFTER_FAILED_SYNC_SECONDS = 30.0  # for an answer of the engine's workers
+SLEEP_SECONDS = 300.0  # the first sleep may have to pin as much of the host's memory as the weights take
 START_SECONDS = 1800.0
 RUNNING = (Health.HEALTHY, Health.SUSPECT, Health.STALE)
 
@@ -33,7 +35,6 @@ class Fleet:
         """actors: started, by engine number; sync: connected to all of them; tell: takes what is amiss, None when nothing is."""
         self.actors = list(actors)
         self.serving = sync.engines
-        self._joined = list(actors)  # those that the trainer is connected to
         self.weights = sync
         self._spawn, self._tell = spawn, tell
         self._limits = Limits(least=least)
@@ -55,51 +56,48 @@ class Fleet:
         if actor in self.actors:  # and was not replaced meanwhile
             self._note(self.actors.index(actor), Event.LOST)
 
-    def call(self, method: str, *args: Any, deadline_seconds: float) -> list[Any]:
-        """Of each engine that serves; those that turn out dead are left out. Raises as `gather` does."""
-        found = []
-        for actor, answer in [(actor, getattr(actor, method).remote(*args)) for actor in self.serving]:
+    def sleep(self) -> None:
+        """Engines lend their GPUs' memory to the trainer, and serve nothing until the next sync. Raises as `gather` does."""
+        for actor, answer in [(actor, actor.sleep.remote()) for actor in self.serving]:
             try:
-                found += gather([answer], deadline_seconds, f"{method} of the engines")
+                gather([answer], SLEEP_SECONDS, "sleep of the engines")
             except RayActorError:
                 self.lost(actor)
-        return found
+        self.serving.clear()
 
     def sync(self, *, prove: bool) -> Synced:
-        """Started engines come back, and every engine that serves afterwards holds the policy's weights.
+        """Started engines come back, those asleep wake, and every engine that serves afterwards holds the policy's weights, whole.
 
-        Waits while none runs. Raises EnginesLost, and what WeightSync does when no death explains it.
+        One that died or hangs is left out. Waits while none runs. Raises EnginesLost, and what WeightSync does when no death explains it.
         """
         while True:
             while not set(RUNNING) & set(self.health()):
                 self._wait()
             self.serving[:] = [actor for actor, health in zip(list(self.actors), self.health(), strict=True) if health in RUNNING]
             try:
-                if self.serving != self._joined:
-                    self.weights.reconnect()
                 synced = self.weights(prove=prove)
                 break
-            except (DeadlineExceeded, LinkBroken, RayActorError, RayTaskError):
-                self._joined = []
+            except (DeadlineExceeded, LinkBroken, RayActorError, RayTaskError) as error:
                 if not self._found_dead():
                     raise
-        self._joined = list(self.serving)
+                print(f"weight sync: going on with {len(self.serving)} engines: {error}", file=sys.stderr, flush=True)
         for number, actor in enumerate(self.actors):
             if actor in self.serving:
                 self._note(number, Event.SYNCED)
-        self._drop_missing()
         return synced
 
     def _found_dead(self) -> bool:
-        alive = answering(self.serving, "ping", deadline_seconds=ANSWER_SECONDS)
+        """Whether an engine is, or its workers do not answer any more: both are the same to a sync."""
+        alive = answering(self.serving, "alive", deadline_seconds=AFTER_FAILED_SYNC_SECONDS)
         dead = [actor for actor in self.serving if actor not in alive]
         for actor in dead:
             self.lost(actor)
         return bool(dead)
 
     def ensure(self) -> None:
-        """Returns when enough engines serve: at once, or after those that start have got the weights. Raises EnginesLost."""
-        self._drop_missing()
+        """Returns when enough engines serve: at once, or after those that sleep or start have got the weights. Raises EnginesLost."""
+        if not self.serving:
+            self.sync(prove=False)
         while self._verdict() is not Verdict.GO:
             self._wait()
             if Health.STALE in self.health():
@@ -131,12 +129,6 @@ class Fleet:
             print(f"engine {number}: {before.health} -> {now.health} ({event})", file=sys.stderr, flush=True)
             self._tell(amiss)
         return now.health
-
-    def _drop_missing(self) -> None:
-        """What the weight sync left out is dead."""
-        for number, health in enumerate(self.health()):
-            if health in (Health.HEALTHY, Health.SUSPECT) and self.actors[number] not in self.serving:
-                self._note(number, Event.LOST)
 
     def _watch(self) -> None:
         while not self._closing.wait(PROBE_SECONDS):

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from ray.actor import ActorHandle
 
@@ -31,8 +30,6 @@ class Hosts:
         """Raises EnginesLost: a rank of the trainer is not started anew beside the training."""
         raise EnginesLost("a rank of the trainer is lost, which generates")
 
-    def call(self, method: str, *args: Any, deadline_seconds: float) -> list[Any]:
-        """Nothing sleeps or wakes."""
-        return []
+    def sleep(self) -> None: ...
 
     def close(self) -> None: ...

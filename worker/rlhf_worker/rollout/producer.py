@@ -199,12 +199,15 @@ class Rollouts:
 
     def _score(self) -> None:
         """Everything that was generated while the last was scored. Reward models first: they are the trainer's ranks."""
-        if self._scoring or not self._unscored:
+        names = [spec.name for spec in self.config.rewards if spec.type == "model"]
+        alone = self.config.engines_sleep and any(self.crew.ranks[f"reward:{name}"] == self.crew.policy for name in names)
+        if self._scoring or not self._unscored or (alone and (self._load.total() or self._homeless)):
             return
+        if alone:  # on the engines' GPUs, in the memory that they lend
+            self.crew.fleet.sleep()
         groups, self._unscored, self._scoring = self._unscored, [], time.monotonic()
         samples = [sample for _, made in groups for sample in made]
         prompts, completions = [sample.prompt.fields.get("prompt", sample.prompt.text) for sample in samples], [sample.text for sample in samples]
-        names = [spec.name for spec in self.config.rewards if spec.type == "model"]
         calls = [[rank.scores.remote(f"reward:{name}", prompts, completions) for rank in self.crew.ranks[f"reward:{name}"]] for name in names]
         starts = [sum(map(len, calls[:index])) for index in range(len(calls))]
 

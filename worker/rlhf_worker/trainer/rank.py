@@ -105,11 +105,13 @@ class Trainer:
             role.fetch(state=state)
         return role
 
-    def _rest(self) -> None:
-        """The device is the engines'."""
+    def _rest(self, *, parameters: bool = True) -> None:
+        """The device is the engines'; without `parameters` those that are on it stay."""
         if self.config.trainer.offload:
             for role in self.roles.values():
-                role.put_away()
+                role.put_away(parameters=parameters)
+        elif self.config.engines_sleep:
+            torch.cuda.empty_cache()  # theirs is taken anew
 
     @contextmanager
     def _briefly(self, name: str) -> Iterator[Role]:
@@ -157,8 +159,7 @@ class Trainer:
         for batches in updates:
             for key, value in self._update(role, batches).items():
                 sums[key] = sums.get(key, torch.zeros((), device=self.device)) + value / len(updates)
-        if self.config.trainer.offload:
-            role.put_away(parameters=False)  # those of the policy are wanted by the sync next
+        self._rest(parameters=False)  # the policy's are wanted by the sync next
         return self._reduced(sums)
 
     def _update(self, role: Role, batches: list[PackedBatch]) -> dict[str, Tensor]:

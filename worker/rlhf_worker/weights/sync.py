@@ -1,4 +1,4 @@
-"""One weight sync, seen from the driver: send, adopt; the proof; and what happens when an engine is lost."""
+"""One weight sync, seen from the driver: pause, send, adopt; and the proof. What is lost on the way is the fleet's matter."""
 
 import time
 from collections.abc import Sequence
@@ -7,11 +7,10 @@ from statistics import fmean
 from typing import Any
 
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
 
 from rlhf_api.run import RunConfig
-from rlhf_worker.calls import answering, call, call_all
-from rlhf_worker.errors import DeadlineExceeded, LinkBroken, SyncMismatch
+from rlhf_worker.calls import call, call_all
+from rlhf_worker.errors import SyncMismatch
 from rlhf_worker.weights.backends import PLANNED
 from rlhf_worker.weights.compare import Compared, compare
 
@@ -19,7 +18,6 @@ from rlhf_worker.weights.compare import Compared, compare
 # gives SmolLM2-135M 0.06 to 0.09 in bfloat16, and one wrong matrix of its 30 layers 0.2 and more; single tokens differ by 0.5 by rounding.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.15}
 PROBE_LENGTH = 64
-ANSWER_SECONDS = 30.0  # that an engine has at most, after a failed sync, to say that it lives
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +40,7 @@ class Synced:
 
 
 class WeightSync:
-    """Holds both ends. `engines` is the run's own list: an engine that is lost for good goes from it."""
+    """Holds both ends. `engines` is the fleet's own list of those that serve, or will after the next sync."""
 
     def __init__(self, config: RunConfig, policy: Sequence[ActorHandle], engines: list[ActorHandle], backend: str) -> None:
         self.config = config
@@ -50,6 +48,7 @@ class WeightSync:
         self.engines = engines
         self.backend = backend
         self._deadline = config.weight_sync.deadline_seconds
+        self._joined: list[ActorHandle] = []  # those that the trainer is connected to, by a link that has not failed
 
     def connect(self) -> None:
         """Once, after both ends have loaded the same checkpoint: what vLLM made of it tests the plan."""
@@ -57,10 +56,7 @@ class WeightSync:
         same = "load_format" not in self.config.rollout.engine_args
         if self.backend in PLANNED and same and (wrong := frozenset(name for names in self._compare().wrong.values() for name in names)):
             self._connect(wrong)
-
-    def reconnect(self) -> None:
-        """To the engines that are in the list now."""
-        self._connect(self.distrusted)
+        self._joined = list(self.engines)
 
     def _connect(self, distrusted: frozenset[str]) -> None:
         self.distrusted = distrusted
@@ -69,34 +65,20 @@ class WeightSync:
             print(f"weight sync: {line}", flush=True)
 
     def __call__(self, *, prove: bool) -> Synced:
-        """Every engine ends on the policy's version. An engine that died is left out, and the others get the weights whole.
+        """Every engine ends on the policy's version, over a new link when they are others than last time, or the last sync failed.
 
         Raises DeadlineExceeded, LinkBroken, SyncMismatch, or what an actor raised; engines that hold a part serve nothing then.
         """
         start = time.monotonic()
-        while True:
-            try:
-                version = self._send(prove=prove)
-                break
-            except (DeadlineExceeded, LinkBroken, RayActorError, RayTaskError) as error:
-                self._without_the_dead(error)
-        seconds = time.monotonic() - start
-        return Synced(version, seconds, self.backend, self.prove(version) if prove else None)
-
-    def _send(self, *, prove: bool) -> int:
         self._engines("pause")
+        joined, self._joined = self._joined, []  # until it went well
+        if self.engines != joined:
+            self._connect(self.distrusted)
         version: int = self._policy("send", prove)[0]
         self._engines("adopt", version)
-        return version
-
-    def _without_the_dead(self, error: Exception) -> None:
-        """Connect again with the engines that are left. Raises `error` when none died, or none is left."""
-        alive = answering(self.engines, "alive", deadline_seconds=min(ANSWER_SECONDS, self._deadline))
-        if len(alive) == len(self.engines) or not alive:
-            raise error
-        print(f"weight sync: {len(self.engines) - len(alive)} of {len(self.engines)} engines are lost ({error}); going on without", flush=True)
-        self.engines[:] = alive
-        self._connect(self.distrusted)
+        self._joined = list(self.engines)
+        seconds = time.monotonic() - start
+        return Synced(version, seconds, self.backend, self.prove(version) if prove else None)
 
     def prove(self, version: int) -> Proof:
         """Checksums of every parameter that was written in place or packed; a probe where something is packed or loaded. Raises SyncMismatch."""
