@@ -51,16 +51,18 @@ def zeros(batches: list[PackedBatch]) -> dict[int, list[float]]:
     return {index: row for batch in batches for index, row in by_sample(batch, batch.targets[batch.target_mask] * 0.0).items()}
 
 
-@pytest.mark.parametrize("args", [{}, {"enable_sleep_mode": True}])
-def test_engines_sleep_as_soon_as_all_is_generated_and_until_the_sync(monkeypatch: pytest.MonkeyPatch, args: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("args", "mode", "sleep"), [
+    ({}, "Colocated", []), ({"enable_sleep_mode": True}, "Colocated", ["sleep"]), ({"enable_sleep_mode": True}, "Separated", []),
+])  # fmt: skip
+def test_engines_that_share_gpus_sleep_from_the_last_completion_to_the_sync(monkeypatch: pytest.MonkeyPatch, args: dict[str, Any], mode: str, sleep: list[str]) -> None:
     stand = Stand()
     monkeypatch.setattr(module, "gather", lambda calls, *rest: calls)
     monkeypatch.setattr(module, "call", lambda *args, **more: None)
-    config = run_config(algorithm={"name": "ppo", "kl": {"coefficient": 0.1}}, rollout={"maxTokens": 16, "engineArgs": args})
+    config = run_config(algorithm={"name": "ppo", "kl": {"coefficient": 0.1}}, rollout={"maxTokens": 16, "engineArgs": args}, placement={"mode": mode})
     ranks = {role: [stand] for role in ("policy", "reference", "critic")}
     reporter = SimpleNamespace(stepped=lambda *args, **more: None)
     loop = Loop(config, SimpleNamespace(fleet=stand, ranks=ranks, feed=stand), reporter, Stop())  # type: ignore[arg-type]
     loop.rollouts = stand  # type: ignore[assignment]
     loop._step()
     forward, train = ["logprobs policy", "logprobs reference", "values"], ["train critic", "train policy"]
-    assert stand.asked == ["take", *(["sleep"] if args else []), *forward, *train, "sync"]
+    assert stand.asked == ["take", *sleep, *forward, *train, "sync"]

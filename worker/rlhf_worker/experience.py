@@ -6,9 +6,10 @@ Every step is deterministic in its input. Padding does not exist here; it is the
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -168,21 +169,21 @@ def _packed(sequences: Sequence[TrainSequence]) -> PackedBatch:
     lengths = [s.length for s in sequences]
     cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return PackedBatch(
-        token_ids=_cat((s.token_ids for s in sequences), torch.int64),
+        token_ids=_cat((s.token_ids for s in sequences), np.int64),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=cu_seqlens,
         max_length=max(lengths),
-        target_mask=_cat((_aligned(s, s.mask, False) for s in sequences), torch.bool),
-        targets=_cat((_aligned(s, s.token_ids[s.prompt_length :], 0) for s in sequences), torch.int64),
+        target_mask=_cat((_aligned(s, s.mask, False) for s in sequences), np.bool),
+        targets=_cat((_aligned(s, s.token_ids[s.prompt_length :], 0) for s in sequences), np.int64),
         indices=[s.index for s in sequences],
         prompt_lengths=[s.prompt_length for s in sequences],
-        sequence=torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
-        columns={name: _cat((_aligned(s, s.columns[name], 0.0) for s in sequences), torch.float32) for name in sequences[0].columns},
+        sequence=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+        columns={name: _cat((_aligned(s, s.columns[name], 0.0) for s in sequences), np.float32) for name in sequences[0].columns},
     )
 
 
-def _cat(rows: Iterable[Sequence[T]], dtype: torch.dtype) -> Tensor:
-    return torch.tensor([value for row in rows for value in row], dtype=dtype)
+def _cat(rows: Iterable[Sequence[T]], dtype: type[np.generic]) -> Tensor:
+    return torch.from_numpy(np.fromiter(chain.from_iterable(rows), dtype))  # torch.tensor of a list takes three times as long
 
 
 def _aligned(sequence: TrainSequence, completion: Sequence[T], fill: T) -> list[T]:

@@ -6,7 +6,7 @@ it trains, its advantages and its losses are `algorithm`'s; where the samples co
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -102,9 +102,10 @@ class Loop:
     def _forward(self, sequences: list[TrainSequence]) -> list[TrainSequence]:
         """With a column for each forward pass that the algorithm needs. Packed as they will be trained, so that the first ratio is exactly 1."""
         updates = chunks(sequences, self.config.trainer.updates_per_step)
-        asked = {}
-        for column, role in passes(self.config.algorithm, len(updates)).items():
-            batches = [[batch for update in rank for batch in update] for rank in self._batches(role, updates)]
+        roles, asked = passes(self.config.algorithm, len(updates)), {}
+        packed = self._batches(roles.values(), updates)
+        for column, role in roles.items():
+            batches = [[batch for update in rank for batch in update] for rank in packed[role]]
             asked[column] = ask(self.crew.ranks[role], *(("values",) if role == "critic" else ("logprobs", role)), arguments=batches)
         for column, found in self._answers("forward passes", asked).items():
             sequences = add_column(sequences, column, found)
@@ -120,7 +121,8 @@ class Loop:
         """Metrics by their full names. The policy waits until the critic is warm."""
         critic = self.config.critic
         roles = [*(["critic"] if critic else []), *(["policy"] if critic is None or number > critic.warmup_steps else [])]
-        asked = {role: ask(self.crew.ranks[role], "train", role, arguments=self._batches(role, shaped.updates)) for role in roles}
+        packed = self._batches(roles, shaped.updates)
+        asked = {role: ask(self.crew.ranks[role], "train", role, arguments=packed[role]) for role in roles}
         made = {role: answers[0] for role, answers in self._answers("training", asked).items()}
         found = {f"critic/{name}": value for name, value in made.get("critic", {}).items()}
         if "policy" in made:
@@ -131,11 +133,11 @@ class Loop:
                 print(f"step {number}: {words}", file=sys.stderr, flush=True)
         return found
 
-    def _batches(self, role: str, updates: Sequence[Sequence[TrainSequence]]) -> list[list[list[PackedBatch]]]:
-        """[rank][update][micro-batch] for the role's ranks; as many micro-batches on every rank."""
-        ranks = len(self.crew.ranks[role])
-        packed = [dealt(part, ranks, self.config.trainer) for part in updates]
-        return [[update[rank] for update in packed] for rank in range(ranks)]
+    def _batches(self, roles: Iterable[str], updates: Sequence[Sequence[TrainSequence]]) -> dict[str, list[list[list[PackedBatch]]]]:
+        """[rank][update][micro-batch] for each role's ranks; as many micro-batches on every rank. Roles of as many ranks share theirs."""
+        ranks = {role: len(self.crew.ranks[role]) for role in roles}
+        dealings = {count: [dealt(part, count, self.config.trainer) for part in updates] for count in set(ranks.values())}
+        return {role: [[update[rank] for update in dealings[count]] for rank in range(count)] for role, count in ranks.items()}
 
     def _answers(self, what: str, asked: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Of every rank that was asked. Roles with GPUs of their own work side by side, and generation goes on meanwhile."""
