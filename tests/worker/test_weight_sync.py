@@ -14,6 +14,7 @@ from rlhf_api.run import RunConfig
 from rlhf_worker import crew as crews
 from rlhf_worker.calls import call, call_all
 from rlhf_worker.crew import Crew
+from rlhf_worker.engines import fleet as fleets
 from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.errors import SyncMismatch
 from rlhf_worker.experience import Prompt
@@ -61,6 +62,7 @@ def crew(config: RunConfig) -> Iterator[Crew]:
     """One for all tests, in the order in which they lose engines."""
     with pytest.MonkeyPatch.context() as patch, local_ray(config, verbose=False):
         patch.setattr(crews, "RemoteEngine", ray.remote(PokedEngine))
+        patch.setattr(fleets, "AFTER_FAILED_SYNC_SECONDS", DEADLINE)
         stage = reserve(config.placement, 60, name="weight-sync")
         made = crews.start(config, stage, ConsoleReporter(config))[0]
         made.fleet.close()  # which would start anew what the tests lose

@@ -80,7 +80,7 @@ class Fleet:
             except (DeadlineExceeded, LinkBroken, RayActorError, RayTaskError) as error:
                 if not self._found_dead():
                     raise
-                print(f"weight sync: going on with {len(self.serving)} engines: {error}", file=sys.stderr, flush=True)
+                print(f"weight sync: going on without the engines that are lost: {root_cause(error)}", file=sys.stderr, flush=True)
         for number, actor in enumerate(self.actors):
             if actor in self.serving:
                 self._note(number, Event.SYNCED)
