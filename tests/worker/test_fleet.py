@@ -70,7 +70,7 @@ class PretendedSync:
 
     def __call__(self, *, prove: bool) -> Synced:
         self.version += 1
-        gather([engine.hold.remote(self.version) for engine in self.engines], 2.0, "pretended sync")
+        gather([engine.hold.remote(self.version) for engine in self.engines], 5.0, "pretended sync")
         return Synced(self.version, 0.0, "none", None)
 
 
@@ -86,7 +86,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Fleet, list[str | None]]]]:
     monkeypatch.setattr(module, "PROBE_SECONDS", 0.1)
-    monkeypatch.setattr(module, "AFTER_FAILED_SYNC_SECONDS", 2.0)
+    monkeypatch.setattr(module, "AFTER_FAILED_SYNC_SECONDS", 5.0)
     made: list[Fleet] = []
 
     def build(least: int = 1, broken: bool = False) -> tuple[Fleet, list[str | None]]:
