@@ -26,6 +26,7 @@ from tests.worker.samples import a_prompt, sequences
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
 RANKS = 2
+LAYERS = 2
 CALM, LOUD = 1e-4, 0.05  # differences of log probabilities: of rounding, and of another version
 
 
@@ -51,7 +52,7 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     write(path)
     config = run_config(
         model={"path": str(path), "dtype": "float32", "lora": {"rank": 4}}, data={"jsonl": {"path": str(path / "prompts.jsonl")}, "maxPromptTokens": 64},
-        rollout={"maxTokens": 300, "staleness": 1}, trainer={"steps": 4, "gpus": RANKS, "learningRate": 0.05}, placement={"mode": "Separated"},
+        rollout={"maxTokens": 300, "staleness": 1, "tensorParallelSize": RANKS}, trainer={"steps": 4, "gpus": RANKS, "learningRate": 0.05}, placement={"mode": "Separated"},
         weightSync={"deadlineSeconds": 30}, checkpoint={"path": str(path / "checkpoints")},
         rewards=[{"name": "r", "type": "python", "function": "tests.worker.reward_functions:length"}],
     )
@@ -120,7 +121,7 @@ def forget(worker: Any) -> None:
 def test_a_wrong_adapter_is_seen_and_the_next_version_mends_it(crew: Crew) -> None:
     version = weights(crew)(prove=True).version
     ask(crew, "poke", forget)
-    with pytest.raises(SyncMismatch, match=f"an engine's log probabilities differ from the trainer's by .* at version {version}"):
+    with pytest.raises(SyncMismatch, match=f"engine 0 rank 0 differs from the trainer at version {version} in {LAYERS * 7} parameters: .*lora_B"):
         weights(crew).prove(version)
     train(crew)
     proof = weights(crew)(prove=True).proof

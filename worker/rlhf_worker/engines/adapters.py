@@ -2,8 +2,9 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -59,6 +60,12 @@ class Adapters:
         for number in await self.llm.list_loras():
             if number != request.lora_int_id and not self._users[number]:
                 await self.llm.remove_lora(number)
+
+    def checksums(self, names: Sequence[str]) -> Callable[[Any], bytes]:
+        """What a worker is to be asked about the newest."""
+        from rlhf_worker.weights.slots import checksums
+
+        return partial(checksums, number=self.current.lora_int_id if self.current else 0, names=names)
 
     @contextmanager
     def lent(self) -> Iterator["LoRARequest | None"]:

@@ -6,6 +6,7 @@ vLLM is imported after the environment is set, because it reads it at import.
 import asyncio
 import os
 import pickle
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
@@ -255,11 +256,12 @@ class Engine:
         """Returns if the engine's workers answer."""
         await self._running().collective_rpc("check_health")
 
-    async def checksums(self) -> list["EngineSums"]:
-        """Of each tensor-parallel rank."""
+    async def checksums(self, names: Sequence[str] = ()) -> list["EngineSums"]:
+        """Of each tensor-parallel rank. names: of the adapters' tensors, by PEFT; unread without model.lora."""
         from rlhf_worker.weights.receiver import checksums
 
-        return [pickle.loads(rank) for rank in await self._running().collective_rpc(checksums)]
+        ask = self.adapters.checksums(names) if self.adapters else checksums
+        return [pickle.loads(rank) for rank in await self._running().collective_rpc(ask)]
 
     async def _hold(self) -> None:
         """No step runs from here to the next resume; requests wait. vLLM's own pause_generation sleeps 20 ms more, for the order of outputs."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from rlhf_api.job import PlacementMode, PolicySpec
+from rlhf_api.job import PlacementMode
 from rlhf_api.run import RunConfig
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.weights.plan import RankPlan
@@ -85,7 +85,7 @@ class Sender:
         self.planned, self.adapter = backend in PLANNED, backend == ADAPTER
         self.client = EnginesClient(engines, config.rollout.tensor_parallel_size, config.weight_sync.deadline_seconds)
         if self.adapter:
-            self.engine: Any = AdapterSender(config.model, self.client, source, rank)
+            self.engine: Any = AdapterSender(config, self.client, source, rank)
             return
         register()
         info = trainer_info(backend, rank, address, config, len(engines), source, distrusted)
@@ -111,8 +111,8 @@ class Sender:
 class AdapterSender:
     """A trainer rank's end where only adapters are trained. They are small: rank 0 hands them whole to every engine."""
 
-    def __init__(self, model: PolicySpec, client: "EnginesClient", source: "PolicySource", rank: int) -> None:
-        self.model, self.client, self.source, self.rank = model, client, source, rank
+    def __init__(self, config: RunConfig, client: "EnginesClient", source: "PolicySource", rank: int) -> None:
+        self.model, self.engine_ranks, self.client, self.source, self.rank = config.model, config.rollout.tensor_parallel_size, client, source, rank
 
     def send_weights(self, version: int) -> None:
         from rlhf_worker.lora import files
@@ -120,6 +120,16 @@ class AdapterSender:
         weights = {name: tensor.cpu() for name, tensor in self.source if self.rank == 0}  # on every rank: it gathers
         if self.rank == 0:
             self.client.load_adapter(version, files(self.model, weights))
+
+    def checksums(self) -> list[dict[str, int]]:
+        """All of it is rank 0's share, and every tensor-parallel rank is given all of it. vLLM multiplies B by the adapters' scale as it loads it."""
+        from rlhf_worker.lora import NAME
+        from rlhf_worker.weights.checksum import whole
+
+        assert self.model.lora is not None
+        factors = {"A": 1.0, "B": self.model.lora.alpha / self.model.lora.rank}
+        own = {name.replace(f".{NAME}.", "."): 0 if self.rank else int(whole(tensor * factors[name.split(".")[-3][-1]])) for name, tensor in self.source}
+        return [own] * self.engine_ranks
 
     def shutdown(self) -> None:
         """There is no link."""

@@ -11,7 +11,7 @@ from ray.actor import ActorHandle
 from rlhf_api.run import RunConfig
 from rlhf_worker.calls import call, call_all
 from rlhf_worker.errors import SyncMismatch
-from rlhf_worker.weights.backends import PLANNED
+from rlhf_worker.weights.backends import ADAPTER, PLANNED
 from rlhf_worker.weights.compare import Compared, compare
 
 # Log probabilities of the probe may differ by this much on average: the engine rounds in other places than the trainer. Rounding alone
@@ -81,16 +81,19 @@ class WeightSync:
         return Synced(version, seconds, self.backend, self.prove(version) if prove else None)
 
     def prove(self, version: int) -> Proof:
-        """Checksums of every parameter that was written in place or packed; a probe where something is packed or loaded. Raises SyncMismatch."""
+        """Checksums of every parameter that was written in place or packed, or of the adapters; a probe where something is packed or loaded, or lies
+        below adapters, which no sync brings. Raises SyncMismatch.
+        """
         start = time.monotonic()
-        compared = self._compare() if self.backend in PLANNED else Compared({}, 0, 0)
+        compared = self._compare() if self.backend in (*PLANNED, ADAPTER) else Compared({}, 0, 0)
         for (engine, rank), names in compared.wrong.items():
             raise SyncMismatch(f"engine {engine} rank {rank} differs from the trainer at version {version} in {len(names)} parameters: {names[:5]}")
-        probe = self._probe(version) if compared.indirect or not compared.equal else None
+        probe = self._probe(version) if compared.indirect or not compared.equal or self.backend == ADAPTER else None
         return Proof(version, compared.equal, compared.indirect, probe, time.monotonic() - start)
 
     def _compare(self) -> Compared:
-        return compare(self._policy("checksums"), self._engines("checksums"))
+        ours = self._policy("checksums")
+        return compare(ours, self._engines("checksums", [*ours[0][0]]))
 
     def _probe(self, version: int) -> float:
         """Mean difference of a fixed sequence's log probabilities between the trainer and an engine, the worst one's."""
