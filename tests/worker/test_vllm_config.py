@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import StableLmConfig
 
 from hack.tiny_model import write
 from rlhf_worker.engines.engine import Engine
@@ -15,10 +16,14 @@ from tests.worker.configs import run_config
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 
-def started(monkeypatch: pytest.MonkeyPatch, path: Path, **rollout: Any) -> None:
+def engine(monkeypatch: pytest.MonkeyPatch, path: Path, lora: dict[str, Any] | None = None, **rollout: Any) -> Engine:
     monkeypatch.setattr(Engine, "_environment", lambda *_: None)  # which is of a Ray worker
-    config = run_config(model={"path": str(path), "dtype": "float32"}, rollout={"maxTokens": 16, **rollout})
-    asyncio.run(Engine(config, 0, "cpu", [0], [], 1).start("shm"))
+    model = {"path": str(path), "dtype": "float32"} | ({} if lora is None else {"lora": lora})
+    return Engine(run_config(model=model, rollout={"maxTokens": 16, **rollout}), 0, "cpu", [0], [], 1)
+
+
+def started(monkeypatch: pytest.MonkeyPatch, path: Path, **rollout: Any) -> None:
+    asyncio.run(engine(monkeypatch, path, **rollout).start("shm"))
 
 
 def test_a_model_class_that_vllm_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +38,23 @@ def test_an_argument_that_vllm_refuses(tmp_path: Path, monkeypatch: pytest.Monke
     write(tmp_path)
     with pytest.raises(BadSpec, match=r"spec\.rollout\.engineArgs: vLLM \S+ refuses them: "):
         started(monkeypatch, tmp_path, engineArgs={"max_num_seqs": 0})
+
+
+def stablelm(path: Path) -> None:
+    StableLmConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        max_position_embeddings=64, architectures=["StableLmForCausalLM"],
+    ).save_pretrained(path)
+
+
+def test_a_model_class_that_vllm_serves_without_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stablelm(tmp_path)
+    asyncio.run(engine(monkeypatch, tmp_path).prepare("shm"))
+    said = rf"spec\.model\.lora: vLLM serves StableLmForCausalLM, the class of {tmp_path}, without adapters: remove spec\.model\.lora, or use another model"
+    with pytest.raises(BadSpec, match=said):
+        asyncio.run(engine(monkeypatch, tmp_path, lora={}).prepare("adapter"))
+
+
+def test_transformers_own_model_of_that_class_takes_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stablelm(tmp_path)
+    asyncio.run(engine(monkeypatch, tmp_path, lora={}, engineArgs={"model_impl": "transformers"}).prepare("adapter"))

@@ -1,7 +1,9 @@
-"""Adapters from two FSDP ranks into a vLLM engine on the CPU: what it computes with, what requests under way keep, and what the proof sees."""
+"""Adapters from two FSDP ranks into a vLLM engine of two ranks on the CPU: what it computes with, what requests under way keep, what the proof sees,
+and what a sleep and a death leave."""
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,21 +14,24 @@ from hack.tiny_model import write
 from rlhf_worker import crew as crews
 from rlhf_worker.calls import call, gather
 from rlhf_worker.crew import Crew
+from rlhf_worker.engines import fleet as fleets
 from rlhf_worker.engines.fleet import Fleet
+from rlhf_worker.engines.ledger import Health
 from rlhf_worker.errors import SyncMismatch
 from rlhf_worker.experience import Sample, pack
 from rlhf_worker.local import local_ray
 from rlhf_worker.placement import reserve
 from rlhf_worker.progress import ConsoleReporter
 from rlhf_worker.rollout.episode import Request
-from rlhf_worker.weights.sync import WeightSync
+from rlhf_worker.weights.sync import Synced, WeightSync
 from tests.worker.configs import run_config
 from tests.worker.poked import PokedEngine
 from tests.worker.samples import a_prompt, sequences
+from tests.worker.waiting import kill, until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
 RANKS = 2
-LAYERS = 2
+TENSORS = 2 * 7 * 2  # layers, linear layers of each, A and B
 CALM, LOUD = 1e-4, 0.05  # differences of log probabilities: of rounding, and of another version
 
 
@@ -44,6 +49,9 @@ class AdapterEngine(PokedEngine):
 
     async def end(self) -> list[Sample]:
         return await self.begun
+
+    async def asleep(self) -> bool:
+        return await self._running().is_sleeping()
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +85,13 @@ def train(crew: Crew) -> None:
     gather([rank.train.remote("policy", batch) for rank, batch in zip(crew.policy, batches, strict=True)], 60, "training")
 
 
+def proven(synced: Synced) -> None:
+    """Every tensor on each rank of the engine, by content; the model below them by what it computes."""
+    proof = synced.proof
+    assert proof is not None and proof.probe is not None and proof.probe < CALM
+    assert (proof.equal, proof.indirect) == (RANKS * TENSORS, 0)
+
+
 def difference(one: list[float], two: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(one, two, strict=True))
 
@@ -89,7 +104,7 @@ def test_the_engine_computes_with_each_version_that_is_sent(crew: Crew) -> None:
     for version in range(3):
         synced = weights(crew)(prove=True)
         assert synced.version == version and synced.backend == "adapter"
-        assert synced.proof is not None and synced.proof.probe is not None and synced.proof.probe < CALM
+        proven(synced)
         seen.append(ask(crew, "probe", TOKENS))
         assert ask(crew, "loaded") == [version + 1]
         train(crew)
@@ -114,15 +129,82 @@ def test_a_request_under_way_keeps_its_adapter_and_says_so(crew: Crew) -> None:
 def forget(worker: Any) -> None:
     """The adapter's B in the memory that the engine computes with."""
     for module in worker.model_runner.lora_manager._adapter_manager.modules.values():
-        for stacked in getattr(module, "lora_b_stacked", ()):
+        for stacked in module.lora_b_stacked:
             stacked.zero_()
+
+
+def flip(worker: Any, rank: int) -> None:
+    """The lowest bit of one element of the newest A, in one layer of one rank: nothing that log probabilities show."""
+    manager = worker.model_runner.lora_manager._adapter_manager
+    newest = manager.lora_index_to_id.index(max(number for number in manager.lora_index_to_id if number))
+    if worker.rank == rank:
+        manager.modules["model.layers.1.mlp.gate_up_proj"].lora_a_stacked[1].view(torch.int32)[newest, 0, 2, 5] ^= 1
+
+
+def test_another_version_is_seen_however_near(crew: Crew) -> None:
+    version = weights(crew)(prove=True).version
+    ask(crew, "poke", partial(flip, rank=1))
+    both = r"\['model.layers.1.mlp.gate_proj.lora_A.weight', 'model.layers.1.mlp.gate_proj.lora_B.weight', 'model.layers.1.mlp.up_proj"
+    with pytest.raises(SyncMismatch, match=f"engine 0 rank 1 differs from the trainer at version {version} in 4 parameters: {both}"):
+        weights(crew).prove(version)
+    assert weights(crew)._probe(version) < CALM
+    train(crew)  # the next version, which has not been sent
+    with pytest.raises(SyncMismatch, match=f"engine 0 rank 0 differs from the trainer at version {version + 1} in {TENSORS} parameters"):
+        weights(crew).prove(version + 1)
+    proven(weights(crew)(prove=True))
 
 
 def test_a_wrong_adapter_is_seen_and_the_next_version_mends_it(crew: Crew) -> None:
     version = weights(crew)(prove=True).version
     ask(crew, "poke", forget)
-    with pytest.raises(SyncMismatch, match=f"engine 0 rank 0 differs from the trainer at version {version} in {LAYERS * 7} parameters: .*lora_B"):
+    with pytest.raises(SyncMismatch, match=f"engine 0 rank 0 differs from the trainer at version {version} in {TENSORS} parameters: .*lora_A"):
         weights(crew).prove(version)
     train(crew)
-    proof = weights(crew)(prove=True).proof
-    assert proof is not None and proof.probe is not None and proof.probe < CALM
+    proven(weights(crew)(prove=True))
+
+
+def like_a_gpu(worker: Any) -> None:
+    """A CPU worker does not sleep. This one does to the model and the slots, which vLLM allocates in one pool, what level 2 does: it forgets them."""
+
+    def sleep(level: int) -> None:
+        model = worker.model_runner.model
+        slots = [slot for module in model.modules() for name in ("lora_a_stacked", "lora_b_stacked") for slot in vars(module).get(name, ())]
+        for tensor in [*model.parameters(), *slots] if level > 1 else ():
+            tensor.data.zero_()
+
+    worker.sleep = sleep
+
+
+def test_a_sleep_leaves_the_model_and_the_adapter(crew: Crew) -> None:
+    """In the order of the loop: the proof comes when the weights are back and the KV cache is not, which the probe computes with."""
+    ask(crew, "poke", like_a_gpu)
+    before = ask(crew, "probe", TOKENS)
+    ask(crew, "sleep")
+    assert ask(crew, "asleep")
+    ask(crew, "wake", ["weights"])
+    assert ask(crew, "asleep")
+    proven(weights(crew)(prove=True))
+    assert not ask(crew, "asleep")
+    ask(crew, "wake", ["kv_cache", "scheduling"])
+    assert difference(before, ask(crew, "probe", TOKENS)) < CALM
+
+
+def test_a_dead_engine_comes_back_with_the_newest_adapter(crew: Crew, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleets, "PROBE_SECONDS", 0.2)
+    assert isinstance(crew.fleet, Fleet)
+    train(crew)
+    fleet = Fleet(crew.fleet.actors, crew.fleet.weights, crew.fleet._spawn, lambda _: None, least=1)
+    try:
+        version = fleet.sync(prove=False).version
+        kill(fleet.actors[0])
+        until(lambda: fleet.health() == [Health.RESTARTING], 60)
+        until(lambda: fleet.health() == [Health.STALE], 180)
+        assert fleet.actors[0] not in fleet.serving
+        synced = fleet.sync(prove=True)
+        proven(synced)
+        assert synced.version == version and fleet.health() == [Health.HEALTHY] and fleet.serving == fleet.actors
+        assert ask(crew, "loaded") == [version + 1]
+        (sample,) = ask(crew, "generate", [Request(prompt=a_prompt(), seed=7, temperature=1.0, max_tokens=8)], 60.0)
+        assert set(sample.versions) == {version}
+    finally:
+        fleet.close()

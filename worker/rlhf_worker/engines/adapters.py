@@ -2,15 +2,14 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from rlhf_api.run import RunConfig
-from rlhf_worker.errors import EngineFailed
-from rlhf_worker.pretrained import adapted
+from rlhf_worker.errors import BadSpec, EngineFailed
+from rlhf_worker.pretrained import adapted, load_config
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -26,7 +25,12 @@ def adapter_args(config: RunConfig) -> dict[str, Any]:
     if lora is None:
         return {}
     from vllm.config.lora import MaxLoRARanks
+    from vllm.model_executor.models import ModelRegistry, supports_lora
 
+    own = ModelRegistry.models if config.rollout.engine_args.get("model_impl") != "transformers" else {}  # transformers' all have it
+    for name in load_config(config.model).architectures or ():
+        if name in own and not supports_lora(own[name].load_model_cls()):
+            raise BadSpec(f"spec.model.lora: vLLM serves {name}, the class of {config.model.path}, without adapters: remove spec.model.lora, or use another model")
     rank = min(rank for rank in get_args(MaxLoRARanks) if rank >= lora.rank)
     return {"enable_lora": True, "max_lora_rank": rank, "max_loras": slots, "max_cpu_loras": slots, "lora_target_modules": adapted(config.model)}
 
@@ -60,12 +64,6 @@ class Adapters:
         for number in await self.llm.list_loras():
             if number != request.lora_int_id and not self._users[number]:
                 await self.llm.remove_lora(number)
-
-    def checksums(self, names: Sequence[str]) -> Callable[[Any], bytes]:
-        """What a worker is to be asked about the newest."""
-        from rlhf_worker.weights.slots import checksums
-
-        return partial(checksums, number=self.current.lora_int_id if self.current else 0, names=names)
 
     @contextmanager
     def lent(self) -> Iterator["LoRARequest | None"]:

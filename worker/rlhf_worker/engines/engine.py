@@ -6,7 +6,6 @@ vLLM is imported after the environment is set, because it reads it at import.
 import asyncio
 import os
 import pickle
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
@@ -51,7 +50,7 @@ class Engine:
         self.stale = False  # between a sync's begin and its end: what it holds is no version
         self.environments: Environments | None = None
         self.asleep = False
-        self.sleep_level = 1
+        self.sleep_level = 1  # with adapters for good: no sync brings the model below them, and vLLM keeps their slots where it keeps that
         self.llm: AsyncLLM | None = None
         self.adapters: Adapters | None = None  # with model.lora
         self.adapter_args: dict[str, Any] = {}
@@ -64,23 +63,21 @@ class Engine:
         check_context(self.config, context_length(load_config(self.config.model)))
         self._environment(backend)
         import vllm
-        from vllm.engine.arg_utils import AsyncEngineArgs
 
-        check_known(self.config.rollout.engine_args, {f.name for f in fields(AsyncEngineArgs)}, vllm.__version__)
+        check_known(self.config.rollout.engine_args, {f.name for f in fields(vllm.AsyncEngineArgs)}, vllm.__version__)
         self.adapter_args = adapter_args(self.config)
 
     async def start(self, backend: str) -> str:
         """Load the model into vLLM. Returns vLLM's version. Raises BadSpec."""
         await self.prepare(backend)
         import vllm
-        from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._open_environments()
         try:
             # The batch sizes that vLLM chooses for offline generation; without this, those for an unknown use: 128 sequences.
-            self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_args(backend)), usage_context=UsageContext.LLM_CLASS)
+            self.llm = AsyncLLM.from_engine_args(vllm.AsyncEngineArgs(**self._engine_args(backend)), usage_context=UsageContext.LLM_CLASS)
         except ValidationError as error:  # of vLLM's config, before anything is loaded
             raise refused(self.config, error.errors()[0]["msg"], vllm.__version__) from None
         except Exception as error:
@@ -256,11 +253,13 @@ class Engine:
         """Returns if the engine's workers answer."""
         await self._running().collective_rpc("check_health")
 
-    async def checksums(self, names: Sequence[str] = ()) -> list["EngineSums"]:
-        """Of each tensor-parallel rank. names: of the adapters' tensors, by PEFT; unread without model.lora."""
+    async def checksums(self, names: tuple[str, ...] = ()) -> list["EngineSums"]:
+        """Of each tensor-parallel rank. names: of the adapters' tensors, where those are what is synced."""
         from rlhf_worker.weights.receiver import checksums
+        from rlhf_worker.weights.slots import held
 
-        ask = self.adapters.checksums(names) if self.adapters else checksums
+        number = self.adapters.current.lora_int_id if self.adapters and self.adapters.current else 0
+        ask = partial(held, number=number, names=names) if self.adapters else checksums
         return [pickle.loads(rank) for rank in await self._running().collective_rpc(ask)]
 
     async def _hold(self) -> None:

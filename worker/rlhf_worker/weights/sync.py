@@ -81,9 +81,7 @@ class WeightSync:
         return Synced(version, seconds, self.backend, self.prove(version) if prove else None)
 
     def prove(self, version: int) -> Proof:
-        """Checksums of every parameter that was written in place or packed, or of the adapters; a probe where something is packed or loaded, or lies
-        below adapters, which no sync brings. Raises SyncMismatch.
-        """
+        """Checksums of all that was written in place or packed; a probe where something is packed, loaded, or below adapters. Raises SyncMismatch."""
         start = time.monotonic()
         compared = self._compare() if self.backend in (*PLANNED, ADAPTER) else Compared({}, 0, 0)
         for (engine, rank), names in compared.wrong.items():
@@ -93,7 +91,7 @@ class WeightSync:
 
     def _compare(self) -> Compared:
         ours = self._policy("checksums")
-        return compare(ours, self._engines("checksums", [*ours[0][0]]))
+        return compare(ours, self._engines("checksums", tuple(ours[0][0])))
 
     def _probe(self, version: int) -> float:
         """Mean difference of a fixed sequence's log probabilities between the trainer and an engine, the worst one's."""
