@@ -51,7 +51,7 @@ class AdapterEngine(PokedEngine):
         return await self.begun
 
     async def asleep(self) -> bool:
-        return await self._running().is_sleeping()
+        return bool(await self._running().is_sleeping())
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,11 @@ def held(worker: Any, number: int, names: tuple[str, ...]) -> bytes:
     manager = worker.model_runner.lora_manager._adapter_manager
     adapter = manager.get_adapter(number) if number in manager.lora_index_to_id else None
     sums, others = dict[tuple[str, bool], int](), set[str]()
-    for name, layer in manager.modules.items() if adapter else ():
+    for name, layer in manager.modules.items():
         parts = manager.packed_modules.get(name, [name])
         if not isinstance(layer, BaseLinearLayerWithLoRA):
             others.update(parts)
-        elif weights := adapter.get_lora(name):
+        elif weights := adapter and adapter.get_lora(name):
             wrong = _wrong(layer, manager.lora_index_to_id.index(number), weights)
             for is_a, given in ((True, weights.lora_a), (False, weights.lora_b)):
                 each = zip(parts, given if isinstance(given, list) else [given], strict=True)
