@@ -30,7 +30,7 @@ from tests.worker.samples import a_prompt, sequences
 from tests.worker.waiting import kill, until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
-RANKS = 2
+RANKS = 2  # of the trainer, and of the engine
 TENSORS = 2 * 7 * 2  # layers, linear layers of each, A and B
 CALM, LOUD = 1e-4, 0.05  # differences of log probabilities: of rounding, and of another version
 
