@@ -50,7 +50,7 @@ class AdapterEngine(PokedEngine):
     async def end(self) -> list[Sample]:
         return await self.begun
 
-    async def asleep(self) -> bool:
+    async def sleeping(self) -> bool:
         return bool(await self._running().is_sleeping())
 
 
@@ -176,16 +176,12 @@ def like_a_gpu(worker: Any) -> None:
 
 
 def test_a_sleep_leaves_the_model_and_the_adapter(crew: Crew) -> None:
-    """In the order of the loop: the proof comes when the weights are back and the KV cache is not, which the probe computes with."""
     ask(crew, "poke", like_a_gpu)
     before = ask(crew, "probe", TOKENS)
     ask(crew, "sleep")
-    assert ask(crew, "asleep")
-    ask(crew, "wake", ["weights"])
-    assert ask(crew, "asleep")
+    assert ask(crew, "sleeping")
     proven(weights(crew)(prove=True))
-    assert not ask(crew, "asleep")
-    ask(crew, "wake", ["kv_cache", "scheduling"])
+    assert not ask(crew, "sleeping")
     assert difference(before, ask(crew, "probe", TOKENS)) < CALM
 
 
