@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import BadSpec, RewardFailed
 from rlhf_worker.rewards.http import HttpReward
 from rlhf_worker.rewards.judge import JudgeReward
+from rlhf_worker.rewards.pool import PythonReward
 from rlhf_worker.rewards.scorer import Scorer
 from tests.worker.samples import a_sample
 from tests.worker.waiting import until
@@ -341,6 +343,17 @@ def test_http_batches_keep_the_order() -> None:
     with Service(judged) as service:
         assert values(http(service.url), 150) == [float(i) for i in range(150)]
     assert sorted(map(len, service.requests)) == [22, 64, 64]
+
+
+@pytest.mark.parametrize("kind", ["http", "python"])
+def test_groups_are_scored_side_by_side_by_one_reward(kind: str) -> None:
+    samples = [a_sample(i, text="x" * i) for i in range(150)]
+    with Service(judged) as service:
+        reward = HttpReward(http(service.url, workers=1)) if kind == "http" else PythonReward(python("length", workers=2))
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(reward.score, [samples] * 4))
+        reward.close()
+    assert found == [[float(i) for i in range(150)]] * 4
 
 
 def test_http_sends_the_row() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
 from rlhf_api.job import RewardSpec
@@ -11,6 +12,7 @@ from rlhf_worker.errors import RewardFailed
 from rlhf_worker.experience import Sample
 
 T = TypeVar("T")
+Once = Callable[[Sequence[Sample], int], Awaitable[list[float]]]  # a batch, and the number of the try -> a finite value a sample; raises Failure
 BACKOFF_LIMIT = 30.0  # seconds
 
 
@@ -44,7 +46,7 @@ def finite(value: Any) -> float:
 
 
 class Reward:
-    """`spec.workers` batches at a time, each tried up to `spec.retries` times again. What one try is, the subclass says."""
+    """`spec.workers` batches at a time, each tried up to `spec.retries` times again. What one try is, the subclass says. Threads may share it."""
 
     batch = 1  # most samples of one
     backoff = 0.0  # seconds before the second try
@@ -52,8 +54,8 @@ class Reward:
     def __init__(self, spec: RewardSpec) -> None:
         self.spec = spec
 
-    async def once(self, batch: Sequence[Sample], attempt: int) -> list[float]:
-        """One value a sample, each finite. Raises Failure."""
+    def opened(self) -> AbstractAsyncContextManager[Once]:
+        """What makes one try, for the length of one call of `score`."""
         raise NotImplementedError
 
     def score(self, samples: Sequence[Sample]) -> list[float]:
@@ -67,13 +69,14 @@ class Reward:
         size = max(1, min(self.batch, -(-len(samples) // self.spec.workers)))
         gate = asyncio.Semaphore(self.spec.workers)
         batches = [samples[start : start + size] for start in range(0, len(samples), size)]
-        values = await asyncio.gather(*(self._tried(gate, batch) for batch in batches))
+        async with self.opened() as once:
+            values = await asyncio.gather(*(self._tried(once, gate, batch) for batch in batches))
         return [value for found in values for value in found]
 
-    async def _tried(self, gate: asyncio.Semaphore, batch: Sequence[Sample]) -> list[float]:
+    async def _tried(self, once: Once, gate: asyncio.Semaphore, batch: Sequence[Sample]) -> list[float]:
         async with gate:
             try:
-                return await tried(self.spec.retries, lambda attempt: self.once(batch, attempt), self.backoff)
+                return await tried(self.spec.retries, lambda attempt: once(batch, attempt), self.backoff)
             except Failure as reason:
                 tries = f"{self.spec.retries + 1} times" if self.spec.retries else "once (retries is 0)"
                 which = f"prompt {batch[0].prompt.uid}, completion {batch[0].text!r:.120}"

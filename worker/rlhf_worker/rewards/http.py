@@ -2,7 +2,9 @@
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import httpx
@@ -10,7 +12,7 @@ import httpx
 from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import Sample
-from rlhf_worker.rewards.attempt import Failure, Reward, arguments, finite
+from rlhf_worker.rewards.attempt import Failure, Once, Reward, arguments, finite
 
 
 class Service(Reward):
@@ -36,16 +38,17 @@ class Service(Reward):
         """`count` finite values from the answer's JSON."""
         raise NotImplementedError
 
-    async def _score(self, samples: Sequence[Sample]) -> list[float]:
+    @asynccontextmanager
+    async def opened(self) -> AsyncIterator[Once]:
         limits = httpx.Limits(max_connections=self.spec.workers)
-        async with httpx.AsyncClient(timeout=None, follow_redirects=True, headers=self.headers, limits=limits) as self._client:
-            return await super()._score(samples)
+        async with httpx.AsyncClient(timeout=None, follow_redirects=True, headers=self.headers, limits=limits) as client:
+            yield partial(self._once, client)
 
-    async def once(self, batch: Sequence[Sample], attempt: int) -> list[float]:
+    async def _once(self, client: httpx.AsyncClient, batch: Sequence[Sample], attempt: int) -> list[float]:
         body = _json(self.question(batch, attempt))
         try:
             async with asyncio.timeout(self.spec.timeout_seconds):
-                response = await self._client.post(self._url, content=body, headers={"content-type": "application/json"})
+                response = await client.post(self._url, content=body, headers={"content-type": "application/json"})
             return self._read(response, len(batch))
         except TimeoutError:
             raise Failure(f"{self._url}: no answer within {self.spec.timeout_seconds:g} s") from None

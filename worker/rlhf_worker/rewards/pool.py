@@ -5,20 +5,22 @@ import contextlib
 import json
 import os
 import pickle
+import queue
 import select
 import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import BadSpec, RewardFailed
 from rlhf_worker.experience import Sample
-from rlhf_worker.rewards.attempt import Failure, Reward, arguments, finite
+from rlhf_worker.rewards.attempt import Failure, Once, Reward, arguments, finite
 
 START_DEADLINE = 300.0  # seconds for a child's imports
 DEATH_GRACE = 1.0  # seconds that a child which closed its socket has to end by itself, for the sake of its exit status
@@ -127,28 +129,31 @@ class PythonReward(Reward):
             Child(function=spec.function, code=spec.code, field=f"rewards[{spec.name}]", kind="function", name="reward(prompt, completion, **row)")
             for _ in range(spec.workers)
         ]
-        self._idle = list(self._children)
+        self._idle: queue.LifoQueue[Child] = queue.LifoQueue()  # the one that was used last first, so that no more are started than are needed
+        for child in self._children:
+            self._idle.put(child)
         try:
-            self._idle[-1].start()
+            self._children[-1].start()
         except LoadFailure as error:
             field = "code" if spec.code is not None else "function"
             raise BadSpec(f"rewards[{spec.name}].{field} cannot be loaded: {error}") from None
         except Failure as error:
             raise RewardFailed(f"rewards[{spec.name}] did not start: {error}") from None
 
-    async def _score(self, samples: Sequence[Sample]) -> list[float]:
-        with ThreadPoolExecutor(self.spec.workers, thread_name_prefix=f"reward-{self.spec.name}") as self._threads:
-            return await super()._score(samples)
+    @contextlib.asynccontextmanager
+    async def opened(self) -> AsyncIterator[Once]:
+        with ThreadPoolExecutor(self.spec.workers, thread_name_prefix=f"reward-{self.spec.name}") as threads:
+            yield partial(self._once, threads)
 
-    async def once(self, batch: Sequence[Sample], attempt: int) -> list[float]:
-        return [await asyncio.get_running_loop().run_in_executor(self._threads, self._call, batch[0])]
+    async def _once(self, threads: ThreadPoolExecutor, batch: Sequence[Sample], attempt: int) -> list[float]:
+        return [await asyncio.get_running_loop().run_in_executor(threads, self._call, batch[0])]
 
     def _call(self, sample: Sample) -> float:
-        child = self._idle.pop()  # the one that was used last, so that no more are started than are needed
+        child = self._idle.get()
         try:
             return finite(child.ask(arguments(sample), self.spec.timeout_seconds))
         finally:
-            self._idle.append(child)
+            self._idle.put(child)
 
     def close(self) -> None:
         for child in self._children:
