@@ -84,6 +84,10 @@ def infinite(prompt: str, completion: str, **row: Any) -> float:
     return float("inf")
 
 
+def beyond(prompt: str, completion: str, **row: Any) -> int:
+    return 10**400
+
+
 def text(prompt: str, completion: str, **row: Any) -> str:
     return "good"
 

@@ -45,6 +45,7 @@ class Pretender:
         return version
 
     async def sleep(self) -> None:
+        await self.alive()
         self.asleep = True
 
     async def sleeps(self) -> bool:
@@ -148,6 +149,22 @@ def test_engines_that_sleep_serve_nothing_until_a_sync_reaches_those_that_still_
     fleet.ensure()
     assert second in fleet.serving and first not in fleet.serving
     assert ray.get([second.held.remote(), second.sleeps.remote()]) == [3, False]
+
+
+def test_sleep_reaches_an_engine_that_came_back_and_goes_on_without_one_that_hangs(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SLEEP_SECONDS", 5.0)
+    fleet, amiss = make()
+    first, victim = fleet.actors
+    kill(victim)
+    until(lambda: fleet.actors[1] != victim and fleet.health()[1] is Health.STALE, 60)
+    back = fleet.actors[1]
+    fleet.sleep()
+    assert fleet.serving == [] and ray.get([actor.sleeps.remote() for actor in (first, back)]) == [True, True]
+    fleet.sync(prove=False)
+    amiss.clear()
+    ray.get(first.hang.remote())
+    fleet.sleep()
+    assert ray.get(back.sleeps.remote()) and "engine 0 is dead" in amiss
 
 
 @pytest.mark.parametrize("how", ["hangs", "dies"])

@@ -146,6 +146,7 @@ def test_reasoning_gym_judges_by_the_tasks_own_verifier() -> None:
         ("exits", "SystemExit: 3"),
         ("nan", "returned nan, a finite number is needed"),
         ("infinite", "returned inf, a finite number is needed"),
+        ("beyond", "OverflowError: int too large to convert to float"),
         ("text", "returned 'good' of type str, a number is needed"),
         ("nothing", "returned None of type NoneType, a number is needed"),
         ("coroutine", "of type coroutine, a number is needed"),
@@ -161,6 +162,19 @@ def test_each_failure_is_named_and_never_a_zero(function: str, message: str) -> 
         pytest.raises(RewardFailed, match=rf"(?s)rewards\[r\] failed 2 times on prompt 0:4, completion 'yes': .*{message}"),
     ):
         scorer.score([a_sample(4)])
+
+
+class Unreadable:
+    """A value that the parent can pickle and the child cannot read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, ("/nowhere",)
+
+
+def test_a_row_that_the_child_cannot_read_is_named_on_its_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RewardFailed, match="its process died: exit status 1"):
+        values(python("length"), value=Unreadable())
+    assert "No such file or directory: '/nowhere'" in capfd.readouterr().err
 
 
 def test_a_hung_child_is_killed_at_its_deadline(others: set[int]) -> None:

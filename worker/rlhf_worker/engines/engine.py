@@ -286,9 +286,10 @@ class Engine:
         await llm.resume_generation()
 
     async def sleep(self) -> None:
-        """Give the GPU's memory back until the next sync. Level 1 moves the weights to the host, 2 drops them; the KV cache goes in any case."""
-        self.stale = self.asleep = True
-        await self._running().sleep(level=self.sleep_level)
+        """Give the GPU's memory back until the next sync, once. Level 1 moves the weights to the host, 2 drops them; the KV cache goes in any case."""
+        if not self.asleep:
+            self.stale = self.asleep = True
+            await self._running().sleep(level=self.sleep_level)
 
     async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest

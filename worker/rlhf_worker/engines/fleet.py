@@ -57,12 +57,19 @@ class Fleet:
             self._note(self.actors.index(actor), Event.LOST)
 
     def sleep(self) -> None:
-        """Engines lend their GPUs' memory to the trainer, and serve nothing until the next sync. Raises as `gather` does."""
-        for actor, answer in [(actor, actor.sleep.remote()) for actor in self.serving]:
+        """Engines lend their GPUs' memory to the trainer, and serve nothing until the next sync: also those that were started anew since the last.
+
+        One that died or hangs is lost. Raises what `gather` does when no death explains it.
+        """
+        self.serving[:] = self._running()
+        errors = []
+        for answer in [actor.sleep.remote() for actor in self.serving]:
             try:
                 gather([answer], SLEEP_SECONDS, "sleep of the engines")
-            except RayActorError:
-                self.lost(actor)
+            except (DeadlineExceeded, RayActorError, RayTaskError) as error:
+                errors.append(error)
+        if errors and not self._found_dead():
+            raise errors[0]
         self.serving.clear()
 
     def sync(self, *, prove: bool) -> Synced:
@@ -73,7 +80,7 @@ class Fleet:
         while True:
             while not set(RUNNING) & set(self.health()):
                 self._wait()
-            self.serving[:] = [actor for actor, health in zip(list(self.actors), self.health(), strict=True) if health in RUNNING]
+            self.serving[:] = self._running()
             try:
                 synced = self.weights(prove=prove)
                 break
@@ -85,6 +92,9 @@ class Fleet:
             if actor in self.serving:
                 self._note(number, Event.SYNCED)
         return synced
+
+    def _running(self) -> list[ActorHandle]:
+        return [actor for actor, health in zip(list(self.actors), self.health(), strict=True) if health in RUNNING]
 
     def _found_dead(self) -> bool:
         """Whether an engine is, or its workers do not answer any more: both are the same to a sync."""
@@ -116,6 +126,7 @@ class Fleet:
     def close(self) -> None:
         self._closing.set()
         self._thread.join(ANSWER_SECONDS + PROBE_SECONDS)
+        self.serving[:] = self._running()  # also those that sleep are there to be closed
 
     def _verdict(self) -> Verdict:
         with self._lock:

@@ -80,13 +80,13 @@ def call(function: Function, arguments: dict[str, Any]) -> dict[str, Any]:
     """The answer to one call. Also SystemExit is only an error of this sample."""
     try:
         value = function(**arguments)
+        if isinstance(function, Episodes):
+            return {"value": value}
+        if isinstance(value, numbers.Real):
+            return {"value": float(value)}  # OverflowError of an integer beyond the floats
     except BaseException:
         return {"error": tail()}
-    if isinstance(function, Episodes):
-        return {"value": value}
-    if not isinstance(value, numbers.Real):
-        return {"error": f"returned {value!r:.200} of type {type(value).__name__}, a number is needed"}
-    return {"value": float(value)}
+    return {"error": f"returned {value!r:.200} of type {type(value).__name__}, a number is needed"}
 
 
 def tail() -> str:
@@ -102,14 +102,15 @@ def tail() -> str:
 
 def _listen(connection: socket.socket, requests: "queue.SimpleQueue[Any]") -> None:
     with connection.makefile("rb") as stream:
+        status = 1
         try:
-            while True:
+            while stream.peek(1):  # nothing: the parent is gone
                 requests.put(pickle.load(stream))
-        except (EOFError, OSError):
-            os._exit(0)
-        except BaseException:  # of what this process cannot unpickle
+            status = 0
+        except BaseException:  # of what this process cannot unpickle, or the parent's death in the middle of it
             traceback.print_exc()
-            os._exit(1)
+        finally:  # also where nobody reads what is printed
+            os._exit(status)
 
 
 def _loaded(spec: dict[str, Any], episodes: bool) -> tuple[Function | None, dict[str, Any]]:

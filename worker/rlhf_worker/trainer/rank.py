@@ -110,7 +110,7 @@ class Trainer:
         if self.config.trainer.offload:
             for role in self.roles.values():
                 role.put_away(parameters=parameters)
-        elif self.config.engines_sleep:
+        if self.config.engines_sleep:
             torch.cuda.empty_cache()  # theirs is taken anew
 
     @contextmanager
@@ -126,13 +126,17 @@ class Trainer:
         bare = name not in self.roles  # a reference without weights of its own
         module = self._use("policy" if bare else name).module
         with lora.off(module) if bare else nullcontext():
-            return {index: row for batch in batches for index, row in by_sample(batch, policy_pass(module, batch, self.device)[0]).items()}
+            found = {index: row for batch in batches for index, row in by_sample(batch, policy_pass(module, batch, self.device)[0]).items()}
+        self._rest(parameters=False)
+        return found
 
     @torch.no_grad()
     def values(self, batches: list[PackedBatch]) -> dict[int, list[float]]:
         """Of the critic: the value of the state before each completion token of each sample, by the sample's number."""
         module = self._use("critic").module
-        return {index: row for batch in batches for index, row in by_sample(batch, values_of(module, batch, self.device)).items()}
+        found = {index: row for batch in batches for index, row in by_sample(batch, values_of(module, batch, self.device)).items()}
+        self._rest(parameters=False)
+        return found
 
     @torch.no_grad()
     def scores(self, name: str, prompts: Sequence[Text], completions: Sequence[str]) -> list[float]:
