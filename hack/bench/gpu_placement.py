@@ -34,7 +34,9 @@ MODES: dict[str, dict[str, Any]] = {
     "context-parallel": {"rollout": {"engines": 2}, "trainer": {"gpus": 2, "contextParallel": 2}, "placement": TWO},
     "separated": {"placement": {"mode": "Separated", "gpusPerNode": 1}},  # two GPUs
     "sleeping": {"rollout": {"engineArgs": ENGINE | {"enable_sleep_mode": True}}, "placement": ONE},
-    "offload": {"algorithm": {"name": "ppo", "kl": {"coefficient": 0.001}}, "critic": {}, "trainer": {"offload": True}, "placement": ONE},
+    "offload": {
+        "algorithm": {"name": "ppo", "kl": {"coefficient": 0.001}}, "critic": {}, "trainer": {"gpus": 2, "offload": True}, "rollout": {"engines": 2}, "placement": TWO,
+    },
     "lora": {"model": {"lora": {"rank": 16, "alpha": 32}}, "algorithm": {"kl": {"coefficient": 0.001}}, "trainer": {"learningRate": 1e-4}, "placement": ONE},
     "experts": {"placement": ONE},
 }

@@ -1,8 +1,10 @@
 """What is said of engine arguments before any engine starts. No vLLM."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from rlhf_worker.engines.arguments import check_context, check_engine_args, check_known, refused
+from rlhf_worker.engines.arguments import check_attention, check_context, check_engine_args, check_known, refused
 from rlhf_worker.errors import BadSpec
 from tests.worker.configs import run_config
 
@@ -26,6 +28,12 @@ def test_an_evaluation_that_needs_a_longer_context_is_named() -> None:
     check_context(config, 36)
     with pytest.raises(BadSpec, match=r"evaluation\[held-out\]: data\.maxPromptTokens \(20\) \+ maxTokens \(16\) is 36, .* a context of 35"):
         check_context(config, 35)
+
+
+def test_latent_attention_is_refused() -> None:
+    check_attention(run_config(), SimpleNamespace(use_mla=False))
+    with pytest.raises(BadSpec, match=r"spec\.model\.path: /models/tiny: vLLM computes its latent attention .* use a model without it"):
+        check_attention(run_config(), SimpleNamespace(use_mla=True))
 
 
 def test_a_model_class_that_vllm_does_not_know_is_named() -> None:

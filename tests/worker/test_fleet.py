@@ -167,6 +167,18 @@ def test_sleep_reaches_an_engine_that_came_back_and_goes_on_without_one_that_han
     assert ray.get(back.sleeps.remote()) and "engine 0 is dead" in amiss
 
 
+def test_no_engine_is_started_into_the_memory_that_the_sleeping_lend(make: Callable[..., Any]) -> None:
+    fleet, _ = make()
+    first = fleet.actors[0]
+    fleet.sleep()
+    kill(first)
+    until(lambda: fleet.health()[0] is Health.DEAD, 60)
+    fleet._restart()
+    assert fleet.health()[0] is Health.DEAD and fleet.actors[0] == first
+    fleet.sync(prove=False)
+    until(lambda: fleet.health()[0] is Health.STALE, 60)
+
+
 @pytest.mark.parametrize("how", ["hangs", "dies"])
 def test_who_is_lost_in_a_sync_is_left_out_and_the_others_get_the_weights_whole(make: Callable[..., Any], how: str) -> None:
     fleet, amiss = make()

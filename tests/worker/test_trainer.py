@@ -221,7 +221,7 @@ def test_offload_leaves_one_role_on_the_device_and_none_at_rest(tiny: Path, tmp_
 def test_what_engines_read_in_shared_memory_stays(tiny: Path, tmp_path: Path, group: None) -> None:
     made = trainer(tiny, tmp_path, options={"offload": True})
     made._use("policy")
-    mapped.export({name: shard.local for name, shard in made.source.held().items()})
+    mapped.export({name: shard.local for name, shard in made.source.held().items()}, 1)
     before = weights(made)
     made._rest()
     assert held(made, "policy") > 0

@@ -1,19 +1,25 @@
 """Waves carried out on every rank of a group at once, in one process: what a link would carry is copied from list to list."""
 
+import inspect
 import shutil
 from collections import deque
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from rlhf_worker.errors import BadSpec
+from rlhf_worker.errors import BadSpec, LinkBroken
+from rlhf_worker.weights import mapped
 from rlhf_worker.weights.mapped import Unreachable, export, open_all
 from rlhf_worker.weights.plan import Group, Hop, Move, Piece, RankPlan, View, pieces, waves
+from rlhf_worker.weights.sender import PlannedTrainerInitInfo, PlannedTrainerWeightTransferEngine
 from rlhf_worker.weights.views import copy_all, placed
 from rlhf_worker.weights.wire import Wave, make_stage, make_wave
+from tests.worker.ranks import over_ranks
 
 COLUMNS = 8
 DTYPES = {"big": torch.bfloat16, "norm": torch.float32}
@@ -95,19 +101,54 @@ def test_strided_and_contiguous_pairs_are_copied_alike() -> None:
 def test_mapped_memory_is_the_trainers_own() -> None:
     weight, empty = torch.arange(12.0).view(3, 4), torch.empty(0)
     view = weight[1:]
-    opened = open_all(export({"w": view, "none": empty}), torch.device("cpu"))
+    opened = open_all(export({"w": view, "none": empty}, 2), torch.device("cpu"), 1)
     view.mul_(2)
     assert torch.equal(opened["w"], weight[1:].reshape(-1)) and opened["none"].numel() == 0
+
+
+def test_each_reader_opens_a_handle_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What rebuild_cuda_tensor is given: the reader's arguments, its own device, and no event to wait for."""
+    asked: list[tuple[Any, ...]] = []
+
+    def rebuilt(*arguments: Any) -> Tensor:
+        asked.append(arguments)
+        return torch.ones(2, 3)
+
+    monkeypatch.setattr(mapped, "rebuild_cuda_tensor", rebuilt)
+    names = list(inspect.signature(rebuild_cuda_tensor).parameters)
+    handles = tuple(tuple(f"{name} {reader}" for name in names) for reader in range(2))
+    opened = open_all({"w": mapped.Handle("float32", 6, handles, None)}, torch.device("cuda", 3), 1)
+    assert opened["w"].shape == (6,)
+    (arguments,) = asked
+    own = {name: f"{name} 1" for name in names} | {"storage_device": 3, "event_sync_required": False}
+    assert dict(zip(names, arguments, strict=True)) == own
+
+
+def refuse(rank: int, world: int) -> str:
+    engine = object.__new__(PlannedTrainerWeightTransferEngine)
+    engine.is_sender = rank == 0
+    engine.info = PlannedTrainerInitInfo("shm", ("", 0), world, rank=rank)
+
+    def ask() -> str:
+        raise LinkBroken("an engine is gone")
+
+    with pytest.raises(LinkBroken, match="an engine is gone"):
+        engine._agree(ask)
+    return engine._agree(lambda: "again")
+
+
+def test_what_rank_0_is_refused_leaves_no_other_rank_waiting() -> None:
+    assert over_ranks(2, refuse) == ["again", "again"]
 
 
 def test_too_little_shared_memory_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(BadSpec, match=r"spec\.weightSync\.backend: the parameters need 1 MiB in /dev/shm, which has 0 MiB free: set it to gloo"):
-        export({"w": torch.ones(1 << 18)})
+        export({"w": torch.ones(1 << 18)}, 1)
 
 
 def test_memory_of_a_process_that_is_gone_is_unreachable() -> None:
-    handle = export({"w": torch.ones(4)})["w"]
-    gone = type(handle)(handle.dtype, handle.numel, None, "/proc/1/fd/999999")
+    handle = export({"w": torch.ones(4)}, 1)["w"]
+    gone = type(handle)(handle.dtype, handle.numel, (), "/proc/1/fd/999999")
     with pytest.raises(Unreachable, match="memory cannot be opened in the engine's process"):
-        open_all({"w": gone}, torch.device("cpu"))
+        open_all({"w": gone}, torch.device("cpu"), 0)

@@ -65,3 +65,12 @@ def refused(config: RunConfig, reason: str, version: str) -> BadSpec:
             "debugging spec.rollout.engine: hf"
         )
     return BadSpec(f"spec.model or spec.rollout.engineArgs: vLLM {version} refuses them: {reason[:600]}")
+
+
+def check_attention(config: RunConfig, model: Any) -> None:
+    """`model`: vLLM's ModelConfig. Raises BadSpec for multi-head latent attention: what vLLM derives from its weights as it loads them, no weight sync renews."""
+    if model.use_mla:
+        raise BadSpec(
+            f"spec.model.path: {config.model.path}: vLLM computes its latent attention (kv_lora_rank) with matrices that it derives from the weights "
+            "once, so a weight sync would leave old ones in use: use a model without it"
+        )

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from rlhf_api.run import RunConfig
 from rlhf_worker.engines.adapters import Adapters, adapter_args, version_of
-from rlhf_worker.engines.arguments import check_context, check_engine_args, check_known, needed_context, refused
+from rlhf_worker.engines.arguments import check_attention, check_context, check_engine_args, check_known, needed_context, refused
 from rlhf_worker.errors import DeadlineExceeded, EngineFailed
 from rlhf_worker.placement import Seat
 from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, require_path
@@ -82,6 +82,7 @@ class Engine:
             raise refused(self.config, error.errors()[0]["msg"], vllm.__version__) from None
         except Exception as error:
             raise EngineFailed(f"engine {self.index} did not start: {error}; its log ends: {printed()}") from error
+        check_attention(self.config, self.llm.model_config)
         await self.llm.update_weight_version("0")
         if self.adapter_args:
             self.adapters = Adapters(self.llm)

@@ -41,6 +41,7 @@ class Fleet:
         self._engines = [Engine() for _ in actors]
         self._reasons: dict[int, str] = {}  # why an engine died last
         self._starting: dict[int, tuple[Any, float]] = {}  # the call, and until when it may take
+        self._asleep = False  # the engines' memory is the trainer's: none is started into it
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="engines", daemon=True)
         self._thread.start()
@@ -61,6 +62,7 @@ class Fleet:
 
         One that died or hangs is lost. Raises what `gather` does when no death explains it.
         """
+        self._asleep = True
         self.serving[:] = self._running()
         errors = []
         for answer in [actor.sleep.remote() for actor in self.serving]:
@@ -77,6 +79,7 @@ class Fleet:
 
         One that died or hangs is left out. Waits while none runs. Raises EnginesLost, and what WeightSync does when no death explains it.
         """
+        self._asleep = False
         while True:
             while not set(RUNNING) & set(self.health()):
                 self._wait()
@@ -161,7 +164,7 @@ class Fleet:
 
     def _restart(self) -> None:
         for number, engine in enumerate(self._engines):
-            if can_restart(engine, self._limits) and not self._closing.is_set():
+            if can_restart(engine, self._limits) and not self._asleep and not self._closing.is_set():
                 ray.kill(self.actors[number])
                 self._note(number, Event.RESTARTED)
                 self.actors[number], call = self._spawn(number)

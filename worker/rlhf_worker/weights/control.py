@@ -130,7 +130,7 @@ class Member:
     def answer(self, failure: BaseException | None) -> None:
         """None: done."""
         with suppress(OSError):  # when nobody listens any more, the next order will not come either
-            self._connection.send_bytes(_portable(failure))
+            self._connection.send_bytes(portable(failure))
 
     def hung_up(self) -> bool:
         """During an order: whether the trainer has given it up."""
@@ -153,7 +153,7 @@ def _gone(number: int, error: BaseException) -> LinkBroken:
     return LinkBroken(f"weight sync: rank {number} of the group is gone ({type(error).__name__})")
 
 
-def _portable(failure: BaseException | None) -> bytes:
+def portable(failure: BaseException | None) -> bytes:
     """Pickled; an exception that does not survive that, as its words."""
     try:
         packed = pickle.dumps(failure)

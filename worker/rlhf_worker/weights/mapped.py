@@ -1,6 +1,7 @@
 """The trainer's memory as the engine's processes see it: CUDA IPC on GPUs of one host, shared memory on CPUs.
 
-Handles are made once and opened once. The engine's process must see the GPU that holds the memory; another GPU's is read over peer access.
+The engine's process must see the GPU that holds the memory; another GPU's is read over peer access. torch counts a CUDA handle's readers down by
+one, from one: each engine rank opens, once, a handle of its own, or the trainer's memory would never be free again.
 """
 
 import os
@@ -18,7 +19,9 @@ from rlhf_worker.errors import BadSpec
 from rlhf_worker.weights.views import dtype_name
 
 SHARED_MEMORY = "/dev/shm"
-DEVICE_ARGUMENT = 6  # of rebuild_cuda_tensor: the index of the device, which is another in the other process
+# Of rebuild_cuda_tensor: the index of the device, which is another in the other process; and whether to wait for an event of the exporter,
+# which has waited itself, and which torch would never destroy.
+DEVICE_ARGUMENT, EVENT_ARGUMENT = 6, 14
 
 
 class Unreachable(Exception):
@@ -31,18 +34,19 @@ class Handle:
 
     dtype: str
     numel: int
-    cuda: tuple[Any, ...] | None  # what rebuild_cuda_tensor takes
+    cuda: tuple[tuple[Any, ...], ...]  # by reader: what rebuild_cuda_tensor takes; none on CPU
     file: str | None  # of the shared memory, and where the tensor begins in it, in elements
     offset: int = 0
 
 
-def export(tensors: Mapping[str, Tensor]) -> dict[str, Handle]:
+def export(tensors: Mapping[str, Tensor], readers: int) -> dict[str, Handle]:
     """Handles of contiguous tensors, which must live as long as the handles are used. On CPU their memory moves, in place, into shared memory.
 
-    Raises BadSpec when there is too little of that.
+    readers: engine ranks; each must open every handle, once. What was written to the tensors must be there. Raises BadSpec when there is too
+    little shared memory.
     """
     _check_room(tensors.values())
-    return {name: _export(tensor.detach()) for name, tensor in tensors.items()}
+    return {name: _export(tensor.detach(), readers) for name, tensor in tensors.items()}
 
 
 def _check_room(tensors: Iterable[Tensor]) -> None:
@@ -56,27 +60,29 @@ def _check_room(tensors: Iterable[Tensor]) -> None:
         )
 
 
-def _export(tensor: Tensor) -> Handle:
+def _export(tensor: Tensor, readers: int) -> Handle:
     dtype = dtype_name(tensor.dtype)
     if not tensor.numel():
-        return Handle(dtype, 0, None, None)
+        return Handle(dtype, 0, (), None)
     if tensor.is_cuda:
-        return Handle(dtype, tensor.numel(), reduce_tensor(tensor)[1], None)  # type: ignore[no-untyped-call]
+        return Handle(dtype, tensor.numel(), tuple(reduce_tensor(tensor)[1] for _ in range(readers)), None)  # type: ignore[no-untyped-call]
     descriptor, _ = tensor.untyped_storage()._share_fd_cpu_()
-    return Handle(dtype, tensor.numel(), None, f"/proc/{os.getpid()}/fd/{descriptor}", int(tensor.storage_offset()))
+    return Handle(dtype, tensor.numel(), (), f"/proc/{os.getpid()}/fd/{descriptor}", int(tensor.storage_offset()))
 
 
-def open_all(handles: Mapping[str, Handle], device: torch.device) -> dict[str, Tensor]:
-    """Flat tensors over the exporter's memory. They keep it mapped until they are dropped. Raises Unreachable."""
+def open_all(handles: Mapping[str, Handle], device: torch.device, reader: int) -> dict[str, Tensor]:
+    """Flat tensors over the exporter's memory, for one of its readers. They keep it mapped until they are dropped. Raises Unreachable."""
     try:
-        return {name: _open(handle, device) for name, handle in handles.items()}
+        return {name: _open(handle, device, reader) for name, handle in handles.items()}
     except (RuntimeError, OSError) as error:
         raise Unreachable(f"a trainer rank's memory cannot be opened in the engine's process: {error}") from error
 
 
-def _open(handle: Handle, device: torch.device) -> Tensor:
-    if handle.cuda is not None:
-        opened: Tensor = rebuild_cuda_tensor(*[*handle.cuda[:DEVICE_ARGUMENT], device.index, *handle.cuda[DEVICE_ARGUMENT + 1 :]])  # type: ignore[no-untyped-call]
+def _open(handle: Handle, device: torch.device, reader: int) -> Tensor:
+    if handle.cuda:
+        arguments = list(handle.cuda[reader])
+        arguments[DEVICE_ARGUMENT], arguments[EVENT_ARGUMENT] = device.index, False
+        opened: Tensor = rebuild_cuda_tensor(*arguments)  # type: ignore[no-untyped-call]
         return opened.view(-1)
     made = torch.empty(0, dtype=getattr(torch, handle.dtype), device=device)
     if handle.file is None:

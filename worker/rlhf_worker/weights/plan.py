@@ -260,6 +260,11 @@ class Group:
     def size(self) -> int:
         return self.number(self.engines, 0)
 
+    @property
+    def readers(self) -> int:
+        """Engine ranks: members from `trainers` on."""
+        return self.engines * self.ranks
+
 
 def waves(needs: Sequence[Piece], rank: int, group: Group, limit: int) -> list[list[Hop]]:
     """The order in which the links carry what tensor-parallel rank `rank` of every engine needs.

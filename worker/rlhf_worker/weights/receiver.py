@@ -65,6 +65,8 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
         self.me = self.terms.group.number(init_info.engine, self.rank)
         if self.terms.handles is not None:
             self._open(self.terms.handles)
+            if self.terms.transient:
+                self._let_go()
         else:
             self._join()
         self.member = Member(self.terms.control, self.me, self.terms.deadline_seconds)
@@ -109,8 +111,8 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
                 _process(layer)
             if self.recording.plan.reload:
                 self._reload()
-        if order.release:
-            self.held, self.copies = None, ([], [])
+        if self.terms.transient:
+            self._let_go()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -124,20 +126,24 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
             self.serving.join()
         if self.channel is not None:
             self.channel.close()
-        self.member, self.held, self.channel, self.copies, self.waves = None, None, None, ([], []), ()
+        self._let_go()
+        self.member, self.channel, self.waves = None, None, ()
         self.packed_sums = {}
 
     # Memory that this process sees.
 
     def _open(self, handles: Sequence[Mapping[str, mapped.Handle]]) -> None:
-        self.copies, self.held = ([], []), None  # the old mapping goes before the new one comes
-        self.held = [mapped.open_all(own, self.device) for own in handles]
+        self._let_go()  # the old mapping goes before the new one comes
+        self.held = [mapped.open_all(own, self.device, self.me - self.terms.group.trainers) for own in handles]
         direct = [piece for piece in self.needs if piece.move.target in self.recording.live]
         self.copies = ([self._put(piece) for piece in direct], [self._take(piece) for piece in direct])
         self.parts: dict[str, list[Piece]] = {image.name: [] for images in self.recording.images.values() for image in images}
         for piece in self.needs:
             if piece.move.target in self.parts:
                 self.parts[piece.move.target].append(piece)
+
+    def _let_go(self) -> None:
+        self.held, self.copies = None, ([], [])
 
     def _take(self, piece: Piece) -> Tensor:
         assert self.held is not None

@@ -4,7 +4,7 @@ import pickle
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeight
 from rlhf_worker.errors import LinkBroken
 from rlhf_worker.weights import checksum, mapped, wire
 from rlhf_worker.weights.client import EnginesClient
-from rlhf_worker.weights.control import Hub, Meeting, Member
+from rlhf_worker.weights.control import Hub, Meeting, Member, portable
 from rlhf_worker.weights.plan import Group, Hop, Incomplete, Piece, RankPlan, to_all, unused, waves
 from rlhf_worker.weights.source import PolicySource
 from rlhf_worker.weights.terms import Order, Terms
@@ -67,7 +67,7 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         mapping = self.info.link in ("ipc", "shm")
         handles = self._all(self._export()) if mapping else None
         control = self._agree(self._open_hub)
-        self.terms = Terms(self.info.link, metas, self.source.places(), tuple(extents), self.group, tuple(handles) if handles else None, self.info.address, control, self.info.deadline_seconds)
+        self.terms = Terms(self.info.link, metas, self.source.places(), tuple(extents), self.group, tuple(handles) if handles else None, self.source.transient, self.info.address, control, self.info.deadline_seconds)
         self.needs = [[p for p in self.terms.pieces(plan) if p.rank == self.info.rank] for plan in self.plans]
         joining = self.client.begin_connect(pickle.dumps(self.terms)) if self.is_sender else []
         if not mapping:
@@ -87,12 +87,20 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         return self.hub.meeting
 
     def _agree(self, ask: Callable[[], T]) -> T:
-        """What rank 0 learnt, on every rank."""
-        found = [ask() if self.is_sender else None]
-        if self.info.world > 1:
-            dist.broadcast_object_list(found, src=0)
+        """What rank 0 learnt, on every rank; or raises what it raised, so that the others do not wait for it."""
+        found: list[Any] = [None]
+        try:
+            found = [ask() if self.is_sender else None]
+        except Exception as error:
+            found = [pickle.loads(portable(error))]
+            raise
+        finally:
+            if self.info.world > 1:
+                dist.broadcast_object_list(found, src=0)
         assert found[0] is not None
-        return found[0]
+        if isinstance(found[0], Exception):
+            raise found[0]
+        return cast("T", found[0])
 
     def _all(self, own: T) -> list[T]:
         if self.info.world == 1:
@@ -102,7 +110,7 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         return found
 
     def _export(self) -> dict[str, mapped.Handle]:
-        handles = mapped.export({name: shard.local for name, shard in self.shards.items()})
+        handles = mapped.export({name: shard.local for name, shard in self.shards.items()}, self.group.readers)
         self.places = self._places()  # afterwards: on CPU the memory has moved just now
         return handles
 
@@ -172,7 +180,7 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
     def _order(self, handles: bytes | None, proof: bool) -> None:
         """The engines receive from now on."""
         if self.hub is not None:
-            self.hub.order(Order(handles, proof, self.source.transient), range(self.group.trainers, self.group.size))
+            self.hub.order(Order(handles, proof), range(self.group.trainers, self.group.size))
 
     def _let_read(self, proof: bool) -> None:
         moved, handles = self._moved() or self.source.transient, None

@@ -19,12 +19,13 @@ class Order:
 
     handles: bytes | None  # pickled, when the trainer's memory has moved
     proof: bool  # also sum up what is gone once it is packed
-    release: bool  # let go of the trainer's memory when the weights are in place: it will lie elsewhere the next time
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """handles: of each trainer rank's memory; without them the sync goes over links, whose ranks meet at `address`."""
+    """handles: of each trainer rank's memory; without them the sync goes over links, whose ranks meet at `address`. transient: that memory goes after
+    each sync, and orders bring handles of where it is then.
+    """
 
     link: str  # "ipc" | "shm" | "nccl" | "gloo"
     metas: tuple[ParamMeta, ...]  # of the trainer's tensors, in its own types
@@ -32,6 +33,7 @@ class Terms:
     shards: tuple[Shards, ...]
     group: Group
     handles: tuple[dict[str, Handle], ...] | None
+    transient: bool
     address: tuple[str, int]
     control: Meeting
     deadline_seconds: float
