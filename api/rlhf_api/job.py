@@ -12,8 +12,12 @@ from pydantic.alias_generators import to_camel
 
 from rlhf_api.base import Model
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+# Every number has a maximum: what is planned from a spec takes memory of the operator, which all jobs share.
+Gpus = Annotated[int, Field(ge=1, le=4096)]
+PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Seconds = Annotated[int, Field(ge=1, le=315_360_000)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9)]
+Quantity = Annotated[str, Field(max_length=64, pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|Ei|k|M|G|T|P|E)?$")]
 Path = Annotated[str, Field(min_length=1, max_length=4096)]
 ModuleName = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 FreeObject = dict[str, Any]
@@ -155,12 +159,12 @@ class CriticSpec(Model):
     model: ModelSpec | None = Field(None, description="Where the critic's backbone starts; its value head starts at zero. Unset: spec.model.")
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="Learning rate of the critic's AdamW.")
     warmup_steps: int = Field(0, ge=0, description="First steps in which the critic alone is trained.")
-    gpus: PositiveInt | None = Field(None, description="FSDP ranks with a GPU each of their own, in the trainer's pods. Unset: the critic shares the trainer's ranks.")
+    gpus: Gpus | None = Field(None, description="FSDP ranks with a GPU each of their own, in the trainer's pods. Unset: the critic shares the trainer's ranks.")
 
 
 class ReferenceSpec(Model):
     model: ModelSpec | None = Field(None, description="The frozen model of the KL term. Unset: spec.model, as it was before training. It must have the same tokenizer.")
-    gpus: PositiveInt | None = Field(None, description="FSDP ranks with a GPU each of their own, in the trainer's pods. Unset: the reference shares the trainer's ranks.")
+    gpus: Gpus | None = Field(None, description="FSDP ranks with a GPU each of their own, in the trainer's pods. Unset: the reference shares the trainer's ranks.")
 
 
 class RewardSpec(Model):
@@ -172,7 +176,7 @@ class RewardSpec(Model):
     url: str | None = Field(None, max_length=2048, pattern=r"^https?://.+", description='http: POST {"samples": [{"prompt", "completion", ...row}]} -> {"rewards": [float, ...]}. judge: the whole URL of chat completions, such as http://judge:8000/v1/chat/completions.')
     judge: JudgeSpec | None = Field(None, description="judge: what is asked, and how the answer becomes a number.")
     model: ModelSpec | None = Field(None, description="model: the checkpoint. It scores prompt and completion as text, by its own tokenizer and chat template.")
-    gpus: PositiveInt | None = Field(None, description="model: FSDP ranks with a GPU each of their own, in the trainer's pods. Unset: the model shares the trainer's ranks.")
+    gpus: Gpus | None = Field(None, description="model: FSDP ranks with a GPU each of their own, in the trainer's pods. Unset: the model shares the trainer's ranks.")
     timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(30.0, description="Deadline of one call: of one sample for python and judge, of one batch for http.")
     workers: Annotated[int, Field(ge=1, le=256)] = Field(2, description="python: subprocesses. http and judge: concurrent requests.")
     retries: Annotated[int, Field(ge=0, le=20)] = Field(2, description="Further tries of a failed sample, before the run stops with the reward's error.")
@@ -190,9 +194,9 @@ class EnvironmentSpec(Model):
 
 class RolloutSpec(Model):
     engine: Literal["vllm", "hf"] = Field("vllm", description="vllm: engines of their own. hf: the trainer's ranks generate by transformers' generate, slowly and without a weight sync: for debugging.")
-    engines: PositiveInt = Field(1, description="Number of vLLM engines.")
-    min_engines: PositiveInt = Field(1, description="Engines that must serve. While fewer do, the run waits for those that are started again; more than these may fail meanwhile.")
-    tensor_parallel_size: PositiveInt = Field(1, description="GPUs of one engine.")
+    engines: Gpus = Field(1, description="Number of vLLM engines.")
+    min_engines: Gpus = Field(1, description="Engines that must serve. While fewer do, the run waits for those that are started again; more than these may fail meanwhile.")
+    tensor_parallel_size: Gpus = Field(1, description="GPUs of one engine.")
     prompts_per_step: PositiveInt = Field(64, description="Prompts drawn for one step.")
     samples_per_prompt: PositiveInt = Field(8, description="Completions of one prompt: the group that most algorithms compare within.")
     max_tokens: PositiveInt = Field(512, description="Most tokens of one completion, over all of its turns and observations.")
@@ -205,14 +209,14 @@ class RolloutSpec(Model):
 
 
 class TrainerSpec(Model):
-    gpus: PositiveInt = Field(1, description="FSDP ranks, one GPU (or fraction of one) each.")
+    gpus: Gpus = Field(1, description="FSDP ranks, one GPU (or fraction of one) each.")
     steps: PositiveInt = Field(description="Training steps; one step is one batch of promptsPerStep x samplesPerPrompt.")
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(1e-6, description="Learning rate of AdamW after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Optimizer updates of linear warm-up.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay.")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient norm is clipped to this.")
     updates_per_step: PositiveInt = Field(1, description="Optimizer updates a step: the batch is split into as many parts.")
-    context_parallel: PositiveInt = Field(1, description="FSDP ranks that share each sequence, for sequences whose activations one GPU cannot hold; a divisor of gpus and of the model's attention heads.")
+    context_parallel: Gpus = Field(1, description="FSDP ranks that share each sequence, for sequences whose activations one GPU cannot hold; a divisor of gpus and of the model's attention heads.")
     tokens_per_micro_batch: PositiveInt = Field(8192, description="Token budget of one packed micro-batch on one rank; one sequence may take more.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass.")
     batching: Literal["packed", "padded"] = Field("packed", description="packed: sequences end to end, without padding. padded: one a row, by the model's own attention, for models without variable-length attention; slower.")
@@ -228,7 +232,7 @@ class Fractions(Model):
 
 class PlacementSpec(Model):
     mode: PlacementMode = Field(PlacementMode.COLOCATED, description="Colocated: trainer and engines share every GPU. Separated: each has its own.")
-    gpus_per_node: PositiveInt = Field(8, description="GPUs of one node: the most that one pod asks for.")
+    gpus_per_node: Gpus = Field(8, description="GPUs of one node: the most that one pod asks for.")
     fractions: Fractions = Field(default_factory=Fractions, description="Shares of a GPU when Colocated.")
     resource_name: str = Field("nvidia.com/gpu", min_length=1, max_length=253, description="Extended resource that stands for one GPU.")
 
@@ -240,11 +244,22 @@ class WeightSyncSpec(Model):
     deadline_seconds: Annotated[float, Field(gt=0)] = Field(300.0, description="Deadline of one sync. Past it the sync is tried again without the engines that died; if none did, the run stops and resumes from its checkpoint.")
 
 
+class ClaimSpec(Model):
+    """A PersistentVolumeClaim that the operator makes, named <job>-checkpoints, mounted at checkpoint.path in the trainer's pods."""
+
+    size: Quantity = Field(description="Storage that is asked for, such as 200Gi: room for checkpoint.keep + 1 checkpoints and the export.")
+    storage_class_name: Annotated[str, Field(min_length=1, max_length=253)] | None = Field(None, description="StorageClass. Unset: the cluster's default.")
+    access_mode: Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"] = Field("ReadWriteOnce", description="ReadWriteMany where several trainer pods save.")
+    on_delete: Literal["Keep", "Delete"] = Field("Keep", description="What becomes of the claim when the RLHFJob is deleted. A kept one is taken up by a later job of the same name, which resumes.")
+
+
 class CheckpointSpec(Model):
     path: Annotated[str, Field(min_length=2, max_length=4096, pattern=r"^(/|[a-z][a-z0-9+.-]*://).+")] = Field("/checkpoints", description="Directory inside the trainer pods, on a volume (pods.trainer.volumes) if it is to outlive the cluster; or a URL that fsspec knows, such as s3://bucket/run, with its driver in spec.image and its credentials in pods.trainer.env.")
     every_steps: PositiveInt = Field(20, description="Steps between two checkpoints; the last step is always saved.")
     keep: PositiveInt = Field(3, description="Newest checkpoints kept.")
     export: bool = Field(True, description="Write the final model as a Hugging Face checkpoint to <path>/export.")
+    claim: ClaimSpec | None = Field(None, description="Make a PersistentVolumeClaim for path. Unset: path is on a volume of pods.trainer, or a URL, or dies with the trainer's pod.")
+    ephemeral: bool = Field(False, description="That the checkpoints die with the trainer's pod is meant: spec.suspend then ends the run's pods all the same, and a resumed run begins anew.")
 
     @property
     def directory(self) -> str | None:
@@ -293,11 +308,14 @@ class CleanupSpec(Model):
 
 class RunPolicySpec(Model):
     backoff_limit: int = Field(6, ge=0, description="Driver restarts without a finished step in between before the job fails.")
-    active_deadline_seconds: PositiveInt | None = Field(None, description="Longest time from the first Running to the end; suspended time is not counted.")
-    provisioning_deadline_seconds: PositiveInt = Field(3600, description="Longest time from the creation of the RayCluster to all of its pods ready; queued time is not counted.")
-    stall_timeout_seconds: PositiveInt = Field(3600, description="Longest time without a finished step (or any report) while Running.")
+    active_deadline_seconds: Seconds | None = Field(None, description="Longest time from the first Running to the end; suspended time is not counted.")
+    provisioning_deadline_seconds: Seconds = Field(3600, description="Longest time from the creation of the RayCluster to all of its pods ready; queued time is not counted.")
+    reprovisioning_deadline_seconds: Seconds = Field(86400, description="Longest time that a run whose pods were ready once waits for lost ones to be ready again; queued time is not counted.")
+    stall_timeout_seconds: Seconds = Field(3600, description="Longest time in which the run does not get further, by its own account (status.progress.activityTime), while Running.")
     ttl_seconds_after_finished: int | None = Field(None, ge=0, description="Delete the RLHFJob this long after its end.")
     cleanup: CleanupSpec = Field(default_factory=CleanupSpec, description="What becomes of the RayCluster at the end.")
+    final_save: bool = Field(False, description="kubectl delete waits until the driver has finished its step and saved, at most finalSaveTimeoutSeconds. A namespace that is deleted waits for nothing.")
+    final_save_timeout_seconds: Seconds = Field(600, description="Longest time that finalSave holds a deletion back.")
 
 
 class QueueSpec(Model):
@@ -316,12 +334,26 @@ class PodOverrides(Model):
     volumes: list[FreeObject] = Field(default_factory=list, max_length=64, description="Volumes of the pods.")
     volume_mounts: list[FreeObject] = Field(default_factory=list, max_length=64, description="Mounts in Ray's container (and the driver's, in the head).")
     resources: FreeObject = Field(default_factory=dict, description="Requests and limits of Ray's container. GPUs are added by the operator.")
+    container_security_context: FreeObject = Field(default_factory=dict, description="Merged into the securityContext of each of the operator's containers, which meets the restricted Pod Security Standard. The pod's own is securityContext.")
+    ipc_lock: bool = Field(False, description="Give the containers the capability IPC_LOCK, which RDMA needs. The pod then no longer meets the restricted standard.")
+
+
+class DriverOverrides(Model):
+    """Of the driver's container, in the head pod."""
+
+    resources: FreeObject = Field(default_factory=dict, description="Requests and limits. Unset requests are 100m of CPU and 512Mi.")
 
 
 class PodsSpec(Model):
     head: PodOverrides = Field(default_factory=PodOverrides, description="The pod of Ray's head and of the driver. Holds no GPU.")
+    driver: DriverOverrides = Field(default_factory=DriverOverrides, description="The driver's container, which shares the head pod.")
     trainer: PodOverrides = Field(default_factory=PodOverrides, description="Pods of the trainer; when Colocated, of trainer and engines.")
     rollout: PodOverrides = Field(default_factory=PodOverrides, description="Pods of the engines when Separated.")
+
+
+class NetworkPolicySpec(Model):
+    enabled: bool = Field(True, description="Make a NetworkPolicy that lets only the job's own pods, the operator and allowFrom reach the job's pods.")
+    allow_from: list[FreeObject] = Field(default_factory=list, max_length=64, description="NetworkPolicyPeers that may reach the job's pods too, such as a namespaceSelector of Prometheus.")
 
 
 class RLHFJobSpec(Model):
@@ -343,6 +375,7 @@ class RLHFJobSpec(Model):
     run_policy: RunPolicySpec = Field(default_factory=RunPolicySpec, description="Retries, deadlines, cleanup.")
     queue: QueueSpec | None = Field(None, description="Queue that admits the job.")
     suspend: bool = Field(False, description="Save, then release every pod. Set back to false to resume.")
+    network_policy: NetworkPolicySpec = Field(default_factory=NetworkPolicySpec, description="Who may reach the job's pods.")
     pods: PodsSpec = Field(default_factory=PodsSpec, description="Additions to the pods. Changes take effect when the RayCluster is next created.")
 
 
@@ -356,6 +389,9 @@ class ObjectMeta(Model):
     uid: str = ""
     generation: int = 0
     resource_version: str = ""
+    labels: dict[str, str] = Field(default_factory=dict)
+    annotations: dict[str, str] = Field(default_factory=dict)
+    finalizers: list[str] = Field(default_factory=list)
     creation_timestamp: str | None = None
     deletion_timestamp: str | None = None
 

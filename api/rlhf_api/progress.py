@@ -49,6 +49,9 @@ class Preflight(Model):
 class Progress(Model):
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
 
+    pod_uid: str | None = Field(None, max_length=64, description="uid of the driver's pod: a report of another pod is an earlier driver's.")
+    attempt: int | None = Field(None, ge=0, description="Number of the driver's head pod (status.record.attempt), which fences the writers of one checkpoint.")
+    productive_seconds: int | None = Field(None, ge=0, description="Time in steps that count: those of the checkpoint that was resumed from, and those after it.")
     state: Literal["Starting", "Training", "Draining", "Drained", "Done"] = Field("Starting", description="Drained: saved and idle, the pods may go.")
     detail: str = Field("", max_length=1024, description="What the driver is doing, in words.")
     step: int = Field(0, description="Finished training steps.")
@@ -56,6 +59,7 @@ class Progress(Model):
     display: str = Field("", description="step/totalSteps, for the column.")
     resumed_from_step: int | None = Field(None, description="Step of the checkpoint that this driver started from.")
     step_time: str | None = Field(None, description="When the last step finished.", json_schema_extra={"format": "date-time"})
+    activity_time: str | None = Field(None, description="When the run last got further: a step, a phase of one, or any report while it does what has a deadline of its own (start, evaluation, export).", json_schema_extra={"format": "date-time"})
     report_time: str | None = Field(None, description="When this report was made.", json_schema_extra={"format": "date-time"})
     reward: str | None = Field(None, description="Mean reward of the last step's samples.")
     kl: str | None = Field(None, description="Mean KL to the reference model, per token.")

@@ -51,7 +51,13 @@ class FailureClass(StrEnum):
     STALLED = "Stalled"
 
 
-class Condition(Model):
+class StatusModel(Model):
+    """A part of the status. A field that a later operator wrote is passed over, not an error: what else is there must be read."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
+
+
+class Condition(StatusModel):
     type: ConditionType = Field(description="What the condition is about.")
     status: Literal["True", "False", "Unknown"] = Field(description="Unknown: it could not be observed.")
     reason: str = Field(max_length=1024, pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$", description="Why, in one word, for programs.")
@@ -60,7 +66,7 @@ class Condition(Model):
     last_transition_time: str = Field(description="When status last changed.", json_schema_extra={"format": "date-time"})
 
 
-class Restarts(Model):
+class Restarts(StatusModel):
     """Driver and cluster restarts already charged, by class."""
 
     total: int = Field(0, description="All of them.")
@@ -72,7 +78,7 @@ class Restarts(Model):
     stalled: int = Field(0, description="No step was finished within runPolicy.stallTimeoutSeconds.")
 
 
-class Failure(Model):
+class Failure(StatusModel):
     """The last failure, as its container told it."""
 
     failure_class: FailureClass = Field(alias="class", description="Which budget it was charged to.")
@@ -83,7 +89,7 @@ class Failure(Model):
     time: str = Field(description="When it ended.", json_schema_extra={"format": "date-time"})
 
 
-class PodSeen(Model):
+class PodSeen(StatusModel):
     """One container's restarts already charged. A pod's uid changes when it is made anew, its restart count when it is not."""
 
     uid: str = Field(description="The pod's uid.")
@@ -91,7 +97,7 @@ class PodSeen(Model):
     restart_count: int = Field(0, description="Restarts charged so far.")
 
 
-class Record(Model):
+class Record(StatusModel):
     """The operator's whole memory: facts that vanish with the children. Nothing else of the status is ever read back."""
 
     clusters: int = Field(0, description="RayClusters made so far; the present one's name ends in this number.")
@@ -112,9 +118,7 @@ class Record(Model):
     result_message: str | None = Field(None, max_length=32768, description="Message of the end.")
 
 
-class RLHFJobStatus(Model):
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
-
+class RLHFJobStatus(StatusModel):
     observed_generation: int = Field(0, description="metadata.generation that this status was made for.")
     phase: Phase = Field(Phase.PENDING, description="Derived from the conditions.")
     reason: str | None = Field(None, description="Reason of the condition that set the phase.")
