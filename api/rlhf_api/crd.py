@@ -11,7 +11,7 @@ import yaml
 
 from rlhf_api import GROUP, KIND, PLURAL, VERSION
 from rlhf_api.job import RLHFJobSpec
-from rlhf_api.rules import RULES, Rule, immutable
+from rlhf_api.rules import RULES, Rule, transitions
 from rlhf_api.status import RLHFJobStatus
 
 Schema = dict[str, Any]
@@ -133,7 +133,7 @@ def job_schema() -> Schema:
             "spec": spec, "status": _status_schema(),
         },
     }
-    for rule in (*RULES, *immutable(list(spec["properties"]))):
+    for rule in (*RULES, *transitions(list(spec["properties"]))):
         _place(root, rule)
     return root
 
