@@ -7,9 +7,10 @@ import re
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
+from rlhf_api import kubernetes
 from rlhf_api.base import Model
 
 # Every number has a maximum: what is planned from a spec takes memory of the operator, which all jobs share.
@@ -26,7 +27,25 @@ Number = Annotated[float, Field(ge=-1e9, le=1e9)]
 Quantity = Annotated[str, Field(max_length=64, pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|Ei|k|M|G|T|P|E)?$")]
 Path = Annotated[str, Field(min_length=1, max_length=4096)]
 ModuleName = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-FreeObject = dict[str, Any]
+DEEPEST = 32
+
+
+def _shallow(free: dict[str, Any]) -> dict[str, Any]:
+    """What is nested without end cannot be written out again."""
+    level: list[Any] = [free]
+    for _ in range(DEEPEST):
+        level = [child for node in level if isinstance(node, dict | list) for child in (node.values() if isinstance(node, dict) else node)]
+    if any(isinstance(node, dict | list) for node in level):
+        raise ValueError(f"is nested too deeply: at most {DEEPEST} levels")
+    return free
+
+
+def _foreign(schema: kubernetes.Schema) -> WithJsonSchema:
+    return WithJsonSchema({kubernetes.FOREIGN: True, **kubernetes.outline(schema)})
+
+
+FreeObject = Annotated[dict[str, Any], AfterValidator(_shallow)]
+Resources = Annotated[FreeObject, _foreign(kubernetes.RESOURCES)]
 
 
 class PlacementMode(StrEnum):
@@ -333,21 +352,26 @@ class PodOverrides(Model):
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="allow", frozen=True, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
 
-    labels: dict[str, str] = Field(default_factory=dict, description="Labels of the pods.")
-    annotations: dict[str, str] = Field(default_factory=dict, description="Annotations of the pods.")
-    env: list[FreeObject] = Field(default_factory=list, max_length=256, description="Environment of Ray's container (and the driver's, in the head).")
-    env_from: list[FreeObject] = Field(default_factory=list, max_length=64, description="Environment from ConfigMaps and Secrets.")
-    volumes: list[FreeObject] = Field(default_factory=list, max_length=64, description="Volumes of the pods.")
-    volume_mounts: list[FreeObject] = Field(default_factory=list, max_length=64, description="Mounts in Ray's container (and the driver's, in the head).")
-    resources: FreeObject = Field(default_factory=dict, description="Requests and limits of Ray's container. GPUs are added by the operator.")
-    container_security_context: FreeObject = Field(default_factory=dict, description="Merged into the securityContext of each of the operator's containers, which meets the restricted Pod Security Standard. The pod's own is securityContext.")
+    labels: Annotated[dict[str, str], _foreign(kubernetes.LABELS)] = Field(default_factory=dict, description="Labels of the pods.")
+    annotations: Annotated[dict[str, str], _foreign(kubernetes.ANNOTATIONS)] = Field(default_factory=dict, description="Annotations of the pods.")
+    env: list[Annotated[FreeObject, _foreign(kubernetes.ENV_VAR)]] = Field(default_factory=list, max_length=256, description="Environment of Ray's container (and the driver's, in the head).")
+    env_from: list[Annotated[FreeObject, _foreign(kubernetes.ENV_FROM)]] = Field(default_factory=list, max_length=64, description="Environment from ConfigMaps and Secrets.")
+    volumes: list[Annotated[FreeObject, _foreign(kubernetes.VOLUME)]] = Field(default_factory=list, max_length=64, description="Volumes of the pods.")
+    volume_mounts: list[Annotated[FreeObject, _foreign(kubernetes.VOLUME_MOUNT)]] = Field(default_factory=list, max_length=64, description="Mounts in Ray's container (and the driver's, in the head).")
+    resources: Resources = Field(default_factory=dict, description="Requests and limits of Ray's container. GPUs are added by the operator.")
+    container_security_context: Annotated[FreeObject, _foreign(kubernetes.CONTAINER_SECURITY)] = Field(default_factory=dict, description="Merged into the securityContext of each of the operator's containers, which meets the restricted Pod Security Standard. The pod's own is securityContext.")
     ipc_lock: bool = Field(False, description="Give the containers the capability IPC_LOCK, which RDMA needs. The pod then no longer meets the restricted standard.")
+
+    @model_validator(mode="after")
+    def _shallow_rest(self) -> "PodOverrides":
+        _shallow(self.model_extra or {})
+        return self
 
 
 class DriverOverrides(Model):
     """Of the driver's container, in the head pod."""
 
-    resources: FreeObject = Field(default_factory=dict, description="Requests and limits. Unset requests are 100m of CPU and 512Mi.")
+    resources: Resources = Field(default_factory=dict, description="Requests and limits. Unset requests are 100m of CPU and 512Mi.")
 
 
 class PodsSpec(Model):
@@ -359,7 +383,7 @@ class PodsSpec(Model):
 
 class NetworkPolicySpec(Model):
     enabled: bool = Field(True, description="Make a NetworkPolicy that lets only the job's own pods, the operator and allowFrom reach the job's pods.")
-    allow_from: list[FreeObject] = Field(default_factory=list, max_length=64, description="NetworkPolicyPeers that may reach the job's pods too, such as a namespaceSelector of Prometheus.")
+    allow_from: list[Annotated[FreeObject, _foreign(kubernetes.NETWORK_PEER)]] = Field(default_factory=list, max_length=64, description="NetworkPolicyPeers that may reach the job's pods too, such as a namespaceSelector of Prometheus.")
 
 
 class RLHFJobSpec(Model):
