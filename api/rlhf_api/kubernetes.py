@@ -126,7 +126,7 @@ POD_SPEC = obj(
     hostPID=BOOL, hostIPC=BOOL, hostUsers=BOOL, hostname=text(63, DNS_LABEL), subdomain=text(63, DNS_LABEL), setHostnameAsFQDN=BOOL, shareProcessNamespace=BOOL,
     hostAliases=items(obj("ip", ip=NAME, hostnames=items(NAME))),
     dnsPolicy=choice("ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"), dnsConfig=obj(nameservers=items(NAME), searches=items(NAME)),
-    terminationGracePeriodSeconds=integer(0), overhead=mapping(AMOUNT), readinessGates=items(obj("conditionType", conditionType=NAME)),
+    terminationGracePeriodSeconds=integer(0, 86400), overhead=mapping(AMOUNT), readinessGates=items(obj("conditionType", conditionType=NAME)),
     schedulingGates=NAMED, resourceClaims=NAMED, os=obj("name", name=NAME),
 )  # fmt: skip
 
