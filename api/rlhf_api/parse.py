@@ -1,5 +1,7 @@
 """From a raw object to a job, or to the list of everything that is wrong with it."""
 
+from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +9,12 @@ import yaml
 from pydantic import ValidationError
 
 from rlhf_api.job import RLHFJob
+from rlhf_api.overrides import override_problems
 from rlhf_api.rules import violations
+
+Raw = dict[str, Any]
+Loc = tuple[int | str, ...]
+KEYS = ("apiVersion", "kind", "metadata", "spec", "status")
 
 
 class InvalidJob(Exception):
@@ -18,20 +25,55 @@ class InvalidJob(Exception):
         self.problems = problems
 
 
-def parse_job(raw: dict[str, Any]) -> RLHFJob:
+@dataclass(frozen=True, slots=True)
+class Lenient:
+    """What could be read of an object. With problems the job must not be run as it is; without a job not even its shape is right."""
+
+    job: RLHFJob | None
+    ignored: list[str]
+    problems: list[str]
+
+
+def parse_job(raw: Raw) -> RLHFJob:
     """Schema first, then the rules that span fields. Raises InvalidJob."""
+    read = parse_lenient(raw)
+    unknown = [f"{path}: unknown field: remove it or correct its name" for path in read.ignored]
+    if read.job is None or unknown or read.problems:
+        raise InvalidJob([*unknown, *read.problems])
+    return read.job
+
+
+def parse_lenient(raw: object) -> Lenient:
+    """Never raises. Unknown fields, which a newer CRD may have brought, are left out and named by their paths."""
+    if not isinstance(raw, dict):
+        return Lenient(None, [], ["an RLHFJob is a mapping with apiVersion, kind, metadata and spec"])
+    return _read({key: raw[key] for key in KEYS if key in raw}, [])
+
+
+def _read(raw: Raw, ignored: list[str]) -> Lenient:
     try:
-        job = RLHFJob.model_validate({key: raw[key] for key in ("apiVersion", "kind", "metadata", "spec", "status") if key in raw}, by_alias=True, by_name=False)
+        job = RLHFJob.model_validate(raw, by_alias=True, by_name=False)
     except ValidationError as error:
-        raise InvalidJob([_problem(list(e["loc"]), e["type"], e["msg"]) for e in error.errors()]) from None
-    if problems := violations(job):
-        raise InvalidJob(problems)
-    return job
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        if unknown := [one["loc"] for one in errors if one["type"] == "extra_forbidden"]:
+            return _read(reduce(_without, unknown, raw), [*ignored, *map(_path, unknown)])
+        return Lenient(None, ignored, [f"{_path(one['loc'])}: {one['msg']}" for one in errors])
+    return Lenient(job, ignored, [*violations(job), *override_problems(job.spec)])
 
 
-def _problem(loc: list[int | str], kind: str, message: str) -> str:
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
-    return f"{path}: unknown field: remove it or correct its name" if kind == "extra_forbidden" else f"{path}: {message}"
+def _without(node: Any, loc: Loc) -> Any:
+    """A copy that lacks what is at `loc`; only what lies on the way is copied."""
+    first, rest = loc[0], loc[1:]
+    copy: Any = [*node] if isinstance(node, list) else {**node}
+    if rest:
+        copy[first] = _without(node[first], rest)
+    else:
+        del copy[first]
+    return copy
+
+
+def _path(loc: Loc) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
 
 
 def load_job(path: Path) -> RLHFJob:

@@ -49,7 +49,7 @@ class Placement(Model):
 
 def _group(name: GroupName, gpus: int, most: int, first_slot: int) -> PodGroup:
     """`gpus` GPUs in as few equal pods of at most `most` GPUs as there can be; the rules made sure that it divides."""
-    pods = -(-gpus // most)
+    pods = -(-gpus // max(most, 1))
     return PodGroup(name=name, pods=pods, gpus_per_pod=gpus // pods, first_slot=first_slot)
 
 
@@ -60,7 +60,7 @@ def own_gpus(spec: RLHFJobSpec) -> dict[str, int]:
 
 
 def plan_placement(spec: RLHFJobSpec) -> Placement:
-    """Roles to slots. The spec must have passed `rules.violations`."""
+    """Roles to slots. Of a spec that breaks the rules the answer is not to be used, but there is one."""
     rollout, trainer, placement = spec.rollout, spec.trainer, spec.placement
     size, colocated = rollout.tensor_parallel_size, placement.mode is PlacementMode.COLOCATED
     own, end = {}, trainer.gpus

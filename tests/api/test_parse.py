@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_api.parse import InvalidJob, load_job, parse_job
+from rlhf_api.parse import InvalidJob, load_job, parse_job, parse_lenient
 from rlhf_api.run import RunConfig, resolve
 from tests.api.specs import a_job
 
@@ -65,6 +65,48 @@ def test_metadata_and_status_may_hold_what_the_api_server_adds() -> None:
 def test_pod_overrides_keep_unknown_fields() -> None:
     job = parse_job(a_job(pods__trainer={"nodeSelector": {"gpu": "h200"}, "env": [{"name": "A", "value": "1"}]}))
     assert job.spec.pods.trainer.to_dict()["nodeSelector"] == {"gpu": "h200"}
+
+
+UNKNOWN: list[tuple[dict[str, Any], list[str]]] = [
+    ({}, []),
+    ({"trainer__learninRate": 1e-6}, ["spec.trainer.learninRate"]),
+    ({"trainer__learning_rate": 1e-6}, ["spec.trainer.learning_rate"]),
+    ({"fleet": {"of": [1]}, "data__jsonl__pth": "x", "algorithm__gae__mu": 1}, ["spec.algorithm.gae.mu", "spec.data.jsonl.pth", "spec.fleet"]),
+    ({"rewards": [{"name": "a", "type": "python", "function": "m:f", "x": 1, "y": 2}, {"name": "b", "type": "python", "function": "m:f", "x": {}}]},
+     ["spec.rewards[0].x", "spec.rewards[0].y", "spec.rewards[1].x"]),
+    ({"evaluation": [{"name": "e", "data": {"jsonl": {"path": "p", "z": 0}, "q": 0}}]}, ["spec.evaluation[0].data.jsonl.z", "spec.evaluation[0].data.q"]),
+    ({"pods__trainer": {"runtimeClassName": "kata"}, "pods__sidecar": {}}, ["spec.pods.sidecar"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "ignored"), UNKNOWN, ids=lambda value: str(value)[:60])
+def test_unknown_fields_are_left_out_and_named(changes: dict[str, Any], ignored: list[str]) -> None:
+    raw = a_job(**changes)
+    before = str(raw)
+    read = parse_lenient(raw)
+    assert (sorted(read.ignored), read.problems) == (ignored, [])
+    assert read.job is not None
+    assert read.job.spec.image == "rlhf-worker:dev"
+    assert str(raw) == before, "what was given is left as it was"
+
+
+def test_unknown_fields_do_not_hide_what_is_wrong() -> None:
+    read = parse_lenient(a_job(trainer={"steps": 0, "new": 1}, fleet=1))
+    assert (read.job, sorted(read.ignored)) == (None, ["spec.fleet", "spec.trainer.new"])
+    assert [problem.split(":")[0] for problem in read.problems] == ["spec.trainer.steps"]
+
+
+def test_a_job_that_breaks_rules_is_read_and_its_problems_told() -> None:
+    read = parse_lenient(a_job(rollout__engines=2, pods__head={"containers": []}))
+    assert read.job is not None
+    assert [problem.split(":")[0] for problem in read.problems] == ["spec.trainer.gpus", "spec.pods.head.containers"]
+
+
+@pytest.mark.parametrize("raw", [None, [], "job", 7, {}, {"spec": 3}, {"metadata": [], "spec": []}], ids=str)
+def test_what_is_no_job_at_all_is_a_problem(raw: object) -> None:
+    read = parse_lenient(raw)
+    assert read.job is None
+    assert read.problems
 
 
 def load(tmp_path: Path, text: str) -> str:

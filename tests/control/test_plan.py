@@ -70,7 +70,7 @@ def test_groups_and_gpus_when_separated() -> None:
 
 def test_roles_with_gpus_of_their_own_are_counted_into_the_trainers_pods() -> None:
     model = {"name": "rm", "type": "model", "model": {"path": "/rm"}, "gpus": 1}
-    changes = {**SEPARATED, "algorithm__name": "ppo", "critic": {"gpus": 1}, "rewards": [model]}
+    changes = {**SEPARATED, "algorithm__name": "ppo", "critic": {"gpus": 1}, "rewards": [model], "checkpoint__path": "s3://bucket/run"}
     groups = planned(a_job(**changes))["RayCluster"]["spec"]["workerGroupSpecs"]
     assert [(g["groupName"], g["replicas"], g["rayStartParams"]["num-gpus"]) for g in groups] == [("trainer", 2, "2"), ("rollout", 1, "2")]
     assert yaml.safe_load(groups[0]["rayStartParams"]["resources"].strip("'")) == {"rlhf-trainer": 2}

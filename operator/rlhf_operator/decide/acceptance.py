@@ -1,8 +1,8 @@
 """Whether the job can be run as it is written, before anything is made."""
 
+from rlhf_api.overrides import override_problems
 from rlhf_api.rules import MUTABLE
 from rlhf_operator.decide.facts import Facts
-from rlhf_operator.decide.overrides import override_problems
 from rlhf_operator.decide.verdict import Verdict, no, unknown, yes
 from rlhf_operator.observed import Job
 

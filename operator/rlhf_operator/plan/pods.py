@@ -9,9 +9,9 @@ import json
 from typing import Any
 
 from rlhf_api.job import PodOverrides, RLHFJob
+from rlhf_api.overrides import holds_path
 from rlhf_api.placement import PodGroup
 from rlhf_api.progress import RUN_CONFIG_PATH
-from rlhf_operator.decide.overrides import holds_path
 from rlhf_operator.names import DRIVER_CONTAINER, HEAD, JOB_LABEL, RAY_CONTAINER, ROLE_LABEL, driver_account_name, run_config_name
 from rlhf_operator.plan.merge import deep_merge, merge_named
 

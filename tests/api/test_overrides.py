@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_api.parse import parse_job
-from rlhf_operator.decide.overrides import override_problems
+from rlhf_api.job import RLHFJob, RLHFJobSpec
+from rlhf_api.overrides import ephemeral, override_problems
 from tests.api.specs import a_job
 
 DATA = {"volumes": [{"name": "data", "emptyDir": {}}], "volumeMounts": [{"name": "data", "mountPath": "/data"}]}
@@ -36,12 +36,43 @@ GOOD: list[dict[str, Any]] = [
 ]
 
 
+def spec(**changes: Any) -> RLHFJobSpec:
+    return RLHFJob.model_validate(a_job(**changes)).spec
+
+
 @pytest.mark.parametrize(("changes", "words"), BAD, ids=[words for _, words in BAD])
 def test_an_override_that_would_break_the_run_is_refused(changes: dict[str, Any], words: str) -> None:
-    (problem,) = override_problems(parse_job(a_job(**changes)).spec)
+    (problem,) = override_problems(spec(**changes))
     assert words in problem
 
 
 @pytest.mark.parametrize("changes", GOOD)
 def test_every_other_override_is_taken(changes: dict[str, Any]) -> None:
-    assert override_problems(parse_job(a_job(**changes)).spec) == ()
+    assert override_problems(spec(**changes)) == ()
+
+
+def on(source: dict[str, Any], path: str = "/checkpoints") -> dict[str, Any]:
+    mounts = [{"name": "data", "mountPath": "/"}, {"name": "saved", "mountPath": path}]
+    return {"pods": {"trainer": {"volumes": [{"name": "data", "nfs": {}}, {"name": "saved", **source}], "volumeMounts": mounts}}}
+
+
+CLAIM = {"persistentVolumeClaim": {"claimName": "c"}}
+PLACES: list[tuple[dict[str, Any], bool]] = [
+    ({}, True),
+    ({"checkpoint__path": "s3://bucket/run"}, False),
+    ({"checkpoint__claim": {"size": "1Gi"}}, False),
+    (on(CLAIM), False),
+    (on({"hostPath": {"path": "/srv"}}, "/checkpoints/"), False),
+    ({**on(CLAIM), "checkpoint__path": "file:///checkpoints/run"}, False),
+    ({**on(CLAIM, "/elsewhere"), "pods": {"trainer": {}}}, True),
+    ({**on(CLAIM), "checkpoint__path": "/checkpoints/../other", "pods__trainer__volumeMounts": [{"name": "saved", "mountPath": "/checkpoints"}]}, True),
+    (on({}), True),
+    (on({"emptyDir": {}}), True),
+    (on({"ephemeral": {"volumeClaimTemplate": {}}}), True),
+    (on({"configMap": {"name": "c"}}), True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "dies"), PLACES, ids=str)
+def test_checkpoints_that_die_with_the_trainers_pod(changes: dict[str, Any], dies: bool) -> None:
+    assert ephemeral(spec(**changes)) is dies

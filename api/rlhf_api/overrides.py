@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import PurePosixPath
+from posixpath import normpath
 from typing import Any
 
 from rlhf_api.job import PlacementMode, PodOverrides, RLHFJobSpec
 from rlhf_api.placement import plan_placement
-from rlhf_operator.names import HEAD, ROLLOUT, TRAINER
 
+HEAD = "head"
 OWN_VOLUME_PREFIX = "rlhf-"
 OWN_LABEL_PREFIXES = ("ray.io/", "rlhf.dev/")
 OWN_ENV_PREFIX = "RLHF_"
@@ -22,13 +23,18 @@ OWN_HEAD_FIELDS = {
     "serviceAccountName": "the driver reports with its own ServiceAccount: bind your rights to <job>-driver instead",
     "automountServiceAccountToken": "the driver reports with it",
 }
+# Volumes that are made with the pod and go with it, or that nothing can be saved on.
+MORTAL_SOURCES = ("emptyDir", "ephemeral", "configMap", "secret", "projected", "downwardAPI", "gitRepo", "image")
 HEAD_MOUNTS = ("/tmp/ray", "/dev/shm", "/etc/rlhf")
 
 
 def override_problems(spec: RLHFJobSpec) -> tuple[str, ...]:
-    kinds = ((HEAD, spec.pods.head), (TRAINER, spec.pods.trainer), (ROLLOUT, spec.pods.rollout))
-    found = [problem for kind, pods in kinds for check in CHECKS for problem in check(kind, pods)]
+    found = [problem for kind, pods in _kinds(spec) for check in CHECKS for problem in check(kind, pods)]
     return (*found, *_gpu(spec), *_no_rollout_pods(spec), *_checkpoint(spec))
+
+
+def _kinds(spec: RLHFJobSpec) -> tuple[tuple[str, PodOverrides], ...]:
+    return (HEAD, spec.pods.head), ("trainer", spec.pods.trainer), ("rollout", spec.pods.rollout)
 
 
 def _fields(kind: str, pods: PodOverrides) -> Iterator[str]:
@@ -56,7 +62,7 @@ def _mounts(kind: str, pods: PodOverrides) -> Iterator[str]:
 
 def _gpu(spec: RLHFJobSpec) -> Iterator[str]:
     name = spec.placement.resource_name
-    for kind, pods in ((HEAD, spec.pods.head), (TRAINER, spec.pods.trainer), (ROLLOUT, spec.pods.rollout)):
+    for kind, pods in _kinds(spec):
         if any(name in (pods.resources.get(side) or {}) for side in ("requests", "limits")):
             yield f"spec.pods.{kind}.resources: remove {name}: GPUs follow from the gpus of spec.trainer and other roles, and from spec.rollout"
 
@@ -68,15 +74,39 @@ def _no_rollout_pods(spec: RLHFJobSpec) -> Iterator[str]:
 
 def _checkpoint(spec: RLHFJobSpec) -> Iterator[str]:
     trainers, path = plan_placement(spec).groups[0].pods, spec.checkpoint.directory
-    if trainers > 1 and path and not holds_path(spec.pods.trainer.volume_mounts, path):
+    if trainers > 1 and path and not spec.checkpoint.claim and not holds_path(spec.pods.trainer.volume_mounts, path):
         yield (f"spec.pods.trainer.volumes: {trainers} trainer pods save into {path}: mount a volume there that they share, "
                "or lower spec.trainer.gpus to one pod's")
 
 
 def holds_path(mounts: list[dict[str, Any]], path: str) -> bool:
     """Some mount is at the path or above it."""
-    wanted = PurePosixPath(path)
-    return any(wanted.is_relative_to(str(mount.get("mountPath", "//"))) for mount in mounts)
+    return _mount_of(mounts, path) is not None
+
+
+def ephemeral(spec: RLHFJobSpec) -> bool:
+    """Whether the checkpoints die with the trainer's pod: their directory is neither the claim's nor on a volume that outlives pods."""
+    path, user = spec.checkpoint.directory, spec.pods.trainer
+    if path is None or spec.checkpoint.claim is not None:
+        return False
+    mount = _mount_of(user.volume_mounts, path)
+    return not any(mount and volume.get("name") == mount.get("name") and _outlives(volume) for volume in user.volumes)
+
+
+def _mount_of(mounts: list[dict[str, Any]], path: str) -> dict[str, Any] | None:
+    """The mount that the path lies on: of several above it, the nearest."""
+    wanted = _normal(path)
+    over = [mount for mount in mounts if wanted.is_relative_to(_normal(str(mount.get("mountPath", "//"))))]
+    return max(over, key=lambda mount: len(_normal(str(mount["mountPath"])).parts), default=None)
+
+
+def _normal(path: str) -> PurePosixPath:
+    return PurePosixPath(normpath(path))
+
+
+def _outlives(volume: dict[str, Any]) -> bool:
+    """A volume without a source is an emptyDir."""
+    return any(value is not None and source not in ("name", *MORTAL_SOURCES) for source, value in volume.items())
 
 
 CHECKS = (_fields, _names, _mounts)
