@@ -30,11 +30,15 @@ CONFIG_MAPS = Kind("", "v1", "configmaps", "ConfigMap", ("get", "create", "patch
 SERVICE_ACCOUNTS = Kind("", "v1", "serviceaccounts", "ServiceAccount", ("get", "create", "patch"))
 ROLES = Kind("rbac.authorization.k8s.io", "v1", "roles", "Role", ("get", "create", "patch"))
 ROLE_BINDINGS = Kind("rbac.authorization.k8s.io", "v1", "rolebindings", "RoleBinding", ("get", "create", "patch"))
+NETWORK_POLICIES = Kind("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy", ("get", "create", "patch"))
+CLAIMS = Kind("", "v1", "persistentvolumeclaims", "PersistentVolumeClaim", ("get", "create"))
 EVENTS = Kind("", "v1", "events", "Event", ("list", "create"))
 LOCAL_QUEUES = Kind("kueue.x-k8s.io", "v1beta2", "localqueues", "LocalQueue", ("get",))
 WORKLOADS = Kind("kueue.x-k8s.io", "v1beta2", "workloads", "Workload", ("list",))
 LEASES = Kind("coordination.k8s.io", "v1", "leases", "Lease", ("get", "create", "update", "patch"))
 CRDS = Kind("apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition", ("list", "watch"))
 
-NAMESPACED = (JOBS, RAYCLUSTERS, PODS, CONFIG_MAPS, SERVICE_ACCOUNTS, ROLES, ROLE_BINDINGS, EVENTS, LOCAL_QUEUES, WORKLOADS)
+NAMESPACED = (
+    JOBS, RAYCLUSTERS, PODS, CONFIG_MAPS, SERVICE_ACCOUNTS, ROLES, ROLE_BINDINGS, NETWORK_POLICIES, CLAIMS, EVENTS, LOCAL_QUEUES, WORKLOADS,
+)
 OF_KIND = {kind.kind: kind for kind in (*NAMESPACED, LEASES)}

@@ -24,14 +24,14 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-async def reconcile(cluster: ClusterIO, key: Key, clock: Clock = utc_now) -> datetime | None:
+async def reconcile(cluster: ClusterIO, key: Key, clock: Clock = utc_now, home: str = "default") -> datetime | None:
     """When to look again unless something happens before; None for never. Raises ApiError after the status told of it."""
     job = await cluster.job(key)
     if job is None:
         return None
     observed = await cluster.observe(job)                                  # 1
     decision = decide(job, observed, clock())                              # 2
-    planned = plan(job, decision.want)                                     # 3
+    planned = plan(job, decision.want, home)                               # 3
     try:
         refusal = await cluster.perform(planned)                           # 4
         decision = refused(decision, refusal.reason, refusal.message) if refusal else decision
