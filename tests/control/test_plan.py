@@ -1,5 +1,6 @@
 """Objects from jobs: golden files of the samples, and the facts that must hold in each."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from tests.api.specs import a_job
 from tests.control.golden import check
 
 Raw = dict[str, Any]
-SAMPLES = sorted((Path(__file__).parents[2] / "manifests" / "samples").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+SAMPLES = sorted((ROOT / "manifests" / "samples").glob("*.yaml"))
 OPERATOR_PEER = {
     "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "rlhf-system"}},
     "podSelector": {"matchLabels": {"app.kubernetes.io/name": "rlhf-operator"}},
@@ -164,6 +166,13 @@ def test_the_run_config_is_read_back_as_it_was_resolved() -> None:
     text = planned(a_job())["ConfigMap"]["data"]["run.yaml"]
     read = RunConfig.model_validate(yaml.safe_load(text))
     assert (read.job.name, read.job.uid, read.trainer.steps) == ("sample", "the-uid", 10)
+
+
+@pytest.mark.parametrize("lock", ["worker-cpu.txt", "worker-gpu.txt"])
+def test_the_images_ray_is_no_older_than_what_kuberay_is_told(lock: str) -> None:
+    (pinned,) = re.findall(r"^ray==([0-9.]+)", (ROOT / "requirements" / lock).read_text(), re.MULTILINE)
+    told = planned(a_job())["RayCluster"]["spec"]["rayVersion"]
+    assert [int(part) for part in pinned.split(".")] >= [int(part) for part in told.split(".")] >= [2, 53, 0]
 
 
 def test_a_queue_is_a_label_and_the_cluster_waits_for_it() -> None:
