@@ -290,7 +290,7 @@ def test_the_jobs_labels_and_annotations_reach_cluster_and_pods() -> None:
     assert cluster["metadata"]["annotations"] == given
     assert head["template"]["metadata"]["labels"] == pods | ours | {"rlhf.dev/role": "head"}
     assert worker["labels"] == pods | ours | {"team": "b", "rlhf.dev/role": "trainer"}
-    assert worker["annotations"] == pods | {"example.com/cost": "2"}
+    assert worker["annotations"] == given | {"example.com/cost": "2"}
 
 
 def test_the_queue_is_the_specs() -> None:

@@ -9,11 +9,11 @@ QUEUES = "kueue.x-k8s.io"
 
 
 def passed_on(given: dict[str, str]) -> dict[str, str]:
-    """What a RayCluster gets."""
+    """What a RayCluster gets of either, and a pod of the annotations: Kueue reads there what topology a pod asks for."""
     return {key: value for key, value in given.items() if not _theirs(_domain(key))}
 
 
-def passed_to_pods(given: dict[str, str]) -> dict[str, str]:
+def pod_labels(given: dict[str, str]) -> dict[str, str]:
     """Kueue would take a pod that carries its labels for a job of its own, beside the RayCluster's."""
     return {key: value for key, value in passed_on(given).items() if _domain(key) != QUEUES}
 

@@ -25,7 +25,7 @@ from rlhf_operator.names import (
     run_config_name,
 )
 from rlhf_operator.plan.cores import whole_cores
-from rlhf_operator.plan.labels import passed_to_pods
+from rlhf_operator.plan.labels import passed_on, pod_labels
 from rlhf_operator.plan.merge import deep_merge, merge_named
 from rlhf_operator.plan.security import container_context, pod_context
 from rlhf_operator.plan.stopping import GRACE_SECONDS, HEAD_PRE_STOP, worker_pre_stop
@@ -99,8 +99,8 @@ def worker_start_params(job: RLHFJob, group: PodGroup) -> dict[str, str]:
 def _template(job: RLHFJob, role: str, user: PodOverrides, spec: Raw) -> Raw:
     """Unknown override fields go into the PodSpec; what stands there already as a mapping is merged, else replaced."""
     meta = job.metadata
-    labels = {**passed_to_pods(meta.labels), **user.labels, JOB_LABEL: meta.name, ROLE_LABEL: role}
-    annotations = {**passed_to_pods(meta.annotations), **user.annotations}
+    labels = {**pod_labels(meta.labels), **user.labels, JOB_LABEL: meta.name, ROLE_LABEL: role}
+    annotations = {**passed_on(meta.annotations), **user.annotations}
     metadata = {"labels": labels, **({"annotations": annotations} if annotations else {})}
     restricted = {"securityContext": pod_context(), **spec}
     return {"metadata": metadata, "spec": deep_merge(restricted, user.model_extra or {})}
