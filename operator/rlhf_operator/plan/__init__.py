@@ -22,6 +22,7 @@ class Deletion:
     kind: str
     name: str
     uid: str
+    grace_seconds: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +33,10 @@ class Plan:
     ensure: tuple[Raw, ...] = ()
     create: tuple[Raw, ...] = ()
     delete: tuple[Deletion, ...] = ()
+    finalizer: bool | None = None
 
 
-def plan(job: Job, want: Want) -> Plan:
+def plan(job: Job, want: Want, home: str) -> Plan:
     delete = (
         *(Deletion("RayCluster", c.name, c.uid) for c in want.delete_clusters),
         *(Deletion("Pod", p.name, p.uid) for p in want.delete_pods),
