@@ -32,7 +32,7 @@ log = logging.getLogger("rlhf_operator")
 
 
 class Operator:
-    """The parts of one process, put together. `run` ends when it is told to stop, or when one of them can go on no longer."""
+    """The parts of one process, put together, in a running event loop. `run` ends when it is told to stop, or when one of them can go on no longer."""
 
     def __init__(self, settings: Settings, connection: Connection, api: KubernetesApi) -> None:
         self.settings, self.api = settings, api
@@ -41,49 +41,50 @@ class Operator:
         self.store = Store(self._told)
         home = own_namespace() or settings.namespace or "default"
         work = functools.partial(reconcile, ClusterIO(api, self.store), clock=utc_now, home=home)
-        self.queue = Queue(work, lambda: self.store.keys(at_rest=False))
+        self.queue = Queue(work, lambda: self.store.job_keys(at_rest=False))
         ages = metrics.WatchAges()
         self.health = Health(self.queue, self.store, ages)
         self.refresher = Refresher(api, self.store, settings.namespace, lambda kind: self._came())
         watch = functools.partial(registry, self.store, connection, self.refresher.suspect, ages)
         self.informer = Informer(watch, settings.namespace)
+        self.leadership = Leadership(api.client, settings.lease_namespace) if settings.lease_namespace else None
+        if self.leadership:
+            api.may_write = self.leadership.holds
 
     async def run(self) -> int:
         """Exit status: 0 after `stopped` was set, 1 after losing the lease or a part of the operator."""
         site = await self.health.start(self.settings.health_port)
-        leadership = Leadership(self.api.client, self.settings.lease_namespace) if self.settings.lease_namespace else None
-        if leadership:
-            self.api.may_write = leadership.holds
-            log.info("waiting for the lease %s/%s", leadership.lock.namespace, leadership.lock.name)
+        if self.leadership:
+            log.info("waiting for the lease %s/%s", self.leadership.lock.namespace, self.leadership.lock.name)
         self.informer.start()
-        parts = [_task(self.refresher.run(), "refresher"), _task(self._serve(leadership), "queue")]
-        ends = [_task(self.stopped.wait(), "stop"), *([_task(leadership.lost.wait(), "lease lost")] if leadership else [])]
+        parts = [_task(self.refresher.run(), "refresher"), _task(self._serve(), "queue")]
+        ends = [_task(self.stopped.wait(), "stop"), *([_task(self.leadership.lost.wait(), "lease lost")] if self.leadership else [])]
         try:
             done, _ = await asyncio.wait({*parts, *ends}, return_when=asyncio.FIRST_COMPLETED)
             return 0 if self.stopped.is_set() and not done & {*parts} else _failed(done)
         finally:
-            await self._close(parts, ends, leadership)
+            await self._close(parts, ends)
             await site.cleanup()
 
-    async def _close(self, parts: list[asyncio.Task[Any]], ends: list[asyncio.Task[Any]], leadership: Leadership | None) -> None:
+    async def _close(self, parts: list[asyncio.Task[Any]], ends: list[asyncio.Task[Any]]) -> None:
         """First no more passes, then the lease, so that the next leader need not wait for the rest."""
         for task in (*parts, *ends):
             task.cancel()
         await asyncio.gather(*parts, *ends, return_exceptions=True)
         metrics.LEADER.set(0)
-        if leadership:
-            await leadership.close()
+        if self.leadership:
+            await self.leadership.close()
         await self.informer.stop()
 
-    async def _serve(self, leadership: Leadership | None) -> None:
+    async def _serve(self) -> None:
         """For ever, once the lease is ours and every kind was listed."""
-        if leadership:
-            await leadership.won.wait()
+        if self.leadership:
+            await self.leadership.won.wait()
         await self.refresher.listed.wait()
         self.queue.beat, self.health.serving, self.leading = time.monotonic(), True, True
         metrics.LEADER.set(1)
         log.info("serving %s", self.settings.namespace or "all namespaces")
-        for key in self.store.keys():
+        for key in self.store.job_keys():
             self.queue.add(key)
         await self.queue.run()
 

@@ -270,7 +270,7 @@ class Store:
             pods = tuple(held.facts for held in self.pods.of(key))
             return Observed(clusters, pods, queue=self._queue(job, clusters), complaints=self._complaints(clusters, pods))
 
-    def keys(self, *, at_rest: bool = True) -> list[Key]:
+    def job_keys(self, *, at_rest: bool = True) -> list[Key]:
         """Of all jobs, or of those for which something is left to do."""
         with self._lock:
             return [held.name for held in self.jobs.by_uid.values() if at_rest or not held.facts.at_rest]
