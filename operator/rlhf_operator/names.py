@@ -7,6 +7,10 @@ ROLE_LABEL = f"{GROUP}/role"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 WORKLOAD_UID_LABEL = "kueue.x-k8s.io/job-uid"
 RAY_GROUP_LABEL = "ray.io/group"
+FINALIZER = f"{GROUP}/final-save"
+
+# Of the operator's own pods; the chart's selector.
+OPERATOR_LABELS = {"app.kubernetes.io/name": "rlhf-operator"}
 
 HEAD = "head"
 TRAINER = "trainer"
@@ -28,3 +32,12 @@ def run_config_name(job: str) -> str:
 def driver_account_name(job: str) -> str:
     """Of the ServiceAccount, the Role and the RoleBinding."""
     return f"{job}-driver"
+
+
+def claim_name(job: str) -> str:
+    """Of the PersistentVolumeClaim for the checkpoints."""
+    return f"{job}-checkpoints"
+
+
+def network_policy_name(job: str) -> str:
+    return f"{job}-pods"

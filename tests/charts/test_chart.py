@@ -8,6 +8,7 @@ import pytest
 from hack import generate
 from hack.generate import render
 from rlhf_api.crd import crd
+from rlhf_operator.names import OPERATOR_LABELS
 from rlhf_operator.rbac import rules
 from rlhf_operator.settings import Settings, parse
 
@@ -51,7 +52,7 @@ def container(pod: Object) -> Object:
 @pytest.mark.parametrize(
     ("pair", "words"),
     [
-        ("replicas=2", ["replicas"]),
+        ("replicas=0", ["replicas", "minimum"]),
         ("image.pullPolicy=Sometimes", ["pullPolicy", "IfNotPresent"]),
         ("image.repository=", ["repository"]),
         ("image.tagg=1", ["tagg"]),
@@ -90,9 +91,30 @@ def test_the_crd_can_be_left_out() -> None:
     assert "CustomResourceDefinition" not in {o["kind"] for o in render(*sets("crds.install=false"))}
 
 
-def test_one_replica_replaced_never_doubled(objects: list[Object]) -> None:
-    spec = one(objects, "Deployment")["spec"]
-    assert (spec["replicas"], spec["strategy"]) == (1, {"type": "Recreate"})
+def test_two_replicas_one_of_which_is_there_at_any_time(objects: list[Object], pod: Object) -> None:
+    spec, budget = one(objects, "Deployment")["spec"], one(objects, "PodDisruptionBudget")["spec"]
+    assert (spec["replicas"], spec["strategy"]["type"]) == (2, "RollingUpdate")
+    assert spec["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
+    assert budget["maxUnavailable"] == 1
+    assert budget["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
+    (apart,) = pod["affinity"]["podAntiAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert apart["podAffinityTerm"]["labelSelector"] == budget["selector"]
+
+
+def test_a_single_replica_holds_no_drain_up() -> None:
+    objects = render(*sets("replicas=1"))
+    assert one(objects, "Deployment")["spec"]["replicas"] == 1
+    assert "PodDisruptionBudget" not in {o["kind"] for o in objects}
+
+
+def test_an_affinity_takes_the_place_of_the_charts() -> None:
+    given = "affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms[0].matchFields[0].key=k"
+    spec = one(render(*sets(given)), "Deployment")["spec"]["template"]["spec"]
+    assert list(spec["affinity"]) == ["nodeAffinity"]
+
+
+def test_the_jobs_network_policy_lets_the_operator_in(objects: list[Object]) -> None:
+    assert OPERATOR_LABELS.items() <= one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"].items()
 
 
 def test_the_operator_runs_as_nobody_on_a_read_only_root(pod: Object, container: Object) -> None:

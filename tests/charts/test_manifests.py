@@ -7,6 +7,7 @@ import yaml
 
 from hack import generate
 from hack.reference import reference
+from rlhf_api.overrides import ephemeral
 from rlhf_api.parse import load_job
 from rlhf_api.run import resolve
 
@@ -54,7 +55,7 @@ def test_a_samples_data_are_mounted_where_the_spec_names_them(path: Path) -> Non
     (job,) = yaml.safe_load_all(path.read_text())
     spec = job["spec"]
     mounts = {kind: [mount["mountPath"] for mount in pod.get("volumeMounts", [])] for kind, pod in spec["pods"].items()}
-    assert any(spec["checkpoint"]["path"].startswith(mount) for mount in mounts["trainer"])
+    assert not ephemeral(load_job(path).spec), "a sample's checkpoints outlive its pods"
     if spec["model"]["path"].startswith("/"):
         readers = ["head", "trainer", *(["rollout"] if spec.get("placement", {}).get("mode") == "Separated" else [])]
         assert [kind for kind in readers if not any(spec["model"]["path"].startswith(mount) for mount in mounts.get(kind, []))] == []

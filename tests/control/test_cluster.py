@@ -84,6 +84,7 @@ def test_every_call_is_covered_by_the_rules_and_every_rule_is_needed() -> None:
     used = set()
     for story in STORIES.values():
         world = World()
+        world.job_raw["spec"]["checkpoint"] = {"claim": {"size": "1Gi"}}
         for _ in story(world):
             world.settle()
         asyncio.run(world.api.list(JOBS, None))

@@ -57,6 +57,17 @@ def troubled(decision: Decision, message: str) -> Decision:
     return _decision(decision.facts, decision.want, {**decision.told, ConditionType.DEGRADED: yes("ReconcileError", message)})
 
 
+def broken(job: Job, message: str, now: datetime) -> RLHFJobStatus:
+    """decide itself failed: what was told stays, and the error beside it."""
+    since = next((c.last_transition_time for c in job.status.conditions if c.type is ConditionType.DEGRADED and c.status == "True"), stamp(now))
+    degraded = Condition(
+        type=ConditionType.DEGRADED, status="True", reason="ReconcileError", message=message[:1024],
+        observed_generation=job.meta.generation, last_transition_time=since,
+    )
+    others = [c for c in job.status.conditions if c.type is not ConditionType.DEGRADED]
+    return job.status.model_copy(update={"conditions": [*others, degraded]})
+
+
 def _decision(facts: Facts, wanted: Want, told: dict[ConditionType, Verdict]) -> Decision:
     status = _status(facts, told)
     return Decision(wanted, status, _notes(facts, status), _wake_at(facts, told), told, facts)
@@ -116,4 +127,4 @@ def _notes(f: Facts, status: RLHFJobStatus) -> tuple[Note, ...]:
     return tuple(notes)
 
 
-__all__ = ["Decision", "Note", "Record", "Want", "decide", "refused", "troubled"]
+__all__ = ["Decision", "Note", "Record", "Want", "broken", "decide", "refused", "troubled"]

@@ -21,7 +21,9 @@ class Want:
     cluster: int | None = None
     delete_clusters: tuple[Cluster, ...] = ()
     delete_pods: tuple[Pod, ...] = ()
+    kill_pods: tuple[Pod, ...] = ()
     delete_job: bool = False
+    finalizer: bool | None = None
 
 
 def want(f: Facts) -> Want:

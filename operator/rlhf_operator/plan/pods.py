@@ -1,8 +1,9 @@
 """Pod templates of the head and the workers, with the user's overrides merged in. Pure.
 
-Facts that shape them: Ray's container must come first; the driver finds Ray through the shared process namespace and /tmp/ray;
-a mount at /dev/shm stops KubeRay from adding its own; KubeRay sets no token in a container it does not know, so the token
-stands in every container explicitly.
+Facts that shape them: Ray's container must come first; the driver finds Ray through the shared process namespace
+and /tmp/ray; a mount at /dev/shm stops KubeRay from adding its own; KubeRay sets no token in a container it does
+not know, so the token stands in every container explicitly; the container that KubeRay puts before Ray's has its
+security context and environment, and resources of its own.
 """
 
 import json
@@ -11,21 +12,33 @@ from typing import Any
 from rlhf_api.job import PodOverrides, RLHFJob
 from rlhf_api.overrides import holds_path
 from rlhf_api.placement import PodGroup
-from rlhf_api.progress import RUN_CONFIG_PATH
-from rlhf_operator.names import DRIVER_CONTAINER, HEAD, JOB_LABEL, RAY_CONTAINER, ROLE_LABEL, driver_account_name, run_config_name
+from rlhf_api.progress import DRIVER_PORT, RUN_CONFIG_PATH
+from rlhf_operator.names import (
+    DRIVER_CONTAINER,
+    HEAD,
+    JOB_LABEL,
+    RAY_CONTAINER,
+    ROLE_LABEL,
+    TRAINER,
+    claim_name,
+    driver_account_name,
+    run_config_name,
+)
+from rlhf_operator.plan.cores import whole_cores
+from rlhf_operator.plan.labels import passed_on, pod_labels
 from rlhf_operator.plan.merge import deep_merge, merge_named
+from rlhf_operator.plan.security import container_context, pod_context
+from rlhf_operator.plan.stopping import GRACE_SECONDS, HEAD_PRE_STOP, worker_pre_stop
 
 Raw = dict[str, Any]
-# How long Ray's processes and the driver wait for a lost GCS. Ray's own 60 s would be most of the time that a lost head costs.
-GCS_RECONNECT_SECONDS = 10
-GRACE_SECONDS = 120
-HEAD_PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080}
+HEAD_PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics": 8080, "driver": DRIVER_PORT}
 HEAD_REQUESTS = {"cpu": "500m", "memory": "1Gi"}
 DRIVER_REQUESTS = {"cpu": "100m", "memory": "512Mi"}
 CPUS_PER_GPU = 4
-# Ray outlives the driver's save: in the head while the driver runs, in a worker while the head's GCS answers.
-HEAD_PRE_STOP = "while grep -qs 'rlhf[_]worker' /proc/[0-9]*/cmdline; do sleep 0.2; done"
-WORKER_PRE_STOP = 'while (exec 3<>"/dev/tcp/$FQ_RAY_IP/$RAY_PORT") 2>/dev/null; do sleep 0.5; done'
+# A GCS keeps nothing: when it died, every raylet has to start anew with the next one. Ray finds that out when none
+# answered for gcs_rpc_server_reconnect_timeout_s; or, when the next one is up by then, by asking it: once in 60 s,
+# unless told otherwise.
+GCS_SETTINGS = {"gcs_rpc_server_reconnect_timeout_s": 15, "raylet_liveness_self_check_interval_ms": 1000}
 
 
 def head_template(job: RLHFJob, cluster: str) -> Raw:
@@ -33,7 +46,7 @@ def head_template(job: RLHFJob, cluster: str) -> Raw:
     shared = [_mount("rlhf-ray", "/tmp/ray"), _mount("rlhf-shm", "/dev/shm")]
     ray = _ray_container(job, cluster, user, HEAD_PRE_STOP) | {
         "ports": [{"name": name, "containerPort": port} for name, port in HEAD_PORTS.items()],
-        "resources": deep_merge({"requests": HEAD_REQUESTS}, user.resources),
+        "resources": _resources(HEAD_REQUESTS, user.resources),
         "volumeMounts": merge_named(shared, user.volume_mounts, "mountPath"),
     }
     spec = {
@@ -51,7 +64,8 @@ def worker_template(job: RLHFJob, cluster: str, group: PodGroup) -> Raw:
     user = overrides_of(job, group)
     gpus = {job.spec.placement.resource_name: str(group.gpus_per_pod)}
     volumes, mounts = _checkpoint_volume(job, group, user)
-    ray = _ray_container(job, cluster, user, WORKER_PRE_STOP) | {
+    grace = (user.model_extra or {}).get("terminationGracePeriodSeconds", GRACE_SECONDS)
+    ray = _ray_container(job, cluster, user, worker_pre_stop(group.name, grace)) | {
         "resources": deep_merge(user.resources, {"requests": gpus, "limits": gpus}),
         "volumeMounts": merge_named(mounts, user.volume_mounts, "mountPath"),
     }
@@ -74,41 +88,61 @@ def head_start_params() -> dict[str, str]:
 
 
 def worker_start_params(job: RLHFJob, group: PodGroup) -> dict[str, str]:
-    """KubeRay pastes the value of `resources` into a shell command: the quotes are part of it."""
+    """KubeRay pastes the value of `resources` into a shell command: the quotes are part of it. Where the pod's CPUs
+    are not told, Ray gets a number for the actors that ask for one.
+    """
+    cores = whole_cores(overrides_of(job, group).resources) or CPUS_PER_GPU * group.gpus_per_pod
     resources = json.dumps({group.ray_resource: group.gpus_per_pod})
-    return {"num-gpus": str(group.gpus_per_pod), "num-cpus": str(_cpus(overrides_of(job, group), group)), "resources": f"'{resources}'"}
+    return {"num-gpus": str(group.gpus_per_pod), "num-cpus": str(cores), "resources": f"'{resources}'"}
 
 
 def _template(job: RLHFJob, role: str, user: PodOverrides, spec: Raw) -> Raw:
     """Unknown override fields go into the PodSpec; what stands there already as a mapping is merged, else replaced."""
-    labels = {**user.labels, JOB_LABEL: job.metadata.name, ROLE_LABEL: role}
-    metadata = {"labels": labels, **({"annotations": user.annotations} if user.annotations else {})}
-    return {"metadata": metadata, "spec": deep_merge(spec, user.model_extra or {})}
+    meta = job.metadata
+    labels = {**pod_labels(meta.labels), **user.labels, JOB_LABEL: meta.name, ROLE_LABEL: role}
+    annotations = {**passed_on(meta.annotations), **user.annotations}
+    metadata = {"labels": labels, **({"annotations": annotations} if annotations else {})}
+    restricted = {"securityContext": pod_context(), **spec}
+    return {"metadata": metadata, "spec": deep_merge(restricted, user.model_extra or {})}
 
 
 def _ray_container(job: RLHFJob, cluster: str, user: PodOverrides, pre_stop: str) -> Raw:
-    ours = [*_token(cluster), *_reconnect()]
-    return _container(job, RAY_CONTAINER, ours, user) | {"lifecycle": {"preStop": {"exec": {"command": ["bash", "-c", pre_stop]}}}}
+    ours = [_from_field("RLHF_POD_NAME", "metadata.name"), *_token(cluster), *_gcs()]
+    hook = {"preStop": {"exec": {"command": ["bash", "-c", pre_stop]}}}
+    return _container(job, RAY_CONTAINER, ours, user) | {"lifecycle": hook}
 
 
 def _driver(job: RLHFJob, cluster: str, user: PodOverrides, shared: list[Raw]) -> Raw:
     meta = job.metadata
     ours = [
-        _env("RLHF_JOB_NAME", meta.name), _env("RLHF_JOB_NAMESPACE", meta.namespace), _env("PYTHONUNBUFFERED", "1"),
-        *_token(cluster), *_reconnect(),
+        _env("RLHF_JOB_NAME", meta.name), _env("RLHF_JOB_NAMESPACE", meta.namespace),
+        _from_field("RLHF_POD_UID", "metadata.uid"), _env("PYTHONUNBUFFERED", "1"), *_token(cluster), *_gcs(),
     ]
     mounts = [*shared, _mount("rlhf-run", str(RUN_CONFIG_PATH).rpartition("/")[0]) | {"readOnly": True}]
     return _container(job, DRIVER_CONTAINER, ours, user) | {
         "command": ["python", "-m", "rlhf_worker", "run", RUN_CONFIG_PATH],
-        "resources": {"requests": DRIVER_REQUESTS},
-        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "resources": _resources(DRIVER_REQUESTS, job.spec.pods.driver.resources),
         "volumeMounts": merge_named(mounts, user.volume_mounts, "mountPath"),
     }
 
 
 def _container(job: RLHFJob, name: str, ours: list[Raw], user: PodOverrides) -> Raw:
-    base = {"name": name, "image": job.spec.image, "imagePullPolicy": job.spec.image_pull_policy, "env": merge_named(ours, user.env, "name")}
+    base = {
+        "name": name,
+        "image": job.spec.image,
+        "imagePullPolicy": job.spec.image_pull_policy,
+        "securityContext": container_context(user),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "env": merge_named(ours, user.env, "name"),
+    }
     return base | ({"envFrom": user.env_from} if user.env_from else {})
+
+
+def _resources(requests: dict[str, str], user: Raw) -> Raw:
+    """Where the user limits what he does not request, Kubernetes requests the limit."""
+    limits = user.get("limits")
+    unset = {name: amount for name, amount in requests.items() if not isinstance(limits, dict) or name not in limits}
+    return deep_merge({"requests": unset}, user)
 
 
 def _head_volumes(job: RLHFJob) -> list[Raw]:
@@ -120,20 +154,12 @@ def _head_volumes(job: RLHFJob) -> list[Raw]:
 
 
 def _checkpoint_volume(job: RLHFJob, group: PodGroup, user: PodOverrides) -> tuple[list[Raw], list[Raw]]:
-    """Where the user mounts nothing at checkpoint.path the one trainer pod saves into itself."""
-    path = job.spec.checkpoint.directory
-    if path is None or group.name != "trainer" or holds_path(user.volume_mounts, path):
+    """The claim's; or, where the user mounts nothing at checkpoint.path, the one trainer pod saves into itself."""
+    path, claim = job.spec.checkpoint.directory, job.spec.checkpoint.claim
+    if path is None or group.name != TRAINER or (claim is None and holds_path(user.volume_mounts, path)):
         return [], []
-    return [{"name": "rlhf-checkpoints", "emptyDir": {}}], [_mount("rlhf-checkpoints", path)]
-
-
-def _cpus(user: PodOverrides, group: PodGroup) -> int:
-    """Ray's logical CPUs: what the pod is given, in whole cores, else a number for the actors that ask for one."""
-    asked = (user.resources.get("limits") or {}).get("cpu") or (user.resources.get("requests") or {}).get("cpu")
-    if asked is None:
-        return CPUS_PER_GPU * group.gpus_per_pod
-    text = str(asked)
-    return max(1, int(float(text.removesuffix("m")) / (1000 if text.endswith("m") else 1)))
+    source = {"persistentVolumeClaim": {"claimName": claim_name(job.metadata.name)}} if claim else {"emptyDir": {}}
+    return [{"name": "rlhf-checkpoints", **source}], [_mount("rlhf-checkpoints", path)]
 
 
 def _token(cluster: str) -> list[Raw]:
@@ -142,12 +168,16 @@ def _token(cluster: str) -> list[Raw]:
     return [_env("RAY_AUTH_MODE", "token"), {"name": "RAY_AUTH_TOKEN", "valueFrom": secret}]
 
 
-def _reconnect() -> list[Raw]:
-    return [_env("RAY_gcs_rpc_server_reconnect_timeout_s", str(GCS_RECONNECT_SECONDS))]
+def _gcs() -> list[Raw]:
+    return [_env(f"RAY_{name}", str(value)) for name, value in GCS_SETTINGS.items()]
 
 
 def _env(name: str, value: str) -> Raw:
     return {"name": name, "value": value}
+
+
+def _from_field(name: str, path: str) -> Raw:
+    return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
 
 
 def _mount(name: str, path: str) -> Raw:

@@ -1,30 +1,37 @@
-"""The RayCluster. Created once and never applied again: `workerGroupSpecs` is an atomic list that Kueue writes to as well."""
+"""The RayCluster. Created once and never applied again: `workerGroupSpecs` is an atomic list that Kueue writes to
+as well.
+"""
 
 from typing import Any
 
 from rlhf_api.job import RLHFJob
 from rlhf_api.placement import PodGroup, plan_placement
 from rlhf_operator.names import QUEUE_LABEL, cluster_name
+from rlhf_operator.plan.labels import passed_on
 from rlhf_operator.plan.pods import head_start_params, head_template, worker_start_params, worker_template
 
 Raw = dict[str, Any]
-# KubeRay takes authOptions.mode=token from 2.52 on and judges by this text; the image has this version of Ray.
-RAY_VERSION = "2.60.0"
+# Which Ray an image has, only the image knows. By this text KubeRay judges what it may ask of it: tokens from 2.52
+# on, a node's health page from 2.53 on. So it is the least version that a worker image may have.
+LEAST_RAY = "2.53.0"
 
 
 def raycluster(job: RLHFJob, metadata: Raw, number: int) -> Raw:
     name = cluster_name(job.metadata.name, number)
     queue = job.spec.queue
-    labels = {**metadata["labels"], **({QUEUE_LABEL: queue.name} if queue else {})}
+    labels = {**passed_on(job.metadata.labels), **metadata["labels"], **({QUEUE_LABEL: queue.name} if queue else {})}
+    notes = passed_on(job.metadata.annotations)
     spec = {
-        "rayVersion": RAY_VERSION,
+        "rayVersion": LEAST_RAY,
         "authOptions": {"mode": "token"},
         "headGroupSpec": {"rayStartParams": head_start_params(), "template": head_template(job, name)},
         "workerGroupSpecs": [_group(job, name, group) for group in plan_placement(job.spec).groups],
     }
-    # Kueue's webhook sets the same; where its integration is off, the job must wait and say so, not run outside its quota.
+    # Kueue's webhook sets the same; where its integration is off, the job must wait and say so, not run outside its
+    # quota.
     held = {"suspend": True} if queue else {}
-    return {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": {**metadata, "name": name, "labels": labels}, "spec": held | spec}
+    own = {**metadata, "name": name, "labels": labels, **({"annotations": notes} if notes else {})}
+    return {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": own, "spec": held | spec}
 
 
 def _group(job: RLHFJob, cluster: str, group: PodGroup) -> Raw:

@@ -1,0 +1,64 @@
+"""What the plan makes, through whole passes: policies that are edited, claims that outlive a job, resources of every kind."""
+
+from typing import Any
+
+import pytest
+
+from rlhf_operator.kinds import CLAIMS, JOBS, NETWORK_POLICIES, PODS
+from tests.api.specs import a_job
+from tests.control.world import World, running
+
+Raw = dict[str, Any]
+PROMETHEUS = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+
+
+def policy(world: World) -> Raw:
+    (found,) = world.api.of(NETWORK_POLICIES)
+    spec: Raw = found["spec"]
+    return spec
+
+
+def selects(world: World, pod: Raw) -> bool:
+    wanted: dict[str, str] = policy(world)["podSelector"]["matchLabels"]
+    return bool(wanted.items() <= pod["metadata"]["labels"].items())
+
+
+def test_a_policy_is_turned_off_and_on_again_under_pods_that_run() -> None:
+    world = running()
+    assert all(selects(world, pod) for pod in world.pods())
+    world.edit(networkPolicy={"enabled": False})
+    world.settle()
+    assert not any(selects(world, pod) for pod in world.pods())
+    world.edit(networkPolicy={"enabled": True, "allowFrom": [PROMETHEUS]})
+    world.settle()
+    assert all(selects(world, pod) for pod in world.pods())
+    assert PROMETHEUS in policy(world)["ingress"][0]["from"]
+    assert world.errors == []
+
+
+@pytest.mark.parametrize(("on_delete", "left"), [("Delete", []), ("Keep", ["sample-checkpoints"])])
+def test_a_kept_claim_outlives_its_job_and_serves_the_next(on_delete: str, left: list[str]) -> None:
+    world = running(checkpoint__claim={"size": "10Gi", "onDelete": on_delete})
+    world.api.vanish(JOBS, world.job_raw)
+    assert [claim["metadata"]["name"] for claim in world.api.of(CLAIMS)] == left
+    world.job_raw = world.api.put(JOBS, a_job(checkpoint__claim={"size": "5Gi", "onDelete": on_delete}))
+    world.job_raw["metadata"]["generation"] = 1
+    for pod in world.pods():
+        world.api.remove(PODS, pod["metadata"]["name"])
+    world.settle()
+    assert world.condition("Accepted")[0] == "True"
+    assert world.clusters() == ["sample-1"]
+    (claim,) = world.api.of(CLAIMS)
+    assert claim["spec"]["resources"]["requests"]["storage"] == ("10Gi" if left else "5Gi"), "what holds data is left as it is"
+
+
+@pytest.mark.parametrize(
+    "resources",
+    [{"requests": {"cpu": "2k"}}, {"limits": {"cpu": "16Gi"}}, {"limits": {"cpu": "four"}}, {"limits": {"cpu": ["4"]}}],
+)
+def test_no_resources_keep_a_job_from_being_planned(resources: Raw) -> None:
+    """What is wrong with them is for the API server to say, of the RayCluster that it refuses."""
+    world = World(pods={kind: {"resources": resources} for kind in ("head", "driver", "trainer")})
+    world.settle()
+    assert world.clusters() == ["sample-1"]
+    assert world.errors == []
