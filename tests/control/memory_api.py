@@ -45,6 +45,7 @@ class MemoryApi:
         self.refuse: dict[str, ApiError] = {}
         self.writes: list[str] = []
         self.used: set[tuple[str, Kind]] = set()
+        self.calls: list[str] = []
         self.kill_at: int | None = None
         self.dead = False
         self.live = True
@@ -211,6 +212,7 @@ class MemoryApi:
 
     def _check(self, verb: str, kind: Kind) -> None:
         self.used.add((verb, kind))
+        self.calls.append(f"{verb} {kind.kind}")
         if self.dead:
             raise Killed
         self.commit()
