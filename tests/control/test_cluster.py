@@ -42,7 +42,11 @@ def test_nothing_is_written_while_nothing_changes() -> None:
     before = list(world.api.writes)
     for step in range(4, 14):
         world.later(10)
-        world.report(step=step, reward=f"0.{step}", checkpoint={"step": step, "path": f"/c/{step}", "time": "2026-01-01T12:00:00Z"})
+        world.report(
+            step=step,
+            reward=f"0.{step}",
+            checkpoint={"step": step, "path": f"/c/{step}", "time": "2026-01-01T12:00:00Z"},
+        )
         world.settle()
     assert world.api.writes[len(before) :] == ["apply RLHFJob sample"], "one write: CheckpointAvailable turned True"
 
@@ -102,7 +106,14 @@ def test_a_job_whose_deletion_waits_for_us_is_served() -> None:
 def test_the_finalizer_is_put_on_before_and_taken_off_after_and_no_other_is_touched(there: list[str]) -> None:
     world = World()
     world.job_raw["metadata"]["finalizers"] = list(there)
-    act(world, Plan("default", create=({"kind": "RayCluster", "metadata": {"name": "x", "labels": {JOB_LABEL: "sample"}}},), finalizer=True))
+    act(
+        world,
+        Plan(
+            "default",
+            create=({"kind": "RayCluster", "metadata": {"name": "x", "labels": {JOB_LABEL: "sample"}}},),
+            finalizer=True,
+        ),
+    )
     assert world.job_raw["metadata"]["finalizers"] == [*there, FINALIZER]
     assert world.api.writes == ["patch RLHFJob sample", "create RayCluster x"]
     act(world, Plan("default", finalizer=True))
@@ -182,7 +193,9 @@ def test_a_status_of_which_a_part_is_not_kept_is_sent_once(monkeypatch: pytest.M
 
     monkeypatch.setattr(MemoryApi, "apply", pruned)
     io = ClusterIO(world.api, world.api.store)
-    wakes = [asyncio.run(reconcile(io, ("default", "sample"), lambda: world.api.now)) for _ in range(9) if world.api.store]
+    wakes = [
+        asyncio.run(reconcile(io, ("default", "sample"), lambda: world.api.now)) for _ in range(9) if world.api.store
+    ]
     assert wakes[-1] is not None and wakes[-1] > world.api.now, "it goes round and round"
     assert world.api.calls.count("patch status RLHFJob") <= 4
 
@@ -191,7 +204,13 @@ def test_a_status_of_which_a_part_is_not_kept_is_sent_once(monkeypatch: pytest.M
 def test_what_a_predecessor_left_is_waited_for(kind: str, name: str) -> None:
     """delete and apply in one breath: the garbage collector comes after."""
     world = World()
-    owner = {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFJob", "name": "sample", "uid": "of-the-former", "controller": True}
+    owner = {
+        "apiVersion": "rlhf.dev/v1alpha1",
+        "kind": "RLHFJob",
+        "name": "sample",
+        "uid": "of-the-former",
+        "controller": True,
+    }
     left = {"metadata": {"name": name, "labels": {JOB_LABEL: "sample"}, "ownerReferences": [owner]}, "spec": {}}
     world.api.put(OF_KIND[kind], left)
     world.settle()
@@ -207,8 +226,14 @@ def test_what_a_predecessor_left_is_waited_for(kind: str, name: str) -> None:
 
 def test_a_claim_that_was_kept_is_taken_up_and_a_strangers_is_not() -> None:
     world = World()
-    body = {"kind": "PersistentVolumeClaim", "metadata": {"name": "sample-checkpoints", "labels": {JOB_LABEL: "sample"}}, "spec": {}}
-    world.api.put(CLAIMS, {"metadata": {"name": "sample-checkpoints", "labels": {JOB_LABEL: "sample"}}, "spec": {"size": 1}})
+    body = {
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": "sample-checkpoints", "labels": {JOB_LABEL: "sample"}},
+        "spec": {},
+    }
+    world.api.put(
+        CLAIMS, {"metadata": {"name": "sample-checkpoints", "labels": {JOB_LABEL: "sample"}}, "spec": {"size": 1}}
+    )
     act(world, Plan("default", create=(body,)))
     assert world.api.of(CLAIMS)[0]["spec"] == {"size": 1}
     world.api.of(CLAIMS)[0]["metadata"]["labels"] = {}
@@ -220,7 +245,8 @@ def test_a_claim_that_was_kept_is_taken_up_and_a_strangers_is_not() -> None:
 
 
 def test_what_cannot_be_planned_is_told() -> None:
-    """Everything between the look and the write, whatever it is: this quantity is valid, and the planner chokes on it."""
+    """Everything between the look and the write, whatever it is: this quantity is valid, and the planner chokes on
+    it."""
     world = World()
 
     def choke(*_: object) -> None:
@@ -241,7 +267,8 @@ def test_what_cannot_be_planned_is_told() -> None:
 
 def test_a_heartbeat_wakes_nobody() -> None:
     world = running()
-    assert world.api.store and not world.api.woken.clear()
+    assert world.api.store is not None
+    world.api.woken.clear()
     world.report(step=4)
     assert world.api.store and world.api.woken == []
     world.driver_ends(1, "ValueError")
