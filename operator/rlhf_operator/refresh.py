@@ -1,5 +1,5 @@
-"""Lists into the store. Every kind once before the first pass, one that a watch may have lost something of soon after, each of them
-now and then, and a kind that is not installed until it is."""
+"""Lists into the store. Every kind once before the first pass, one that a watch may have lost something of soon
+after, each of them now and then, and a kind that is not installed until it is."""
 
 import asyncio
 import logging
@@ -43,7 +43,12 @@ class Refresher:
     """`came` is told of a kind that was installed meanwhile. `listed` is set once every kind was listed."""
 
     def __init__(
-        self, api: Api, store: Store, namespace: str | None, came: Callable[[Kind], None], clock: Callable[[], float] = time.monotonic
+        self,
+        api: Api,
+        store: Store,
+        namespace: str | None,
+        came: Callable[[Kind], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.api, self.store, self.namespace, self.came, self.clock = api, store, namespace, came, clock
         self.listed = asyncio.Event()

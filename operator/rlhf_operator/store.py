@@ -1,8 +1,9 @@
-"""What the API server holds, as far as it concerns jobs: watches, lists and the answers to our own writes fill it, passes read it.
+"""What the API server holds, as far as it concerns jobs: watches, lists and the answers to our own writes fill it,
+passes read it.
 
-No I/O and no clock of its own. A watch may lose, repeat or reorder what it tells: of two versions of an object the newer counts,
-what was once gone stays gone, and a list removes what it lacks. Kept are projections, by job, so that a pass costs what the job
-has and not what the cluster has. Threads may use it at once: kopf has one of its own.
+No I/O and no clock of its own. A watch may lose, repeat or reorder what it tells: of two versions of an object the
+newer counts, what was once gone stays gone, and a list removes what it lacks. Kept are projections, by job, so that
+a pass costs what the job has and not what the cluster has. Threads may use it at once: kopf has one of its own.
 """
 
 import hashlib
@@ -66,7 +67,8 @@ class Held(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class JobFacts:
-    """A job as bytes, and the little that is asked of all jobs at once. `heeded` tells whether a change is worth a pass."""
+    """A job as bytes, and the little that is asked of all jobs at once. `heeded` tells whether a change is worth a
+    pass."""
 
     packed: bytes
     heeded: bytes
@@ -140,7 +142,8 @@ class _Warning:
 
 
 class Complaints:
-    """The newest telling Warning Event about an object, by its uid; about strangers, which may become ours, for a short time."""
+    """The newest telling Warning Event about an object, by its uid; about strangers, which may become ours, for a
+    short time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -194,7 +197,11 @@ class Store:
         self.queues: Shelf[None] = Shelf()
         self.complaints = Complaints(clock)
         self._shelves: dict[Kind, Shelf[Any]] = {
-            JOBS: self.jobs, RAYCLUSTERS: self.clusters, PODS: self.pods, WORKLOADS: self.workloads, LOCAL_QUEUES: self.queues,
+            JOBS: self.jobs,
+            RAYCLUSTERS: self.clusters,
+            PODS: self.pods,
+            WORKLOADS: self.workloads,
+            LOCAL_QUEUES: self.queues,
         }
         self._gone: OrderedDict[str, None] = OrderedDict()
         self._known: dict[Kind, bool] = {}
@@ -222,7 +229,11 @@ class Store:
         """A whole list was put, which is as of `version`: what is not newer and not in it has gone unseen."""
         with self._lock:
             self._exists(kind, True)
-            lost = [held.uid for held in self._shelves[kind].by_uid.values() if held.version <= version and held.uid not in uids]
+            lost = [
+                held.uid
+                for held in self._shelves[kind].by_uid.values()
+                if held.version <= version and held.uid not in uids
+            ]
             for uid in lost:
                 self.drop(kind, uid)
 
@@ -268,7 +279,9 @@ class Store:
                 return Observed(kuberay=False)
             clusters = tuple(held.facts for held in self.clusters.of(key) if held.owner == job.meta.uid)
             pods = tuple(held.facts for held in self.pods.of(key))
-            return Observed(clusters, pods, queue=self._queue(job, clusters), complaints=self._complaints(clusters, pods))
+            return Observed(
+                clusters, pods, queue=self._queue(job, clusters), complaints=self._complaints(clusters, pods)
+            )
 
     def job_keys(self, *, at_rest: bool = True) -> list[Key]:
         """Of all jobs, or of those for which something is left to do."""
@@ -285,10 +298,14 @@ class Store:
 
     def goodputs(self) -> list[tuple[Key, float]]:
         with self._lock:
-            return [(held.name, held.facts.goodput) for held in self.jobs.by_uid.values() if held.facts.goodput is not None]
+            return [
+                (held.name, held.facts.goodput) for held in self.jobs.by_uid.values() if held.facts.goodput is not None
+            ]
 
     def sizes(self) -> dict[str, int]:
-        return {kind.plural: len(shelf) for kind, shelf in self._shelves.items()} | {EVENTS.plural: len(self.complaints)}
+        return {kind.plural: len(shelf) for kind, shelf in self._shelves.items()} | {
+            EVENTS.plural: len(self.complaints)
+        }
 
     # inside
 
@@ -410,7 +427,10 @@ def _job_facts(raw: Raw) -> JobFacts:
 
 def _slim(raw: Raw) -> Raw:
     """Of who manages which field only who and when is read."""
-    managers = [{k: v for k, v in m.items() if k in ("manager", "time", "subresource")} for m in raw["metadata"].get("managedFields") or ()]
+    managers = [
+        {k: v for k, v in m.items() if k in ("manager", "time", "subresource")}
+        for m in raw["metadata"].get("managedFields") or ()
+    ]
     return {**raw, "metadata": {**raw["metadata"], "managedFields": managers}}
 
 
@@ -427,7 +447,11 @@ def _number(text: Any) -> float | None:
 
 
 def _silent(pod: Pod) -> bool:
-    waiting = [c.waiting_reason for c in (*pod.init_containers, *pod.containers) if c.running_since is None and not c.terminated]
+    waiting = [
+        c.waiting_reason
+        for c in (*pod.init_containers, *pod.containers)
+        if c.running_since is None and not c.terminated
+    ]
     return all(reason in SILENT_WAITS for reason in waiting)
 
 

@@ -14,7 +14,7 @@ from rlhf_operator.handlers import registry
 from rlhf_operator.kinds import PODS, RAYCLUSTERS, Kind
 from rlhf_operator.leader import _tried
 from rlhf_operator.metrics import WatchAges
-from rlhf_operator.settings import kopf_settings, parse
+from rlhf_operator.settings import Backoffs, kopf_settings, parse
 from rlhf_operator.store import WATCHED, Store
 from tests.control.world import running
 
@@ -56,7 +56,9 @@ def test_kopf_only_watches() -> None:
 
 def test_every_event_goes_into_the_store() -> None:
     """Those of a running job, through kopf's handlers, into a store that wakes it; and out of it again."""
-    world, woken, suspected = running(), [], []
+    world = running()
+    woken: list[tuple[str, str]] = []
+    suspected: list[Kind] = []
     store = Store(woken.append)
     by_id = {handler.id: handler.fn for handler in handlers_of(store, suspected)._watching.get_all_handlers()}
 
@@ -108,7 +110,8 @@ def test_paths() -> None:
 
 
 def test_the_backoff_of_watches_has_no_end() -> None:
-    pauses = iter(kopf_settings(None).networking.error_backoffs)
+    pauses = iter(Backoffs())
+    assert isinstance(kopf_settings(None).networking.error_backoffs, Backoffs)
     assert all(0 < next(pauses) <= 5 for _ in range(1000))
 
 

@@ -35,13 +35,25 @@ class Told(Store):
 
 
 def pod(version: int, phase: str = "Pending", *, uid: str = "p", name: str = "head", job: str = "sample") -> Raw:
-    meta = {"name": name, "namespace": "default", "uid": uid, "resourceVersion": str(version), "labels": {JOB_LABEL: job}}
+    meta = {
+        "name": name,
+        "namespace": "default",
+        "uid": uid,
+        "resourceVersion": str(version),
+        "labels": {JOB_LABEL: job},
+    }
     return {"metadata": meta, "status": {"phase": phase}}
 
 
 def cluster(version: int, uid: str = "c", owner: str = "j", **spec: Any) -> Raw:
     owners = [{"uid": owner, "controller": True}]
-    meta = {"name": "sample-1", "namespace": "default", "uid": uid, "resourceVersion": str(version), "labels": {JOB_LABEL: "sample"}}
+    meta = {
+        "name": "sample-1",
+        "namespace": "default",
+        "uid": uid,
+        "resourceVersion": str(version),
+        "labels": {JOB_LABEL: "sample"},
+    }
     return {"metadata": meta | {"ownerReferences": owners}, "spec": spec}
 
 
@@ -53,12 +65,17 @@ def job(version: int, *, uid: str = "j", status: Raw | None = None, **spec: Any)
 
 def warning(uid: str, message: str, at: str = "2026-01-01T12:00:00Z", reason: str = "FailedMount") -> Raw:
     return {
-        "metadata": {"name": message, "namespace": "default", "uid": message, "resourceVersion": "1"}, "involvedObject": {"uid": uid},
-        "type": "Warning", "reason": reason, "message": message, "lastTimestamp": at,
+        "metadata": {"name": message, "namespace": "default", "uid": message, "resourceVersion": "1"},
+        "involvedObject": {"uid": uid},
+        "type": "Warning",
+        "reason": reason,
+        "message": message,
+        "lastTimestamp": at,
     }
 
 
 # what a watch does to events
+
 
 @pytest.mark.parametrize("order", itertools.permutations(range(4)))
 def test_whatever_the_order_the_newest_counts_and_what_is_gone_stays_gone(order: tuple[int, ...]) -> None:
@@ -137,6 +154,7 @@ def test_nothing_is_left_when_everything_has_gone() -> None:
 
 # whom it wakes
 
+
 def test_a_heartbeat_wakes_nobody_and_is_kept() -> None:
     store = Told()
     report = {"state": "Training", "step": 1, "totalSteps": 9, "reportTime": "2026-01-01T12:00:00Z"}
@@ -163,8 +181,17 @@ def test_a_pod_wakes_when_something_of_it_changed_that_is_read() -> None:
 
 
 def workload(version: int, message: str = "") -> Raw:
-    meta = {"name": "w", "namespace": "default", "uid": "w", "resourceVersion": str(version), "labels": {WORKLOAD_UID_LABEL: "c"}}
-    return {"metadata": meta, "status": {"conditions": [{"type": "QuotaReserved", "status": "False", "message": message}]}}
+    meta = {
+        "name": "w",
+        "namespace": "default",
+        "uid": "w",
+        "resourceVersion": str(version),
+        "labels": {WORKLOAD_UID_LABEL: "c"},
+    }
+    return {
+        "metadata": meta,
+        "status": {"conditions": [{"type": "QuotaReserved", "status": "False", "message": message}]},
+    }
 
 
 def test_a_workload_wakes_the_job_of_its_raycluster() -> None:
@@ -179,7 +206,12 @@ def test_a_queue_that_comes_or_goes_wakes_those_that_name_it_and_its_numbers_nob
     store.put(JOBS, job(1, queue={"name": "team-a"}))
     queue = {"metadata": {"name": "team-a", "namespace": "default", "uid": "q", "resourceVersion": "2"}}
     assert store.wakes(LOCAL_QUEUES, queue) == [KEY]
-    assert store.wakes(LOCAL_QUEUES, {"metadata": queue["metadata"] | {"resourceVersion": "3"}, "status": {"pendingWorkloads": 7}}) == []
+    assert (
+        store.wakes(
+            LOCAL_QUEUES, {"metadata": queue["metadata"] | {"resourceVersion": "3"}, "status": {"pendingWorkloads": 7}}
+        )
+        == []
+    )
     store.woken.clear()
     store.drop(LOCAL_QUEUES, "q")
     assert store.woken == [KEY]
@@ -197,6 +229,7 @@ def test_kuberay_that_comes_wakes_everybody() -> None:
 
 
 # what it is ready for
+
 
 def test_it_is_ready_when_every_kind_was_listed_or_is_absent() -> None:
     store = Store()
@@ -217,25 +250,37 @@ def test_a_job_that_goes_is_ours_only_with_our_finalizer() -> None:
     assert store.job(KEY) is None
 
 
-@pytest.mark.parametrize(("conditions", "restless"), [
-    ({}, True), ({"Complete": "True"}, True), ({"Failed": "True", "ResourcesReleased": "False"}, True),
-    ({"Failed": "True", "ResourcesReleased": "True"}, False),
-])
+@pytest.mark.parametrize(
+    ("conditions", "restless"),
+    [
+        ({}, True),
+        ({"Complete": "True"}, True),
+        ({"Failed": "True", "ResourcesReleased": "False"}, True),
+        ({"Failed": "True", "ResourcesReleased": "True"}, False),
+    ],
+)
 def test_the_resync_skips_what_ended_and_holds_nothing(conditions: dict[str, str], restless: bool) -> None:
     store = Told()
-    store.put(JOBS, job(1, status={"conditions": [{"type": kind, "status": status} for kind, status in conditions.items()]}))
+    store.put(
+        JOBS, job(1, status={"conditions": [{"type": kind, "status": status} for kind, status in conditions.items()]})
+    )
     assert bool(store.job_keys(at_rest=False)) is restless
     assert store.job_keys() == [KEY]
 
 
 # complaints
 
+
 def test_the_newest_telling_warning_counts() -> None:
     store = Told()
     store.put(PODS, pod(1))
     assert store.wakes(EVENTS, warning("p", "new", "2026-01-01T12:00:09Z")) == [KEY]
     assert store.wakes(EVENTS, warning("p", "new", "2026-01-01T12:00:10Z")) == []
-    for quiet in (warning("p", "old"), warning("p", "mere", "2026-01-01T13:00:00Z", reason="Unhealthy"), warning("q", "a stranger's")):
+    for quiet in (
+        warning("p", "old"),
+        warning("p", "mere", "2026-01-01T13:00:00Z", reason="Unhealthy"),
+        warning("q", "a stranger's"),
+    ):
         assert store.wakes(EVENTS, quiet) == []
     complaint = store.complaints.of("p")
     assert complaint is not None and complaint.message == "new"
