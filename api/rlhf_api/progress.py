@@ -13,6 +13,7 @@ from rlhf_api.base import Model
 DRIVER_FIELD_MANAGER = "rlhf-driver"
 RUN_CONFIG_PATH = "/etc/rlhf/run.yaml"
 HEARTBEAT_SECONDS = 10.0
+DRIVER_PORT = 8266  # of the head pod: there a worker pod that is being deleted tells the driver
 
 # Exit codes of the driver. Everything else is retried.
 EXIT_OK = 0

@@ -1,5 +1,6 @@
 """Who has the GPUs that trainer and engines share, and when: the order of the loop's calls in one step, with stand-ins for all actors."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_engines_that_share_gpus_sleep_from_the_last_completion_to_the_sync(monk
     monkeypatch.setattr(module, "call", lambda *args, **more: None)
     config = run_config(algorithm={"name": "ppo", "kl": {"coefficient": 0.1}}, rollout={"maxTokens": 16, "engineArgs": args}, placement={"mode": mode})
     ranks = {role: [stand] for role in ("policy", "reference", "critic")}
-    reporter = SimpleNamespace(stepped=lambda *args, **more: None)
+    reporter = SimpleNamespace(stepped=lambda *args, **more: None, active=lambda: None, bounded=nullcontext)
     loop = Loop(config, SimpleNamespace(fleet=stand, ranks=ranks, feed=stand), reporter, Stop())  # type: ignore[arg-type]
     loop.rollouts = stand  # type: ignore[assignment]
     loop._step()

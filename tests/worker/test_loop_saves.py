@@ -1,5 +1,6 @@
 """What the loop makes of saves that end well or badly, with a stand-in for the ranks."""
 
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,17 +34,22 @@ class Ranks:
 
 
 class Told:
-    suspended = False
+    drain = False
 
     def __init__(self) -> None:
         self.good: list[int] = []
         self.errors: list[str] = []
+        self.words: list[dict[str, str]] = []
 
     def saved(self, step: int, path: str) -> None:
         self.good.append(step)
 
-    def update(self, save_error: str) -> None:
-        self.errors.append(save_error)
+    def update(self, save_error: str = "", **fields: str) -> None:
+        self.errors += [save_error] if save_error else []
+        self.words.append(fields)
+
+    def bounded(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def looping(monkeypatch: pytest.MonkeyPatch, full: set[int], stop: Stop | None = None) -> tuple[Loop, Ranks, Told]:
