@@ -95,3 +95,23 @@ def test_a_run_that_is_asked_to_end_tries_again_what_failed(monkeypatch: pytest.
     with pytest.raises(Terminated):
         made.run()
     assert (ranks.tries, told.good) == ([2, 3], [3])
+
+
+def test_pods_that_are_to_go_are_given_up_once_saved_and_used_again_when_they_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suspension that is refused, since it would lose the checkpoint, is taken back for the driver."""
+    made, ranks, told = looping(monkeypatch, full=set())
+    step = made._step
+
+    def until_the_third() -> None:
+        step()
+        told.drain = made.step == 3
+
+    def waited(seconds: float) -> None:
+        assert told.words[-1] == {"state": "Drained", "detail": "saved; waiting for the pods to go"}
+        told.drain = False
+
+    monkeypatch.setattr(made, "_step", until_the_third)
+    monkeypatch.setattr(made.stop, "wait", waited)
+    made.run()
+    assert (ranks.tries, told.good) == ([2, 3, 4, 6], [2, 3, 4, 6])
+    assert [words["state"] for words in told.words if "state" in words] == ["Draining", "Drained", "Training"]
