@@ -41,6 +41,10 @@ class SaveFailed(Exception):
     """The run's last checkpoint could not be written. The message names path, room and fix."""
 
 
+class Fenced(Exception):
+    """A later driver writes this checkpoint path: this one publishes nothing any more, and has nothing left to do."""
+
+
 class EngineFailed(Exception):
     """vLLM did not start, or its processes ended. The message holds the end of their log."""
 
