@@ -122,7 +122,7 @@ def _restore(config: RunConfig, crew: Crew, reporter: Reporter, number: int) -> 
     state = restored.state
     step = state.step if state else 0
     call(crew.feed, "begin", step, state.sampler if state else None, deadline_seconds=FILE_DEADLINE_SECONDS, what="start of the data")
-    reporter.resumed(step, f"{config.checkpoint.path.rstrip('/')}/step-{step}", restored.passed_over)
+    reporter.resumed(step, restored.path, restored.passed_over)
     return step, state.loop if state else {}
 
 

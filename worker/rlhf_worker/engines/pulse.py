@@ -4,7 +4,6 @@ A core answers between its steps, so one that is busy is late and one that hangs
 """
 
 import asyncio
-import os
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -53,21 +52,18 @@ def stopped(pid: int) -> list[int]:
 
 
 def _below(pid: int) -> Iterator[int]:
-    for thread in _entries(Path(f"/proc/{pid}/task")):
-        for child in map(int, _text(Path(f"/proc/{pid}/task/{thread}/children")).split()):
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    except OSError:  # it ended meanwhile
+        return
+    for thread in threads:
+        for child in map(int, _text(thread / "children").split()):
             yield child
             yield from _below(child)
 
 
 def _state(pid: int) -> str:
     return _text(Path(f"/proc/{pid}/stat")).rpartition(") ")[2][:1]
-
-
-def _entries(directory: Path) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except OSError:  # it ended meanwhile
-        return []
 
 
 def _text(file: Path) -> str:

@@ -68,10 +68,11 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """`passed_over`: newer checkpoints that are damaged, each by name and fault."""
+    """`passed_over`: newer checkpoints that are damaged, each by name and fault. `path`: of the one that was read, told by the leader's ranks."""
 
     state: RunState | None
     passed_over: list[str]
+    path: str = ""
 
 
 class Saver:
@@ -275,7 +276,7 @@ class Saver:
                 self._require(name, state, model)
                 self._agreed(partial(self.fenced.resume, name))
                 self._load(name, roles)
-                return Restored(state, passed_over)
+                return Restored(state, passed_over, self.store.url(name))
             passed_over.append(f"checkpoint {self.store.url(name)} is damaged ({faults[0]}) and was passed over")
         if passed_over:
             raise BadData(f"{'; '.join(passed_over)}; no whole one is left: set spec.checkpoint.path to an empty directory to start anew")
