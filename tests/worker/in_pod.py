@@ -1,4 +1,7 @@
-"""`rlhf_worker run` as in a pod, on a Ray of its own and against an API server of a test's: `in_pod.py <run.yaml> <api> <account> <port>`."""
+"""`rlhf_worker run` as in a pod, on a Ray of its own and against an API server of a test's.
+
+    python -m tests.worker.in_pod <run.yaml> <api> <account> <port>
+"""
 
 import os
 import sys

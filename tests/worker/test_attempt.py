@@ -60,7 +60,10 @@ def test_an_operator_that_does_not_answer_is_an_error_that_says_so(answer: Any, 
         attempt.number(Own(answer), Stop(), "pod-2")
 
 
-FAILED = {"metadata": {"uid": "u-1"}, "status": {"conditions": [{"type": "Failed", "status": "True", "reason": "Stalled"}]}}
+FAILED = {
+    "metadata": {"uid": "u-1"},
+    "status": {"conditions": [{"type": "Failed", "status": "True", "reason": "Stalled"}]},
+}
 
 
 @pytest.mark.parametrize("answer", [None, {"metadata": {"uid": "u-2"}}, FAILED])

@@ -1,4 +1,7 @@
-"""What the driver prints, kept by the feed: in order, whole, and never in the driver's way. A real Ray, for its calls are what may hang."""
+"""What the driver prints, kept by the feed: in order, whole, and never in the driver's way.
+
+On a real Ray, for its calls are what may hang.
+"""
 
 import asyncio
 import os
@@ -21,7 +24,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 def cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     directory = Path("/tmp") / f"rk-{os.getpid()}"  # Ray's sockets need a short path
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, _temp_dir=str(directory), log_to_driver=False)
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        _temp_dir=str(directory),
+        log_to_driver=False,
+    )
     yield
     ray.shutdown()
 
@@ -55,7 +65,9 @@ class Keeper:
 KeeperActor: Any = ray.remote(num_cpus=0)(Keeper)
 
 
-def test_everything_printed_is_kept_also_before_the_feed_is_there_and_after_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_printed_is_kept_also_before_the_feed_is_there_and_after_the_end(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     keeper = KeeperActor.remote()
     with kept_log() as log:
         print("before")

@@ -76,7 +76,8 @@ def zeros(batches: list[PackedBatch]) -> dict[int, list[float]]:
 
 def looping(config: RunConfig, stand: Stand, stop: Stop) -> tuple[Loop, Told]:
     told, ranks = Told(), {role: [stand] for role in ("policy", "reference", "critic")}
-    loop = Loop(config, SimpleNamespace(fleet=stand, ranks=ranks, feed=stand, policy=[stand], savers=[stand]), told, stop)  # type: ignore[arg-type]
+    crew = SimpleNamespace(fleet=stand, ranks=ranks, feed=stand, policy=[stand], savers=[stand])
+    loop = Loop(config, crew, told, stop)  # type: ignore[arg-type]
     loop.rollouts = stand  # type: ignore[assignment]
     return loop, told
 

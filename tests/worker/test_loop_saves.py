@@ -97,7 +97,7 @@ def test_a_run_that_is_asked_to_end_tries_again_what_failed(monkeypatch: pytest.
     assert (ranks.tries, told.good) == ([2, 3], [3])
 
 
-def test_pods_that_are_to_go_are_given_up_once_saved_and_used_again_when_they_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pods_that_are_to_go_are_given_up_once_saved_and_used_when_they_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """A suspension that is refused, since it would lose the checkpoint, is taken back for the driver."""
     made, ranks, told = looping(monkeypatch, full=set())
     step = made._step

@@ -1,4 +1,4 @@
-"""Notices of pods that are being deleted, over real sockets: who is believed, what becomes of it, and who cannot do harm."""
+"""Notices of pods that are being deleted, over real sockets: who is believed, what comes of it, who can do no harm."""
 
 import socket
 from collections.abc import Iterator
@@ -68,8 +68,14 @@ def is_closed(client: socket.socket, seconds: float = 5.0) -> bool:
         return True
 
 
-def test_a_trainers_pod_is_kept_waiting_and_a_rollout_pod_is_not(noted: Noted, notices: Notices, clients: list[socket.socket]) -> None:
-    trainers = [tell(clients, notices.port, b"secret trainer a\n"), tell(clients, notices.port, b"secret trainer b\n"), tell(clients, notices.port, b"secret trainer a\n")]
+def test_a_trainers_pod_is_kept_waiting_and_a_rollout_pod_is_not(
+    noted: Noted, notices: Notices, clients: list[socket.socket]
+) -> None:
+    trainers = [
+        tell(clients, notices.port, b"secret trainer a\n"),
+        tell(clients, notices.port, b"secret trainer b\n"),
+        tell(clients, notices.port, b"secret trainer a\n"),
+    ]
     assert is_closed(tell(clients, notices.port, b"secret rollout c\n"))
     until(lambda: len(noted.heard) == 4)
     assert sorted(set(noted.heard)) == [("rollout", "c"), ("trainer", "a"), ("trainer", "b")]
@@ -83,7 +89,8 @@ def test_ipv6_is_heard_too(noted: Noted, notices: Notices, clients: list[socket.
 
 @pytest.mark.parametrize("line", [
     b"\n", b"secret\n", b"wrong trainer a\n", b"secret trainer a b\n", b"trainer a secret\n", b"secret janitor a\n",
-    "s\xe9cret trainer a\n".encode("latin-1"), b"\x16\x03\x01\x02\x00\x01\x00\n", b"secret trainer " + b"a" * 5000 + b"\n", b"a" * 100_000,
+    "s\xe9cret trainer a\n".encode("latin-1"), b"\x16\x03\x01\x02\x00\x01\x00\n", 
+    b"secret trainer " + b"a" * 5000 + b"\n", b"a" * 100_000,
 ])  # fmt: skip
 def test_nobody_else_is_believed(noted: Noted, notices: Notices, clients: list[socket.socket], line: bytes) -> None:
     assert is_closed(tell(clients, notices.port, line))
@@ -107,11 +114,16 @@ def test_nobody_is_heard_before_there_is_something_to_save(noted: Noted) -> None
 
 
 def test_a_port_that_is_taken_is_named(noted: Noted, notices: Notices) -> None:
-    with pytest.raises(PortTaken, match=rf"port {notices.port}, where pods that are being deleted tell the driver.*in use.*free it in pods\.head"):
+    with pytest.raises(
+        PortTaken,
+        match=rf"port {notices.port}, where pods that are being deleted tell the driver.*in use.*free it in pods\.head",
+    ):
         Notices(noted, "secret", port=notices.port)
 
 
-def test_without_a_token_nobody_is_heard(noted: Noted, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_token_nobody_is_heard(
+    noted: Noted, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
     assert listening(noted) is None
     assert "RAY_AUTH_TOKEN is not set" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A driver as in a pod, told by a trainer's pod that it goes: saved, ended, started again, resumed; and ended by the end of its job."""
+"""A driver as in a pod, told by a trainer's pod that it goes: it saves, ends, is started and resumes."""
 
 import json
 import os
@@ -81,7 +81,16 @@ class Driver:
         (directory / "token").write_text("t")
         self.log = directory / "log"
         api = f"http://127.0.0.1:{server.server_address[1]}"
-        command = [sys.executable, "-u", "-m", "tests.worker.in_pod", str(directory / "run.yaml"), api, str(directory), str(port)]
+        command = [
+            sys.executable,
+            "-u",
+            "-m",
+            "tests.worker.in_pod",
+            str(directory / "run.yaml"),
+            api,
+            str(directory),
+            str(port),
+        ]
         environment = {**os.environ, "RLHF_POD_UID": "pod-2", "RAY_AUTH_TOKEN": "secret"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -109,12 +118,18 @@ def start(tmp_path: Path, tiny: Path, server: Server) -> Iterator[Callable[[int]
 
 
 def config(directory: Path, tiny: Path) -> RunConfig:
-    reward = {"name": "length", "type": "python", "code": "def reward(completion, **row):\n    return float(len(completion))", "function": "reward"}
+    reward = {
+        "name": "length",
+        "type": "python",
+        "code": "def reward(completion, **row):\n    return float(len(completion))",
+        "function": "reward",
+    }
     return run_config(
         steps=STEPS, model={"path": str(tiny), "dtype": "float32"}, rewards=[reward],
         data={"jsonl": {"path": str(tiny / "prompts.jsonl")}, "maxPromptTokens": 16},
         rollout={"engine": "hf", "promptsPerStep": 2, "samplesPerPrompt": 2, "maxTokens": 4},
-        checkpoint={"path": str(directory / "out"), "everySteps": STEPS, "export": False}, telemetry={"tensorboard": False, "rolloutsEverySteps": 0},
+        checkpoint={"path": str(directory / "out"), "everySteps": STEPS, "export": False},
+        telemetry={"tensorboard": False, "rolloutsEverySteps": 0},
     )  # fmt: skip
 
 
@@ -139,14 +154,19 @@ def test_a_trainers_pod_that_goes_costs_no_finished_step(server: Server, start: 
     code, output = first.ended()
     left = server.progress
     assert (code, left["checkpoint"]["step"]) == (143, left["step"]), output
-    assert {one.get("attempt") for one in server.told} <= {None, 2} and {one["podUid"] for one in server.told} == {"pod-2"}
+    assert {one.get("attempt") for one in server.told} <= {None, 2} and {one["podUid"] for one in server.told} == {
+        "pod-2"
+    }
 
     server.told.clear()
     second = start(port)
     second.until(lambda: server.progress.get("step", 0) > left["step"])
     assert {one["step"] for one in server.told if one["state"] == "Starting"} == {left["step"]}
     assert {json.dumps(one["checkpoint"]) for one in server.told} == {json.dumps(left["checkpoint"])}
-    assert server.progress["resumedFromStep"] == left["step"] and server.progress["productiveSeconds"] >= left["productiveSeconds"]
+    assert (
+        server.progress["resumedFromStep"] == left["step"]
+        and server.progress["productiveSeconds"] >= left["productiveSeconds"]
+    )
     server.job["status"]["conditions"] = [{"type": "Failed", "status": "True", "reason": "DeadlineExceeded"}]
     code, output = second.ended()
     assert code == 0 and "ended: RLHFJob tiny is Failed (DeadlineExceeded)" in output, output

@@ -64,7 +64,13 @@ def test_other_failures_leave_the_actors_traceback_in_3_kb(log: Path) -> None:
     assert log.stat().st_size <= 3000
 
 
-@pytest.mark.parametrize("text", ["a line\n" * 4000, "\u20ac" * 5000, "one\n" + "\u20ac" * 5000, "half a pair \ud800" + "x" * 5000, "x" * 2998 + "\n\u20ac"])
+LONG = [
+    "a line\n" * 4000, "\u20ac" * 5000, "one\n" + "\u20ac" * 5000, "half a pair \ud800" + "x" * 5000,
+    "x" * 2998 + "\n\u20ac",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", LONG)
 def test_last_words_are_whole_lines_that_fit_and_are_always_written(log: Path, text: str) -> None:
     """A kubelet takes the end of what does not fit, so that the reason would be gone."""
     for error in (ValueError(text), BadData(text), from_actor(ValueError(text))):
@@ -83,7 +89,8 @@ def test_a_long_traceback_loses_its_first_lines_and_no_half_of_one(log: Path) ->
 
 def test_what_ray_tells_of_an_actors_death_stays_whole(log: Path) -> None:
     exit_type = "Worker exit type: SYSTEM_ERROR Worker exit detail: killed by SIGKILL by OOM killer"
-    run.guarded(raising(ActorDiedError(ActorDiedErrorContext(class_name="Policy", actor_id=b"1" * 16, pid=7, error_message=exit_type))))
+    died = ActorDiedErrorContext(class_name="Policy", actor_id=b"1" * 16, pid=7, error_message=exit_type)
+    run.guarded(raising(ActorDiedError(died)))
     assert log.read_text().startswith("ActorDiedError: The actor died") and exit_type in log.read_text()
 
 

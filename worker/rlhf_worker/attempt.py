@@ -1,4 +1,4 @@
-"""The number of this driver's head pod. The operator gives it, and it fences the writers of a checkpoint (docs/decisions/0007)."""
+"""The number of this driver's head pod, by the operator: it fences a checkpoint's writers (docs/decisions/0007)."""
 
 import sys
 import time
@@ -23,15 +23,25 @@ def first_look(own: OwnJob, stop: Stop) -> Raw:
 
 
 def number(own: OwnJob, stop: Stop, pod_uid: str) -> int:
-    """As soon as the operator has given it. 0 under an operator that numbers none. Raises Ended, Terminated, NotNumbered."""
+    """As soon as the operator has given it. 0 under one that numbers none. Raises Ended, Terminated, NotNumbered."""
     if not pod_uid:
-        print(f"{POD_UID} is not set: this driver has no number, and nothing fences its checkpoints", file=sys.stderr, flush=True)
+        print(
+            f"{POD_UID} is not set: this driver has no number, and nothing fences its checkpoints",
+            file=sys.stderr,
+            flush=True,
+        )
         return 0
-    return _poll(own, stop, lambda raw: attempt_of(raw, pod_uid), f"the operator to give pod {pod_uid} its number (status.record.attempt)")
+    return _poll(
+        own,
+        stop,
+        lambda raw: attempt_of(raw, pod_uid),
+        f"the operator to give pod {pod_uid} its number (status.record.attempt)",
+    )
 
 
 def _poll(own: OwnJob, stop: Stop, look: Callable[[Raw], Found | None], what: str) -> Found:
     end, told = time.monotonic() + ANSWER_SECONDS, ""
+    where = "the operator's log (kubectl -n rlhf-system logs deploy/rlhf-operator)"
     while True:
         stop.check()
         trouble = ""
@@ -48,5 +58,5 @@ def _poll(own: OwnJob, stop: Stop, look: Callable[[Raw], Found | None], what: st
             print(words, file=sys.stderr, flush=True)
             told = words
         if time.monotonic() > end:
-            raise NotNumbered(f"no answer in {ANSWER_SECONDS:g} s while {words}: look at the operator's log (kubectl -n rlhf-system logs deploy/rlhf-operator)")
+            raise NotNumbered(f"no answer in {ANSWER_SECONDS:g} s while {words}: look at {where}")
         stop.wait(POLL_SECONDS)

@@ -1,4 +1,7 @@
-"""The run's own RLHFJob at the API server: the one channel between driver and operator. What it says of the driver's duties is pure."""
+"""The run's own RLHFJob at the API server: the one channel between driver and operator.
+
+What it says of the driver's duties is pure.
+"""
 
 import os
 from collections.abc import Mapping
@@ -49,7 +52,7 @@ class OwnJob:
         return _object(answer)
 
     def _gone(self, answer: httpx.Response) -> bool:
-        """An API server that starts answers 404 too, to all that it does not serve yet: only one that names the job means it."""
+        """An API server that starts answers 404 to what it does not serve yet: only one that names the job means it."""
         if answer.status_code != NOT_FOUND:
             return False
         try:
@@ -64,7 +67,9 @@ def _credentials() -> dict[str, str]:
 
 def _object(answer: httpx.Response) -> Raw:
     if answer.is_error:
-        raise httpx.HTTPStatusError(f"{answer.status_code}: {answer.text[:300]}", request=answer.request, response=answer)
+        raise httpx.HTTPStatusError(
+            f"{answer.status_code}: {answer.text[:300]}", request=answer.request, response=answer
+        )
     found: Raw = answer.json()
     return found
 
@@ -75,7 +80,9 @@ def in_cluster_client() -> httpx.Client:
     if not host:
         raise OSError("KUBERNETES_SERVICE_HOST is not set: this is no pod; use `rlhf_worker local`")
     host = f"[{host}]" if ":" in host else host
-    return httpx.Client(base_url=f"https://{host}:{port}", verify=str(ACCOUNT / "ca.crt"), timeout=REQUEST_SECONDS, trust_env=False)
+    return httpx.Client(
+        base_url=f"https://{host}:{port}", verify=str(ACCOUNT / "ca.crt"), timeout=REQUEST_SECONDS, trust_env=False
+    )
 
 
 def ended(raw: Raw | None, job: JobRef) -> str | None:
@@ -91,7 +98,7 @@ def ended(raw: Raw | None, job: JobRef) -> str | None:
 
 
 def drains(raw: Raw) -> bool:
-    """Whether its pods will go once the driver has saved: it is deleted, or suspended, which the operator may refuse."""
+    """Whether its pods go once the driver has saved: it is deleted, or suspended, which the operator may refuse."""
     if raw.get("metadata", {}).get("deletionTimestamp"):
         return True
     refused = _condition(raw, "Suspended").get("reason") == "WouldLoseCheckpoint"

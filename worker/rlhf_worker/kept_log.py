@@ -1,6 +1,7 @@
-"""What the driver prints, kept beside its checkpoints by the feed, an attempt's lines in one file: the container's log goes with its pod.
+"""What the driver prints, kept beside its checkpoints by the feed: the container's log goes with its pod.
 
-Best effort, and never in the way: printing goes to the terminal first and waits for nothing; what the feed does not take in time is dropped.
+Best effort, and never in the way: printing goes to the terminal first and waits for nothing; what the feed does not
+take in time is dropped.
 """
 
 import io

@@ -43,7 +43,7 @@ class Loop:
         self.saved_step = -1
         self.kl = KLController(config.algorithm.kl)
         self._step_seconds = 0.0
-        self._productive = 0.0  # seconds in steps that count: of the checkpoint that was resumed from, and of those after it
+        self._productive = 0.0  # seconds in steps that count: those of the checkpoint resumed from, and those after it
 
     def begin(self, step: int, memory: dict[str, Any]) -> None:
         """After restore, before the first step: every engine gets the policy's weights, with proof. `memory`: the checkpoint's, empty without one."""
@@ -53,7 +53,8 @@ class Loop:
             self._productive = memory.get("productive_seconds", 0.0)
         self.rollouts = Rollouts(self.config, self.crew, step, memory.get("pending", ()))
         synced = self.crew.fleet.sync(prove=self.config.weight_sync.verify)
-        self.reporter.update(state="Training", detail="generating", step=step, synced=synced, productive_seconds=int(self._productive))
+        self.reporter.update(state="Training", detail="generating", step=step, synced=synced)
+        self.reporter.update(productive_seconds=int(self._productive))
         self._finished(step, 0.0)
         if not step:
             self._evaluate()
@@ -79,19 +80,20 @@ class Loop:
         start, timer, number = time.monotonic(), PhaseTimer(), self.step + 1
         # Until the policy changes, a stop may drop the step: its prompts are drawn again after the restart.
         with self.stop.abandonable():
-            with self._phase(timer, "generate"):  # 1. groups of completions, with their rewards; shared GPUs are the trainer's from here to the sync
+            # 1. Groups of completions, with their rewards; shared GPUs are the trainer's from here to the sync.
+            with self._phase(timer, "generate"):
                 scored = [item for group in self.rollouts.take() for item in group.samples]
                 if self.config.engines_sleep:
                     self.crew.fleet.sleep()
-            with self._phase(timer, "forward"):  # 2. what the algorithm must know of them before it trains
+            with self._phase(timer, "forward"):  # 2. What the algorithm must know of them before it trains.
                 sequences = self._forward(to_train_sequences([item.sample for item in scored]))
-            with self._phase(timer, "shape"):  # 3. advantages, returns, and each token's weight in the loss
+            with self._phase(timer, "shape"):  # 3. Advantages, returns, and each token's weight in the loss.
                 shaped = self._shape(sequences, scored)
-        with self._phase(timer, "train"):  # 4. optimizer updates: the critic's, then the policy's
+        with self._phase(timer, "train"):  # 4. Optimizer updates: the critic's, then the policy's.
             trained = self._train(number, shaped)
-        with self._phase(timer, "sync"):  # 5. the new weights into the engines
+        with self._phase(timer, "sync"):  # 5. The new weights into the engines.
             synced = self._sync(number)
-        self._finished(number, time.monotonic() - start)  # 6. the step is finished
+        self._finished(number, time.monotonic() - start)  # 6. The step is finished.
         self._report(scored, trained | shaped.metrics | self.rollouts.metrics, synced, timer, time.monotonic() - start)
         if self.config.telemetry.keeps_rollouts(number):
             self._feed("record", number, scored, [sequence.columns["advantages"] for update in shaped.updates for sequence in update])
@@ -168,7 +170,8 @@ class Loop:
     def _finished(self, number: int, seconds: float) -> None:
         self.sampler, pending = self.rollouts.finish(number)
         self._productive += seconds
-        self.step, self.memory = number, {"pending": pending, "kl": self.kl.state(), "productive_seconds": round(self._productive, 1)}
+        self.step = number
+        self.memory = {"pending": pending, "kl": self.kl.state(), "productive_seconds": round(self._productive, 1)}
 
     def save(self) -> None:
         """A whole checkpoint of the last finished step is there when this returns. Raises SaveFailed."""
@@ -179,15 +182,17 @@ class Loop:
     def _begin_save(self) -> None:
         """Unless it is there already, or being written. Training goes on while it is written, and when that fails: the next one may not."""
         if self.step != self.saved_step:
+            given = self.step, self.sampler, self.memory
             with self.reporter.bounded():
-                call_all(self.crew.savers, "save", self.step, self.sampler, self.memory, deadline_seconds=FILE_DEADLINE_SECONDS, what="checkpoint")
+                call_all(self.crew.savers, "save", *given, deadline_seconds=FILE_DEADLINE_SECONDS, what="checkpoint")
             self.saved_step = self.step
 
     def _told_of_saves(self, *, wait: bool) -> str | None:
         """Report the saves that have ended. Returns the error of the last of them."""
         error = None
         with self.reporter.bounded():
-            outcomes = call(self.crew.policy[0], "saved", wait, deadline_seconds=FILE_DEADLINE_SECONDS, what="end of a checkpoint")
+            first, what = self.crew.policy[0], "end of a checkpoint"
+            outcomes = call(first, "saved", wait, deadline_seconds=FILE_DEADLINE_SECONDS, what=what)
         for outcome in outcomes:
             error = f"no checkpoint of step {outcome.step}: {outcome.error}" if outcome.error else None
             if error:
@@ -205,7 +210,14 @@ class Loop:
         drained(self.reporter, self.stop, "saved")
         self.reporter.update(state="Training", detail="generating")
 
-    def _report(self, scored: list[ScoredSample], values: dict[str, float], synced: Synced | None, timer: PhaseTimer, seconds: float) -> None:
+    def _report(
+        self,
+        scored: list[ScoredSample],
+        values: dict[str, float],
+        synced: Synced | None,
+        timer: PhaseTimer,
+        seconds: float,
+    ) -> None:
         values = values | step_metrics(scored, timer.seconds, seconds) | {"seconds/productive": self._productive}
         values |= {"sync/seconds": synced.seconds} if synced else {}
         self._feed("log", self.step, values)

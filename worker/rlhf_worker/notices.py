@@ -1,7 +1,8 @@
 """Pods that are being deleted tell the driver, and a trainer's stays until the driver has saved.
 
-A worker pod's preStop connects to DRIVER_PORT, sends one line, `<token> <role> <pod>`, and waits until the connection closes. A trainer's
-closes with this process, which saves and ends; the kubelet starts the driver again, and it resumes where there are GPUs.
+A worker pod's preStop connects to DRIVER_PORT, sends one line, `<token> <role> <pod>`, and waits until the connection
+closes. A trainer's closes with this process, which saves and ends; the kubelet starts the driver again, and it resumes
+where there are GPUs.
 """
 
 import asyncio
@@ -31,7 +32,7 @@ class Heard(Protocol):
 
 
 class Notices:
-    """The port is bound at once, so that one that is taken is known at the start. Before `listen` whoever connects is refused, and goes."""
+    """The port is bound at once, so that one that is taken is known. Before `listen`, who connects is refused."""
 
     def __init__(self, heard: Heard, token: str, port: int = DRIVER_PORT) -> None:
         """Raises PortTaken."""
@@ -95,7 +96,8 @@ def _bound(port: int) -> socket.socket:
             return _bind(family, address, port)
         except OSError as error:
             errors.append(f"{address}: {error}")
-    raise PortTaken(f"port {port}, where pods that are being deleted tell the driver, cannot be bound ({'; '.join(errors)}): free it in pods.head")
+    what = f"port {port}, where pods that are being deleted tell the driver"
+    raise PortTaken(f"{what}, cannot be bound ({'; '.join(errors)}): free it in pods.head")
 
 
 def _bind(family: int, address: str, port: int) -> socket.socket:

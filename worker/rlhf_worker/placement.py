@@ -117,7 +117,9 @@ class Patience:
         return time.monotonic() > self._end
 
 
-def reserve(placement: Placement, patience: Patience, name: str, tell: Callable[[str], None] = lambda missing: None) -> Stage:
+def reserve(
+    placement: Placement, patience: Patience, name: str, tell: Callable[[str], None] = lambda missing: None
+) -> Stage:
     """Wait for every GPU of the run; `tell` is called about once a second with what is missing. Raises PlacementFailed.
 
     A group of that name is a dead predecessor's, which Ray has not buried yet: it goes first, and its actors with it.
@@ -131,7 +133,8 @@ def reserve(placement: Placement, patience: Patience, name: str, tell: Callable[
         tell(missing)
         if patience.over:
             remove_placement_group(group)
-            raise PlacementFailed(f"no placement for {len(wanted)} GPUs, though all pods have been ready for {patience.seconds:g} s: {missing}")
+            ready = f"though all pods have been ready for {patience.seconds:g} s"
+            raise PlacementFailed(f"no placement for {len(wanted)} GPUs, {ready}: {missing}")
     look = ray.remote(_look)
     calls = [look.options(**_options(group, index, PROBE_SHARE)).remote(index) for index in range(len(wanted))]
     return Stage(group, tie(placement, gather(calls, LOOK_SECONDS, "look at the GPUs")))

@@ -27,7 +27,8 @@ LAST_REPORT_SECONDS = 15.0
 END_SECONDS = 30.0  # from the end of the job to that of a driver that hangs
 # What a restart changes nothing of. The rest of a report is about the driver that made it.
 STAYS = (
-    "step", "step_time", "reward", "kl", "mismatch", "tokens_per_second", "eta_seconds", "eta", "checkpoint", "save_error", "productive_seconds",
+    "step", "step_time", "reward", "kl", "mismatch", "tokens_per_second", "eta_seconds", "eta", "checkpoint",
+    "save_error", "productive_seconds",
 )  # fmt: skip
 
 
@@ -48,7 +49,8 @@ def step_fields(step: int, total: int, values: Mapping[str, float], eta_seconds:
     fields: dict[str, Any] = {
         "step": step, "display": f"{step}/{total}", "step_time": now(), "reward": f"{values['reward/mean']:.3f}",
         "mismatch": f"{values['mismatch/abs']:.2g}" if "mismatch/abs" in values else None, "tokens_per_second": f"{values['rollout/tokens_per_second']:.0f}",
-        "eta_seconds": eta_seconds, "eta": in_words(eta_seconds), "productive_seconds": int(values["seconds/productive"]),
+        "eta_seconds": eta_seconds, "eta": in_words(eta_seconds),
+        "productive_seconds": int(values["seconds/productive"]),
     }
     return fields | ({"kl": f"{values['train/kl']:.2g}"} if "train/kl" in values else {})
 
@@ -76,7 +78,8 @@ class Reporter:
         """known: what the driver before this one told last."""
         total = config.trainer.steps
         stays = {name: getattr(known, name) for name in STAYS} if known else {}
-        self.progress = Progress(total_steps=total, display=f"{known.step if known else 0}/{total}", activity_time=now(), **stays)
+        display = f"{known.step if known else 0}/{total}"
+        self.progress = Progress(total_steps=total, display=display, activity_time=now(), **stays)
         self._lock = threading.Lock()  # several threads tell what is amiss
         self._bounded = 0
         self._engines: str | None = None
@@ -85,7 +88,8 @@ class Reporter:
     def update(self, synced: Synced | None = None, **fields: Any) -> None:
         with self._lock:
             fields |= sync_fields(synced, self.progress.sync) if synced else {}
-            self.progress = self.progress.model_copy(update={name: fitting(name, value) for name, value in fields.items()})
+            fits = {name: fitting(name, value) for name, value in fields.items()}
+            self.progress = self.progress.model_copy(update=fits)
 
     def active(self) -> None:
         """The run got further: what waits for that counts anew. Told with the next report."""
@@ -125,18 +129,18 @@ class Reporter:
         print(f"saved step {step} to {path}", flush=True)
 
     def resumed(self, step: int, path: str, passed_over: Sequence[str]) -> None:
-        """From the checkpoint of `step`, or from nothing when it is 0: only now is known what of the last report is still so."""
+        """From the checkpoint of `step`, or from nothing when it is 0: now is known what of the last report is so."""
         last = self.progress.checkpoint
         there = last if last and last.step == step else Saved(step=step, path=path, time=now()) if step else None
         words = f"resuming after step {step}" if step else "starting anew"
         self.update(
-            detail="; ".join([words, *passed_over]), step=step, display=f"{step}/{self.progress.total_steps}", checkpoint=there,
-            resumed_from_step=step or None,
+            detail="; ".join([words, *passed_over]), step=step, display=f"{step}/{self.progress.total_steps}",
+            checkpoint=there, resumed_from_step=step or None,
         )  # fmt: skip
 
 
 def drained(reporter: Reporter, stop: Stop, how: str) -> None:
-    """Nothing is under way, and nothing unsaved: the pods may go, for as long as they are to. Raises Terminated or Ended."""
+    """Nothing is under way or unsaved: the pods may go, for as long as they are to. Raises Terminated or Ended."""
     reporter.update(state="Drained", detail=f"{how}; waiting for the pods to go")
     with reporter.bounded():
         while reporter.drain:
@@ -145,9 +149,9 @@ def drained(reporter: Reporter, stop: Stop, how: str) -> None:
 
 
 class StatusReporter(Reporter):
-    """Server-side apply of the whole progress, at each step end and every HEARTBEAT_SECONDS, at most once in LEAST_SECONDS.
+    """Server-side apply of the progress: at each step end, every HEARTBEAT_SECONDS, at most once in LEAST_SECONDS.
 
-    The answer to each report says whether the job still wants this driver. One that does not end by itself then is ended.
+    The answer to each report says whether the job still wants this driver. One that does not end by itself is ended.
     """
 
     def __init__(self, config: RunConfig, own: OwnJob, seen: Raw, stop: Stop, pod_uid: str) -> None:
@@ -212,7 +216,8 @@ class StatusReporter(Reporter):
 
 
 def _end_hard(why: str) -> None:
-    print(f"ended: {why}; what the driver did at that time did not end in {END_SECONDS:g} s", file=sys.stderr, flush=True)
+    words = f"what the driver did at that time did not end in {END_SECONDS:g} s"
+    print(f"ended: {why}; {words}", file=sys.stderr, flush=True)
     os._exit(EXIT_OK)
 
 

@@ -1,11 +1,12 @@
 """READ FIRST. The driver's life, from run config to exit code.
 
-    read the config and the job -> be numbered by the operator -> connect to Ray -> reserve the GPUs -> start feed, trainer and engines side by side
-    -> prove who sits where -> restore the newest checkpoint -> connect the weight sync -> the loop -> export -> close
+    read the config and the job -> be numbered by the operator -> connect to Ray -> reserve the GPUs
+    -> start feed, trainer and engines side by side -> prove who sits where -> restore the newest checkpoint
+    -> connect the weight sync -> the loop -> export -> close
 
 A failure anywhere ends the process: the kubelet starts it again in the same pod, and it resumes from its checkpoint. The exit code
-says whether that makes sense (rlhf_api.progress), and /dev/termination-log carries the reason into the job's status. When the job has
-ended, the driver ends with 0, whatever it does.
+says whether that makes sense (rlhf_api.progress), and /dev/termination-log carries the reason into the job's status.
+When the job has ended, the driver ends with 0, whatever it does.
 """
 
 import os
@@ -57,7 +58,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class InCluster:
-    """What a driver in a pod has besides: its head pod's number, ears for pods that are being deleted, and a log that is kept."""
+    """What a driver in a pod has besides: its head pod's number, ears for pods that go, and a log that is kept."""
 
     attempt: int
     notices: Notices | None
@@ -97,7 +98,7 @@ def _drive(config: RunConfig, reporter: Reporter, stop: Stop, pod: InCluster | N
 
 
 def _reserve(config: RunConfig, reporter: Reporter, stop: Stop) -> Stage:
-    """Waits for the GPUs as long as the operator does. A run that is to go from its pods meanwhile has nothing to save."""
+    """Waits for the GPUs as long as the operator does. A run whose pods are to go meanwhile has nothing to save."""
     what = f"waiting for {config.placement.gpus} GPUs"
 
     def tell(missing: str) -> None:
@@ -115,7 +116,8 @@ def _reserve(config: RunConfig, reporter: Reporter, stop: Stop) -> Stage:
 def _restore(config: RunConfig, crew: Crew, reporter: Reporter, number: int) -> tuple[int, dict[str, Any]]:
     """Finished steps of the newest checkpoint, 0 for a new run, and the loop's memory. Raises BadData, Fenced."""
     reporter.update(detail="looking for a checkpoint")
-    call_all(crew.savers, "fence", config.job.uid, number, deadline_seconds=FILE_DEADLINE_SECONDS, what="fence of the checkpoints")
+    fence = config.job.uid, number
+    call_all(crew.savers, "fence", *fence, deadline_seconds=FILE_DEADLINE_SECONDS, what="fence of the checkpoints")
     restored = call_all(crew.savers, "restore", deadline_seconds=FILE_DEADLINE_SECONDS, what="restore")[0]
     for words in restored.passed_over:
         print(words, file=sys.stderr, flush=True)
@@ -154,8 +156,12 @@ def guarded(work: Callable[[], object]) -> int:
 
 
 def last_words(error: BaseException, cause: BaseException) -> str:
-    """Whole lines: what to do and what happened; for what no one foresaw, also the end of the traceback, which Ray carries from the actor."""
-    told = first_lines(printable("\n".join([*getattr(cause, "__notes__", ()), f"{type(cause).__name__}: {cause}"])), LAST_WORDS_BYTES)
+    """Whole lines: what to do and what happened; for what no one foresaw, also the end of the traceback.
+
+    Ray carries the actor's in the error's message.
+    """
+    lines = [*getattr(cause, "__notes__", ()), f"{type(cause).__name__}: {cause}"]
+    told = first_lines(printable("\n".join(lines)), LAST_WORDS_BYTES)
     if isinstance(cause, (BadSpec, BadData)):
         return told
     trace = str(error) if isinstance(error, RayTaskError) else "".join(traceback.format_exception(error))
@@ -172,7 +178,7 @@ def _tell_kubelet(words: str) -> None:
 
 
 def _connect(config: RunConfig, reporter: Reporter, stop: Stop) -> None:
-    """To the Ray of this pod. The kubelet starts both containers at once, so its head may need a while; one that does not start is told by its own container."""
+    """To the Ray of this pod, whose head may need a while: the kubelet starts both containers at once."""
     reporter.update(detail="waiting for Ray's head")
     patience = Patience(RAY_DEADLINE_SECONDS, lambda: reporter.pods_ready)
     while True:
@@ -193,7 +199,7 @@ class Heard:
         self._reporter, self._stop = reporter, stop
 
     def trainer(self, pod: str) -> None:
-        """As SIGTERM of the driver's own pod: a step that trains is finished first. What takes longer than the pod's grace is lost, up to the last save."""
+        """As SIGTERM of its own pod. A step that trains is finished first; one that outlasts the pod is lost."""
         self._reporter.update(detail=f"pod {pod} is being deleted: saving after this step")
         self._stop.ask(f"pod {pod} is being deleted")
 

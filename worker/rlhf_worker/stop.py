@@ -1,4 +1,4 @@
-"""Being asked to end: by SIGTERM, by a pod that is being deleted, or by the end of the job; and what of a step it may interrupt."""
+"""Being asked to end: by SIGTERM, a pod that is being deleted, or the end of the job; and what that may interrupt."""
 
 import signal
 import threading

@@ -259,7 +259,8 @@ class Engine:
         if self.stale or self.asleep:  # what a sync asks of the core has a deadline of its own
             self._pulse.forget()
         elif (silent := self._pulse.silent_seconds()) > SILENT_SECONDS:
-            raise EngineFailed(f"engine {self.index} hangs: for {silent:.0f} s it finished nothing and did not answer; its log ends: {printed()}")
+            words = f"for {silent:.0f} s it finished nothing and did not answer"
+            raise EngineFailed(f"engine {self.index} hangs: {words}; its log ends: {printed()}")
 
     async def alive(self) -> None:
         """Returns if the engine's workers answer."""

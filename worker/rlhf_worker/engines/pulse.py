@@ -1,6 +1,7 @@
-"""Whether vLLM's core still works. It is a process of its own: the engine's actor answers all the same when that one hangs.
+"""Whether vLLM's core still works. It is a process of its own: the engine's actor answers also when that one hangs.
 
-A core answers between its steps, so one that is busy is late and one that hangs is silent. A process that was stopped is known at once.
+A core answers between its steps, so one that is busy is late and one that hangs is silent. A process that was
+stopped is known at once.
 """
 
 import asyncio
