@@ -6,6 +6,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -13,20 +14,19 @@ from rlhf_api.run import RunConfig
 from rlhf_worker import job, run
 from rlhf_worker.kept_log import kept_log
 from rlhf_worker.local import local_ray
-from rlhf_worker.notices import Heard, Notices
+from rlhf_worker.notices import Notices
 
 
 def main(path: Path, api: str, account: Path, port: int) -> int:
     job.ACCOUNT = account
-    run.in_cluster_client = lambda: httpx.Client(base_url=api, timeout=5.0, trust_env=False)
-    run.listening = lambda heard: _notices(heard, port)
-    run._connect = lambda config, reporter, stop: None  # the Ray of this process
+    place: dict[str, Any] = {
+        "in_cluster_client": lambda: httpx.Client(base_url=api, timeout=5.0, trust_env=False),
+        "listening": lambda heard: Notices(heard, os.environ["RAY_AUTH_TOKEN"], port),
+        "_connect": lambda config, reporter, stop: None,  # the Ray of this process
+    }
+    vars(run).update(place)
     with local_ray(RunConfig.read(path), verbose=False), kept_log() as log:
         return run.guarded(lambda: run.run(path, log))
-
-
-def _notices(heard: Heard, port: int) -> Notices:
-    return Notices(heard, os.environ["RAY_AUTH_TOKEN"], port)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Core:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("rlhf_worker.engines.pulse.time.monotonic", lambda: now[0])
     return now
 
 
