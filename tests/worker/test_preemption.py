@@ -17,9 +17,9 @@ from rlhf_api.run import RunConfig
 from tests.worker.configs import run_config
 from tests.worker.waiting import until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 STEPS = 100_000
-START_SECONDS, END_SECONDS = 240.0, 90.0
+START_SECONDS, END_SECONDS = 300.0, 90.0
 
 
 class Server(ThreadingHTTPServer):
