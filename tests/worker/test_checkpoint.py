@@ -7,11 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch
 import torch.distributed as dist
-from fsspec.implementations.memory import MemoryFileSystem
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,30 +21,15 @@ from rlhf_worker.experience import equalise, pack, split
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer import checkpoint
 from rlhf_worker.trainer.checkpoint import Restored, RunState, Saver, whole
+from rlhf_worker.trainer.fence import Writer
 from rlhf_worker.trainer.rank import Trainer
+from tests.worker.buckets import Bucket
 from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
 from tests.worker.samples import sequences
 
 pytestmark = pytest.mark.usefixtures("group")
 MODEL = {"path": "/m", "hidden_size": 8}
-
-
-class Bucket(MemoryFileSystem):  # type: ignore[misc]
-    """An object store: whole objects by key, and a switch that breaks uploads."""
-
-    protocol = "bucket"
-    store: dict[str, Any] = {}  # noqa: RUF012
-    pseudo_dirs: list[str] = [""]  # noqa: RUF012
-    broken = False
-
-    def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
-        if Bucket.broken and "w" in mode:
-            raise OSError("connection reset")
-        return super()._open(path, mode, **more)
-
-
-fsspec.register_implementation("bucket", Bucket, clobber=True)
 
 
 @pytest.fixture(params=["directory", "file", "bucket"])
@@ -77,8 +60,12 @@ def state(step: int) -> RunState:
     return RunState(step=step, version=step, model=MODEL, sampler={"epoch": 0, "position": step}, loop={"kl": 0.1 * step})
 
 
-def saver(root: str | Path, keep: int = 2, expected: tuple[str, ...] = ("policy",), attempt: str = "a") -> Saver:
-    return Saver(str(root), keep, expected, attempt)
+def saver(root: str | Path, keep: int = 2, expected: tuple[str, ...] = ("policy",), driver: str = "a", leads: bool = True) -> Saver:
+    return Saver(str(root), keep, expected, driver, leads=leads)
+
+
+def named(step: int, driver: str = "a", job: str = "", attempt: int = 0) -> str:
+    return f"step-{step}.{Writer(job, attempt, driver).mark}"
 
 
 def saved(root: str | Path, *steps: int, keep: int = 2) -> Made:
@@ -107,7 +94,7 @@ def test_two_n_steps_equal_n_and_a_resume_and_n_bit_for_bit(root: str) -> None:
     its.begin(state(3), roles)
     for held in roles.values():
         train(held, 3)
-    assert its.finished(wait=True) == [checkpoint.Outcome(step=3, path=f"{root}/step-3", error=None)]
+    assert its.finished(wait=True) == [checkpoint.Outcome(step=3, path=f"{root}/{named(3)}", error=None)]
     resumed = {"policy": made(1), "critic": made(2)}
     assert saver(root, expected=("policy", "critic")).restore(MODEL, resumed) == Restored(state(3), [])
     for held in resumed.values():
@@ -119,10 +106,10 @@ def test_only_the_newest_are_kept_and_a_half_written_one_does_not_count(root: st
     saved(root, 2, 9, 10)
     store = Store(root)
     store.write("step-11/policy/__0_0.distcp", b"died before run.json")
-    assert whole(store) == ["step-9", "step-10"]
-    assert store.read("latest") == b"step-10"
+    assert whole(store) == [named(9), named(10)]
+    assert store.read("latest") == named(10).encode()
     saved(root, 12)
-    assert [name for name in store.names() if name != "latest"] == ["step-10", "step-12"]
+    assert [name for name in store.names() if name.startswith("step")] == [named(10), named(12)]
     assert saver(f"{root}/nothing").restore(MODEL, {"policy": made(0)}) == Restored(None, [])
 
 
@@ -136,8 +123,8 @@ def spoil(store: Store, name: str, how: str) -> None:
 @pytest.mark.parametrize(
     ("file", "how", "told"),
     [
-        ("policy/__0_0.distcp", "flipped", "the checksum of step-9/policy/__0_0.distcp differs"),
-        ("policy/__0_0.distcp", "cut", r"step-9/policy/__0_0.distcp has \d+ bytes of \d+"),
+        ("policy/__0_0.distcp", "flipped", "the checksum of step-9.attempt-0-[0-9a-f]+/policy/__0_0.distcp differs"),
+        ("policy/__0_0.distcp", "cut", r"step-9.attempt-0-[0-9a-f]+/policy/__0_0.distcp has \d+ bytes of \d+"),
         ("policy/.metadata", "gone", "policy/.metadata"),
         ("policy/rng.pt", "cut", r"policy/rng.pt has \d+ bytes"),
         ("run.json", "flipped", "run.json is not as it was written"),
@@ -146,36 +133,36 @@ def spoil(store: Store, name: str, how: str) -> None:
 )
 def test_a_damaged_checkpoint_is_passed_over_by_name(root: str, file: str, how: str, told: str) -> None:
     saved(root, 7, 9)
-    spoil(Store(root), f"step-9/{file}", how)
+    spoil(Store(root), f"{named(9)}/{file}", how)
     found = saver(root).restore(MODEL, {"policy": made(1)})
     assert found.state == state(7)
     (words,) = found.passed_over
     assert re.search(told, words), words
-    assert f"{root}/step-9 is damaged" in words
+    assert f"{root}/{named(9)} is damaged" in words
 
 
 def test_when_all_are_damaged_the_run_stops_and_does_not_start_anew(tmp_path: Path) -> None:
     saved(tmp_path, 7)
-    spoil(Store(str(tmp_path)), "step-7/run.json", "cut")
-    with pytest.raises(BadData, match=r"step-7 is damaged .* no whole one is left: set spec\.checkpoint\.path"):
+    spoil(Store(str(tmp_path)), f"{named(7)}/run.json", "cut")
+    with pytest.raises(BadData, match=r"step-7\S+ is damaged .* no whole one is left: set spec\.checkpoint\.path"):
         saver(tmp_path).restore(MODEL, {"policy": made(1)})
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     saved(tmp_path, 1)
-    with pytest.raises(BadData, match=r"step-1 is of another model \(path '/m' there, '/other' here\): set spec\.checkpoint\.path"):
+    with pytest.raises(BadData, match=r"step-1\S+ is of another model \(path '/m' there, '/other' here\): set spec\.checkpoint\.path"):
         saver(tmp_path).restore(MODEL | {"path": "/other"}, {"policy": made(1)})
 
 
 def test_a_checkpoint_without_a_role_of_this_run_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, 1)
-    with pytest.raises(BadData, match="step-1 does not fit critic"):
+    with pytest.raises(BadData, match=r"step-1\S+ does not fit critic"):
         saver(tmp_path).restore(MODEL, {"policy": made(1), "critic": made(2)})
 
 
 def test_other_shapes_are_refused(tmp_path: Path) -> None:
     saved(tmp_path, 1)
-    with pytest.raises(BadData, match=r"step-1 does not fit policy \(.*Size mismatch"):
+    with pytest.raises(BadData, match=r"step-1\S+ does not fit policy \(.*Size mismatch"):
         saver(tmp_path).restore(MODEL, {"policy": made(1, width=16)})
 
 
@@ -193,11 +180,11 @@ def test_a_full_disk_costs_the_save_and_nothing_else(tmp_path: Path, monkeypatch
     (outcome,) = its.finished(wait=True)
     assert outcome.step == 2 and outcome.error is not None
     assert f"spec.checkpoint.path ({tmp_path}) is full (0.0 GiB free of 1024.0): free space, lower spec.checkpoint.keep" in outcome.error
-    assert whole(Store(str(tmp_path))) == ["step-1"] and not list(tmp_path.glob(".step-*"))
+    assert whole(Store(str(tmp_path))) == [named(1)] and not list(tmp_path.glob(".step-*"))
     monkeypatch.setattr(checkpoint._Summed, "write", write)
     its.begin(state(3), {"policy": held})
     assert [o.error for o in its.finished(wait=True)] == [None]
-    assert whole(Store(str(tmp_path))) == ["step-1", "step-3"]
+    assert whole(Store(str(tmp_path))) == [named(1), named(3)]
 
 
 def test_an_upload_that_breaks_leaves_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,13 +195,13 @@ def test_an_upload_that_breaks_leaves_no_checkpoint(monkeypatch: pytest.MonkeyPa
     its.begin(state(2), {"policy": held})
     (outcome,) = its.finished(wait=True)
     assert outcome.error is not None and "connection reset" in outcome.error and "is remote" in outcome.error
-    assert whole(Store("bucket://models/run")) == ["step-1"]
+    assert whole(Store("bucket://models/run")) == [named(1)]
 
 
 def test_a_part_of_an_earlier_driver_is_not_taken_for_this_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The critic has ranks of its own, and its part of a try that died still lies there."""
     monkeypatch.setattr(checkpoint, "PARTS_DEADLINE_SECONDS", 0.5)
-    Store(str(tmp_path)).write(".step-1.partial/critic/part.json", json.dumps({"attempt": "before", "files": {}}).encode())
+    Store(str(tmp_path)).write(f".{named(1)}.partial/critic/part.json", json.dumps({"driver": "before", "files": {}}).encode())
     its = saver(tmp_path, expected=("policy", "critic"))
     its.begin(state(1), {"policy": made(0)})
     (outcome,) = its.finished(wait=True)
@@ -223,7 +210,7 @@ def test_a_part_of_an_earlier_driver_is_not_taken_for_this_ones(tmp_path: Path, 
 
 def test_a_part_that_cannot_be_written_ends_the_save_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both = ("policy", "critic")
-    ours, theirs = saver(tmp_path, expected=both), saver(tmp_path, expected=both)
+    ours, theirs = saver(tmp_path, expected=both), saver(tmp_path, expected=both, leads=False)
     monkeypatch.setattr(checkpoint._Summed, "write", lambda self, data: 1 / 0)
     theirs.begin(state(1), {"critic": made(1)})
     assert [o.error is None for o in theirs.finished(wait=True)] == [False]
@@ -237,7 +224,7 @@ def test_a_part_that_cannot_be_written_ends_the_save_at_once(tmp_path: Path, mon
 def test_roles_of_two_rank_groups_make_one_checkpoint(tmp_path: Path) -> None:
     policy, critic = made(0), made(1)
     both = ("policy", "critic")
-    ours, theirs = saver(tmp_path, expected=both), saver(tmp_path, expected=both)
+    ours, theirs = saver(tmp_path, expected=both), saver(tmp_path, expected=both, leads=False)
     ours.begin(state(1), {"policy": policy})
     theirs.begin(state(1), {"critic": critic})
     assert [o.error for o in (*ours.finished(wait=True), *theirs.finished(wait=True))] == [None, None]
@@ -257,10 +244,10 @@ def test_a_filesystem_without_a_driver_is_a_wrong_spec(path: str, told: str) -> 
 def test_a_directory_is_published_whole_or_not_at_all(root: str) -> None:
     store = Store(root)
     for text in (b"one", b"two"):
-        with store.publishing("export", "config.json") as folder:
+        with store.publishing("export", "config.json", "a") as folder:
             (folder / "config.json").write_bytes(text)
             (folder / "model.safetensors").write_bytes(text)
-    with pytest.raises(OSError, match="full"), store.publishing("export", "config.json") as folder:
+    with pytest.raises(OSError, match="full"), store.publishing("export", "config.json", "a") as folder:
         (folder / "config.json").write_bytes(b"three")
         raise OSError("full")
     assert {name: store.read(f"export/{name}") for name in store.names("export")} == {"config.json": b"two", "model.safetensors": b"two"}

@@ -1,4 +1,4 @@
-"""kill -9 of an engine in a whole run: training goes on, the engine comes back, and every prompt is trained once."""
+"""An engine killed, or its core stopped, in a whole run: training goes on, it comes back, every prompt is trained once."""
 
 import os
 import re
@@ -29,7 +29,8 @@ def named(pid: int, name: str) -> list[int]:
     return [found for found in below(pid) if Path(f"/proc/{found}/cmdline").read_bytes().startswith(name.encode())]
 
 
-def test_a_killed_engine_costs_no_prompt_and_comes_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("victim", "number"), [("ray::Engine", signal.SIGKILL), ("VLLM::EngineCore", signal.SIGSTOP)])
+def test_a_lost_engine_costs_no_prompt_and_comes_back(tmp_path: Path, victim: str, number: signal.Signals) -> None:
     write(tmp_path / "model")
     manifest = changed(
         tmp_path, rollout={"engines": 2}, trainer={"steps": 400}, placement={"mode": "Separated"}, telemetry={"rolloutsEverySteps": 1},
@@ -42,7 +43,7 @@ def test_a_killed_engine_costs_no_prompt_and_comes_back(tmp_path: Path) -> None:
         seen.append(text)
         assert time.monotonic() - start < DEADLINE, "".join(seen)
         if text.startswith("step 3/"):
-            os.kill(named(process.pid, "ray::Engine")[-1], signal.SIGKILL)
+            os.kill(named(process.pid, victim)[-1], number)
         if back and text.startswith("step "):
             process.send_signal(signal.SIGTERM)
         back = back or (bool(re.match(r"engine \d: stale -> healthy \(synced\)", text)) and any("-> dead" in line for line in seen))

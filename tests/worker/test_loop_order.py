@@ -1,14 +1,16 @@
 """Who has the GPUs that trainer and engines share, and when: the order of the loop's calls in one step, with stand-ins for all actors."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from rlhf_api.run import RunConfig
 from rlhf_worker import loop as module
 from rlhf_worker.experience import PackedBatch, by_sample
 from rlhf_worker.loop import Loop
-from rlhf_worker.stop import Stop
+from rlhf_worker.stop import Stop, Terminated
 from rlhf_worker.weights.sync import Synced
 from tests.worker.configs import run_config
 from tests.worker.samples import a_sample, scored
@@ -47,8 +49,37 @@ class Stand:
     def pump(self) -> None: ...
 
 
+class Told:
+    """A reporter that counts how often the run got further, and what was told of its steps."""
+
+    drain = False
+
+    def __init__(self) -> None:
+        self.further = 0
+        self.fields: dict[str, Any] = {}
+        self.steps: list[tuple[int, Synced | None]] = []
+        self.bounded = nullcontext
+
+    def update(self, **fields: Any) -> None:
+        self.fields |= fields
+
+    def active(self) -> None:
+        self.further += 1
+
+    def stepped(self, step: int, values: dict[str, float], *, eta_seconds: int, synced: Synced | None) -> None:
+        self.steps.append((step, synced))
+
+
 def zeros(batches: list[PackedBatch]) -> dict[int, list[float]]:
     return {index: row for batch in batches for index, row in by_sample(batch, batch.targets[batch.target_mask] * 0.0).items()}
+
+
+def looping(config: RunConfig, stand: Stand, stop: Stop) -> tuple[Loop, Told]:
+    told, ranks = Told(), {role: [stand] for role in ("policy", "reference", "critic")}
+    crew = SimpleNamespace(fleet=stand, ranks=ranks, feed=stand, policy=[stand], savers=[stand])
+    loop = Loop(config, crew, told, stop)  # type: ignore[arg-type]
+    loop.rollouts = stand  # type: ignore[assignment]
+    return loop, told
 
 
 @pytest.mark.parametrize(("args", "mode", "sleep"), [
@@ -59,10 +90,63 @@ def test_engines_that_share_gpus_sleep_from_the_last_completion_to_the_sync(monk
     monkeypatch.setattr(module, "gather", lambda calls, *rest: calls)
     monkeypatch.setattr(module, "call", lambda *args, **more: None)
     config = run_config(algorithm={"name": "ppo", "kl": {"coefficient": 0.1}}, rollout={"maxTokens": 16, "engineArgs": args}, placement={"mode": mode})
-    ranks = {role: [stand] for role in ("policy", "reference", "critic")}
-    reporter = SimpleNamespace(stepped=lambda *args, **more: None)
-    loop = Loop(config, SimpleNamespace(fleet=stand, ranks=ranks, feed=stand), reporter, Stop())  # type: ignore[arg-type]
-    loop.rollouts = stand  # type: ignore[assignment]
+    loop, told = looping(config, stand, Stop())
     loop._step()
     forward, train = ["logprobs policy", "logprobs reference", "values"], ["train critic", "train policy"]
     assert stand.asked == ["take", *sleep, *forward, *train, "sync"]
+    assert told.further == 5  # a phase each
+
+
+@pytest.mark.parametrize(("during", "finished"), [
+    ("take", 0), ("logprobs", 0),  # nothing of the policy has changed: the step may go
+    ("train", 1),  # finished, and no engine is waited for, which may go with its pod
+    ("sync", 1),
+])  # fmt: skip
+def test_asked_to_end_the_step_is_dropped_or_finished_without_its_sync(
+    monkeypatch: pytest.MonkeyPatch, during: str, finished: int
+) -> None:
+    """Each wait of the loop looks between its slices, as `gather` does."""
+    stop = Stop()
+
+    def asked(method: str) -> None:
+        if method.startswith(during):
+            stop.ask("pod a is being deleted")
+        stop.interrupt()
+
+    class Asked(Stand):
+        def answer(self, method: str, *args: Any) -> Any:
+            found = super().answer(method, *args)
+            asked(method)
+            return found
+
+        def take(self) -> list[Any]:
+            found = super().take()
+            asked("take")
+            return found
+
+        def sync(self, *, prove: bool) -> Synced:
+            asked("sync")
+            return super().sync(prove=prove)
+
+    stand = Asked()
+    monkeypatch.setattr(module, "gather", lambda calls, *rest: calls)
+    monkeypatch.setattr(module, "call", lambda *args, **more: None)
+    loop, told = looping(run_config(algorithm={"name": "grpo", "kl": {"coefficient": 0.1}}), stand, stop)
+    with pytest.raises(Terminated, match="pod a is being deleted"):
+        loop._step()
+    assert (loop.step, told.steps) == (finished, [(1, None)] * finished)
+    assert "sync" not in stand.asked
+
+
+def test_seconds_of_steps_are_those_of_the_lineage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was done after the checkpoint that a run resumes from was lost, and does not count."""
+    monkeypatch.setattr(module, "Rollouts", lambda *args: Stand())
+    loop, _ = looping(run_config(), Stand(), Stop())
+    loop.begin(5, {"kl": loop.kl.state(), "productive_seconds": 50.0})
+    loop._finished(6, 10.0)
+    memory = loop.memory
+    loop._finished(7, 30.0)
+    resumed, again = looping(run_config(), Stand(), Stop())
+    resumed.begin(6, memory)
+    resumed._finished(7, 12.0)
+    assert (again.fields["productive_seconds"], resumed.memory["productive_seconds"]) == (60, 72.0)

@@ -1,5 +1,6 @@
 """What the loop makes of saves that end well or badly, with a stand-in for the ranks."""
 
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,17 +34,22 @@ class Ranks:
 
 
 class Told:
-    suspended = False
+    drain = False
 
     def __init__(self) -> None:
         self.good: list[int] = []
         self.errors: list[str] = []
+        self.words: list[dict[str, str]] = []
 
     def saved(self, step: int, path: str) -> None:
         self.good.append(step)
 
-    def update(self, save_error: str) -> None:
-        self.errors.append(save_error)
+    def update(self, save_error: str = "", **fields: str) -> None:
+        self.errors += [save_error] if save_error else []
+        self.words.append(fields)
+
+    def bounded(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 def looping(monkeypatch: pytest.MonkeyPatch, full: set[int], stop: Stop | None = None) -> tuple[Loop, Ranks, Told]:
@@ -89,3 +95,23 @@ def test_a_run_that_is_asked_to_end_tries_again_what_failed(monkeypatch: pytest.
     with pytest.raises(Terminated):
         made.run()
     assert (ranks.tries, told.good) == ([2, 3], [3])
+
+
+def test_pods_that_are_to_go_are_given_up_once_saved_and_used_when_they_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suspension that is refused, since it would lose the checkpoint, is taken back for the driver."""
+    made, ranks, told = looping(monkeypatch, full=set())
+    step = made._step
+
+    def until_the_third() -> None:
+        step()
+        told.drain = made.step == 3
+
+    def waited(seconds: float) -> None:
+        assert told.words[-1] == {"state": "Drained", "detail": "saved; waiting for the pods to go"}
+        told.drain = False
+
+    monkeypatch.setattr(made, "_step", until_the_third)
+    monkeypatch.setattr(made.stop, "wait", waited)
+    made.run()
+    assert (ranks.tries, told.good) == ([2, 3, 4, 6], [2, 3, 4, 6])
+    assert [words["state"] for words in told.words if "state" in words] == ["Draining", "Drained", "Training"]

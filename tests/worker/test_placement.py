@@ -1,13 +1,15 @@
 """Slots to bundles, and the check of who sits where. No Ray."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rlhf_api.job import RLHFJobSpec
 from rlhf_api.placement import Placement, plan_placement
+from rlhf_worker import placement as module
 from rlhf_worker.errors import PlacementFailed
-from rlhf_worker.placement import Bundle, Seat, Stage, check_seats, shortage, tie, wanted_bundles
+from rlhf_worker.placement import Bundle, Patience, Seat, Stage, check_seats, reserve, shortage, tie, wanted_bundles
 
 
 def plan(mode: str, gpus: int, engines: int, size: int, node: int) -> Placement:
@@ -48,6 +50,30 @@ def test_shortage_names_what_was_asked_and_what_is_there() -> None:
     assert shortage(plan("Separated", 2, 1, 1, 8), {"GPU": 1.0, "CPU": 4}) == (
         "GPU: asked 3, Ray has 1, rlhf-trainer: asked 2, Ray has 0, rlhf-rollout: asked 1, Ray has 0"
     )
+
+
+def test_a_deadline_counts_only_while_all_pods_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, ready = [0.0], [False]
+    monkeypatch.setattr("rlhf_worker.placement.time.monotonic", lambda: clock[0])
+    patience = Patience(600.0, lambda: ready[0])
+    times = ((86_400.0, False, False), (86_900.0, True, False), (87_001.0, True, True), (87_002.0, False, False))
+    for clock[0], ready[0], over in times:
+        assert patience.over is over, clock[0]
+
+
+def test_gpus_are_waited_for_without_end_and_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until all pods are ready, and Ray lacks them still."""
+    asked, told = iter(range(1000)), list[str]()
+    group = SimpleNamespace(wait=lambda timeout_seconds: False)
+    monkeypatch.setattr(module, "placement_group", lambda *args, **more: group)
+    monkeypatch.setattr(module, "remove_placement_group", lambda group: None)
+    monkeypatch.setattr(module, "_remove_left", lambda name: None)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 1.0})
+    patience = Patience(-1.0, lambda: next(asked) > 500)
+    monkeypatch.setattr(Patience, "over", property(lambda self: self._counts()))
+    with pytest.raises(PlacementFailed, match=r"no placement for 2 GPUs, though all pods have been ready.*GPU: asked 2, Ray has 1"):
+        reserve(plan("Separated", 1, 1, 1, 8), patience, "rlhf-tiny", told.append)
+    assert len(told) == 502 and told[0].startswith("GPU: asked 2, Ray has 1")
 
 
 A, B, C = Seat("n", "GPU-a"), Seat("n", "GPU-b"), Seat("n", "GPU-c")

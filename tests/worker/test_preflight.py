@@ -137,8 +137,6 @@ RankActor: Any = ray.remote(num_cpus=0)(Rank)
 class Told:
     """A reporter that remembers."""
 
-    suspended = False
-
     def __init__(self) -> None:
         self.fields: dict[str, Any] = {}
 

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from ray.exceptions import RayTaskError
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from rlhf_worker import run
 from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded
 from rlhf_worker.local import configure, mapped, volume
-from rlhf_worker.stop import Stop, Terminated
+from rlhf_worker.stop import Ended, Stop, Terminated
 
 SAMPLES = Path(__file__).parents[2] / "manifests" / "samples"
 
@@ -61,6 +62,51 @@ def test_other_failures_leave_the_actors_traceback_in_3_kb(log: Path) -> None:
     assert words.startswith("ValueError: vvv") and "policy.py line 7" in words
     run.guarded(raising(ValueError("v" * 10000)))
     assert log.stat().st_size <= 3000
+
+
+LONG = [
+    "a line\n" * 4000, "\u20ac" * 5000, "one\n" + "\u20ac" * 5000, "half a pair \ud800" + "x" * 5000,
+    "x" * 2998 + "\n\u20ac",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", LONG)
+def test_last_words_are_whole_lines_that_fit_and_are_always_written(log: Path, text: str) -> None:
+    """A kubelet takes the end of what does not fit, so that the reason would be gone."""
+    for error in (ValueError(text), BadData(text), from_actor(ValueError(text))):
+        assert run.guarded(raising(error)) in (1, 65)
+        words = log.read_bytes().decode()
+        assert len(words.encode()) <= 3000
+        assert words.startswith((f"ValueError: {text[:3]}", f"BadData: {text[:3]}"))
+
+
+def test_a_long_traceback_loses_its_first_lines_and_no_half_of_one(log: Path) -> None:
+    trace = "\n".join(f"Frame line {number} of many" for number in range(1000))
+    run.guarded(raising(RayTaskError("Policy.load()", trace, ValueError("why"), pid=1, ip="::1").as_instanceof_cause()))
+    first, second, *rest = log.read_text().splitlines()
+    assert first == "ValueError: why" and second.startswith("Frame line ") and "Frame line 999 of many" in rest
+
+
+def test_what_ray_tells_of_an_actors_death_stays_whole(log: Path) -> None:
+    exit_type = "Worker exit type: SYSTEM_ERROR Worker exit detail: killed by SIGKILL by OOM killer"
+    died = ActorDiedErrorContext(class_name="Policy", actor_id=b"1" * 16, pid=7, error_message=exit_type)
+    run.guarded(raising(ActorDiedError(died)))
+    assert log.read_text().startswith("ActorDiedError: The actor died") and exit_type in log.read_text()
+
+
+def test_a_job_that_has_ended_is_no_failure(log: Path) -> None:
+    assert run.guarded(raising(Ended("RLHFJob tiny is Failed (BackoffLimitExceeded)"))) == 0
+    assert not log.read_text()
+
+
+def test_the_end_of_the_job_interrupts_everything() -> None:
+    stop = Stop()
+    stop.end("RLHFJob tiny is gone")
+    with pytest.raises(Ended, match="is gone"):
+        stop.interrupt()
+    stop.ask("pod a is being deleted")
+    with pytest.raises(Ended):
+        stop.check()
 
 
 def test_a_stop_interrupts_only_what_may_be_dropped() -> None:

@@ -20,7 +20,7 @@ from rlhf_worker.engines.ledger import Health
 from rlhf_worker.errors import SyncMismatch
 from rlhf_worker.experience import Sample, pack
 from rlhf_worker.local import local_ray
-from rlhf_worker.placement import reserve
+from rlhf_worker.placement import Patience, reserve
 from rlhf_worker.progress import ConsoleReporter
 from rlhf_worker.rollout.episode import Request
 from rlhf_worker.weights.sync import Synced, WeightSync
@@ -66,7 +66,7 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     )
     with pytest.MonkeyPatch.context() as patch, local_ray(config, verbose=False):
         patch.setattr(crews, "RemoteEngine", ray.remote(AdapterEngine))
-        made = crews.start(config, reserve(config.placement, 60, name="lora"), ConsoleReporter(config))[0]
+        made = crews.start(config, reserve(config.placement, Patience(60, lambda: True), name="lora"), ConsoleReporter(config))[0]
         made.fleet.close()
         yield made
 

@@ -19,7 +19,7 @@ from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.errors import SyncMismatch
 from rlhf_worker.experience import Prompt
 from rlhf_worker.local import local_ray
-from rlhf_worker.placement import reserve
+from rlhf_worker.placement import Patience, reserve
 from rlhf_worker.progress import ConsoleReporter
 from rlhf_worker.rollout.episode import Request
 from rlhf_worker.weights.sync import WeightSync
@@ -63,7 +63,7 @@ def crew(config: RunConfig) -> Iterator[Crew]:
     with pytest.MonkeyPatch.context() as patch, local_ray(config, verbose=False):
         patch.setattr(crews, "RemoteEngine", ray.remote(PokedEngine))
         patch.setattr(fleets, "AFTER_FAILED_SYNC_SECONDS", DEADLINE)
-        stage = reserve(config.placement, 60, name="weight-sync")
+        stage = reserve(config.placement, Patience(60, lambda: True), name="weight-sync")
         made = crews.start(config, stage, ConsoleReporter(config))[0]
         made.fleet.close()  # which would start anew what the tests lose
         yield made

@@ -1,6 +1,8 @@
 """python -m rlhf_worker run|local|import-gguf: see run.py first."""
 
 import argparse
+import faulthandler
+import io
 import os
 import sys
 from pathlib import Path
@@ -29,6 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     replay.add_argument("--sort", choices=["reward"], help="best first; default: in the step's order")
     replay.add_argument("--limit", type=int, default=10, help="samples to print (10)")
     replay.add_argument("--job", type=Path, help="score the samples by this RLHFJob's rewards, and print what differs")
+    faulthandler.enable(all_threads=False)  # a crash of native code leaves the stack that it happened in
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # inputs hold what no encoder takes, and errors quote them
     return _dispatch(parser.parse_args(arguments))
 
 
@@ -36,7 +42,10 @@ def _dispatch(given: argparse.Namespace) -> int:
     from rlhf_worker.run import guarded, run
 
     if given.command == "run":
-        return guarded(lambda: run(given.config))
+        from rlhf_worker.kept_log import kept_log
+
+        with kept_log() as log:
+            return guarded(lambda: run(given.config, log))
     if given.command == "local":
         from rlhf_worker.local import local, volume
 

@@ -36,7 +36,10 @@ def gather(calls: Sequence[Any], deadline_seconds: float, what: str, meanwhile: 
 def answering(actors: Sequence[ActorHandle], method: str, *, deadline_seconds: float) -> list[ActorHandle]:
     """Those whose method returns in time, without an error."""
     calls = {actor: getattr(actor, method).remote() for actor in actors}
-    done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=deadline_seconds)
+    end, done = time.monotonic() + deadline_seconds, list[Any]()
+    while len(done) < len(calls) and (left := end - time.monotonic()) > 0:
+        done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=min(SLICE_SECONDS, left))
+        interrupt_if_asked()
     return [actor for actor, answer in calls.items() if answer in done and not ended_badly(answer)]
 
 

@@ -74,7 +74,7 @@ def _fleet(config: RunConfig, stage: Stage, policy: list[Any], engines: list[Any
     sync = WeightSync(config, policy, engines, backend)
     reporter.update(detail=f"connecting the weight sync ({backend})")
     sync.connect()
-    return Fleet(engines, sync, spawn, lambda amiss: reporter.update(degraded=amiss), least=config.rollout.min_engines)
+    return Fleet(engines, sync, spawn, reporter.engines, least=config.rollout.min_engines)
 
 
 def _roles(config: RunConfig, stage: Stage) -> dict[str, list[Any]]:

@@ -9,6 +9,14 @@ class BadData(Exception):
     """Data or a checkpoint is wrong (exit 65, never retried). The message names the place and the fix."""
 
 
+class NotNumbered(Exception):
+    """The operator gave this driver's pod no number, without which it must not write."""
+
+
+class PortTaken(Exception):
+    """Where pods that are being deleted tell the driver, something else listens."""
+
+
 class PreflightFailed(Exception):
     """A check before the first step failed, and another try may find it mended."""
 
@@ -31,6 +39,10 @@ class Diverged(Exception):
 
 class SaveFailed(Exception):
     """The run's last checkpoint could not be written. The message names path, room and fix."""
+
+
+class Fenced(Exception):
+    """A later driver writes this checkpoint path: this one publishes nothing any more, and has nothing left to do."""
 
 
 class EngineFailed(Exception):

@@ -6,7 +6,8 @@ it trains, its advantages and its losses are `algorithm`'s; where the samples co
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from rlhf_worker.crew import Crew
 from rlhf_worker.errors import SaveFailed
 from rlhf_worker.experience import PackedBatch, ScoredSample, TrainSequence, add_column, chunks, dealt, to_train_sequences
 from rlhf_worker.feed.telemetry import PhaseTimer
-from rlhf_worker.progress import Reporter
+from rlhf_worker.progress import Reporter, drained
 from rlhf_worker.rollout.evaluation import evaluate
 from rlhf_worker.rollout.producer import Rollouts
 from rlhf_worker.stop import Stop, Terminated
@@ -42,16 +43,19 @@ class Loop:
         self.saved_step = -1
         self.kl = KLController(config.algorithm.kl)
         self._step_seconds = 0.0
+        self._productive = 0.0  # seconds in steps that count: those of the checkpoint resumed from, and those after it
 
     def begin(self, step: int, memory: dict[str, Any]) -> None:
         """After restore, before the first step: every engine gets the policy's weights, with proof. `memory`: the checkpoint's, empty without one."""
         self.saved_step = step
         if memory:
             self.kl.restore(memory["kl"])
+            self._productive = memory.get("productive_seconds", 0.0)
         self.rollouts = Rollouts(self.config, self.crew, step, memory.get("pending", ()))
         synced = self.crew.fleet.sync(prove=self.config.weight_sync.verify)
         self.reporter.update(state="Training", detail="generating", step=step, synced=synced)
-        self._finished(step)
+        self.reporter.update(productive_seconds=int(self._productive))
+        self._finished(step, 0.0)
         if not step:
             self._evaluate()
 
@@ -59,15 +63,16 @@ class Loop:
         """To the last step. Raises Terminated, after saving, when asked to stop."""
         try:
             while self.step < self.config.trainer.steps:
+                if self.reporter.drain:
+                    self._drain()
                 self._step()
                 self._told_of_saves(wait=False)
                 if self.step % self.config.checkpoint.every_steps == 0 or self.step == self.config.trainer.steps:
                     self._begin_save()
-                if self.reporter.suspended:
-                    self._drain()
                 self.stop.check()
             self.save()
-        except Terminated:
+        except Terminated as error:
+            self.reporter.update(detail=f"{error}: saving step {self.step}")
             self.save()
             raise
 
@@ -75,28 +80,45 @@ class Loop:
         start, timer, number = time.monotonic(), PhaseTimer(), self.step + 1
         # Until the policy changes, a stop may drop the step: its prompts are drawn again after the restart.
         with self.stop.abandonable():
-            with timer.phase("generate"):  # 1. groups of completions, with their rewards; shared GPUs are the trainer's from here to the sync
+            # 1. Groups of completions, with their rewards; shared GPUs are the trainer's from here to the sync.
+            with self._phase(timer, "generate"):
                 scored = [item for group in self.rollouts.take() for item in group.samples]
                 if self.config.engines_sleep:
                     self.crew.fleet.sleep()
-            with timer.phase("forward"):  # 2. what the algorithm must know of them before it trains
+            with self._phase(timer, "forward"):  # 2. What the algorithm must know of them before it trains.
                 sequences = self._forward(to_train_sequences([item.sample for item in scored]))
-            with timer.phase("shape"):  # 3. advantages, returns, and each token's weight in the loss
+            with self._phase(timer, "shape"):  # 3. Advantages, returns, and each token's weight in the loss.
                 shaped = self._shape(sequences, scored)
-        with timer.phase("train"):  # 4. optimizer updates: the critic's, then the policy's
+        with self._phase(timer, "train"):  # 4. Optimizer updates: the critic's, then the policy's.
             trained = self._train(number, shaped)
-        with timer.phase("sync"):  # 5. the new weights into the engines
-            verify = self.config.weight_sync
-            synced = self.crew.fleet.sync(prove=verify.verify and number % verify.verify_every_steps == 0)
-        self._finished(number)  # 6. the step is finished
+        with self._phase(timer, "sync"):  # 5. The new weights into the engines.
+            synced = self._sync(number)
+        self._finished(number, time.monotonic() - start)  # 6. The step is finished.
         self._report(scored, trained | shaped.metrics | self.rollouts.metrics, synced, timer, time.monotonic() - start)
         if self.config.telemetry.keeps_rollouts(number):
             self._feed("record", number, scored, [sequence.columns["advantages"] for update in shaped.updates for sequence in update])
         with self.stop.abandonable():
             self._evaluate()
 
+    @contextmanager
+    def _phase(self, timer: PhaseTimer, name: str) -> Iterator[None]:
+        with timer.phase(name):
+            yield
+        self.reporter.active()
+
+    def _sync(self, number: int) -> Synced | None:
+        """None when the run is asked to end: a checkpoint needs no engine, and the time to make it may be short."""
+        verify = self.config.weight_sync
+        try:
+            with self.stop.abandonable():
+                return self.crew.fleet.sync(prove=verify.verify and number % verify.verify_every_steps == 0)
+        except Terminated:
+            return None
+
     def _evaluate(self) -> None:
-        if values := evaluate(self.config, self.step, self.rollouts.evaluate, self._feed):
+        with self.reporter.bounded():
+            values = evaluate(self.config, self.step, self.rollouts.evaluate, self._feed)
+        if values:
             self._feed("log", self.step, values)
 
     def _forward(self, sequences: list[TrainSequence]) -> list[TrainSequence]:
@@ -145,9 +167,11 @@ class Loop:
         answers = iter(gather(calls, TRAIN_DEADLINE_SECONDS, f"{what} ({', '.join(asked)})", self.rollouts.pump))
         return {name: [next(answers) for _ in group] for name, group in asked.items()}
 
-    def _finished(self, number: int) -> None:
+    def _finished(self, number: int, seconds: float) -> None:
         self.sampler, pending = self.rollouts.finish(number)
-        self.step, self.memory = number, {"pending": pending, "kl": self.kl.state()}
+        self._productive += seconds
+        self.step = number
+        self.memory = {"pending": pending, "kl": self.kl.state(), "productive_seconds": round(self._productive, 1)}
 
     def save(self) -> None:
         """A whole checkpoint of the last finished step is there when this returns. Raises SaveFailed."""
@@ -158,13 +182,18 @@ class Loop:
     def _begin_save(self) -> None:
         """Unless it is there already, or being written. Training goes on while it is written, and when that fails: the next one may not."""
         if self.step != self.saved_step:
-            call_all(self.crew.savers, "save", self.step, self.sampler, self.memory, deadline_seconds=FILE_DEADLINE_SECONDS, what="checkpoint")
+            given = self.step, self.sampler, self.memory
+            with self.reporter.bounded():
+                call_all(self.crew.savers, "save", *given, deadline_seconds=FILE_DEADLINE_SECONDS, what="checkpoint")
             self.saved_step = self.step
 
     def _told_of_saves(self, *, wait: bool) -> str | None:
         """Report the saves that have ended. Returns the error of the last of them."""
         error = None
-        for outcome in call(self.crew.policy[0], "saved", wait, deadline_seconds=FILE_DEADLINE_SECONDS, what="end of a checkpoint"):
+        with self.reporter.bounded():
+            first, what = self.crew.policy[0], "end of a checkpoint"
+            outcomes = call(first, "saved", wait, deadline_seconds=FILE_DEADLINE_SECONDS, what=what)
+        for outcome in outcomes:
             error = f"no checkpoint of step {outcome.step}: {outcome.error}" if outcome.error else None
             if error:
                 self.saved_step = -1
@@ -175,17 +204,22 @@ class Loop:
         return error
 
     def _drain(self) -> None:
-        """Save. When suspended, wait to be ended, or go on if the suspension is taken back."""
+        """Save, and wait to be ended; or go on if the suspension is taken back, or refused."""
         self.reporter.update(state="Draining", detail="saving")
         self.save()
-        self.reporter.update(state="Drained", detail="saved; waiting for the pods to go")
-        while self.reporter.suspended:
-            self.stop.check()
-            self.stop.wait(1.0)
+        drained(self.reporter, self.stop, "saved")
         self.reporter.update(state="Training", detail="generating")
 
-    def _report(self, scored: list[ScoredSample], values: dict[str, float], synced: Synced, timer: PhaseTimer, seconds: float) -> None:
-        values = values | step_metrics(scored, timer.seconds, seconds) | {"sync/seconds": synced.seconds}
+    def _report(
+        self,
+        scored: list[ScoredSample],
+        values: dict[str, float],
+        synced: Synced | None,
+        timer: PhaseTimer,
+        seconds: float,
+    ) -> None:
+        values = values | step_metrics(scored, timer.seconds, seconds) | {"seconds/productive": self._productive}
+        values |= {"sync/seconds": synced.seconds} if synced else {}
         self._feed("log", self.step, values)
         self._step_seconds = seconds if not self._step_seconds else 0.8 * self._step_seconds + 0.2 * seconds
         left = int(self._step_seconds * (self.config.trainer.steps - self.step))

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,9 +20,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlhf_api.job import PlacementMode
 from rlhf_api.placement import Placement
+from rlhf_worker.calls import gather
 from rlhf_worker.errors import PlacementFailed
 from rlhf_worker.stop import interrupt_if_asked
 
+LOOK_SECONDS = 600.0
 PROBE_SHARE = 0.001  # of a GPU, for the moment of looking at a bundle
 
 
@@ -101,27 +103,41 @@ def wanted_bundles(placement: Placement) -> list[dict[str, float]]:
     return [{"GPU": 1, group.ray_resource: 1} for group in placement.groups for _ in group.slots]
 
 
-def reserve(placement: Placement, deadline_seconds: float, name: str) -> Stage:
-    """Wait for every GPU of the run. Raises PlacementFailed, which says what was asked and what Ray has.
+class Patience:
+    """A deadline that counts only while `counts`: what Kubernetes has not given yet, its own clocks end."""
+
+    def __init__(self, seconds: float, counts: Callable[[], bool]) -> None:
+        self.seconds, self._counts = seconds, counts
+        self._end = time.monotonic() + seconds
+
+    @property
+    def over(self) -> bool:
+        if not self._counts():
+            self._end = time.monotonic() + self.seconds
+        return time.monotonic() > self._end
+
+
+def reserve(
+    placement: Placement, patience: Patience, name: str, tell: Callable[[str], None] = lambda missing: None
+) -> Stage:
+    """Wait for every GPU of the run; `tell` is called about once a second with what is missing. Raises PlacementFailed.
 
     A group of that name is a dead predecessor's, which Ray has not buried yet: it goes first, and its actors with it.
     """
     _remove_left(name)
     wanted = wanted_bundles(placement)
     group = placement_group(wanted, strategy="PACK", name=name)
-    if not _wait(group, deadline_seconds):
-        remove_placement_group(group)
-        raise PlacementFailed(f"no placement for {len(wanted)} GPUs after {deadline_seconds:g} s: {shortage(placement, ray.cluster_resources())}")
+    while not group.wait(timeout_seconds=1):
+        interrupt_if_asked()
+        missing = shortage(placement, ray.cluster_resources())
+        tell(missing)
+        if patience.over:
+            remove_placement_group(group)
+            ready = f"though all pods have been ready for {patience.seconds:g} s"
+            raise PlacementFailed(f"no placement for {len(wanted)} GPUs, {ready}: {missing}")
     look = ray.remote(_look)
     calls = [look.options(**_options(group, index, PROBE_SHARE)).remote(index) for index in range(len(wanted))]
-    return Stage(group, tie(placement, ray.get(calls, timeout=deadline_seconds)))
-
-
-def _wait(group: PlacementGroup, deadline_seconds: float) -> bool:
-    end = time.monotonic() + deadline_seconds
-    while not (ready := group.wait(timeout_seconds=1)) and time.monotonic() < end:
-        interrupt_if_asked()
-    return bool(ready)
+    return Stage(group, tie(placement, gather(calls, LOOK_SECONDS, "look at the GPUs")))
 
 
 def _remove_left(name: str) -> None:

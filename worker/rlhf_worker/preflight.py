@@ -11,7 +11,7 @@ from ray.actor import ActorHandle
 from rlhf_api.progress import Preflight
 from rlhf_worker.calls import call, call_all, root_cause
 from rlhf_worker.progress import Reporter
-from rlhf_worker.stop import Terminated
+from rlhf_worker.stop import Ended, Terminated
 from rlhf_worker.trainer.checks import CHECKS
 
 DEADLINE_SECONDS = 60.0
@@ -29,7 +29,7 @@ def preflight(groups: Sequence[Sequence[ActorHandle]], feed: ActorHandle, report
                 call(feed, "try_rewards", deadline_seconds=left, what="preflight check Rewards")
             else:
                 call_all(ranks, "preflight", name, deadline_seconds=left, what=f"preflight check {name}")
-        except Terminated:
+        except (Terminated, Ended):
             raise
         except Exception as error:
             cause = root_cause(error)

@@ -7,22 +7,29 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import httpx
+from annotated_types import MaxLen
 
-from rlhf_api import API_VERSION, GROUP, KIND, PLURAL, VERSION
-from rlhf_api.progress import DRIVER_FIELD_MANAGER, HEARTBEAT_SECONDS, Progress, Saved, Sync
-from rlhf_api.run import JobRef, RunConfig
+from rlhf_api.progress import EXIT_OK, HEARTBEAT_SECONDS, Progress, Saved, Sync
+from rlhf_api.run import RunConfig
+from rlhf_worker.job import OwnJob, Raw, drains, ended, last_progress, pods_ready
+from rlhf_worker.stop import Stop
 from rlhf_worker.weights.sync import Synced
+from rlhf_worker.words import printable
 
-ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 LEAST_SECONDS = 1.0  # between two reports, however short the steps are
-REQUEST_SECONDS = 5.0
 LAST_REPORT_SECONDS = 15.0
+END_SECONDS = 30.0  # from the end of the job to that of a driver that hangs
+# What a restart changes nothing of. The rest of a report is about the driver that made it.
+STAYS = (
+    "step", "step_time", "reward", "kl", "mismatch", "tokens_per_second", "eta_seconds", "eta", "checkpoint",
+    "save_error", "productive_seconds",
+)  # fmt: skip
 
 
 def now() -> str:
@@ -43,8 +50,17 @@ def step_fields(step: int, total: int, values: Mapping[str, float], eta_seconds:
         "step": step, "display": f"{step}/{total}", "step_time": now(), "reward": f"{values['reward/mean']:.3f}",
         "mismatch": f"{values['mismatch/abs']:.2g}" if "mismatch/abs" in values else None, "tokens_per_second": f"{values['rollout/tokens_per_second']:.0f}",
         "eta_seconds": eta_seconds, "eta": in_words(eta_seconds),
+        "productive_seconds": int(values["seconds/productive"]),
     }
     return fields | ({"kl": f"{values['train/kl']:.2g}"} if "train/kl" in values else {})
+
+
+def fitting(name: str, value: Any) -> Any:
+    """A field's text as the API server takes it: one that is too long, or no UTF-8, would cost the whole report."""
+    if not isinstance(value, str):
+        return value
+    most = next((rule.max_length for rule in Progress.model_fields[name].metadata if isinstance(rule, MaxLen)), None)
+    return printable(value)[:most]
 
 
 def sync_fields(synced: Synced, before: Sync | None) -> dict[str, Any]:
@@ -55,32 +71,95 @@ def sync_fields(synced: Synced, before: Sync | None) -> dict[str, Any]:
 class Reporter:
     """The run's progress, with a line on the terminal for each step and checkpoint."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self.progress = Progress(total_steps=config.trainer.steps, display=f"0/{config.trainer.steps}")
-        self.suspended = False
-        self._lock = threading.Lock()  # the engines' thread tells what is amiss
+    pods_ready = True  # whether all that Kubernetes gives is there
+    drain = False  # whether the pods go as soon as the run has saved
+
+    def __init__(self, config: RunConfig, known: Progress | None = None) -> None:
+        """known: what the driver before this one told last."""
+        total = config.trainer.steps
+        stays = {name: getattr(known, name) for name in STAYS} if known else {}
+        display = f"{known.step if known else 0}/{total}"
+        self.progress = Progress(total_steps=total, display=display, activity_time=now(), **stays)
+        self._lock = threading.Lock()  # several threads tell what is amiss
+        self._bounded = 0
+        self._engines: str | None = None
+        self._leaving: list[str] = []
 
     def update(self, synced: Synced | None = None, **fields: Any) -> None:
         with self._lock:
             fields |= sync_fields(synced, self.progress.sync) if synced else {}
-            self.progress = self.progress.model_copy(update=fields)
+            fits = {name: fitting(name, value) for name, value in fields.items()}
+            self.progress = self.progress.model_copy(update=fits)
 
-    def stepped(self, step: int, values: Mapping[str, float], *, eta_seconds: int, synced: Synced) -> None:
-        self.update(synced, **step_fields(step, self.progress.total_steps, values, eta_seconds))
+    def active(self) -> None:
+        """The run got further: what waits for that counts anew. Told with the next report."""
+        Reporter.update(self, activity_time=now())
+
+    @contextmanager
+    def bounded(self) -> Iterator[None]:
+        """What runs inside has a deadline of its own: it may take its time, and is not held to have stalled."""
+        self._bounded += 1
+        try:
+            yield
+        finally:
+            self._bounded -= 1
+            self.active()
+
+    def engines(self, amiss: str | None) -> None:
+        """What is amiss with the engines; None when nothing is, and what left has been replaced."""
+        self._leaving = self._leaving if amiss else []
+        self._engines = amiss
+        self._tell_amiss()
+
+    def leaving(self, pod: str) -> None:
+        """The pod goes, and its engines with it."""
+        words = f"pod {pod} is being deleted"
+        self._leaving = [*(one for one in self._leaving if one != words), words]
+        self._tell_amiss()
+
+    def _tell_amiss(self) -> None:
+        self.update(degraded="; ".join(filter(None, [self._engines, *self._leaving])) or None)
+
+    def stepped(self, step: int, values: Mapping[str, float], *, eta_seconds: int, synced: Synced | None) -> None:
+        self.update(synced, **step_fields(step, self.progress.total_steps, values, eta_seconds), activity_time=now())
         print(line(self.progress, values), flush=True)
 
     def saved(self, step: int, path: str) -> None:
-        self.update(checkpoint=Saved(step=step, path=path, time=now()), save_error=None)
+        self.update(checkpoint=Saved(step=step, path=path, time=now()), save_error=None, activity_time=now())
         print(f"saved step {step} to {path}", flush=True)
+
+    def resumed(self, step: int, path: str, passed_over: Sequence[str]) -> None:
+        """From the checkpoint of `step`, or from nothing when it is 0: now is known what of the last report is so."""
+        last = self.progress.checkpoint
+        there = last if last and last.step == step else Saved(step=step, path=path, time=now()) if step else None
+        words = f"resuming after step {step}" if step else "starting anew"
+        self.update(
+            detail="; ".join([words, *passed_over]), step=step, display=f"{step}/{self.progress.total_steps}",
+            checkpoint=there, resumed_from_step=step or None,
+        )  # fmt: skip
+
+
+def drained(reporter: Reporter, stop: Stop, how: str) -> None:
+    """Nothing is under way or unsaved: the pods may go, for as long as they are to. Raises Terminated or Ended."""
+    reporter.update(state="Drained", detail=f"{how}; waiting for the pods to go")
+    with reporter.bounded():
+        while reporter.drain:
+            stop.check()
+            stop.wait(1.0)
 
 
 class StatusReporter(Reporter):
-    """Server-side apply of the whole progress, at each step end and every HEARTBEAT_SECONDS, at most once in LEAST_SECONDS."""
+    """Server-side apply of the progress: at each step end, every HEARTBEAT_SECONDS, at most once in LEAST_SECONDS.
 
-    def __init__(self, config: RunConfig, client: httpx.Client) -> None:
-        super().__init__(config)
-        self._job = config.job
-        self._client = client
+    The answer to each report says whether the job still wants this driver. One that does not end by itself is ended.
+    """
+
+    def __init__(self, config: RunConfig, own: OwnJob, seen: Raw, stop: Stop, pod_uid: str) -> None:
+        """seen: the job as it was when the driver started."""
+        super().__init__(config, last_progress(seen))
+        self.progress = self.progress.model_copy(update={"pod_uid": pod_uid or None})
+        self._own, self._stop, self._over = own, stop, False
+        self._look_at(seen)
         self._news, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="progress", daemon=True)
         self._thread.start()
@@ -109,37 +188,37 @@ class StatusReporter(Reporter):
             self._closing.wait(LEAST_SECONDS * min(10, 2**failures)) if not closing else time.sleep(LEAST_SECONDS)
 
     def _send(self) -> bool:
+        if self._bounded:
+            self.active()
         body = {"progress": {**self.progress.to_dict(), "reportTime": now()}}
         try:
-            answer = apply_status(self._client, self._job, body)
+            self._look_at(self._own.apply(body))
         except (httpx.HTTPError, OSError, ValueError) as error:
             print(f"progress could not be reported: {error}", file=sys.stderr, flush=True)
             return False
-        self.suspended = bool(answer.get("spec", {}).get("suspend", False))
         return True
 
+    def _look_at(self, answer: Raw | None) -> None:
+        if (why := ended(answer, self._own.job)) or answer is None:
+            self._end(str(why))
+            return
+        self.drain, self.pods_ready = drains(answer), pods_ready(answer)
 
-def apply_status(client: httpx.Client, job: JobRef, status: dict[str, Any]) -> dict[str, Any]:
-    """Returns the whole object. Raises httpx.HTTPError, OSError for a missing token, ValueError for an answer that is no JSON."""
-    answer = client.patch(
-        f"/apis/{GROUP}/{VERSION}/namespaces/{job.namespace}/{PLURAL}/{job.name}/status",
-        params={"fieldManager": DRIVER_FIELD_MANAGER, "force": "true"},
-        headers={"Authorization": f"Bearer {(ACCOUNT / 'token').read_text().strip()}", "Content-Type": "application/apply-patch+yaml"},
-        json={"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": job.name, **({"uid": job.uid} if job.uid else {})}, "status": status},
-    )
-    if answer.is_error:
-        raise httpx.HTTPStatusError(f"{answer.status_code}: {answer.text[:300]}", request=answer.request, response=answer)
-    found: dict[str, Any] = answer.json()
-    return found
+    def _end(self, why: str) -> None:
+        """Nothing that this process still makes is wanted: a main thread that hangs is not waited for."""
+        if self._over:
+            return
+        self._over, self.drain = True, False
+        self._stop.end(why)
+        ender = threading.Timer(END_SECONDS, _end_hard, [why])
+        ender.daemon = True
+        ender.start()
 
 
-def in_cluster_client() -> httpx.Client:
-    """The API server as a pod sees it. Raises OSError outside a cluster."""
-    host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
-    if not host:
-        raise OSError("KUBERNETES_SERVICE_HOST is not set: this is no pod; use `rlhf_worker local`")
-    host = f"[{host}]" if ":" in host else host
-    return httpx.Client(base_url=f"https://{host}:{port}", verify=str(ACCOUNT / "ca.crt"), timeout=REQUEST_SECONDS, trust_env=False)
+def _end_hard(why: str) -> None:
+    words = f"what the driver did at that time did not end in {END_SECONDS:g} s"
+    print(f"ended: {why}; {words}", file=sys.stderr, flush=True)
+    os._exit(EXIT_OK)
 
 
 def line(progress: Progress, values: Mapping[str, float]) -> str:

@@ -1,14 +1,16 @@
 """READ FIRST. The driver's life, from run config to exit code.
 
-    read the config -> connect to Ray -> reserve the GPUs -> start feed, trainer and engines side by side -> prove who sits where
-    -> restore the newest checkpoint -> connect the weight sync -> the loop -> export -> close
+    read the config and the job -> be numbered by the operator -> connect to Ray -> reserve the GPUs
+    -> start feed, trainer and engines side by side -> prove who sits where -> restore the newest checkpoint
+    -> connect the weight sync -> the loop -> export -> close
 
 A failure anywhere ends the process: the kubelet starts it again in the same pod, and it resumes from its checkpoint. The exit code
 says whether that makes sense (rlhf_api.progress), and /dev/termination-log carries the reason into the job's status.
+When the job has ended, the driver ends with 0, whatever it does.
 """
 
+import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,16 +24,22 @@ from yaml import YAMLError
 
 from rlhf_api.progress import EXIT_BAD_DATA, EXIT_BAD_SPEC, EXIT_OK
 from rlhf_api.run import RunConfig
+from rlhf_worker import attempt
 from rlhf_worker.advice import advice
 from rlhf_worker.calls import call, call_all, root_cause
 from rlhf_worker.crew import Crew, close, start
 from rlhf_worker.engines.arguments import check_engine_args
 from rlhf_worker.errors import BadData, BadSpec
-from rlhf_worker.placement import reserve
-from rlhf_worker.progress import Reporter, StatusReporter, in_cluster_client
-from rlhf_worker.stop import EXIT_TERMINATED, Stop, Terminated
+from rlhf_worker.job import POD_UID, OwnJob, in_cluster_client
+from rlhf_worker.kept_log import KeptLog
+from rlhf_worker.notices import Notices, listening
+from rlhf_worker.placement import Patience, Stage, reserve
+from rlhf_worker.progress import Reporter, StatusReporter, drained
+from rlhf_worker.stop import EXIT_TERMINATED, Ended, Stop, Terminated
+from rlhf_worker.words import first_lines, last_lines, printable
 
 EXIT_FAILED = 1
+# Both count only while all pods are ready: before that, the operator's clocks do.
 RAY_DEADLINE_SECONDS = 300.0
 PLACEMENT_DEADLINE_SECONDS = 600.0
 FILE_DEADLINE_SECONDS = 3600.0
@@ -48,46 +56,75 @@ class Result:
     seats: dict[str, list[str]]
 
 
-def drive(config: RunConfig, reporter: Reporter, stop: Stop) -> Result:
+@dataclass(frozen=True, slots=True)
+class InCluster:
+    """What a driver in a pod has besides: its head pod's number, ears for pods that go, and a log that is kept."""
+
+    attempt: int
+    notices: Notices | None
+    log: KeptLog
+
+
+def drive(config: RunConfig, reporter: Reporter, stop: Stop, pod: InCluster | None = None) -> Result:
     """The whole run on a connected Ray. Raises what ends it, with a note where it is known what to change."""
     try:
-        return _drive(config, reporter, stop)
+        return _drive(config, reporter, stop, pod)
     except Exception as error:
         if words := advice("".join(traceback.format_exception(error)), config):
             root_cause(error).add_note(words)
         raise
 
 
-def _drive(config: RunConfig, reporter: Reporter, stop: Stop) -> Result:
-    with stop.abandonable():
+def _drive(config: RunConfig, reporter: Reporter, stop: Stop, pod: InCluster | None) -> Result:
+    with stop.abandonable(), reporter.bounded():
         reporter.update(state="Starting", detail="checking the run config")
         check_engine_args(config)
-        reporter.update(detail=f"waiting for {config.placement.gpus} GPUs")
-        stage = reserve(config.placement, PLACEMENT_DEADLINE_SECONDS, name=f"rlhf-{config.job.name}")
+        stage = _reserve(config, reporter, stop)
+        if pod and pod.notices:
+            pod.notices.listen()
         crew, seats = start(config, stage, reporter)
+        if pod:
+            pod.log.send_to(crew.feed, pod.attempt)
         from rlhf_worker.loop import Loop  # brings torch, which the actors did not have to wait for
 
         loop = Loop(config, crew, reporter, stop)
-        loop.begin(*_restore(config, crew, reporter))
+        loop.begin(*_restore(config, crew, reporter, pod.attempt if pod else 0))
     loop.run()
-    export = _export(config, crew, reporter)
+    with stop.abandonable(), reporter.bounded():
+        export = _export(config, crew, reporter)
     reporter.update(state="Done", detail="finished")
     close(crew)
     return Result(loop.step, export, seats)
 
 
-def _restore(config: RunConfig, crew: Crew, reporter: Reporter) -> tuple[int, dict[str, Any]]:
-    """Finished steps of the newest checkpoint, 0 for a new run, and the loop's memory. Raises BadData."""
+def _reserve(config: RunConfig, reporter: Reporter, stop: Stop) -> Stage:
+    """Waits for the GPUs as long as the operator does. A run whose pods are to go meanwhile has nothing to save."""
+    what = f"waiting for {config.placement.gpus} GPUs"
+
+    def tell(missing: str) -> None:
+        if reporter.drain:
+            drained(reporter, stop, "nothing was under way")
+            reporter.update(state="Starting")
+        if (words := f"{what}: {missing}") != reporter.progress.detail:
+            reporter.update(detail=words)
+
+    reporter.update(detail=what)
+    patience = Patience(PLACEMENT_DEADLINE_SECONDS, lambda: reporter.pods_ready)
+    return reserve(config.placement, patience, f"rlhf-{config.job.name}", tell)
+
+
+def _restore(config: RunConfig, crew: Crew, reporter: Reporter, number: int) -> tuple[int, dict[str, Any]]:
+    """Finished steps of the newest checkpoint, 0 for a new run, and the loop's memory. Raises BadData, Fenced."""
     reporter.update(detail="looking for a checkpoint")
+    fence = config.job.uid, number
+    call_all(crew.savers, "fence", *fence, deadline_seconds=FILE_DEADLINE_SECONDS, what="fence of the checkpoints")
     restored = call_all(crew.savers, "restore", deadline_seconds=FILE_DEADLINE_SECONDS, what="restore")[0]
     for words in restored.passed_over:
         print(words, file=sys.stderr, flush=True)
     state = restored.state
     step = state.step if state else 0
     call(crew.feed, "begin", step, state.sampler if state else None, deadline_seconds=FILE_DEADLINE_SECONDS, what="start of the data")
-    if state:
-        total = config.trainer.steps
-        reporter.update(detail="; ".join([f"resuming after step {step}", *restored.passed_over])[:1000], step=step, display=f"{step}/{total}", resumed_from_step=step)
+    reporter.resumed(step, restored.path, restored.passed_over)
     return step, state.loop if state else {}
 
 
@@ -104,6 +141,8 @@ def guarded(work: Callable[[], object]) -> int:
     """Run, and turn what ended it into the exit code and the last words."""
     try:
         work()
+    except Ended as error:
+        print(f"ended: {error}", file=sys.stderr, flush=True)
     except Terminated as error:
         print(f"ended: {error}", file=sys.stderr, flush=True)
         return EXIT_TERMINATED
@@ -117,38 +156,58 @@ def guarded(work: Callable[[], object]) -> int:
 
 
 def last_words(error: BaseException, cause: BaseException) -> str:
-    """Type and message; for what no one foresaw, also the end of the traceback, which Ray carries in the message from the actor."""
-    told = "\n".join([*getattr(cause, "__notes__", ()), f"{type(cause).__name__}: {cause}"])
+    """Whole lines: what to do and what happened; for what no one foresaw, also the end of the traceback.
+
+    Ray carries the actor's in the error's message.
+    """
+    lines = [*getattr(cause, "__notes__", ()), f"{type(cause).__name__}: {cause}"]
+    told = first_lines(printable("\n".join(lines)), LAST_WORDS_BYTES)
     if isinstance(cause, (BadSpec, BadData)):
         return told
     trace = str(error) if isinstance(error, RayTaskError) else "".join(traceback.format_exception(error))
-    room = LAST_WORDS_BYTES - len(told.encode())
-    return told if room < 200 else f"{told}\n{trace.strip()[-room // 2 :]}"
+    end = last_lines(printable(trace).strip().removesuffix(told).strip(), LAST_WORDS_BYTES - len(told.encode()) - 1)
+    return f"{told}\n{end}" if end else told
 
 
 def _tell_kubelet(words: str) -> None:
     try:
         if TERMINATION_LOG.exists():
-            TERMINATION_LOG.write_bytes(words.encode()[:LAST_WORDS_BYTES])
+            TERMINATION_LOG.write_bytes(words.encode())
     except OSError as error:
         print(f"{TERMINATION_LOG}: {error}", file=sys.stderr, flush=True)
 
 
-def _connect(config: RunConfig, stop: Stop) -> None:
-    """To the Ray of this pod. The kubelet starts both containers at once, so its head may need a while."""
-    deadline = time.monotonic() + RAY_DEADLINE_SECONDS
+def _connect(config: RunConfig, reporter: Reporter, stop: Stop) -> None:
+    """To the Ray of this pod, whose head may need a while: the kubelet starts both containers at once."""
+    reporter.update(detail="waiting for Ray's head")
+    patience = Patience(RAY_DEADLINE_SECONDS, lambda: reporter.pods_ready)
     while True:
         try:
             ray.init(address="auto", namespace=config.job.name, log_to_driver=True)
             return
         except ConnectionError:
-            if time.monotonic() > deadline:
+            if patience.over:
                 raise
         stop.check()
         stop.wait(0.5)
 
 
-def run(path: Path) -> None:
+class Heard:
+    """What becomes of a notice that a pod is being deleted."""
+
+    def __init__(self, reporter: Reporter, stop: Stop) -> None:
+        self._reporter, self._stop = reporter, stop
+
+    def trainer(self, pod: str) -> None:
+        """As SIGTERM of its own pod. A step that trains is finished first; one that outlasts the pod is lost."""
+        self._reporter.update(detail=f"pod {pod} is being deleted: saving after this step")
+        self._stop.ask(f"pod {pod} is being deleted")
+
+    def rollout(self, pod: str) -> None:
+        self._reporter.leaving(pod)
+
+
+def run(path: Path, log: KeptLog) -> None:
     """`rlhf_worker run`: in the head pod, beside Ray. Raises what ends it."""
     stop = Stop()
     stop.install()
@@ -156,16 +215,21 @@ def run(path: Path) -> None:
         config = RunConfig.read(path)
     except (OSError, YAMLError, ValidationError) as error:
         raise BadSpec(f"run config {path}: {error}") from error
-    reporter = StatusReporter(config, in_cluster_client())
+    own, pod_uid = OwnJob(config.job, in_cluster_client()), os.environ.get(POD_UID, "")
+    reporter = StatusReporter(config, own, attempt.first_look(own, stop), stop, pod_uid)
     try:
-        reporter.update(detail="waiting for Ray's head")
-        _connect(config, stop)
+        with reporter.bounded():
+            reporter.update(detail="waiting for the operator to number this attempt")
+            number = attempt.number(own, stop, pod_uid)
+            reporter.update(attempt=number)
+            notices = listening(Heard(reporter, stop))
+            _connect(config, reporter, stop)
         stop.install()  # again: ray.init takes SIGTERM for itself
-        drive(config, reporter, stop)
+        drive(config, reporter, stop, InCluster(number, notices, log))
     except BaseException as error:
         cause = root_cause(error)
-        if not isinstance(cause, Terminated):
-            reporter.update(detail=f"{type(cause).__name__}: {cause}"[:1000])
+        if not isinstance(cause, (Terminated, Ended)):
+            reporter.update(detail=f"{type(cause).__name__}: {cause}")
         raise
     finally:
         reporter.close()

@@ -1,4 +1,4 @@
-"""Being asked to end: SIGTERM, and what of a step it may interrupt."""
+"""Being asked to end: by SIGTERM, a pod that is being deleted, or the end of the job; and what that may interrupt."""
 
 import signal
 import threading
@@ -14,6 +14,10 @@ class Terminated(Exception):
     """The run was asked to end, and nothing of what it finished is lost."""
 
 
+class Ended(Exception):
+    """The job has ended, or is gone: nothing that this process still makes is wanted by anyone."""
+
+
 class Stop:
     """A flag that SIGTERM (and, for a run by hand, SIGINT) sets; inside `abandonable`, `interrupt_if_asked` raises.
 
@@ -24,6 +28,8 @@ class Stop:
 
     def __init__(self) -> None:
         self._asked = threading.Event()
+        self._why = "asked to end"
+        self._ended = ""
         self._may_abandon = False
 
     def install(self) -> None:
@@ -37,9 +43,19 @@ class Stop:
             raise KeyboardInterrupt
         self._asked.set()
 
+    def ask(self, why: str) -> None:
+        """As SIGTERM does, from any thread."""
+        self._why = why
+        self._asked.set()
+
+    def end(self, why: str) -> None:
+        """For good: even what may not be dropped half-way is dropped, for nothing of it will be used."""
+        self._ended = why
+        self._asked.set()
+
     def interrupt(self) -> None:
-        """Raises Terminated if asked while what runs may be dropped."""
-        if self._may_abandon:
+        """Raises Terminated if asked while what runs may be dropped, Ended in any case."""
+        if self._may_abandon or self._ended:
             self.check()
 
     @property
@@ -47,9 +63,11 @@ class Stop:
         return self._asked.is_set()
 
     def check(self) -> None:
-        """Raises Terminated if asked."""
+        """Raises Ended, or Terminated, if asked."""
+        if self._ended:
+            raise Ended(self._ended)
         if self.asked:
-            raise Terminated("asked to end")
+            raise Terminated(self._why)
 
     @contextmanager
     def abandonable(self) -> Iterator[None]:
@@ -66,6 +84,6 @@ class Stop:
 
 
 def interrupt_if_asked() -> None:
-    """Every wait of the driver calls this between its slices. Raises Terminated."""
+    """Every wait of the driver calls this between its slices. Raises Terminated or Ended."""
     if Stop.installed is not None:
         Stop.installed.interrupt()

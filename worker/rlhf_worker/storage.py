@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from fsspec.core import url_to_fs
 
@@ -50,17 +51,54 @@ class Store:
 
     def write(self, name: str, data: bytes) -> tuple[int, int]:
         """Whole or not at all, and on the disk when it returns. Returns size and CRC32. Raises OSError."""
-        path = self.path(name)
-        self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
         if self.local:
-            with Path(f"{path}.partial").open("wb") as file:
+            self._staged(name, data).rename(self.path(name))
+        else:
+            self.fs.makedirs(self.path(name).rpartition("/")[0], exist_ok=True)
+            self.fs.pipe_file(self.path(name), data)
+        return len(data), zlib.crc32(data)
+
+    def create(self, name: str, data: bytes) -> None:
+        """As `write`, for one writer only: raises FileExistsError when the file is there. Where storage has no such call, two at once may both succeed."""
+        path = self.path(name)
+        if self.local:
+            staged = self._staged(name, data)
+            try:
+                _only_once(staged, Path(path))
+            finally:
+                staged.unlink(missing_ok=True)
+        else:
+            self._create_remote(path, data)
+
+    def _create_remote(self, path: str, data: bytes) -> None:
+        self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        self.fs.invalidate_cache()
+        if self.fs.exists(path):
+            raise FileExistsError(path)
+        try:
+            self.fs.pipe_file(path, data, mode="create")
+        except TypeError:  # a driver that does not know modes
+            self.fs.pipe_file(path, data)
+        except OSError as error:
+            self.fs.invalidate_cache()
+            if self.fs.exists(path):  # drivers tell of it in their own ways
+                raise FileExistsError(path) from error
+            raise
+
+    def _staged(self, name: str, data: bytes) -> Path:
+        """On the disk, beside its place, under a name that no other process uses."""
+        path = Path(self.path(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_name(f".{path.name}.{uuid4().hex[:8]}.partial")
+        try:
+            with staged.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(f"{path}.partial").rename(path)
-        else:
-            self.fs.pipe_file(path, data)
-        return len(data), zlib.crc32(data)
+        except OSError:
+            staged.unlink(missing_ok=True)
+            raise
+        return staged
 
     def measure(self, name: str) -> tuple[int, int]:
         """Size and CRC32 of what is there. Raises OSError."""
@@ -89,17 +127,35 @@ class Store:
         return usage.free, usage.total
 
     @contextmanager
-    def publishing(self, name: str, telling: str) -> Iterator[Path]:
-        """A local directory to fill, which takes the place of `name` when the block ends well. Elsewhere than on a local disk the file `telling` goes last."""
-        partial = f".{name}.partial"
+    def publishing(self, name: str, telling: str, mark: str) -> Iterator[Path]:
+        """A local directory to fill, which takes the place of `name` when the block ends well. Elsewhere than on a local disk the file `telling` goes last.
+
+        mark: the writer's own, so that two that fill theirs at once do not meet.
+        """
+        partial = f".{name}.{mark}.partial"
         if self.local:
             self.remove(partial)
             self.fs.makedirs(self.path(partial), exist_ok=True)
-            yield Path(self.path(partial))
-            self.rename(partial, name)
+            try:
+                yield Path(self.path(partial))
+                self.rename(partial, name)
+            finally:
+                self.remove(partial)
             return
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
             self.remove(name)
             for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == telling):
                 self.fs.put_file(str(file), self.path(f"{name}/{file.name}"))
+
+
+def _only_once(staged: Path, path: Path) -> None:
+    """Volumes without hard links have no call for this, so there is a moment between the look and the rename."""
+    try:
+        path.hardlink_to(staged)
+    except FileExistsError:
+        raise
+    except OSError:
+        if path.exists():
+            raise FileExistsError(path) from None
+        staged.rename(path)

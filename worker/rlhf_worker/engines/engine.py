@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from rlhf_api.run import RunConfig
 from rlhf_worker.engines.adapters import Adapters, adapter_args, version_of
 from rlhf_worker.engines.arguments import check_attention, check_context, check_engine_args, check_known, needed_context, refused
+from rlhf_worker.engines.pulse import Pulse, stopped
 from rlhf_worker.errors import DeadlineExceeded, EngineFailed
 from rlhf_worker.placement import Seat
 from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, require_path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from rlhf_worker.weights.compare import EngineSums
 
 CPU_KV_CACHE_BYTES = 256 << 20
+SILENT_SECONDS = 300.0  # more than any step takes, also the first of a kind, for which vLLM may compile
 
 
 class Engine:
@@ -55,6 +57,7 @@ class Engine:
         self.adapters: Adapters | None = None  # with model.lora
         self.adapter_args: dict[str, Any] = {}
         self._requests = 0
+        self._pulse = Pulse(lambda: self._running().is_paused())
 
     async def prepare(self, backend: str) -> None:
         """All of a start that takes no memory of the device: checks, and vLLM's import, which takes as long as the rest. Raises BadSpec."""
@@ -231,6 +234,7 @@ class Engine:
             found = [output async for output in outputs if output.finished]
         if not found:
             raise RuntimeError(f"engine {self.index}: a request came back without output")
+        self._pulse.beat()
         return found[0]
 
     async def probe(self, token_ids: list[int]) -> list[float]:
@@ -244,11 +248,19 @@ class Engine:
         return [by_token[token].logprob for token, by_token in pairs if by_token is not None]
 
     async def ping(self) -> None:
-        """Returns if vLLM's processes are there. Raises EngineFailed with what they printed last."""
+        """Returns if vLLM's processes are there and at work. Raises EngineFailed with what they printed last."""
+        llm = self._running()
         try:
-            await self._running().check_health()
+            await llm.check_health()
         except Exception as error:
             raise EngineFailed(f"engine {self.index} is dead: {error}; its log ends: {printed()}") from error
+        if pids := stopped(os.getpid()):
+            raise EngineFailed(f"engine {self.index} hangs: a signal stopped its processes {pids}")
+        if self.stale or self.asleep:  # what a sync asks of the core has a deadline of its own
+            self._pulse.forget()
+        elif (silent := self._pulse.silent_seconds()) > SILENT_SECONDS:
+            words = f"for {silent:.0f} s it finished nothing and did not answer"
+            raise EngineFailed(f"engine {self.index} hangs: {words}; its log ends: {printed()}")
 
     async def alive(self) -> None:
         """Returns if the engine's workers answer."""

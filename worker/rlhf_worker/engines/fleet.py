@@ -20,7 +20,7 @@ from rlhf_worker.errors import DeadlineExceeded, EnginesLost, LinkBroken
 from rlhf_worker.stop import interrupt_if_asked
 from rlhf_worker.weights.sync import Synced, WeightSync
 
-PROBE_SECONDS = 5.0  # between two probes
+PROBE_SECONDS = 2.0  # between two probes
 ANSWER_SECONDS = 10.0  # for one: the engine's event loop is busy at times
 AFTER_FAILED_SYNC_SECONDS = 30.0  # for an answer of the engine's workers
 SLEEP_SECONDS = 300.0  # the first sleep may have to pin as much of the host's memory as the weights take

@@ -1,7 +1,9 @@
-"""Checkpoints: `<path>/step-<n>/<role>/` holds torch DCP's shards of a role's model and optimizer and every rank's RNG; run.json the rest.
+"""Checkpoints: `<path>/step-<n>.<writer>/<role>/` holds torch DCP's shards of a role's model and optimizer and every rank's RNG; run.json the rest.
 
 run.json is written last and names every file with its size and CRC32: a directory without it, or with other files, is no checkpoint. On a
 mounted volume a directory also gets its name only when it is whole. Tensors are copied to the host at once and written by a thread.
+
+Of several drivers on one path only the last to take it over publishes (`fence`). Names carry their writer, so no checkpoint mixes two.
 """
 
 import io
@@ -14,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +31,13 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
 
-from rlhf_worker.errors import BadData
+from rlhf_worker.errors import BadData, Fenced
 from rlhf_worker.storage import Store
+from rlhf_worker.trainer.fence import Fence, Writer, standing
 
-NAME, LEFT = re.compile(r"step-(\d+)"), re.compile(r"\.?step-(\d+)(?:\.partial)?")
+NAME = re.compile(r"step-(\d+)(?:\.(attempt-\d+-[0-9a-f]{8}))?")  # without a writer: made before there was a fence
+STAGED = re.compile(r"\.(?:step-(\d+)|export)(?:\.(attempt-\d+-[0-9a-f]{8}))?\.partial")
 RUN, PART, RNG, LATEST = "run.json", "part.json", "rng.pt", "latest"
-LEADER = "policy"  # its first rank makes a checkpoint of every role's part
 PARTS_DEADLINE_SECONDS = 1800.0
 POLL_SECONDS = 0.2
 PARTIAL = StateDictOptions(strict=False)
@@ -63,41 +68,67 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """`passed_over`: newer checkpoints that are damaged, each by name and fault."""
+    """`passed_over`: newer checkpoints that are damaged, each by name and fault. `path`: of the one that was read, told by the leader's ranks."""
 
     state: RunState | None
     passed_over: list[str]
+    path: str = ""
 
 
 class Saver:
     """One rank's end. `begin`, `restore` and `close` are collectives of the ranks that hold the same roles; the process group must be there.
 
-    expected: every role that the run trains, also those of other rank groups. attempt: the same in all processes of one driver, and in no other.
+    expected: every role that the run trains, also those of other rank groups; `leads`: this group has the policy.
+    driver: the same in all processes of one driver, and in no other.
     """
 
-    def __init__(self, root: str, keep: int, expected: Sequence[str], attempt: str) -> None:
+    def __init__(self, root: str, keep: int, expected: Sequence[str], driver: str, *, leads: bool) -> None:
         self.store = Store(root)
         self.keep = keep
         self.expected = expected
-        self.attempt = attempt
+        self.driver = driver
+        self.leads = leads
+        self.held: Fence | None = None
+        self.refused: Fenced | None = None
         self.group = dist.new_group(backend="gloo")  # of its own: its collectives run beside the loop's
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.running: Future[None] | None = None
         self.outcomes: list[Outcome] = []
 
+    def fence(self, job: str, attempt: int) -> None:
+        """Take the path over from every driver before. No collective: the leader's first rank does it, the others remember. Raises Fenced."""
+        self.held = Fence(self.store, Writer(job, attempt, self.driver))
+        if self._leader:
+            self.held.take()
+
+    @property
+    def fenced(self) -> Fence:
+        """A run that no operator counts is attempt 0."""
+        if self.held is None:
+            self.fence("", 0)
+        assert self.held is not None
+        return self.held
+
+    @property
+    def _leader(self) -> bool:
+        return self.leads and dist.get_rank(self.group) == 0
+
     def begin(self, state: RunState, roles: Roles) -> None:
         """The tensors are copied when this returns, and written after it. Waits for the save before."""
+        mark = self.fenced.writer.mark
         self._wait()
         stager = DefaultStager(StagingOptions(False, False, False, False))
         staged = {role: stager.stage(_tensors(*held)) for role, held in roles.items()}
         stager.close()
         rngs = self._gather(_rng())
-        self.running = self.thread.submit(self._save, state, staged, rngs)
+        self.running = self.thread.submit(self._save, f"step-{state.step}.{mark}", state, staged, rngs)
 
     def finished(self, *, wait: bool) -> list[Outcome]:
-        """Saves that ended since the last call. Only the leader's and the first ranks of other groups know all."""
+        """Saves that ended since the last call. Only the leader's and the first ranks of other groups know all. Raises Fenced, then and ever after."""
         if wait or (self.running and self.running.done()):
             self._wait()
+        if self.refused is not None:
+            raise self.refused
         told, self.outcomes = self.outcomes, []
         return told
 
@@ -115,9 +146,8 @@ class Saver:
         dist.all_gather_object(found, value, group=self.group)
         return found
 
-    def _save(self, state: RunState, staged: dict[str, Any], rngs: list[Any]) -> None:
+    def _save(self, target: str, state: RunState, staged: dict[str, Any], rngs: list[Any]) -> None:
         """In the thread. Every rank comes to the end of it whatever fails, for the others wait for it in a collective."""
-        target = f"step-{state.step}"
         work = f".{target}.partial" if self.store.local else target
         error = None
         try:
@@ -126,9 +156,13 @@ class Saver:
                 self._finish(state, work, target, list(staged), rngs, files)
         except (Exception, CheckpointException) as caught:  # which is no Exception
             error = _cause(caught)
+            if isinstance(caught, Fenced):
+                self.refused = caught
             if dist.get_rank(self.group) == 0:
-                error = f"{error}; {self._room()}"
+                error = error if self.refused else f"{error}; {self._room()}"
                 self._give_up(work, list(staged), error)
+        if self._leader and error is None:
+            self._tidy(target, state.step)
         self.outcomes.append(Outcome(step=state.step, path=self.store.url(target), error=error))
 
     def _write(self, work: str, staged: dict[str, Any]) -> dict[str, Files]:
@@ -149,15 +183,28 @@ class Saver:
         torch.save(rngs, buffer)
         written[roles[0]][RNG] = list(self.store.write(f"{work}/{roles[0]}/{RNG}", buffer.getvalue()))
         for role, files in written.items():
-            self.store.write(f"{work}/{role}/{PART}", json.dumps({"attempt": self.attempt, "files": files}).encode())
-        if LEADER not in roles:
+            self.store.write(f"{work}/{role}/{PART}", json.dumps({"driver": self.driver, "files": files}).encode())
+        if not self.leads:
             return
         files = {f"{role}/{name}": sums for role in self.expected for name, sums in self._part(f"{work}/{role}/{PART}").items()}
+        if work == target:  # run.json is what makes it a checkpoint
+            self.fenced.check()
         self.store.write(f"{work}/{RUN}", sealed({**asdict(state), "files": files}))
-        if work != target:
+        if work != target:  # its name is
+            self.fenced.check()
             self.store.rename(work, target)
-        self.store.write(LATEST, target.encode())
-        self._prune(state.step)
+
+    def _tidy(self, target: str, step: int) -> None:
+        """After a checkpoint is there, which another driver may have chosen by now: what fails here takes nothing back."""
+        try:
+            self.fenced.check()
+            self.store.write(LATEST, target.encode())
+            self.fenced.check()
+            self._prune(step)
+        except Fenced as refused:
+            self.refused = refused
+        except (OSError, BadData) as error:
+            print(f"checkpoint: {self.store.url(target)} is whole, but older ones may be left over: {error}", flush=True)
 
     def _part(self, name: str) -> Files:
         """Of a role that other ranks may hold, and still write. Raises TimeoutError, and OSError when they could not."""
@@ -166,7 +213,7 @@ class Saver:
             told: dict[str, Any] = {}
             with suppress(FileNotFoundError, ValueError):
                 told = json.loads(self.store.read(name))
-            if told.get("attempt") == self.attempt:
+            if told.get("driver") == self.driver:
                 if "error" in told:
                     raise OSError(told["error"])
                 return dict(told["files"])
@@ -175,21 +222,38 @@ class Saver:
             time.sleep(POLL_SECONDS)
 
     def _prune(self, step: int) -> None:
-        """All but the newest `keep`, and what earlier saves left undone."""
-        kept = whole(self.store)[-self.keep :]
+        """All but the newest `keep` that count, and what earlier saves and earlier drivers left undone. Nothing of a later driver's, which may have come by now."""
+        kept, ours = self._counting()[-self.keep :], {None, self.fenced.writer.mark, *self.fenced.earlier()}
         for name in self.store.names():
-            if name not in kept and (match := LEFT.fullmatch(name)) and int(match[1]) < step:
+            match = NAME.fullmatch(name) or STAGED.fullmatch(name)
+            if match and name not in kept and match[2] in ours and int(match[1] or 0) < step:
                 self.store.remove(name)
 
+    def _counting(self) -> list[str]:
+        """Whole checkpoints, oldest first, without those that an earlier driver published beyond the one that a later driver went on from."""
+        return standing([(name, int(match[1]), match[2]) for name in whole(self.store) if (match := NAME.fullmatch(name))], self.fenced.line())
+
     def _give_up(self, work: str, roles: list[str], why: str) -> None:
-        """What is half-written holds space that the next save needs; and the leader must not wait for a part that will not come."""
+        """What is half-written holds space that the next save needs; and the leader must not wait for a part that will not come. All of it is this driver's own."""
         try:
-            for left in [work] if LEADER in roles else [f"{work}/{role}" for role in roles]:
+            for left in [work] if self.leads else [f"{work}/{role}" for role in roles]:
                 self.store.remove(left)
-            if LEADER not in roles:
-                self.store.write(f"{work}/{roles[0]}/{PART}", json.dumps({"attempt": self.attempt, "error": why}).encode())
+            if not self.leads:
+                self.store.write(f"{work}/{roles[0]}/{PART}", json.dumps({"driver": self.driver, "error": why}).encode())
         except OSError as error:
             print(f"checkpoint: {self.store.url(work)} could not be removed: {error}", flush=True)
+
+    @contextmanager
+    def publishing(self, name: str, telling: str) -> Iterator[Path]:
+        """The leader's first rank: as the store's, for a writer who is not fenced when the block begins and when it ends. Raises Fenced."""
+        self.fenced.check()
+        earlier = self.fenced.earlier()
+        for left in self.store.names():
+            if left.startswith(f".{name}.") and (match := STAGED.fullmatch(left)) and match[2] in earlier:
+                self.store.remove(left)
+        with self.store.publishing(name, telling, self.fenced.writer.mark) as folder:
+            yield folder
+            self.fenced.check()
 
     def _room(self) -> str:
         """torch tells of a full disk as of a file's position that is not the expected one."""
@@ -200,19 +264,44 @@ class Saver:
         return f"{where} has {left}" if room[0] > room[1] / 50 else f"{where} is full ({left}): free space, lower spec.checkpoint.keep or use a larger volume"
 
     def restore(self, model: dict[str, Any], roles: Roles) -> Restored:
-        """The newest whole checkpoint into `roles`. Raises BadData for one of another model, and when every one is damaged."""
+        """The newest whole checkpoint into `roles`, the same in every group. Raises BadData for one of another model, and when every one is damaged; Fenced."""
+        if not self.leads:
+            return self._follow(model, roles)
         passed_over: list[str] = []
-        for name, data in self._agreed(lambda: [(step, self.store.read(f"{step}/{RUN}")) for step in reversed(whole(self.store))]):
+        for name, data in self._agreed(self._candidates):
             state, files = read_run(data)
             faults = [state] if isinstance(state, str) else self._faults(name, files)
             if not faults:
                 assert isinstance(state, RunState)
-                self._load(name, state, model, roles)
-                return Restored(state, passed_over)
+                self._require(name, state, model)
+                self._agreed(partial(self.fenced.resume, name))
+                self._load(name, roles)
+                return Restored(state, passed_over, self.store.url(name))
             passed_over.append(f"checkpoint {self.store.url(name)} is damaged ({faults[0]}) and was passed over")
         if passed_over:
             raise BadData(f"{'; '.join(passed_over)}; no whole one is left: set spec.checkpoint.path to an empty directory to start anew")
+        self._agreed(partial(self.fenced.resume, ""))
         return Restored(None, [])
+
+    def _follow(self, model: dict[str, Any], roles: Roles) -> Restored:
+        """What the leader's group chose and read."""
+        name = self._agreed(partial(self.fenced.resumed, PARTS_DEADLINE_SECONDS))
+        if not name:
+            return Restored(None, [])
+        state, _ = read_run(self._agreed(lambda: self.store.read(f"{name}/{RUN}")))
+        if isinstance(state, str):
+            raise BadData(f"checkpoint {self.store.url(name)}: {state}")
+        self._require(name, state, model)
+        self._load(name, roles)
+        return Restored(state, [])
+
+    def _candidates(self) -> list[tuple[str, bytes]]:
+        """Newest first, with run.json. An earlier driver may still prune."""
+        found = []
+        for name in reversed(self._counting()):
+            with suppress(FileNotFoundError):
+                found.append((name, self.store.read(f"{name}/{RUN}")))
+        return found
 
     def _agreed(self, look: Callable[[], Any]) -> Any:
         """What the group's first rank sees: all ranks must choose the same. Raises what it raised, on all of them."""
@@ -220,10 +309,10 @@ class Saver:
         if dist.get_rank(self.group) == 0:
             try:
                 found = [look()]
-            except OSError as error:
+            except (OSError, BadData, Fenced) as error:
                 found = [error]
         dist.broadcast_object_list(found, group_src=0, group=self.group)
-        if isinstance(found[0], OSError):
+        if isinstance(found[0], Exception):
             raise found[0]
         return found[0]
 
@@ -233,13 +322,15 @@ class Saver:
         found = [fault for file in own if (fault := _fault(self.store, f"{name}/{file}", *files[file]))]
         return [fault for part in self._gather(found) for fault in part]
 
-    def _load(self, name: str, state: RunState, model: dict[str, Any], roles: Roles) -> None:
-        path = self.store.url(name)
+    def _require(self, name: str, state: RunState, model: dict[str, Any]) -> None:
         if differ := [key for key in model if state.model.get(key) != model[key]]:
             told = ", ".join(f"{key} {state.model.get(key)!r} there, {model[key]!r} here" for key in differ)
-            raise BadData(f"checkpoint {path} is of another model ({told}): set spec.checkpoint.path to an empty directory, or spec.model to that model")
+            raise BadData(f"checkpoint {self.store.url(name)} is of another model ({told}): set spec.checkpoint.path to an empty directory, or spec.model to that model")
+
+    def _load(self, name: str, roles: Roles) -> None:
+        path = self.store.url(name)
         for role, (module, optimizer) in roles.items():
-            tensors = _tensors(module, optimizer)
+            tensors, settings = _tensors(module, optimizer), _settings(optimizer)
             try:
                 load_tensors(tensors, storage_reader=FsspecReader(f"{path}/{role}"), process_group=self.group)
             except (OSError, RuntimeError, ValueError, CheckpointException) as error:
@@ -247,6 +338,8 @@ class Saver:
                     f"checkpoint {path} does not fit {role} ({_cause(error)}): set spec.checkpoint.path to an empty directory, or the spec to what made it"
                 ) from error
             set_state_dict(module, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"], options=PARTIAL)
+            for group, given in zip(optimizer.param_groups, settings, strict=True):
+                group.update(given)
         self._load_rng(f"{name}/{next(iter(roles))}/{RNG}")
 
     def _load_rng(self, name: str) -> None:
@@ -260,7 +353,7 @@ class Saver:
 
 
 def whole(store: Store) -> list[str]:
-    """Names of the finished checkpoints, oldest first."""
+    """Names of the finished checkpoints, whoever made them, oldest first."""
     found = [(int(match[1]), name) for name in store.names() if (match := NAME.fullmatch(name)) and RUN in store.names(name)]
     return [name for _, name in sorted(found)]
 
@@ -306,6 +399,11 @@ def _tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     model, optim = get_state_dict(module, optimizer)
     frozen = {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
     return {"model": {name: tensor for name, tensor in model.items() if name not in frozen}, "optimizer": optim}
+
+
+def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Rate, decay and the like of each group: the spec's, which may be another than when the checkpoint was made."""
+    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
 def _rng() -> dict[str, torch.Tensor]:

@@ -85,6 +85,9 @@ class Policy:
     def probe(self, token_ids: list[int]) -> list[float]:
         return self.trainer.probe(token_ids)
 
+    def fence(self, job: str, attempt: int) -> None:
+        self.trainer.fence(job, attempt)
+
     def save(self, step: int, sampler: dict[str, Any], loop: dict[str, Any]) -> None:
         self.trainer.save(step, sampler, loop)
 

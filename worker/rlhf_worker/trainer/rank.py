@@ -43,6 +43,14 @@ def learning_rate(base: float, warmup: int, update: int) -> float:
     return base * min(1.0, (update + 1) / warmup) if warmup else base
 
 
+def _driver() -> str:
+    """The driver that this process belongs to. Ray counts its drivers anew in each session."""
+    if not ray.is_initialized():
+        return ""
+    context = ray.get_runtime_context()
+    return f"{context.get_session_name()}/{context.get_job_id()}"
+
+
 class Trainer:
     """`join` first, then `load`; then the rest. `names`: the roles of this group."""
 
@@ -85,9 +93,8 @@ class Trainer:
             self.source = PolicySource(self._named, getattr(torch, self.config.model.dtype), layout, transient=transient)
             if self.config.rollout.engine == "hf":
                 self.generator = Generator(self.config, self.rank, self.device)
-        attempt = ray.get_runtime_context().get_job_id() if ray.is_initialized() else ""
         expected = [name for name in self.config.roles if name in TRAINED]
-        self.saver = Saver(self.config.checkpoint.path, self.config.checkpoint.keep, expected, attempt)
+        self.saver = Saver(self.config.checkpoint.path, self.config.checkpoint.keep, expected, _driver(), leads="policy" in self.names)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's parameters, or its adapters, sharded."""
@@ -276,6 +283,10 @@ class Trainer:
 
     # Files.
 
+    def fence(self, job: str, attempt: int) -> None:
+        """From now on only this driver writes checkpoint.path; before `restore`. Raises Fenced."""
+        self.saver.fence(job, attempt)
+
     def save(self, step: int, sampler: dict[str, Any], loop: dict[str, Any]) -> None:
         """What the ranks hold now; it is written while they go on."""
         state = RunState(step=step, version=self.version, model=self._identity(), sampler=sampler, loop=loop)
@@ -283,11 +294,11 @@ class Trainer:
         self._rest()
 
     def saved(self, *, wait: bool) -> list[Outcome]:
-        """How the saves ended that ended since the last call."""
+        """How the saves ended that ended since the last call. Raises Fenced."""
         return self.saver.finished(wait=wait)
 
     def restore(self) -> Restored:
-        """Of the newest whole checkpoint, if there is one. Raises BadData."""
+        """Of the newest whole checkpoint, if there is one. Raises BadData, Fenced."""
         found = self.saver.restore(self._identity(), Trained(self))
         self._rest()
         if found.state:
@@ -300,12 +311,12 @@ class Trainer:
         return identity(self.config.model, load_config(self.config.model))
 
     def export(self) -> str:
-        """The model as a Hugging Face checkpoint, or its adapters in PEFT's format, under <checkpoint.path>/export, in the engine's dtype."""
+        """The model as a Hugging Face checkpoint, or its adapters in PEFT's format, under <checkpoint.path>/export, in the engine's dtype. Raises Fenced."""
         with self._briefly("policy") as role:
             weights = {name: tensor.cpu() for name, tensor in self._whole() if self.rank == 0}
         if self.rank == 0:
             adapters = self.config.model.lora is not None
-            with self.store.publishing("export", lora.CONFIG if adapters else "config.json") as target:
+            with self.saver.publishing("export", lora.CONFIG if adapters else "config.json") as target:
                 if adapters:
                     lora.write(target, lora.files(self.config.model, weights))
                 else:

@@ -1,0 +1,23 @@
+"""An object store in memory, under the protocol `bucket`."""
+
+from typing import Any
+
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+
+
+class Bucket(MemoryFileSystem):  # type: ignore[misc]
+    """Whole objects by key, and a switch that breaks uploads."""
+
+    protocol = "bucket"
+    store: dict[str, Any] = {}  # noqa: RUF012
+    pseudo_dirs: list[str] = [""]  # noqa: RUF012
+    broken = False
+
+    def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
+        if Bucket.broken and mode != "rb":
+            raise OSError("connection reset")
+        return super()._open(path, mode, **more)
+
+
+fsspec.register_implementation("bucket", Bucket, clobber=True)

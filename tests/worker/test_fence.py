@@ -1,0 +1,290 @@
+"""Several drivers on one checkpoint path: who holds it, and that no interleaving of them makes a checkpoint of two, or takes an earlier one's for the newest."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.optim import SGD
+
+from rlhf_worker.errors import BadData, Fenced
+from rlhf_worker.storage import Store
+from rlhf_worker.trainer.checkpoint import RunState, Saver, whole
+from rlhf_worker.trainer.fence import Fence, Turn, Writer, standing
+from tests.worker.buckets import Bucket
+
+
+@pytest.fixture(params=["directory", "bucket"])
+def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    Bucket.store.clear()
+    return {"directory": str(tmp_path / "run"), "bucket": "bucket://models/run"}[request.param]
+
+
+def fence(root: str, attempt: int, job: str = "a", driver: str = "") -> Fence:
+    return Fence(Store(root), Writer(job, attempt, driver or f"d{attempt}"))
+
+
+def after(root: str, *writers: Writer) -> list[str]:
+    """Each takes the path over in turn; how that ends."""
+    ends = []
+    for writer in writers:
+        try:
+            Fence(Store(root), writer).take()
+            ends.append("holds")
+        except Fenced:
+            ends.append("fenced")
+    return ends
+
+
+A1, A2, A2_AGAIN, A3 = Writer("a", 1, "x"), Writer("a", 2, "y"), Writer("a", 2, "z"), Writer("a", 3, "w")
+B1, HAND, HAND_AGAIN = Writer("b", 1, "b"), Writer("", 0, "h"), Writer("", 0, "i")
+
+
+@pytest.mark.parametrize(
+    ("writers", "last"),
+    [
+        ([A1, A2], "holds"), ([A2, A1], "fenced"), ([A2, A2], "holds"),
+        ([A2, A2_AGAIN], "holds"),  # the kubelet started the driver again in its pod
+        ([A2, B1], "holds"),  # a later job in the same directory
+        ([A2, B1, A2], "fenced"), ([A2, B1, A2_AGAIN], "fenced"), ([A2, B1, A1], "fenced"),
+        ([A2, B1, A3], "holds"),  # it was suspended, and comes back
+        ([A2, B1, A3, B1], "fenced"),
+        ([A3, HAND], "holds"), ([HAND, A1], "holds"), ([HAND, HAND_AGAIN], "holds"),
+        ([A3, HAND, A3], "fenced"),
+    ],
+)  # fmt: skip
+def test_who_may_take_a_path_over(root: str, writers: list[Writer], last: str) -> None:
+    assert after(root, *writers)[-1] == last
+
+
+def test_who_was_overtaken_is_told_by_whom(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.node", lambda: "tiny-trainer-1")
+    third, fourth = fence(root, 3), fence(root, 4)
+    third.take()
+    third.check()
+    fourth.take()
+    fourth.check()
+    with pytest.raises(Fenced, match=rf"attempt 4 of this job \(on tiny-trainer-1 since 20\S+Z\) writes {root} now: this driver, attempt 3, is an earlier one"):
+        third.check()
+    fence(root, 1, job="b").take()
+    with pytest.raises(Fenced, match=r"attempt 1 of another job \(uid b\)"):
+        fourth.check()
+
+
+def test_of_two_that_take_over_at_once_the_higher_attempt_holds(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the lower one's look and its claim."""
+    low, high = fence(root, 3), fence(root, 4)
+    create = Store.create
+
+    def late(self: Store, name: str, data: bytes) -> None:
+        monkeypatch.setattr(Store, "create", create)
+        high.take()
+        create(self, name, data)
+
+    monkeypatch.setattr(Store, "create", late)
+    with pytest.raises(Fenced):
+        low.take()
+    high.check()
+
+
+def test_where_storage_lets_two_create_one_file_the_higher_attempt_takes_it_back(root: str) -> None:
+    low, high = fence(root, 3), fence(root, 4)
+    high.take()
+    high.resume("step-20")
+    low._write(Turn(number=1, mark=low.writer.mark, job="a", attempt=3, host="h", time="t"))
+    low.check()
+    high.check()
+    with pytest.raises(Fenced):
+        low.check()
+    assert [turn.resumed for turn in high.line()] == [None, "step-20"]
+
+
+def test_a_path_whose_line_was_removed_is_taken_again(root: str) -> None:
+    own = fence(root, 3)
+    own.take()
+    Store(root).remove("fence")
+    own.check()
+    assert [turn.attempt for turn in own.line()] == [3]
+
+
+def test_a_spoilt_line_is_named(root: str) -> None:
+    Store(root).write("fence/00000001.json", b"{")
+    with pytest.raises(BadData, match=r"fence/00000001\.json is not as it was written .*: remove it when"):
+        fence(root, 3).take()
+
+
+def line(*resumed: str | None) -> list[Turn]:
+    return [Turn(number=i, mark=f"m{i}", job="a", attempt=i, host="h", time="t", resumed=name) for i, name in enumerate(resumed, 1)]
+
+
+@pytest.mark.parametrize(
+    ("found", "turns", "counting"),
+    [
+        ([("step-1", 1, None), ("step-10", 10, None), ("step-9", 9, None)], [], ["step-1", "step-9", "step-10"]),
+        ([("step-20", 20, "m1"), ("step-40", 40, "m1")], line("", "step-20"), ["step-20"]),  # 40 came late
+        ([("step-20", 20, "m1"), ("step-40", 40, "m1"), ("step-30", 30, "m2")], line("", "step-20"), ["step-20", "step-30"]),
+        ([("step-20", 20, "m1"), ("step-40", 40, "m1")], line("", None), ["step-20", "step-40"]),  # the second has not chosen
+        ([("step-20", 20, None), ("step-40", 40, "gone")], line("step-20"), ["step-20"]),
+        ([("step-20", 20, "m1")], line("", ""), []),  # the second began anew: an older one was nothing to it
+        ([("step-20", 20, "m1"), ("step-40", 40, "m1")], line("", "step-20", "step-40"), ["step-20", "step-40"]),  # the third chose it all the same
+        ([("step-40", 40, "m1"), ("step-40.b", 40, "m2")], line("", "step-20"), ["step-40.b"]),
+    ],
+)  # fmt: skip
+def test_which_checkpoints_count(found: list[tuple[str, int, str | None]], turns: list[Turn], counting: list[str]) -> None:
+    assert standing(found, turns) == counting
+
+
+# Real savers, whose every call of the store waits for its turn.
+
+
+class Killed(BaseException):
+    """As a process ends: nothing of it runs after this."""
+
+
+class Driver(threading.Thread):
+    """One life: take the path over, restore, save a few steps. It stands still before each of its calls of the store until `go`."""
+
+    def __init__(self, saver: Saver, attempt: int, log: list["Event"]) -> None:
+        super().__init__(daemon=True)
+        self.saver, self.attempt, self.log = saver, attempt, log
+        self.may_go, self.stands = threading.Semaphore(0), threading.Semaphore(0)
+        self.killed = self.over = False
+        self.failed: BaseException | None = None
+        self.number = 0
+
+    def gate(self) -> None:
+        self.stands.release()
+        self.may_go.acquire()
+        if self.killed:
+            raise Killed
+
+    def go(self) -> None:
+        self.may_go.release()
+        self.stands.acquire()
+
+    def run(self) -> None:
+        try:
+            self.gate()
+            self._live()
+        except (Fenced, Killed):
+            pass
+        except BaseException as error:
+            self.failed = error
+        self.over = True
+        self.stands.release()
+
+    def _live(self) -> None:
+        asked = len(self.log)
+        self.saver.fence("a", self.attempt)
+        self.number = self.saver.fenced._own(self.saver.fenced.line()).number
+        model = weight(0.0)
+        found = self.saver.restore({}, {"policy": model}).state
+        step = found.step if found else 0
+        self.log.append(Event("restored", self.number, step, found.loop["by"] if found else 0, asked))
+        assert found is None or model[0].weight.item() == found.loop["value"]
+        for step in range(step + 1, step + 4):
+            value = 100.0 * self.number + step
+            loop = {"by": self.number, "value": value}
+            self.saver.begin(RunState(step=step, version=step, model={}, sampler={}, loop=loop), {"policy": weight(value)})
+            (outcome,) = self.saver.finished(wait=True)
+            assert outcome.error is None, outcome.error
+            self.log.append(Event("saved", self.number, step, self.number, 0))
+
+
+@dataclass(frozen=True)
+class Event:
+    """`number`: of whose turn; `by`: whose checkpoint; `asked`: events before a restoring driver began to take over."""
+
+    what: str
+    number: int
+    step: int
+    by: int
+    asked: int
+
+
+def weight(value: float) -> tuple[nn.Linear, SGD]:
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(module.weight, value)
+    return module, SGD(module.parameters(), lr=0.1)
+
+
+@dataclass
+class Gated:
+    """Store's calls, each after the gate of the driver whose store it is."""
+
+    drivers: dict[int, Driver] = field(default_factory=dict)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("names", "read", "write", "create", "remove", "rename"):
+            monkeypatch.setattr(Store, name, self._wrapped(getattr(Store, name)))
+
+    def _wrapped(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(store: Store, *args: Any) -> Any:
+            if driver := self.drivers.get(id(store)):
+                driver.gate()
+            return call(store, *args)
+
+        return wrapped
+
+
+def _check(log: list[Event]) -> None:
+    restores = [event for event in log if event.what == "restored"]
+    for index, event in enumerate(log):
+        if event.what == "restored":
+            for before in (one for one in restores if log.index(one) < event.asked and one.number < event.number):
+                assert event.by >= before.number or (event.by, event.step) == (before.by, before.step), "an earlier driver's became the newest"
+            known = [one for one in log[: event.asked] if one.what == "saved" and one.number == max((b.number for b in log[: event.asked]), default=0)]
+            assert event.step >= max((one.step for one in known), default=0), "what was saved is lost"
+        elif event.what == "saved":
+            assert all(one.number <= event.number or one.step >= event.step or one.asked <= index for one in restores), "a save after a later driver restored"
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), attempts=st.sampled_from([[1, 2], [1, 1], [1, 2, 3], [2, 1, 3], [1, 1, 2]]), keep=st.sampled_from([1, 2]))
+@pytest.mark.usefixtures("group")
+def test_no_interleaving_of_drivers_mixes_them_or_goes_back(root: str, data: st.DataObject, attempts: list[int], keep: int) -> None:
+    torch.set_num_threads(1)
+    store = Store(root)
+    for name in store.names():
+        store.remove(name)
+    with pytest.MonkeyPatch.context() as patched:
+        gates, log = Gated(), list[Event]()
+        gates.install(patched)
+        drivers = [Driver(Saver(root, keep, ("policy",), f"driver {i}", leads=True), attempt, log) for i, attempt in enumerate(attempts)]
+        gates.drivers = {id(driver.saver.store): driver for driver in drivers}
+        for driver in drivers:
+            driver.start()
+            driver.stands.acquire()
+        for driver in _moves(data, drivers):
+            driver.go()
+        for driver in drivers:
+            driver.join()
+            driver.saver.thread.shutdown()
+            assert driver.failed is None, driver.failed
+    last = Driver(Saver(root, keep, ("policy",), "the last", leads=True), max(attempts) + 1, log)
+    gates.drivers = {}
+    last.killed = False
+    last._live()
+    _check(log)
+    assert len(whole(store)) <= keep
+
+
+def _moves(data: st.DataObject, drivers: list[Driver]) -> Iterator[Driver]:
+    """Runs of moves of one driver, then of another; one may be killed where it stands."""
+    for _ in range(30):
+        if not (living := [driver for driver in drivers if not driver.over]):
+            return
+        driver, count, kill = data.draw(st.tuples(st.sampled_from(living), st.integers(1, 12), st.sampled_from([False] * 9 + [True])))
+        driver.killed = kill
+        for _ in range(count):
+            if not driver.over:
+                yield driver
+    for driver in drivers:
+        while not driver.over:
+            yield driver
