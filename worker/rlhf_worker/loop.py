@@ -164,7 +164,8 @@ class Loop:
     def _told_of_saves(self, *, wait: bool) -> str | None:
         """Report the saves that have ended. Returns the error of the last of them."""
         error = None
-        for outcome in call(self.crew.policy[0], "saved", wait, deadline_seconds=FILE_DEADLINE_SECONDS, what="end of a checkpoint"):
+        # Every rank is asked: one that died ends the wait for the others, which would last until their collective's deadline.
+        for outcome in call_all(self.crew.savers, "saved", wait, deadline_seconds=FILE_DEADLINE_SECONDS, what="end of a checkpoint")[0]:
             error = f"no checkpoint of step {outcome.step}: {outcome.error}" if outcome.error else None
             if error:
                 self.saved_step = -1
