@@ -1,0 +1,236 @@
+"""Faults for the jobs of the embedded cluster: what dies or freezes, how, and at which moment of the run.
+
+Processes of pods are found in this machine's own /proc, by their pod's cgroup: a signal then costs no `kubectl exec`, and
+reaches what has no shell.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from hack.cluster.kube import Api, ApiError
+from hack.cluster.settings import Settings
+from hack.kubectl import OPERATOR_NAMESPACE
+
+Object = dict[str, Any]
+JOB_LABEL, ROLE_LABEL = "rlhf.dev/job", "rlhf.dev/role"
+PAUSE_SECONDS = 20.0  # of a SIGSTOP of what nothing watches, until its SIGCONT
+_PROCESS_SECONDS = 60.0  # how long a process is waited for that is being started again
+
+
+class Target(StrEnum):
+    GCS = "gcs_server"
+    RAYLET = "raylet"
+    DRIVER = "driver"
+    ENGINE = "engine core"
+    RANK = "trainer rank"
+    HEAD = "head pod"
+    WORKER = "worker pod"
+    CLUSTER = "RayCluster"
+    OPERATOR = "operator"
+    API = "API server"
+
+
+class How(StrEnum):
+    KILL = "SIGKILL"
+    STOP = "SIGSTOP"
+    SEGV = "SIGSEGV"
+    DELETE = "delete"
+    FORCE = "force-delete"
+    DRAIN = "drain"  # the eviction API, as kubectl drain uses it
+
+
+class Moment(StrEnum):
+    STARTING = "starting"
+    GENERATING = "generating"
+    TRAINING = "training"
+    SYNCING = "syncing"
+    SAVING = "saving"
+    IDLE = "idle"
+
+
+@dataclass(frozen=True)
+class Fault:
+    how: How
+    target: Target
+    moment: Moment
+
+    def __str__(self) -> str:
+        return f"{self.how} of {self.target}"
+
+
+@dataclass(frozen=True)
+class Process:
+    pid: int  # this machine's number for it
+    arguments: tuple[str, ...]
+
+
+PROCESSES = (Target.GCS, Target.RAYLET, Target.DRIVER, Target.ENGINE, Target.RANK, Target.OPERATOR, Target.API)
+PODS = (Target.HEAD, Target.WORKER)
+_SIGNALS = {How.KILL: signal.SIGKILL, How.STOP: signal.SIGSTOP, How.SEGV: signal.SIGSEGV}
+# A stopped engine is found and replaced; what else is stopped goes on after a while, as on a machine that was frozen.
+_STAYS_STOPPED = (Target.ENGINE,)
+# Ray's names for its processes; "ray::" is how it titles an actor's, vLLM titles its engines' own.
+_NAMES: dict[Target, Callable[[str], bool]] = {
+    Target.GCS: lambda line: "/gcs_server " in line,
+    Target.RAYLET: lambda line: "/raylet/raylet " in line,
+    Target.DRIVER: lambda line: "rlhf_worker run" in line,
+    Target.ENGINE: lambda line: line.startswith("VLLM::EngineCore"),
+    Target.RANK: lambda line: line.startswith("ray::Policy"),
+    Target.OPERATOR: lambda line: "-m rlhf_operator" in line,
+}
+
+
+def possible() -> list[tuple[How, Target]]:
+    """Each fault that there is, whatever the moment."""
+    signals = [(how, target) for target in PROCESSES for how in _SIGNALS]
+    return [*signals, *[(how, target) for target in PODS for how in (How.DELETE, How.FORCE, How.DRAIN)], (How.DELETE, Target.CLUSTER)]
+
+
+# --- moments ----------------------------------------------------------------------------------------------------
+
+
+def moment_of(progress: Object) -> Moment | None:
+    """What the driver says that it does. None: something that is no moment of ours, such as an export."""
+    match progress.get("state"):
+        case "Starting":
+            return Moment.STARTING
+        case "Draining":
+            return Moment.SAVING
+        case "Drained" | "Done":
+            return Moment.IDLE
+    first = str(progress.get("detail") or "").partition(" ")[0]
+    return next((moment for moment in Moment if moment == first), None)
+
+
+# --- processes --------------------------------------------------------------------------------------------------
+
+
+def processes(pod_uid: str) -> list[Process]:
+    """Those of a pod, in the order of their numbers."""
+    return sorted(_processes(lambda cgroup: f"pod{pod_uid}" in cgroup), key=lambda process: process.pid)
+
+
+def _processes(belongs: Callable[[str], bool]) -> Iterator[Process]:
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            if belongs((directory / "cgroup").read_text()):
+                yield Process(int(directory.name), tuple((directory / "cmdline").read_text(errors="replace").split("\0")))
+        except OSError:
+            continue  # it ended meanwhile
+
+
+def left_behind(cfg: Settings, living: set[str]) -> list[Process]:
+    """Processes of pods of this cluster that are not among the uids `living`."""
+
+    def orphaned(cgroup: str) -> bool:
+        return cfg.cgroup in cgroup and "/pod" in cgroup and not any(f"pod{uid}" in cgroup for uid in living)
+
+    return list(_processes(orphaned))
+
+
+def find(target: Target, pods: list[Object]) -> Process | None:
+    """The target's first process in these pods."""
+    found = (process for pod in pods for process in processes(pod["metadata"]["uid"]))
+    return next((process for process in found if _NAMES[target](" ".join(process.arguments))), None)
+
+
+def api_server(cfg: Settings) -> Process | None:
+    mark = f"--token-auth-file={cfg.state / 'credentials' / 'tokens.csv'}"
+    return next((process for process in _processes(lambda _: True) if mark in process.arguments), None)
+
+
+# --- pods -------------------------------------------------------------------------------------------------------
+
+
+def pods_of(api: Api, namespace: str, job: str) -> list[Object]:
+    found: list[Object] = api.get(f"/api/v1/namespaces/{namespace}/pods?labelSelector={JOB_LABEL}%3D{job}")["items"]
+    return found
+
+
+def operator_pods(api: Api) -> list[Object]:
+    """The leader's first, by its Lease."""
+    selector = "app.kubernetes.io%2Fname%3Drlhf-operator"
+    found: list[Object] = api.get(f"/api/v1/namespaces/{OPERATOR_NAMESPACE}/pods?labelSelector={selector}")["items"]
+    lease = api.find(f"/apis/coordination.k8s.io/v1/namespaces/{OPERATOR_NAMESPACE}/leases/rlhf-operator") or {}
+    leader = str(lease.get("spec", {}).get("holderIdentity") or "")
+    return sorted(found, key=lambda pod: not leader.startswith(pod["metadata"]["name"]))
+
+
+def holders(api: Api, target: Target, namespace: str, job: str) -> list[Object]:
+    """The pods in which the target is, or which it is."""
+    if target is Target.OPERATOR:
+        return operator_pods(api)
+    pods = [pod for pod in pods_of(api, namespace, job) if not pod["metadata"].get("deletionTimestamp")]
+    in_head = target in (Target.GCS, Target.DRIVER, Target.HEAD)
+    return [pod for pod in pods if (pod["metadata"]["labels"].get(ROLE_LABEL) == "head") is in_head]
+
+
+# --- injecting --------------------------------------------------------------------------------------------------
+
+
+def inject(cfg: Settings, namespace: str, job: str, how: How, target: Target) -> str:
+    """Do it, and say to what. A pause ends by itself. Raises LookupError when the target is not there in time."""
+    api = Api.from_kubeconfig(cfg.kubeconfig)
+    if target is Target.CLUSTER:
+        return _delete_cluster(api, namespace, job)
+    if target in PODS:
+        return _end_pod(api, _first(holders(api, target, namespace, job), target), how)
+    process = _await_process(cfg, api, namespace, job, target)
+    os.kill(process.pid, _SIGNALS[how])
+    if how is How.STOP and target not in _STAYS_STOPPED:
+        time.sleep(PAUSE_SECONDS)
+        os.kill(process.pid, signal.SIGCONT)
+    return f"{process.pid} {' '.join(process.arguments)[:60]}".strip()
+
+
+def _await_process(cfg: Settings, api: Api, namespace: str, job: str, target: Target) -> Process:
+    deadline = time.monotonic() + _PROCESS_SECONDS
+    while time.monotonic() < deadline:
+        found = api_server(cfg) if target is Target.API else find(target, holders(api, target, namespace, job))
+        if found:
+            return found
+        time.sleep(0.2)
+    raise LookupError(f"no process of the {target} within {_PROCESS_SECONDS:.0f} s")
+
+
+def _first(pods: list[Object], target: Target) -> Object:
+    if not pods:
+        raise LookupError(f"no {target}")
+    return pods[0]
+
+
+def _end_pod(api: Api, pod: Object, how: How) -> str:
+    path = f"/api/v1/namespaces/{pod['metadata']['namespace']}/pods/{pod['metadata']['name']}"
+    if how is How.DRAIN:
+        meta = {"name": pod["metadata"]["name"], "namespace": pod["metadata"]["namespace"]}
+        api.create(f"{path}/eviction", {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": meta})
+    else:
+        api.delete(path, {"gracePeriodSeconds": 0} if how is How.FORCE else None)
+    return str(pod["metadata"]["name"])
+
+
+def _delete_cluster(api: Api, namespace: str, job: str) -> str:
+    path = f"/apis/ray.io/v1/namespaces/{namespace}/rayclusters"
+    found = api.get(f"{path}?labelSelector={JOB_LABEL}%3D{job}")["items"]
+    if not found:
+        raise LookupError("no RayCluster")
+    name = str(found[0]["metadata"]["name"])
+    api.delete(f"{path}/{name}")
+    return name
+
+
+def job_status(api: Api, namespace: str, job: str) -> Object:
+    """Of the RLHFJob; empty where it has none, or the API server does not answer."""
+    try:
+        found: Object = api.get(f"/apis/rlhf.dev/v1alpha1/namespaces/{namespace}/rlhfjobs/{job}").get("status") or {}
+    except ApiError:
+        return {}
+    return found
