@@ -79,8 +79,8 @@ _SIGNALS = {How.KILL: signal.SIGKILL, How.STOP: signal.SIGSTOP, How.SEGV: signal
 _STAYS_STOPPED = (Target.ENGINE,)
 # Ray's names for its processes; "ray::" is how it titles an actor's, vLLM titles its engines' own.
 _NAMES: dict[Target, Callable[[str], bool]] = {
-    Target.GCS: lambda line: "/gcs_server " in line,
-    Target.RAYLET: lambda line: "/raylet/raylet " in line,
+    Target.GCS: lambda line: line.partition(" ")[0].endswith("/gcs_server"),
+    Target.RAYLET: lambda line: line.partition(" ")[0].endswith("/raylet"),
     Target.DRIVER: lambda line: "rlhf_worker run" in line,
     Target.ENGINE: lambda line: line.startswith("VLLM::EngineCore"),
     Target.RANK: lambda line: line.startswith("ray::Policy"),
@@ -122,9 +122,14 @@ def _processes(belongs: Callable[[str], bool]) -> Iterator[Process]:
     for directory in Path("/proc").glob("[0-9]*"):
         try:
             if belongs((directory / "cgroup").read_text()):
-                yield Process(int(directory.name), tuple((directory / "cmdline").read_text(errors="replace").split("\0")))
+                yield Process(int(directory.name), tuple(_line(directory).split("\0")))
         except OSError:
             continue  # it ended meanwhile
+
+
+def _line(directory: Path) -> str:
+    """NUL-separated; a title that a process gave itself is padded with them."""
+    return (directory / "cmdline").read_text(errors="replace").rstrip("\0")
 
 
 def left_behind(cfg: Settings, living: set[str]) -> list[Process]:

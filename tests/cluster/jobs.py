@@ -61,6 +61,10 @@ def pods(kube: Kube, namespace: str, name: str) -> list[Object]:
     return found
 
 
+def head_of(kube: Kube, namespace: str, name: str) -> str:
+    return next(str(p["metadata"]["name"]) for p in pods(kube, namespace, name) if p["metadata"]["labels"]["rlhf.dev/role"] == "head")
+
+
 def released(kube: Kube, namespace: str, name: str) -> bool:
     """No RayCluster and no pod is left of the job."""
     clusters = (kube.find("rayclusters", "-n", namespace, "-l", f"rlhf.dev/job={name}") or {}).get("items", [])
@@ -78,17 +82,3 @@ def rewards(volumes: Path, job: Object) -> dict[int, float]:
         events.Reload()
         found.update({event.step: event.value for event in events.Scalars("reward/mean")})
     return found
-
-
-def kill(kube: Kube, namespace: str, pod: str, container: str, pattern: str) -> None:
-    """kill -9 the first process in the pod whose command line holds `pattern`."""
-    script = (
-        "import os,pathlib,signal,sys\n"
-        "for p in sorted(pathlib.Path('/proc').glob('[0-9]*'), key=lambda p: int(p.name)):\n"
-        "    try: line = (p/'cmdline').read_bytes().replace(b'\\0', b' ').decode()\n"
-        "    except OSError: continue\n"
-        f"    if {pattern!r} in line and int(p.name) != os.getpid():\n"
-        "        os.kill(int(p.name), signal.SIGKILL); sys.exit(0)\n"
-        "sys.exit('no such process')\n"
-    )
-    kube.run("exec", pod, "-n", namespace, "-c", container, "--", "python", "-c", script)

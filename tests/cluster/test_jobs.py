@@ -4,15 +4,13 @@ from pathlib import Path
 
 import pytest
 
+from hack.cluster import settings
+from hack.faults import How, Target, inject
 from hack.kubectl import OPERATOR_NAMESPACE, Kube
 from tests.cluster.conftest import wait_for
-from tests.cluster.jobs import condition, kill, pods, released, rewards, sample, status, step, wait_for_condition
+from tests.cluster.jobs import condition, pods, released, rewards, sample, status, step, wait_for_condition
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
-
-
-def head_of(kube: Kube, namespace: str, name: str) -> str:
-    return next(str(p["metadata"]["name"]) for p in pods(kube, namespace, name) if p["metadata"]["labels"]["rlhf.dev/role"] == "head")
 
 
 @pytest.fixture(scope="session")
@@ -53,10 +51,11 @@ def test_a_killed_driver_resumes_from_its_checkpoint_on_the_same_curve(
     operator.apply(job)
     wait_for_condition(operator, namespace, "tiny", "Running", 240)
     wait_for(lambda: step(operator, namespace, "tiny") >= 5, 120, "five steps")
-    head = head_of(operator, namespace, "tiny")
     workers = {p["metadata"]["uid"] for p in pods(operator, namespace, "tiny")}
-    kill(operator, namespace, head, "driver", "rlhf_worker run")
+    inject(settings.from_environment(), namespace, "tiny", How.KILL, Target.DRIVER)
     wait_for(lambda: status(operator, namespace, "tiny").get("restarts", {}).get("total") == 1, 60, "the restart is counted")
+    newest = status(operator, namespace, "tiny")["failures"][0]
+    assert (newest["class"], newest["exitCode"], newest["signal"]) == ("App", 137, "SIGKILL")
     resumed = wait_for(lambda: status(operator, namespace, "tiny").get("progress", {}).get("resumedFromStep"), 180, "resumed")
     assert resumed >= 3
     assert {p["metadata"]["uid"] for p in pods(operator, namespace, "tiny")} == workers, "restarted in place: no pod is new"
