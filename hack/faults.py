@@ -1,7 +1,7 @@
 """Faults for the jobs of the embedded cluster: what dies or freezes, how, and at which moment of the run.
 
-Processes of pods are found in this machine's own /proc, by their pod's cgroup: a signal then costs no `kubectl exec`, and
-reaches what has no shell.
+Processes of pods are found in this machine's own /proc, by their pod's cgroup: a signal then costs no `kubectl exec`,
+and reaches what has no shell.
 """
 
 from __future__ import annotations
@@ -91,7 +91,11 @@ _NAMES: dict[Target, Callable[[str], bool]] = {
 def possible() -> list[tuple[How, Target]]:
     """Each fault that there is, whatever the moment."""
     signals = [(how, target) for target in PROCESSES for how in _SIGNALS]
-    return [*signals, *[(how, target) for target in PODS for how in (How.DELETE, How.FORCE, How.DRAIN)], (How.DELETE, Target.CLUSTER)]
+    return [
+        *signals,
+        *[(how, target) for target in PODS for how in (How.DELETE, How.FORCE, How.DRAIN)],
+        (How.DELETE, Target.CLUSTER),
+    ]
 
 
 # --- moments ----------------------------------------------------------------------------------------------------

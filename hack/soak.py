@@ -2,9 +2,10 @@
 
 usage: python -m hack.soak --faults 200 --seed 1 [--minutes M] [--per-job 6] [--log soak.jsonl] [--smoke]
 
-Each fault becomes one JSON line: what, at which moment, how long until the status said so, how long until a step finished after it, and
-how many steps were done again. At each job's end the invariants are checked: Succeeded, every prompt trained once, no step lost that a
-checkpoint held, nothing left behind. The table by fault is printed at the end, for docs/reliability.md. Exit code 1: an invariant is broken.
+Each fault becomes one JSON line: what, at which moment, how long until the status said so, how long until a step
+finished after it, and how many steps were done again. At each job's end the invariants are checked: Succeeded, every
+prompt trained once, no step lost that a checkpoint held, nothing left behind. The table by fault is printed at the end,
+for docs/reliability.md. Exit code 1: an invariant is broken.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,16 +28,31 @@ from typing import Any, TextIO
 from hack.cluster import settings
 from hack.cluster.kube import Api, ApiError
 from hack.faults import Fault, How, Moment, Target, inject, job_status, left_behind, moment_of, pods_of, possible
+from hack.incident import (
+    PROMPTS,
+    PROMPTS_PER_STEP,
+    Outcome,
+    broken_promises,
+    condition,
+    ended,
+    goes_on,
+    prompts_trained,
+    resumed,
+    sign,
+    spread,
+    step_of,
+    steps_lost,
+    table,
+)
 from hack.kubectl import Kube, kube
 from hack.tiny_model import write as write_model
 
 Object = dict[str, Any]
 NAMESPACE = "soak"
-PROMPTS_PER_STEP, PROMPTS = 16, 64  # of the tiny sample and its model
 STEPS_BETWEEN = 3  # finished steps before a fault, after the recovery from the one before
-STEPS_UNMOVED = 3  # a fault that no status told of and that this many steps followed was survived without a word
 _POLL_SECONDS = 0.2
 _MOMENT_SECONDS = 60.0
+_IDLE_SECONDS = 10.0  # that a suspended run is left alone after its fault
 _RECOVERY_SECONDS = 600.0
 _GONE_SECONDS = 180.0
 _SMOKE = (
@@ -43,25 +60,6 @@ _SMOKE = (
     Fault(How.KILL, Target.DRIVER, Moment.TRAINING),
     Fault(How.FORCE, Target.HEAD, Moment.TRAINING),
 )
-
-
-@dataclass
-class Outcome:
-    """One fault and what followed. Seconds are from the injection; None: it did not come."""
-
-    number: int
-    job: str
-    fault: str
-    moment: str  # that was wanted
-    seen: str  # what the status said at the injection
-    at: str
-    step: int
-    victim: str = ""
-    detected: float | None = None
-    told: str = ""  # the first sign of it
-    recovered: float | None = None
-    lost: int = 0
-    problems: list[str] = field(default_factory=list)
 
 
 def schedule(seed: int, count: int) -> list[Fault]:
@@ -74,80 +72,9 @@ def schedule(seed: int, count: int) -> list[Fault]:
     return found[:count]
 
 
-# --- what a status says -----------------------------------------------------------------------------------------
-
-
-def step_of(status: Object) -> int:
-    return int((status.get("progress") or {}).get("step") or 0)
-
-
-def saved_of(status: Object) -> int:
-    return int(((status.get("progress") or {}).get("checkpoint") or {}).get("step") or 0)
-
-
-def condition(status: Object, kind: str) -> Object:
-    return next((c for c in status.get("conditions") or [] if c["type"] == kind), {})
-
-
-def sign(before: Object, now: Object) -> str:
-    """What the status says now of an incident, that it did not say before; empty when nothing. Pure."""
-    if now.get("phase") != before.get("phase") and now.get("phase") not in ("Running", "Succeeded", "Starting"):
-        return f"phase {now.get('phase')}"
-    for kind, amiss in (("Degraded", "True"), ("ClusterReady", "False")):
-        if condition(now, kind).get("status") == amiss != condition(before, kind).get("status"):
-            return f"{kind} {condition(now, kind).get('reason')}"
-    restarts = [(status.get("restarts") or {}).get("total", 0) for status in (before, now)]
-    if restarts[1] > restarts[0]:
-        return f"restarts {restarts[1]}"
-    losses = [{loss.get("uid") for loss in (status.get("record") or {}).get("losses") or []} for status in (before, now)]
-    return "a loss in record.losses" if losses[1] - losses[0] else ""
-
-
-def resumed(before: Object, now: Object) -> bool:
-    """Whether another driver's life trains now."""
-    counts = [((s.get("restarts") or {}).get("total", 0), (s.get("record") or {}).get("clusters", 0)) for s in (before, now)]
-    return counts[0] != counts[1]
-
-
-def steps_lost(before: Object, now: Object) -> int:
-    """Finished steps that had to be done again."""
-    if not resumed(before, now):
-        return 0
-    return max(0, step_of(before) - int((now.get("progress") or {}).get("resumedFromStep") or 0))
-
-
-def broken_promises(before: Object, seen: Sequence[Object]) -> list[str]:
-    """What no fault may do to a status: forget the step, the checkpoint or the reward; resume from before a checkpoint."""
-    found = set()
-    for now in seen:
-        progress, saved = now.get("progress") or {}, saved_of(before)
-        if saved_of(now) < saved:
-            found.add(f"progress.checkpoint went from step {saved} to {saved_of(now)}")
-        if saved and step_of(now) < saved:
-            found.add(f"progress.step went from {step_of(before)} to {step_of(now)}, the checkpoint is of {saved}")
-        if (before.get("progress") or {}).get("reward") and not progress.get("reward"):
-            found.add("progress.reward was forgotten")
-        if resumed(before, now) and (start := progress.get("resumedFromStep")) is not None and int(start) < saved:
-            found.add(f"resumed from step {start}, the checkpoint was of {saved}")
-    return sorted(found)
-
-
-def prompts_trained(rollouts: Path, steps: int) -> list[str]:
-    """What is wrong with the prompts of steps 1 to `steps`; each row once an epoch is right."""
-    import pyarrow.parquet as pq
-
-    found: list[str] = []
-    for number in range(1, steps + 1):
-        try:
-            column = pq.read_table(rollouts / f"step-{number}.parquet", columns=["uid"])["uid"].to_pylist()
-        except OSError as error:
-            return [f"step {number} left no samples: {error}"]
-        found += sorted(set(column))
-    epochs = steps * PROMPTS_PER_STEP // PROMPTS
-    whole = {f"{epoch}:{row}" for epoch in range(epochs) for row in range(PROMPTS)}
-    twice = sorted({uid for uid in found if found.count(uid) > 1})
-    lost = sorted(whole - set(found))
-    return [f"{what}: {', '.join(which[:8])}" for what, which in (("prompts repeated", twice), ("prompts lost", lost)) if which]
+def batch(faults: list[Fault], size: int) -> list[Fault]:
+    """The next job's: the first `size`, those of the start first."""
+    return sorted(faults[:size], key=lambda fault: fault.moment is not Moment.STARTING)
 
 
 # --- one job ----------------------------------------------------------------------------------------------------
@@ -168,20 +95,21 @@ class Job:
     def status(self) -> Object:
         return job_status(self.api, NAMESPACE, self.name)
 
-    def suspend(self, value: bool) -> None:
-        self.api.patch(f"/apis/rlhf.dev/v1alpha1/namespaces/{NAMESPACE}/rlhfjobs/{self.name}", {"spec": {"suspend": value}})
-
-    def ended(self) -> bool:
-        return any(condition(self.status(), kind).get("status") == "True" for kind in ("Complete", "Failed"))
+    def suspend(self, value: bool) -> bool:
+        """Returns whether the API server took it."""
+        path = f"/apis/rlhf.dev/v1alpha1/namespaces/{NAMESPACE}/rlhfjobs/{self.name}"
+        try:
+            self.api.patch(path, {"spec": {"suspend": value}})
+        except ApiError:
+            return False
+        return True
 
     def wait(self, holds: Callable[[Object], bool], seconds: float) -> Object | None:
         """The first status for which it holds, or the one of a job that ended; None when the time is over."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             now = self.status()
-            if now and (
-                holds(now) or condition(now, "Complete").get("status") == "True" or condition(now, "Failed").get("status") == "True"
-            ):
+            if now and (holds(now) or ended(now)):
                 return now
             time.sleep(_POLL_SECONDS)
         return None
@@ -198,12 +126,14 @@ class Job:
         pods = pods_of(self.api, NAMESPACE, self.name)
         clusters = self.api.get(f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayclusters")["items"]
         every = {pod["metadata"]["uid"] for pod in self.api.get("/api/v1/pods")["items"]}
-        orphans = [f"process {process.pid} {' '.join(process.arguments)[:60]}" for process in left_behind(self.cfg, every)]
+        orphans = [
+            f"process {process.pid} {' '.join(process.arguments)[:60]}" for process in left_behind(self.cfg, every)
+        ]
         return [f"{item.get('kind', 'object')} {item['metadata']['name']}" for item in (*pods, *clusters)] + orphans
 
 
 def manifest(name: str, steps: int) -> Object:
-    """tiny-colocated, with a checkpoint every second step, the samples of every step, and a reward that takes a moment."""
+    """tiny-colocated, with a checkpoint every second step and the samples of every step."""
     import yaml
 
     file = settings.from_environment().clone / "manifests" / "samples" / "tiny-colocated.yaml"
@@ -221,33 +151,41 @@ def manifest(name: str, steps: int) -> Object:
 
 
 def strike(job: Job, number: int, fault: Fault) -> Outcome | None:
-    """Wait for the moment, inject, and watch until a step finishes after it. None: the job ended before its moment came."""
+    """Wait for the moment, inject, watch until a step finishes after it. None: the job ended before its moment came."""
     before = _await_moment(job, fault.moment)
-    if before is None or job.ended():
+    if ended(before):
         return None
     progress = before.get("progress") or {}
-    outcome = Outcome(
-        number, job.name, str(fault), fault.moment, f"{progress.get('state')}: {progress.get('detail')}"[:80], _now(), step_of(before)
-    )
-    start, striking = time.monotonic(), Thread(target=_inject, args=(job, fault, outcome), daemon=True)
+    seen = f"{progress.get('state')}: {progress.get('detail')}"[:80]
+    outcome = Outcome(number, job.name, str(fault), fault.moment, seen, _now(), step_of(before))
+    striking = Thread(target=_inject, args=(job, fault, outcome), daemon=True)
+    start = time.monotonic()
     striking.start()
-    try:
-        _watch(job, before, outcome, start, resume=fault.moment is Moment.IDLE)
-    finally:
-        striking.join()
+    _watch(job, before, outcome, start, idle=fault.moment is Moment.IDLE)
+    striking.join()
     return outcome
 
 
-def _await_moment(job: Job, moment: Moment) -> Object | None:
-    """The status at the moment; one near it where it does not come, as some are short. None when the job ended."""
+def _await_moment(job: Job, moment: Moment) -> Object:
+    """The status at the moment, or near it where it does not come, as some are short; or of a job that ended."""
     base = step_of(job.status())
-    if moment is not Moment.STARTING:
+    if moment is Moment.STARTING:
+        _start_again(job)
+    else:
         job.wait(lambda now: now.get("phase") == "Running" and step_of(now) >= base + STEPS_BETWEEN, _RECOVERY_SECONDS)
-    if job.ended():
-        return None
     if moment is Moment.IDLE:
         job.suspend(True)
-    return job.wait(lambda now: moment_of(now.get("progress") or {}) is moment, _MOMENT_SECONDS) or job.status() or None
+    return job.wait(lambda now: moment_of(now.get("progress") or {}) is moment, _MOMENT_SECONDS) or job.status()
+
+
+def _start_again(job: Job) -> None:
+    """A run that is past its start gets another: its driver is killed, and that is charged before anything else."""
+    before = job.status()
+    if before.get("phase") != "Running":
+        return
+    with suppress(LookupError, ApiError):
+        inject(job.cfg, NAMESPACE, job.name, How.KILL, Target.DRIVER)
+        job.wait(lambda now: resumed(before, now), _MOMENT_SECONDS)
 
 
 def _inject(job: Job, fault: Fault, outcome: Outcome) -> None:
@@ -257,24 +195,22 @@ def _inject(job: Job, fault: Fault, outcome: Outcome) -> None:
         outcome.problems.append(f"not injected: {error}")
 
 
-def _watch(job: Job, before: Object, outcome: Outcome, start: float, *, resume: bool) -> None:
-    """Fill in when the status said so and when a step finished again."""
+def _watch(job: Job, before: Object, outcome: Outcome, start: float, *, idle: bool) -> None:
+    """Fill in when the status said so and when a step finished again. What was suspended is resumed after a while."""
     floor, seen = step_of(before), list[Object]()
     while (passed := time.monotonic() - start) < _RECOVERY_SECONDS:
-        now = job.status()
-        if now:
-            seen.append(now)
-            if outcome.detected is None and (told := sign(before, now)):
-                outcome.detected, outcome.told, floor = round(passed, 1), told, step_of(now)
-            if resume and now.get("phase") in ("Suspended", "Suspending") and passed > 5:
-                job.suspend(False)
-                resume = False
-            ended = condition(now, "Complete").get("status") == "True" or condition(now, "Failed").get("status") == "True"
-            silent = outcome.detected is None and step_of(now) >= floor + STEPS_UNMOVED
-            if ended or silent or (outcome.detected is not None and now.get("phase") == "Running" and step_of(now) > floor):
-                outcome.recovered, outcome.lost = round(passed, 1), steps_lost(before, now)
-                break
         time.sleep(_POLL_SECONDS)
+        now = job.status()
+        if idle and passed > _IDLE_SECONDS:
+            idle = not job.suspend(False)
+        if not now:
+            continue
+        seen.append(now)
+        if outcome.detected is None and (told := sign(before, now)):
+            outcome.detected, outcome.told, floor = round(passed, 1), told, step_of(now)
+        if ended(now) or goes_on(now, floor, told=outcome.detected is not None):
+            outcome.recovered, outcome.lost = round(passed, 1), steps_lost(before, now)
+            break
     else:
         outcome.problems.append(f"no step within {_RECOVERY_SECONDS:.0f} s")
     outcome.problems += broken_promises(before, seen)
@@ -314,13 +250,16 @@ class Soak:
 
     def finish(self, job: Job) -> None:
         last = job.wait(lambda _: False, _RECOVERY_SECONDS) or job.status()
-        problems = [] if condition(last, "Complete").get("status") == "True" else [f"{last.get('phase')}: {last.get('message')}"]
-        problems += prompts_trained(job.directory / "rollouts", job.steps) if not problems else []
+        complete = condition(last, "Complete").get("status") == "True"
+        problems = [] if complete else [f"{last.get('phase')}: {last.get('message')}"]
+        problems += prompts_trained(job.directory / "rollouts", job.steps) if complete else []
         problems += [f"left behind: {what}" for what in job.remove()]
-        if goodput := last.get("goodput"):
-            self.goodputs.append(float(goodput))
-        self.write({"job": job.name, "steps": step_of(last), "goodput": goodput, "restarts": last.get("restarts"), "problems": problems})
+        goodput, restarts = last.get("goodput"), last.get("restarts")
+        self.goodputs += [float(goodput)] if goodput else []
         self.problems += [f"{job.name}: {problem}" for problem in problems]
+        self.write(
+            {"job": job.name, "steps": step_of(last), "goodput": goodput, "restarts": restarts, "problems": problems}
+        )
 
     def write(self, line: Object) -> None:
         print(json.dumps(line), file=self.log, flush=True)
@@ -331,35 +270,17 @@ def round_up(value: int, of: int) -> int:
     return -(-value // of) * of
 
 
-def table(outcomes: Iterable[Outcome]) -> str:
-    """By fault: how often, seconds to the first sign and to the next step (median, most), steps lost (most). Markdown."""
-    rows: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        rows.setdefault(outcome.fault, []).append(outcome)
-    head = "| Fault | Times | First sign, s (median, most) | New step, s (median, most) | Steps lost (most) |\n|---|---|---|---|---|"
-    lines = [
-        f"| {fault} | {len(found)} | {_spread(o.detected for o in found)} | {_spread(o.recovered for o in found)} | {max(o.lost for o in found)} |"
-        for fault, found in sorted(rows.items())
-    ]
-    return "\n".join([head, *lines])
-
-
-def _spread(values: Iterable[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{statistics.median(known):.1f}, {max(known):.1f}" if known else "none"
-
-
 def summary(soak: Soak) -> str:
     """The table, and what of it is compared with a promise."""
     found = soak.outcomes
-    lines = [
-        table(found),
-        "",
-        f"faults {len(found)}, first sign {_spread(o.detected for o in found)} s, new step {_spread(o.recovered for o in found)} s",
-    ]
+    signs, steps = spread(o.detected for o in found), spread(o.recovered for o in found)
+    lines = [table(found), "", f"faults {len(found)}, first sign {signs} s, new step {steps} s (median, most)"]
     if soak.goodputs:
         lines.append(f"goodput {statistics.mean(soak.goodputs):.2f} (mean of the jobs)")
-    broken = [*soak.problems, *(f"{o.number} {o.fault} ({o.moment}): {problem}" for o in found for problem in o.problems)]
+    broken = [
+        *soak.problems,
+        *(f"{o.number} {o.fault} ({o.moment}): {problem}" for o in found for problem in o.problems),
+    ]
     return "\n".join([*lines, *(f"BROKEN {text}" for text in broken)])
 
 
@@ -375,13 +296,16 @@ def run(faults: list[Fault], per_job: int, minutes: float, log: Path) -> Soak:
     prepare(tools, cfg)
     deadline = time.monotonic() + minutes * 60
     with log.open("a") as file:
-        soak = Soak(tools, cfg, file)
-        number = 0
+        soak, number = Soak(tools, cfg, file), 0
         while faults and time.monotonic() < deadline:
             number += 1
-            batch, faults = faults[:per_job], faults[per_job:]
-            soak.job(f"soak-{number}", batch, deadline)
-            faults = [*batch, *faults]  # those that the job did not live to see
+            taken, done = batch(faults, per_job), len(soak.outcomes)
+            faults = faults[per_job:]
+            soak.job(f"soak-{number}", taken, deadline)
+            faults = [*taken, *faults]  # with those that the job did not live to see
+            if len(soak.outcomes) == done and time.monotonic() < deadline:
+                soak.problems.append(f"soak-{number} ended before its first fault")
+                break
     return soak
 
 
@@ -389,12 +313,18 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="no fault after this; what is not reached is not counted")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="no fault after this; what is not reached is not counted"
+    )
     parser.add_argument("--per-job", type=int, default=6)
     parser.add_argument("--log", type=Path, default=Path("soak.jsonl"))
     parser.add_argument("--smoke", action="store_true", help="three faults, always the same")
     given = parser.parse_args(arguments)
     faults = list(_SMOKE) if given.smoke else schedule(given.seed, given.faults)
+    print(
+        json.dumps({"seed": given.seed, "faults": len(faults), "smoke": given.smoke, "perJob": given.per_job}),
+        flush=True,
+    )
     soak = run(faults, given.per_job, given.minutes, given.log)
     print(summary(soak))
     return 1 if soak.problems or any(outcome.problems for outcome in soak.outcomes) else 0

@@ -1,7 +1,8 @@
 """Volumes for PersistentVolumeClaims: the default StorageClass, whose volumes are directories of this node.
 
-Run as ``python -m hack.cluster.claims <kubeconfig>``. A claim's directory is ``/var/lib/rlhf/claims/<namespace>-<claim>``, open to
-every user, as fsGroup does nothing for a host path. It outlives the claim only where the class or the volume says Retain.
+Run as ``python -m hack.cluster.claims <kubeconfig>``. A claim's directory is
+``/var/lib/rlhf/claims/<namespace>-<claim>``, open to every user, as fsGroup does nothing for a host path. It outlives
+the claim only where the volume says Retain.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """NetworkPolicies of the embedded cluster, as nftables rules on what is routed between its pods.
 
-Run as ``python -m hack.cluster.policies <kubeconfig>``. It enforces ingress: pod, namespace and address peers, and numbered ports.
-What it does not: egress, named ports and SCTP (a rule with such a port admits nothing), and pods on the node's own network. What comes
-from the node itself (the kubelet's probes, the API server) is admitted, as everywhere. A pod without an address yet is a stranger,
-so a new pod waits for its first connection until the kubelet has told its address.
+Run as ``python -m hack.cluster.policies <kubeconfig>``. It enforces ingress: pod, namespace and address peers, and
+numbered ports. What it does not: egress, named ports and SCTP (a rule with such a port admits nothing), and pods on the
+node's own network. What comes from the node itself (the kubelet's probes, the API server) is admitted, as everywhere.
+A pod without an address yet is a stranger: a new pod's first connection waits until the kubelet has told its address.
 """
 
 from __future__ import annotations

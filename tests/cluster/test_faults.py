@@ -1,4 +1,5 @@
-"""What dies while a job runs, on a real kubelet: the status says what, nothing that a checkpoint held is lost, nothing stays behind."""
+"""What dies while a job runs, on a real kubelet: the status says what, no step that a checkpoint held is lost, and
+nothing stays behind."""
 
 import threading
 from collections.abc import Iterator
@@ -10,8 +11,8 @@ import pytest
 from hack.cluster import settings
 from hack.cluster.kube import Api
 from hack.faults import How, Target, inject, left_behind
+from hack.incident import broken_promises, saved_of, step_of
 from hack.kubectl import Kube
-from hack.soak import broken_promises, saved_of, step_of
 from tests.cluster.conftest import make_model, wait_for
 from tests.cluster.jobs import condition, head_of, pods, released, rewards, sample, status, step, wait_for_condition
 
@@ -39,7 +40,9 @@ class Watched:
     def mark(self) -> None:
         """From here on. A whole checkpoint and a step after it are there."""
         base = step(self.kube, self.namespace, self.name)
-        wait_for(lambda: step_of(self.status()) >= base + 2 and saved_of(self.status()) > 0, 120, "steps, and a checkpoint")
+        wait_for(
+            lambda: step_of(self.status()) >= base + 2 and saved_of(self.status()) > 0, 120, "steps, and a checkpoint"
+        )
         self.before, self.seen = self.status(), []
 
     def strike(self, how: How, target: Target) -> None:
@@ -49,19 +52,25 @@ class Watched:
         """The first status with a step that is new. No status in between forgot what is known."""
         floor = step_of(self.before)
         found = wait_for(
-            lambda: self.status() if step_of(self.seen[-1] if self.seen else {}) > floor else None, seconds, lambda: self.seen[-1:]
+            lambda: self.status() if step_of(self.seen[-1] if self.seen else {}) > floor else None,
+            seconds,
+            lambda: self.seen[-1:],
         )
         assert broken_promises(self.before, self.seen) == []
         return found
 
     def until(self, what: str, holds: Any, seconds: float) -> Object:
-        found: Object = wait_for(lambda: now if holds(now := self.status()) else None, seconds, lambda: f"{what}: {self.seen[-1:]}")
+        found: Object = wait_for(
+            lambda: now if holds(now := self.status()) else None, seconds, lambda: f"{what}: {self.seen[-1:]}"
+        )
         return found
 
     def charged(self, failure: str, seconds: float = 60) -> Object:
         """status.failures[0], once one more restart is counted; it is of this class."""
         counted = self.before["restarts"]["total"]
-        now = self.until(f"{failure} is charged", lambda now: now.get("restarts", {}).get("total", 0) > counted, seconds)
+        now = self.until(
+            f"{failure} is charged", lambda now: now.get("restarts", {}).get("total", 0) > counted, seconds
+        )
         newest: Object = now["failures"][0]
         assert newest["class"] == failure, newest
         assert now["restarts"]["total"] == counted + 1, "an incident is charged once"
@@ -72,7 +81,9 @@ class Watched:
 def watched(operator: Kube, volumes: Path) -> Iterator[Watched]:
     namespace, name = "faults", "struck"
     operator.run("create", "namespace", namespace)
-    job = sample("tiny-colocated.yaml", name, namespace, trainer__steps=STEPS, checkpoint__everySteps=2, checkpoint__export=False)
+    job = sample(
+        "tiny-colocated.yaml", name, namespace, trainer__steps=STEPS, checkpoint__everySteps=2, checkpoint__export=False
+    )
     job["spec"]["runPolicy"] = {"stallTimeoutSeconds": 90}
     operator.apply(job)
     wait_for_condition(operator, namespace, name, "Running", 240)
@@ -107,7 +118,9 @@ def test_a_head_that_is_deleted_by_force_while_the_operator_dies(watched: Watche
     watched.charged("HeadLost", 90)
     watched.until_trained(240)
     attempts = {pod["metadata"]["uid"] for pod in pods(watched.kube, watched.namespace, watched.name)}
-    assert watched.status()["record"]["attempt"]["podUid"] in attempts, "the driver of the new pod has a number of its own"
+    assert watched.status()["record"]["attempt"]["podUid"] in attempts, (
+        "the driver of the new pod has a number of its own"
+    )
 
 
 def test_a_drained_worker_saves_first_and_costs_nothing(watched: Watched) -> None:
@@ -115,7 +128,9 @@ def test_a_drained_worker_saves_first_and_costs_nothing(watched: Watched) -> Non
     watched.strike(How.DRAIN, Target.WORKER)
     newest = watched.charged("Preempted", 150)
     after = watched.until_trained(240)
-    assert after["progress"]["resumedFromStep"] >= step_of(watched.before), f"nothing but the running step may be lost: {newest}"
+    assert after["progress"]["resumedFromStep"] >= step_of(watched.before), (
+        f"nothing but the running step may be lost: {newest}"
+    )
     assert after["record"]["restartsSinceProgress"] == 0, "a preemption is free"
 
 
@@ -153,7 +168,9 @@ def restricted(operator: Kube, namespace: str) -> str:
     return namespace
 
 
-def test_a_restricted_job_on_a_claim_is_closed_to_strangers_and_resumes_on_two_gpus(operator: Kube, restricted: str, volumes: Path) -> None:
+def test_a_restricted_job_on_a_claim_is_closed_to_strangers_and_resumes_on_two_gpus(
+    operator: Kube, restricted: str, volumes: Path
+) -> None:
     namespace, name = restricted, "claimed"
     make_model(volumes / "claims" / f"{namespace}-{name}-checkpoints" / "models" / "tiny")
     operator.apply(on_a_claim(name, namespace))
@@ -171,13 +188,17 @@ def test_a_restricted_job_on_a_claim_is_closed_to_strangers_and_resumes_on_two_g
     assert (ended["gpus"], ended["progress"]["resumedFromStep"]) == (2, saved)
 
     operator.run("delete", "rlhfjob", name, "-n", namespace, "--wait")
-    assert operator.find("persistentvolumeclaim", f"{name}-checkpoints", "-n", namespace), "onDelete: Keep is the default"
+    assert operator.find("persistentvolumeclaim", f"{name}-checkpoints", "-n", namespace), (
+        "onDelete: Keep is the default"
+    )
 
 
 def on_a_claim(name: str, namespace: str) -> Object:
     """The tiny job without a host path, which a restricted namespace refuses; model and prompts lie on the claim."""
     model = {"path": "/checkpoints/models/tiny", "dtype": "float32"}
-    job = sample("tiny-colocated.yaml", name, namespace, model=model, trainer__steps=10, placement__gpusPerNode=2, pods={})
+    job = sample(
+        "tiny-colocated.yaml", name, namespace, model=model, trainer__steps=10, placement__gpusPerNode=2, pods={}
+    )
     job["spec"]["data"]["jsonl"]["path"] = "/checkpoints/models/tiny/prompts.jsonl"
     job["spec"]["checkpoint"] = {"path": "/checkpoints", "everySteps": 100, "claim": {"size": "1Gi"}}
     return job
@@ -203,15 +224,30 @@ for port in map(int, sys.argv[2:]):
 
 
 def reachable(kube: Kube, namespace: str, address: str) -> list[int]:
-    """The ports of the head that a pod of no job reaches. The job's own pods reach them all, or the test would show nothing."""
-    container = {"name": "c", "image": settings.WORKER_IMAGE, "imagePullPolicy": "IfNotPresent", "command": ["sleep", "600"]}
-    spec = {"securityContext": RESTRICTED["securityContext"], "containers": [container | {"securityContext": RESTRICTED["container"]}]}
-    kube.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "stranger", "namespace": namespace}, "spec": spec})
+    """The head's ports that a pod of no job reaches. The job's own reach them all, or the test would show nothing."""
+    container = {
+        "name": "c",
+        "image": settings.WORKER_IMAGE,
+        "imagePullPolicy": "IfNotPresent",
+        "command": ["sleep", "600"],
+    }
+    spec = {
+        "securityContext": RESTRICTED["securityContext"],
+        "containers": [container | {"securityContext": RESTRICTED["container"]}],
+    }
+    kube.apply(
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "stranger", "namespace": namespace}, "spec": spec}
+    )
     kube.run("wait", "pod/stranger", "-n", namespace, "--for=condition=Ready", "--timeout=60s")
     ports = list(map(str, PORTS))
     trainer = next(
-        pod["metadata"]["name"] for pod in pods(kube, namespace, "claimed") if pod["metadata"]["labels"]["rlhf.dev/role"] == "trainer"
+        pod["metadata"]["name"]
+        for pod in pods(kube, namespace, "claimed")
+        if pod["metadata"]["labels"]["rlhf.dev/role"] == "trainer"
     )
     inside = kube.run("exec", trainer, "-n", namespace, "--", "python", "-c", TRY, address, *ports)
     assert inside.split() == ports, "the job's own pods"
-    return [int(port) for port in kube.run("exec", "stranger", "-n", namespace, "--", "python", "-c", TRY, address, *ports).split()]
+    return [
+        int(port)
+        for port in kube.run("exec", "stranger", "-n", namespace, "--", "python", "-c", TRY, address, *ports).split()
+    ]

@@ -1,4 +1,4 @@
-"""The embedded cluster's own small controllers: volumes for claims, and NetworkPolicies as nftables rules (pure, no cluster)."""
+"""The embedded cluster's own controllers: volumes for claims, NetworkPolicies as nftables rules (pure, no cluster)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from hack.cluster.kube import ApiError, Object
 
 
 def claim(name: str = "c", uid: str = "u1", deleted: bool = False, **spec: Any) -> Object:
-    asked = {"storageClassName": "standard", "accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+    asked = {
+        "storageClassName": "standard",
+        "accessModes": ["ReadWriteOnce"],
+        "resources": {"requests": {"storage": "1Gi"}},
+    }
     meta = {"namespace": "team", "name": name, "uid": uid} | ({"deletionTimestamp": "now"} if deleted else {})
     return {"metadata": meta, "spec": asked | spec}
 
@@ -78,7 +82,9 @@ def test_directories_come_and_go_with_their_volumes(tmp_path: Path, monkeypatch:
     api, directory = Volumes(), tmp_path / "claims" / "team-c"
     claims.keep(api, [claim()], [])  # type: ignore[arg-type]
     assert api.made == [str(directory)]
-    assert directory.stat().st_mode & 0o777 == 0o777, "a pod of any user writes there: fsGroup does nothing for a host path"
+    assert directory.stat().st_mode & 0o777 == 0o777, (
+        "a pod of any user writes there: fsGroup does nothing for a host path"
+    )
     (directory / "step-1").write_text("saved")
     claims.keep(Volumes(there=True), [claim()], [])  # type: ignore[arg-type]
     assert (directory / "step-1").exists(), "what lies there already is taken up"
@@ -98,10 +104,15 @@ def pod(address: str, namespace: str = "team", labels: dict[str, str] | None = N
 
 
 def policy(*rules: Object, namespace: str = "team", **spec: Any) -> Object:
-    return {"metadata": {"namespace": namespace}, "spec": {"podSelector": {"matchLabels": JOB}, "ingress": list(rules), **spec}}
+    return {
+        "metadata": {"namespace": namespace},
+        "spec": {"podSelector": {"matchLabels": JOB}, "ingress": list(rules), **spec},
+    }
 
 
-NAMESPACES = [{"metadata": {"name": name, "labels": {"kubernetes.io/metadata.name": name}}} for name in ("team", "rlhf-system")]
+NAMESPACES = [
+    {"metadata": {"name": name, "labels": {"kubernetes.io/metadata.name": name}}} for name in ("team", "rlhf-system")
+]
 OPERATOR = {
     "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "rlhf-system"}},
     "podSelector": {"matchLabels": {"app": "operator"}},
@@ -129,7 +140,10 @@ def test_only_selected_pods_are_closed() -> None:
 
 def test_peers_of_the_own_and_of_another_namespace() -> None:
     found = rules(policy({"from": [{"podSelector": {"matchLabels": JOB}}, OPERATOR]}))
-    assert found[:2] == ["ip daddr 198.18.0.1 ip saddr { 198.18.0.1, 198.18.0.2, 198.18.0.4 } accept", "ip daddr 198.18.0.1 drop"]
+    assert found[:2] == [
+        "ip daddr 198.18.0.1 ip saddr { 198.18.0.1, 198.18.0.2, 198.18.0.4 } accept",
+        "ip daddr 198.18.0.1 drop",
+    ]
 
 
 @pytest.mark.parametrize(
