@@ -143,7 +143,7 @@ def manifest(name: str, steps: int) -> Object:
     spec["trainer"]["steps"] = steps
     spec["checkpoint"] = {"path": f"/var/lib/rlhf/soak/{name}", "everySteps": 2, "keep": 2, "export": False}
     spec["telemetry"] = {"rolloutsEverySteps": 1}
-    spec["runPolicy"] = {"backoffLimit": 20, "stallTimeoutSeconds": 90}
+    spec["runPolicy"] = {"backoffLimit": 20, "stallTimeoutSeconds": 300}
     return dict(job)
 
 

@@ -84,7 +84,7 @@ def watched(operator: Kube, volumes: Path) -> Iterator[Watched]:
     job = sample(
         "tiny-colocated.yaml", name, namespace, trainer__steps=STEPS, checkpoint__everySteps=2, checkpoint__export=False
     )
-    job["spec"]["runPolicy"] = {"stallTimeoutSeconds": 90}
+    job["spec"]["runPolicy"] = {"stallTimeoutSeconds": 300}
     operator.apply(job)
     wait_for_condition(operator, namespace, name, "Running", 240)
     yield Watched(operator, namespace, name)
