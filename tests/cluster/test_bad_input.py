@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from hack.kubectl import Kube
-from tests.cluster.conftest import make_model, wait_for
+from tests.cluster.conftest import make_model
 from tests.cluster.jobs import condition, released, sample, status, wait_for_condition
+from tests.cluster.waiting import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

@@ -11,10 +11,22 @@ import pytest
 from hack.cluster import settings
 from hack.cluster.kube import Api
 from hack.faults import How, Target, inject, left_behind
-from hack.incident import broken_promises, saved_of, step_of
+from hack.incident import broken_promises, goes_on, saved_of, step_of
 from hack.kubectl import Kube
-from tests.cluster.conftest import make_model, wait_for
-from tests.cluster.jobs import condition, head_of, pods, released, rewards, sample, status, step, wait_for_condition
+from tests.cluster.conftest import make_model
+from tests.cluster.jobs import (
+    Undisturbed,
+    condition,
+    head_of,
+    pods,
+    released,
+    rewards,
+    sample,
+    status,
+    step,
+    wait_for_condition,
+)
+from tests.cluster.waiting import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 STEPS = 48
@@ -28,8 +40,9 @@ Object = dict[str, Any]
 class Watched:
     """The job under test, and every status that it had since `mark`."""
 
-    def __init__(self, kube: Kube, namespace: str, name: str) -> None:
-        self.kube, self.namespace, self.name = kube, namespace, name
+    def __init__(self, kube: Kube, job: Object) -> None:
+        self.kube, self.job = kube, job
+        self.namespace, self.name = job["metadata"]["namespace"], job["metadata"]["name"]
         self.before: Object = {}
         self.seen: list[Object] = []
 
@@ -50,12 +63,7 @@ class Watched:
 
     def until_trained(self, seconds: float) -> Object:
         """The first status with a step that is new. No status in between forgot what is known."""
-        floor = step_of(self.before)
-        found = wait_for(
-            lambda: self.status() if step_of(self.seen[-1] if self.seen else {}) > floor else None,
-            seconds,
-            lambda: self.seen[-1:],
-        )
+        found = self.until("a new step", lambda now: goes_on(now, step_of(self.before), told=True), seconds)
         assert broken_promises(self.before, self.seen) == []
         return found
 
@@ -87,14 +95,30 @@ def watched(operator: Kube, volumes: Path) -> Iterator[Watched]:
     job["spec"]["runPolicy"] = {"stallTimeoutSeconds": 300}
     operator.apply(job)
     wait_for_condition(operator, namespace, name, "Running", 240)
-    yield Watched(operator, namespace, name)
+    yield Watched(operator, job)
     operator.run("delete", "namespace", namespace, "--wait=false")
 
 
-@pytest.mark.parametrize("how", [How.KILL, How.STOP])
-def test_an_engine_is_replaced_and_no_step_is_lost(watched: Watched, how: How) -> None:
+def test_a_killed_driver_says_its_signal_and_resumes_in_its_pods_on_the_same_curve(
+    watched: Watched, undisturbed: Undisturbed, volumes: Path
+) -> None:
     watched.mark()
-    watched.strike(how, Target.ENGINE)
+    uids = {pod["metadata"]["uid"] for pod in pods(watched.kube, watched.namespace, watched.name)}
+    watched.strike(How.KILL, Target.DRIVER)
+    newest = watched.charged("App")
+    assert (newest["exitCode"], newest["signal"]) == (137, "SIGKILL"), newest
+    after = watched.until_trained(180)
+    assert {pod["metadata"]["uid"] for pod in pods(watched.kube, watched.namespace, watched.name)} == uids, (
+        "no pod is new"
+    )
+    steps = range(1, step_of(after) + 1)
+    curve = rewards(volumes, watched.job)
+    assert {n: curve[n] for n in steps} == pytest.approx({n: undisturbed.curve[n] for n in steps}, abs=1e-6)
+
+
+def test_a_hung_engine_is_replaced_and_no_step_is_lost(watched: Watched) -> None:
+    watched.mark()
+    watched.strike(How.STOP, Target.ENGINE)
     watched.until("EngineRestarting", lambda now: _reason(now, "Degraded") == "EngineRestarting", 30)
     after = watched.until_trained(150)
     assert after["restarts"] == watched.before["restarts"], "an engine is not the run"
@@ -141,7 +165,7 @@ def test_the_struck_job_succeeds_and_leaves_nothing(watched: Watched, volumes: P
     assert len(ended["failures"]) == 5, "the last five are kept"
     assert ended["startTime"] < ended["completionTime"]
     assert 0 < float(ended["goodput"]) < 1
-    curve = rewards(volumes, kube.find("rlhfjob", name, "-n", namespace) or {})
+    curve = rewards(volumes, watched.job)
     assert sorted(curve) == list(range(1, STEPS + 1))
     assert curve[STEPS] > 0.9
     wait_for(lambda: released(kube, namespace, name), 90, "pods and RayCluster gone")
@@ -181,11 +205,15 @@ def test_a_restricted_job_on_a_claim_is_closed_to_strangers_and_resumes_on_two_g
 
     patch(operator, namespace, name, '{"spec":{"suspend":true}}')
     wait_for_condition(operator, namespace, name, "Suspended", 120)
+    wait_for(lambda: released(operator, namespace, name), 60, "pods and RayCluster gone")
     saved = step(operator, namespace, name)
+    assert 2 <= saved < 10
+    assert saved_of(status(operator, namespace, name)) == saved, "nothing but the running step may be lost"
     patch(operator, namespace, name, '{"spec":{"suspend":false,"trainer":{"gpus":2},"rollout":{"engines":2}}}')
     wait_for_condition(operator, namespace, name, "Complete", 400)
     ended = status(operator, namespace, name)
-    assert (ended["gpus"], ended["progress"]["resumedFromStep"]) == (2, saved)
+    assert (ended["gpus"], ended["progress"]["resumedFromStep"], ended["record"]["clusters"]) == (2, saved, 2)
+    assert ended["restarts"]["total"] == 0, "a suspension is no failure"
 
     operator.run("delete", "rlhfjob", name, "-n", namespace, "--wait")
     assert operator.find("persistentvolumeclaim", f"{name}-checkpoints", "-n", namespace), (
