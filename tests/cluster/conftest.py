@@ -64,8 +64,8 @@ def namespace(cluster: Kube) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def undisturbed(operator: Kube, volumes: Path) -> Undisturbed:
-    """The tiny colocated sample from apply to its end. Its operator is deleted by force on the way, and it does not notice."""
-    namespace = "undisturbed"
+    """The tiny colocated sample to its end. Its operator is deleted by force on the way, and it does not notice."""
+    namespace = f"undisturbed-{next(numbers)}"
     operator.run("create", "namespace", namespace)
     job = sample("tiny-colocated.yaml", "tiny", namespace)
     operator.apply(job)

@@ -13,7 +13,7 @@ from hack.cluster.kube import Api
 from hack.faults import How, Target, inject, left_behind
 from hack.incident import broken_promises, goes_on, saved_of, step_of
 from hack.kubectl import Kube
-from tests.cluster.conftest import make_model
+from tests.cluster.conftest import make_model, numbers
 from tests.cluster.jobs import (
     Undisturbed,
     condition,
@@ -87,7 +87,7 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched(operator: Kube, volumes: Path) -> Iterator[Watched]:
-    namespace, name = "faults", "struck"
+    namespace, name = f"faults-{next(numbers)}", "struck"
     operator.run("create", "namespace", namespace)
     job = sample(
         "tiny-colocated.yaml", name, namespace, trainer__steps=STEPS, checkpoint__everySteps=2, checkpoint__export=False
