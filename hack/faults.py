@@ -10,9 +10,11 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 from hack.cluster.kube import Api, ApiError
@@ -100,9 +102,23 @@ def possible() -> list[tuple[How, Target]]:
 
 # --- moments ----------------------------------------------------------------------------------------------------
 
+# Ray titles the process of an actor with the call that it is in.
+_DOING = {
+    Moment.GENERATING: ("ray::Engine.generate",),
+    Moment.TRAINING: ("ray::Policy.train", "ray::Policy.logprobs"),
+    Moment.SYNCING: (
+        "ray::Policy.send",
+        "ray::Policy.probe",
+        "ray::Engine.pause",
+        "ray::Engine.adopt",
+        "ray::Engine.probe",
+    ),
+    Moment.SAVING: ("ray::Policy.save",),
+}
+
 
 def moment_of(progress: Object) -> Moment | None:
-    """What the driver says that it does. None: something that is no moment of ours, such as an export."""
+    """What the driver says that it does, where that is a moment: the phases of a step are too short to be reported."""
     match progress.get("state"):
         case "Starting":
             return Moment.STARTING
@@ -110,8 +126,33 @@ def moment_of(progress: Object) -> Moment | None:
             return Moment.SAVING
         case "Drained" | "Done":
             return Moment.IDLE
-    first = str(progress.get("detail") or "").partition(" ")[0]
-    return next((moment for moment in Moment if moment == first), None)
+    return None
+
+
+def moment_in(titles: list[str]) -> Moment | None:
+    """What the actors do, by the titles of their processes. A save or a sync shows beside generation that goes on."""
+    order = (Moment.SAVING, Moment.SYNCING, Moment.TRAINING, Moment.GENERATING)
+    return next((moment for moment in order if any(title in _DOING[moment] for title in titles)), None)
+
+
+def catch(pods: list[Object], moment: Moment, seconds: float) -> str:
+    """Wait until the actors in these pods are at the moment; returns their titles then, empty when it did not come."""
+    deadline = time.monotonic() + seconds
+    found = [process for pod in pods for process in processes(pod["metadata"]["uid"])]
+    actors = [Path("/proc") / str(process.pid) for process in found if process.arguments[0].startswith("ray::")]
+    while time.monotonic() < deadline:
+        titles = [title for actor in actors if (title := _title(actor))]
+        if moment_in(titles) is moment:
+            return ", ".join(title for title in titles if "." in title)
+        time.sleep(0.002)
+    return ""
+
+
+def _title(directory: Path) -> str:
+    try:
+        return _line(directory)
+    except OSError:
+        return ""
 
 
 # --- processes --------------------------------------------------------------------------------------------------
@@ -185,19 +226,44 @@ def holders(api: Api, target: Target, namespace: str, job: str) -> list[Object]:
 # --- injecting --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Shot:
+    """A fault that is aimed at its victim. A pause ends by itself."""
+
+    victim: str
+    fire: Callable[[], None]
+
+
 def inject(cfg: Settings, namespace: str, job: str, how: How, target: Target) -> str:
-    """Do it, and say to what. A pause ends by itself. Raises LookupError when the target is not there in time."""
+    """Aim and fire at once; returns the victim. Raises LookupError when the target is not there in time."""
+    shot = aim(cfg, namespace, job, how, target)
+    shot.fire()
+    return shot.victim
+
+
+def aim(cfg: Settings, namespace: str, job: str, how: How, target: Target) -> Shot:
+    """Find the victim, so that firing takes no time. Raises LookupError when the target is not there in time."""
     api = Api.from_kubeconfig(cfg.kubeconfig)
     if target is Target.CLUSTER:
-        return _delete_cluster(api, namespace, job)
+        path = _cluster(api, namespace, job)
+        return Shot(path.rpartition("/")[2], lambda: api.delete(path))
     if target in PODS:
-        return _end_pod(api, _first(holders(api, target, namespace, job), target), how)
+        pod = _first(holders(api, target, namespace, job), target)
+        return Shot(str(pod["metadata"]["name"]), lambda: _end_pod(api, pod, how))
     process = _await_process(cfg, api, namespace, job, target)
+    line = f"{process.pid} {' '.join(process.arguments)[:60]}"
+    return Shot(line, lambda: _signal(process, how, stays=target in _STAYS_STOPPED))
+
+
+def _signal(process: Process, how: How, *, stays: bool) -> None:
     os.kill(process.pid, _SIGNALS[how])
-    if how is How.STOP and target not in _STAYS_STOPPED:
-        time.sleep(PAUSE_SECONDS)
+    if how is How.STOP and not stays:
+        Timer(PAUSE_SECONDS, _continue, [process]).start()
+
+
+def _continue(process: Process) -> None:
+    with suppress(ProcessLookupError):  # something has killed it meanwhile
         os.kill(process.pid, signal.SIGCONT)
-    return f"{process.pid} {' '.join(process.arguments)[:60]}".strip()
 
 
 def _await_process(cfg: Settings, api: Api, namespace: str, job: str, target: Target) -> Process:
@@ -216,24 +282,21 @@ def _first(pods: list[Object], target: Target) -> Object:
     return pods[0]
 
 
-def _end_pod(api: Api, pod: Object, how: How) -> str:
-    path = f"/api/v1/namespaces/{pod['metadata']['namespace']}/pods/{pod['metadata']['name']}"
+def _end_pod(api: Api, pod: Object, how: How) -> None:
+    meta = {"name": pod["metadata"]["name"], "namespace": pod["metadata"]["namespace"]}
+    path = f"/api/v1/namespaces/{meta['namespace']}/pods/{meta['name']}"
     if how is How.DRAIN:
-        meta = {"name": pod["metadata"]["name"], "namespace": pod["metadata"]["namespace"]}
         api.create(f"{path}/eviction", {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": meta})
     else:
         api.delete(path, {"gracePeriodSeconds": 0} if how is How.FORCE else None)
-    return str(pod["metadata"]["name"])
 
 
-def _delete_cluster(api: Api, namespace: str, job: str) -> str:
+def _cluster(api: Api, namespace: str, job: str) -> str:
     path = f"/apis/ray.io/v1/namespaces/{namespace}/rayclusters"
     found = api.get(f"{path}?labelSelector={JOB_LABEL}%3D{job}")["items"]
     if not found:
         raise LookupError("no RayCluster")
-    name = str(found[0]["metadata"]["name"])
-    api.delete(f"{path}/{name}")
-    return name
+    return f"{path}/{found[0]['metadata']['name']}"
 
 
 def job_status(api: Api, namespace: str, job: str) -> Object:

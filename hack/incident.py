@@ -22,7 +22,7 @@ class Outcome:
     job: str
     fault: str
     moment: str  # that was wanted
-    seen: str  # what the status said at the injection
+    seen: str  # what showed that it was that moment; empty when it did not come
     at: str
     step: int
     victim: str = ""

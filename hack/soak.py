@@ -22,12 +22,24 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Thread
 from typing import Any, TextIO
 
 from hack.cluster import settings
 from hack.cluster.kube import Api, ApiError
-from hack.faults import Fault, How, Moment, Target, inject, job_status, left_behind, moment_of, pods_of, possible
+from hack.faults import (
+    Fault,
+    How,
+    Moment,
+    Target,
+    aim,
+    catch,
+    inject,
+    job_status,
+    left_behind,
+    moment_of,
+    pods_of,
+    possible,
+)
 from hack.incident import (
     PROMPTS,
     PROMPTS_PER_STEP,
@@ -155,19 +167,16 @@ def strike(job: Job, number: int, fault: Fault) -> Outcome | None:
     before = _await_moment(job, fault.moment)
     if ended(before):
         return None
-    progress = before.get("progress") or {}
-    seen = f"{progress.get('state')}: {progress.get('detail')}"[:80]
-    outcome = Outcome(number, job.name, str(fault), fault.moment, seen, _now(), step_of(before))
-    striking = Thread(target=_inject, args=(job, fault, outcome), daemon=True)
-    start = time.monotonic()
-    striking.start()
+    outcome = Outcome(number, job.name, str(fault), fault.moment, "", _now(), step_of(before))
+    start = _inject(job, fault, outcome)
+    before = job.status() or before  # nothing can have been told of it yet
+    outcome.step = step_of(before)
     _watch(job, before, outcome, start, idle=fault.moment is Moment.IDLE)
-    striking.join()
     return outcome
 
 
 def _await_moment(job: Job, moment: Moment) -> Object:
-    """The status at the moment, or near it where it does not come, as some are short; or of a job that ended."""
+    """A status of the moment, or, of a step's phases, one when the run trains; or of a job that ended."""
     base = step_of(job.status())
     if moment is Moment.STARTING:
         _start_again(job)
@@ -175,7 +184,9 @@ def _await_moment(job: Job, moment: Moment) -> Object:
         job.wait(lambda now: now.get("phase") == "Running" and step_of(now) >= base + STEPS_BETWEEN, _RECOVERY_SECONDS)
     if moment is Moment.IDLE:
         job.suspend(True)
-    return job.wait(lambda now: moment_of(now.get("progress") or {}) is moment, _MOMENT_SECONDS) or job.status()
+    if moment in (Moment.STARTING, Moment.IDLE):
+        job.wait(lambda now: moment_of(now.get("progress") or {}) is moment, _MOMENT_SECONDS)
+    return job.status()
 
 
 def _start_again(job: Job) -> None:
@@ -188,11 +199,23 @@ def _start_again(job: Job) -> None:
         job.wait(lambda now: resumed(before, now), _MOMENT_SECONDS)
 
 
-def _inject(job: Job, fault: Fault, outcome: Outcome) -> None:
+def _inject(job: Job, fault: Fault, outcome: Outcome) -> float:
+    """Aim, wait for the moment, fire; returns when, by time.monotonic()."""
     try:
-        outcome.victim = inject(job.cfg, NAMESPACE, job.name, fault.how, fault.target)
+        shot = aim(job.cfg, NAMESPACE, job.name, fault.how, fault.target)
+        outcome.victim, outcome.seen = shot.victim, _caught(job, fault.moment)
+        shot.fire()
     except (LookupError, ApiError, OSError) as error:
         outcome.problems.append(f"not injected: {error}")
+    return time.monotonic()
+
+
+def _caught(job: Job, moment: Moment) -> str:
+    """What shows that it is the moment: the titles of the actors, or the driver's own words."""
+    if moment in (Moment.STARTING, Moment.IDLE):
+        progress = job.status().get("progress") or {}
+        return f"{progress.get('state')}: {progress.get('detail')}"[:80]
+    return catch(pods_of(job.api, NAMESPACE, job.name), moment, _MOMENT_SECONDS)
 
 
 def _watch(job: Job, before: Object, outcome: Outcome, start: float, *, idle: bool) -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hack import incident
-from hack.faults import PODS, PROCESSES, Fault, How, Moment, Target, moment_of, possible
+from hack.faults import PODS, PROCESSES, Fault, How, Moment, Target, moment_in, moment_of, possible
 from hack.incident import Outcome
 from hack.soak import batch, schedule
 
@@ -60,9 +60,7 @@ def test_a_job_s_first_fault_is_one_of_its_start() -> None:
     ("progress", "moment"),
     [
         ({"state": "Starting", "detail": "loading models"}, Moment.STARTING),
-        ({"state": "Training", "detail": "generating"}, Moment.GENERATING),
-        ({"state": "Training", "detail": "saving step 4"}, Moment.SAVING),
-        ({"state": "Training", "detail": "exporting the model"}, None),
+        ({"state": "Training", "detail": "generating"}, None),
         ({"state": "Draining"}, Moment.SAVING),
         ({"state": "Drained"}, Moment.IDLE),
         ({}, None),
@@ -70,6 +68,21 @@ def test_a_job_s_first_fault_is_one_of_its_start() -> None:
 )
 def test_moments(progress: Object, moment: Moment | None) -> None:
     assert moment_of(progress) is moment
+
+
+@pytest.mark.parametrize(
+    ("titles", "moment"),
+    [
+        (["ray::Feed", "ray::Policy", "ray::Engine.generate"], Moment.GENERATING),
+        (["ray::Policy.train", "ray::Engine"], Moment.TRAINING),
+        (["ray::Policy.send", "ray::Engine.generate"], Moment.SYNCING),
+        (["ray::Policy.save", "ray::Engine.generate"], Moment.SAVING),
+        (["ray::Policy", "ray::Engine.start"], None),
+        ([], None),
+    ],
+)
+def test_moments_by_what_the_actors_do(titles: list[str], moment: Moment | None) -> None:
+    assert moment_in(titles) is moment
 
 
 @pytest.mark.parametrize(
