@@ -96,9 +96,16 @@ def broken_promises(before: Object, seen: Sequence[Object]) -> list[str]:
             found.add(f"progress.step went from {step_of(before)} to {step_of(now)}, the checkpoint is of {saved}")
         if (before.get("progress") or {}).get("reward") and not progress.get("reward"):
             found.add("progress.reward was forgotten")
-        if resumed(before, now) and (start := progress.get("resumedFromStep")) is not None and int(start) < saved:
-            found.add(f"resumed from step {start}, the checkpoint was of {saved}")
-    return sorted(found)
+    return sorted(found) + _resumed_early(before, seen[-1:])
+
+
+def _resumed_early(before: Object, last: Sequence[Object]) -> list[str]:
+    """Of the last status alone: the ones before may still hold what an earlier driver resumed from."""
+    saved = saved_of(before)
+    starts = [(now.get("progress") or {}).get("resumedFromStep") for now in last if resumed(before, now)]
+    return [
+        f"resumed from step {start}, the checkpoint was of {saved}" for start in starts if start and int(start) < saved
+    ]
 
 
 def prompts_trained(rollouts: Path, steps: int) -> list[str]:

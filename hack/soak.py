@@ -15,6 +15,7 @@ import json
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -57,7 +58,6 @@ from hack.incident import (
     table,
 )
 from hack.kubectl import Kube, kube
-from hack.tiny_model import write as write_model
 
 Object = dict[str, Any]
 NAMESPACE = "soak"
@@ -308,7 +308,8 @@ def summary(soak: Soak) -> str:
 
 
 def prepare(tools: Kube, cfg: settings.Settings) -> None:
-    write_model(cfg.volumes / "models" / "tiny")
+    model = [sys.executable, "-m", "hack.tiny_model", str(cfg.volumes / "models" / "tiny")]
+    subprocess.run(model, cwd=cfg.clone, check=True, stderr=subprocess.DEVNULL)
     if tools.find("namespace", NAMESPACE) is None:
         tools.run("create", "namespace", NAMESPACE)
 

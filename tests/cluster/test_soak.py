@@ -131,6 +131,11 @@ def test_promises(now: Object, words: str | None) -> None:
     assert (len(found) == 0) if words is None else any(words in text for text in found)
 
 
+def test_what_an_earlier_driver_resumed_from_is_not_held_against_the_next() -> None:
+    seen = [status(restarts=1, resumed=2), status(step=9, restarts=1, resumed=6)]
+    assert incident.broken_promises(status(resumed=2), seen) == []
+
+
 @pytest.mark.parametrize(
     ("now", "told", "goes"),
     [
