@@ -265,6 +265,21 @@ def corefile(cfg: s.Settings, link: Link) -> str:
 """
 
 
+def keepers(cfg: s.Settings, link: Link, python: str) -> list[Component]:
+    """What a cloud's cluster has besides: GPUs in the node's status, volumes for claims, and policies that are enforced."""
+    credentials = str(cfg.state / "credentials" / "cluster-keeper")
+    modules = {"logical_gpus": [cfg.name], "claims": [], "policies": []}
+    return [
+        Component(
+            module.replace("_", "-"),
+            [python, "-m", f"hack.cluster.{module}", credentials, *arguments],
+            after=(link.node, 6443),
+            environment={"PYTHONPATH": str(cfg.clone)},
+        )
+        for module, arguments in modules.items()
+    ]
+
+
 def kuberay(cfg: s.Settings, link: Link, python: str) -> list[Component]:
     """The real KubeRay with the DNS that its workers need, or the stand-in."""
     api = (link.node, 6443)

@@ -130,6 +130,8 @@ def _write_static(cfg: Settings, link: Link, tokens: dict[str, str], debian: Pat
     for name in ("credentials", "pki", "cni", "kubelet", "var-lib", "var-log"):
         (state / name).mkdir(exist_ok=True)
     (state / "credentials").chmod(0o700)
+    cfg.volumes.mkdir(parents=True)
+    cfg.volumes.chmod(0o1777)  # pods of any user keep their files there, as on a shared disk
     _write_private(state / "credentials" / "tokens.csv", components.token_file(tokens, cfg.name))
     runc = shutil.which("runc", path=path)
     if runc is None:
@@ -163,10 +165,8 @@ def _write_static(cfg: Settings, link: Link, tokens: dict[str, str], debian: Pat
 
 def _components(cfg: Settings, link: Link) -> list[Component]:
     python = str(cfg.venv / "bin" / "python")
-    keeper = [python, "-m", "hack.cluster.logical_gpus", str(cfg.state / "credentials" / "cluster-keeper"), cfg.name]
     parts = [*components.node(cfg, link), *components.control_plane(cfg, link)]
-    parts.append(Component("logical-gpus", keeper, after=(link.node, 6443), environment={"PYTHONPATH": str(cfg.clone)}))
-    parts += components.kuberay(cfg, link, python)
+    parts += [*components.keepers(cfg, link, python), *components.kuberay(cfg, link, python)]
     # Their kubeconfigs name the API server's certificate, which it makes at its first start.
     return [replace(part, needs=_credential(cfg, part)) for part in parts]
 

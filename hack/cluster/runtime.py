@@ -45,7 +45,7 @@ def images(cfg: s.Settings) -> list[Image]:
     environment = {
         "PATH": f"{cfg.venv}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "VIRTUAL_ENV": str(cfg.venv),
-        "HOME": "/root",
+        "HOME": "/tmp",  # of whatever user: nothing else of the root is writable
         "LANG": "C.UTF-8",
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",  # the installation is read-only
@@ -54,8 +54,8 @@ def images(cfg: s.Settings) -> list[Image]:
     }
     return [
         Image(s.PAUSE_IMAGE, ["/pause"], {}, user="65534", files={"pause": (cfg.bin / "pause").resolve()}),
-        Image(s.OPERATOR_IMAGE, ["python", "-m", "rlhf_operator"], environment | {"HOME": "/tmp"}, user="65532"),
-        Image(s.WORKER_IMAGE, [], environment),
+        Image(s.OPERATOR_IMAGE, ["python", "-m", "rlhf_operator"], environment, user="65532"),
+        Image(s.WORKER_IMAGE, [], environment, user="65532"),
     ]
 
 

@@ -7,19 +7,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
 
 import pytest
 
 from hack.cluster import settings
-from hack.kubectl import Kube, kube
+from hack.kubectl import OPERATOR_NAMESPACE, Kube, kube
+from tests.cluster.jobs import CLONE, Undisturbed, rewards, sample, status, step, wait_for_condition
+from tests.cluster.waiting import wait_for
 
-T = TypeVar("T")
-POLL_SECONDS = 2.0  # a kubectl costs half a second of a core, which the jobs under test need
-CLONE = Path(__file__).resolve().parents[2]
 numbers = count(int(time.time()) % 100000)
 
 
@@ -64,11 +62,16 @@ def namespace(cluster: Kube) -> Iterator[str]:
     cluster.run("delete", "namespace", name, "--wait=false")
 
 
-def wait_for(probe: Callable[[], T | None], seconds: float, what: Callable[[], Any] | str) -> T:
-    """The first truthy answer of `probe`, or a failure that says what was waited for."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if found := probe():
-            return found
-        time.sleep(POLL_SECONDS)
-    pytest.fail(f"not within {seconds:.0f} s: {what if isinstance(what, str) else what()}", pytrace=True)
+@pytest.fixture(scope="session")
+def undisturbed(operator: Kube, volumes: Path) -> Undisturbed:
+    """The tiny colocated sample to its end. Its operator is deleted by force on the way, and it does not notice."""
+    namespace = f"undisturbed-{next(numbers)}"
+    operator.run("create", "namespace", namespace)
+    job = sample("tiny-colocated.yaml", "tiny", namespace)
+    operator.apply(job)
+    wait_for_condition(operator, namespace, "tiny", "Running", 240)
+    wait_for(lambda: step(operator, namespace, "tiny") >= 3, 120, "three steps")
+    selector = "app.kubernetes.io/name=rlhf-operator"
+    operator.run("delete", "pod", "-n", OPERATOR_NAMESPACE, "-l", selector, "--force", "--grace-period=0")
+    wait_for_condition(operator, namespace, "tiny", "Complete", 300)
+    return Undisturbed(job, status(operator, namespace, "tiny"), rewards(volumes, job))

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from hack.kubectl import Kube
-from tests.cluster.conftest import CLONE, wait_for
+from tests.cluster.waiting import wait_for
 
 Object = dict[str, Any]
+CLONE = Path(__file__).resolve().parents[2]
 SAMPLES = CLONE / "manifests" / "samples"
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A job that nothing happened to: what it was, its last status, and the reward of each step."""
+
+    job: Object
+    status: Object
+    curve: dict[int, float]
 
 
 def sample(file: str, name: str, namespace: str, **changes: Any) -> Object:
@@ -53,12 +64,22 @@ def wait_for_condition(kube: Kube, namespace: str, name: str, kind: str, seconds
         assert not ended - {kind} or kind not in ("Complete", "Failed"), f"ended as {ended}: {now.get('message')}"
         return by_type.get(kind) if by_type.get(kind, {}).get("status") == value else None
 
-    return wait_for(probe, seconds, lambda: f"{kind}={value} of {name}: {yaml.safe_dump(status(kube, namespace, name))}")
+    return wait_for(
+        probe, seconds, lambda: f"{kind}={value} of {name}: {yaml.safe_dump(status(kube, namespace, name))}"
+    )
 
 
 def pods(kube: Kube, namespace: str, name: str) -> list[Object]:
     found: list[Object] = (kube.find("pods", "-n", namespace, "-l", f"rlhf.dev/job={name}") or {}).get("items", [])
     return found
+
+
+def head_of(kube: Kube, namespace: str, name: str) -> str:
+    return next(
+        str(p["metadata"]["name"])
+        for p in pods(kube, namespace, name)
+        if p["metadata"]["labels"]["rlhf.dev/role"] == "head"
+    )
 
 
 def released(kube: Kube, namespace: str, name: str) -> bool:
@@ -78,17 +99,3 @@ def rewards(volumes: Path, job: Object) -> dict[int, float]:
         events.Reload()
         found.update({event.step: event.value for event in events.Scalars("reward/mean")})
     return found
-
-
-def kill(kube: Kube, namespace: str, pod: str, container: str, pattern: str) -> None:
-    """kill -9 the first process in the pod whose command line holds `pattern`."""
-    script = (
-        "import os,pathlib,signal,sys\n"
-        "for p in sorted(pathlib.Path('/proc').glob('[0-9]*'), key=lambda p: int(p.name)):\n"
-        "    try: line = (p/'cmdline').read_bytes().replace(b'\\0', b' ').decode()\n"
-        "    except OSError: continue\n"
-        f"    if {pattern!r} in line and int(p.name) != os.getpid():\n"
-        "        os.kill(int(p.name), signal.SIGKILL); sys.exit(0)\n"
-        "sys.exit('no such process')\n"
-    )
-    kube.run("exec", pod, "-n", namespace, "-c", container, "--", "python", "-c", script)

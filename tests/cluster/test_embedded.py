@@ -15,7 +15,7 @@ from hack.cluster import embedded, network, settings
 from hack.cluster.binaries import _workspace_module
 from hack.cluster.kube import Api, ApiError
 from hack.cluster.steps import ClusterError
-from tests.cluster.conftest import wait_for
+from tests.cluster.waiting import wait_for
 
 RAY_CLUSTER = Path(__file__).with_name("raycluster.json")
 
@@ -130,6 +130,23 @@ def test_node_s_volumes_are_this_machine_s(api: Api, cfg: settings.Settings) -> 
     mount = {"volumeMounts": [{"name": "v", "mountPath": "/v"}]}
     run_pod(api, "volume", settings.WORKER_IMAGE, "echo saved > /v/checkpoint", container=mount, volumes=[volume])
     assert (cfg.volumes / "checkpoint").read_text() == "saved\n"
+
+
+def test_a_claim_is_a_directory_of_this_machine_that_a_pod_without_rights_writes(api: Api, cfg: settings.Settings) -> None:
+    path = "/api/v1/namespaces/default/persistentvolumeclaims"
+    asked = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+    api.create(path, {"metadata": {"name": "mine"}, "spec": asked})
+    volumes = [{"name": "v", "persistentVolumeClaim": {"claimName": "mine"}}]
+    secure = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+    container = {"volumeMounts": [{"name": "v", "mountPath": "/v"}], "securityContext": secure}
+    rights = {"runAsNonRoot": True, "runAsUser": 65532, "fsGroup": 65532, "seccompProfile": {"type": "RuntimeDefault"}}
+    script = "echo saved > /v/checkpoint"
+    run_pod(api, "claims", settings.WORKER_IMAGE, script, container=container, volumes=volumes, securityContext=rights)
+    directory = cfg.volumes / "claims" / "default-mine"
+    assert (directory / "checkpoint").read_text() == "saved\n"
+    api.delete("/api/v1/namespaces/default/pods/claims")
+    api.delete(f"{path}/mine")
+    wait_for(lambda: not directory.exists(), 60, "the volume of a deleted claim goes")
 
 
 def test_pods_reach_the_api_server_by_service_and_a_name_is_refused_at_once(api: Api) -> None:

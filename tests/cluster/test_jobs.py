@@ -4,38 +4,19 @@ from pathlib import Path
 
 import pytest
 
-from hack.kubectl import OPERATOR_NAMESPACE, Kube
-from tests.cluster.conftest import wait_for
-from tests.cluster.jobs import condition, kill, pods, released, rewards, sample, status, step, wait_for_condition
+from hack.kubectl import Kube
+from tests.cluster.jobs import Undisturbed, condition, pods, released, rewards, sample, status, wait_for_condition
+from tests.cluster.waiting import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
-def head_of(kube: Kube, namespace: str, name: str) -> str:
-    return next(str(p["metadata"]["name"]) for p in pods(kube, namespace, name) if p["metadata"]["labels"]["rlhf.dev/role"] == "head")
-
-
-@pytest.fixture(scope="session")
-def curves() -> dict[str, dict[int, float]]:
-    """Reward curves by the name of their job, for the test that compares two."""
-    return {}
-
-
-def test_colocated_learns_and_outlives_its_operator(
-    operator: Kube, namespace: str, volumes: Path, curves: dict[str, dict[int, float]]
-) -> None:
-    job = sample("tiny-colocated.yaml", "tiny", namespace)
-    operator.apply(job)
-    wait_for_condition(operator, namespace, "tiny", "Running", 240)
-    wait_for(lambda: step(operator, namespace, "tiny") >= 3, 120, "three steps")
-    operator.run("delete", "pod", "-n", OPERATOR_NAMESPACE, "-l", "app.kubernetes.io/name=rlhf-operator", "--force", "--grace-period=0")
-    wait_for_condition(operator, namespace, "tiny", "Complete", 300)
-
-    ended = status(operator, namespace, "tiny")
+def test_colocated_learns_and_outlives_its_operator(operator: Kube, undisturbed: Undisturbed) -> None:
+    job, ended, curve = undisturbed.job, undisturbed.status, undisturbed.curve
+    namespace = job["metadata"]["namespace"]
     assert ended["phase"] == "Succeeded"
     assert ended["record"]["clusters"] == 1, "the new operator took over the RayCluster of the old one"
     assert ended["restarts"]["total"] == 0
-    curve = curves["tiny"] = rewards(volumes, job)
     assert sorted(curve) == list(range(1, job["spec"]["trainer"]["steps"] + 1))
     assert curve[1] < 0.1
     assert curve[max(curve)] > 0.9
@@ -44,27 +25,6 @@ def test_colocated_learns_and_outlives_its_operator(
     assert condition(operator, namespace, "tiny", "WeightsInSync")["status"] == "True"
     wait_for(lambda: released(operator, namespace, "tiny"), 60, "pods and RayCluster gone")
     wait_for_condition(operator, namespace, "tiny", "ResourcesReleased", 30)
-
-
-def test_a_killed_driver_resumes_from_its_checkpoint_on_the_same_curve(
-    operator: Kube, namespace: str, volumes: Path, curves: dict[str, dict[int, float]]
-) -> None:
-    job = sample("tiny-colocated.yaml", "tiny", namespace, checkpoint__everySteps=3)
-    operator.apply(job)
-    wait_for_condition(operator, namespace, "tiny", "Running", 240)
-    wait_for(lambda: step(operator, namespace, "tiny") >= 5, 120, "five steps")
-    head = head_of(operator, namespace, "tiny")
-    workers = {p["metadata"]["uid"] for p in pods(operator, namespace, "tiny")}
-    kill(operator, namespace, head, "driver", "rlhf_worker run")
-    wait_for(lambda: status(operator, namespace, "tiny").get("restarts", {}).get("total") == 1, 60, "the restart is counted")
-    resumed = wait_for(lambda: status(operator, namespace, "tiny").get("progress", {}).get("resumedFromStep"), 180, "resumed")
-    assert resumed >= 3
-    assert {p["metadata"]["uid"] for p in pods(operator, namespace, "tiny")} == workers, "restarted in place: no pod is new"
-    wait_for_condition(operator, namespace, "tiny", "Complete", 300)
-
-    curve, undisturbed = rewards(volumes, job), curves["tiny"]
-    assert sorted(curve) == sorted(undisturbed)
-    assert curve == pytest.approx(undisturbed, abs=1e-6)
 
 
 def test_separated(operator: Kube, namespace: str, volumes: Path) -> None:
@@ -77,27 +37,6 @@ def test_separated(operator: Kube, namespace: str, volumes: Path) -> None:
     ended = status(operator, namespace, "apart")
     assert (ended["mode"], ended["gpus"]) == ("Separated", 2)
     assert ended["progress"]["step"] == job["spec"]["trainer"]["steps"] == max(rewards(volumes, job))
-
-
-def test_suspend_releases_every_pod_and_resume_goes_on(operator: Kube, namespace: str, volumes: Path) -> None:
-    job = sample("tiny-colocated.yaml", "nap", namespace, trainer__steps=12, checkpoint__everySteps=100)
-    operator.apply(job)
-    wait_for_condition(operator, namespace, "nap", "Running", 240)
-    wait_for(lambda: step(operator, namespace, "nap") >= 2, 120, "two steps")
-    operator.run("patch", "rlhfjob", "nap", "-n", namespace, "--type=merge", "-p", '{"spec":{"suspend":true}}')
-    wait_for_condition(operator, namespace, "nap", "Suspended", 120)
-    wait_for(lambda: released(operator, namespace, "nap"), 60, "pods and RayCluster gone")
-    saved = step(operator, namespace, "nap")
-    assert 2 <= saved < 12
-    assert status(operator, namespace, "nap")["progress"]["checkpoint"]["step"] == saved, "nothing but the running step may be lost"
-
-    operator.run("patch", "rlhfjob", "nap", "-n", namespace, "--type=merge", "-p", '{"spec":{"suspend":false}}')
-    wait_for_condition(operator, namespace, "nap", "Complete", 300)
-    ended = status(operator, namespace, "nap")
-    assert ended["progress"]["resumedFromStep"] == saved
-    assert ended["record"]["clusters"] == 2
-    assert ended["restarts"]["total"] == 0, "a suspension is no failure"
-    assert sorted(rewards(volumes, job)) == list(range(1, 13))
 
 
 def test_nothing_is_written_while_nothing_changes(operator: Kube, namespace: str) -> None:

@@ -137,6 +137,16 @@ def test_worker_takes_its_resources_from_the_container_and_finds_the_head_by_add
     assert pod["metadata"]["generateName"] == "demo-gpu-worker-"
 
 
+def test_the_container_that_waits_is_as_restricted_as_ray() -> None:
+    cluster = ray_cluster()
+    template = cluster["spec"]["workerGroupSpecs"][0]["template"]["spec"]
+    template["containers"][0]["securityContext"] = {"allowPrivilegeEscalation": False}
+    template["securityContext"] = {"runAsNonRoot": True}
+    pod = pods.worker_pod(cluster, cluster["spec"]["workerGroupSpecs"][0], "a")
+    assert pod["spec"]["securityContext"] == {"runAsNonRoot": True}
+    assert pod["spec"]["initContainers"][0]["securityContext"] == {"allowPrivilegeEscalation": False}
+
+
 def test_template_is_not_changed() -> None:
     cluster = ray_cluster()
     before = copy.deepcopy(cluster)
@@ -180,8 +190,8 @@ def test_service_exposes_only_declared_ports_and_metrics() -> None:
     cluster = ray_cluster()
     container = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
     assert [port["name"] for port in objects.head_service(cluster)["spec"]["ports"]] == sorted(names.PORTS)
-    container["ports"] = [{"name": "dashboard", "containerPort": 8265}]
-    assert [port["name"] for port in objects.head_service(cluster)["spec"]["ports"]] == ["dashboard", "metrics"]
+    container["ports"] = [{"name": "dashboard", "containerPort": 8265}, {"name": "driver", "containerPort": 8266}]
+    assert [port["name"] for port in objects.head_service(cluster)["spec"]["ports"]] == ["dashboard", "driver", "metrics"]
 
 
 # --- validation -------------------------------------------------------------------------------------------------
