@@ -25,6 +25,7 @@ from hack.cluster.kube import Api, Object
 from hack.cluster.steps import output, wait_for
 
 ADDRESS = "198.19.128.1"  # of the loopback device: an API server may not advertise 127.0.0.1
+STANDIN_SCHEMA = Path(components.__file__).parent / "kuberay_standin" / "raycluster.json"
 INSIDE = "RLHF_BENCH_INSIDE"
 ACCOUNTS = ("system:serviceaccounts", "system:authenticated")
 ADMIN = Identity("admin", "benchmark", ("system:masters",))
@@ -122,6 +123,11 @@ class ControlPlane:
         command = [sys.executable, "-m", "hack.cluster.kuberay_standin", "--kubeconfig", str(self.kubeconfig(KUBERAY))]
         return self.start("kuberay-standin", command, {"PYTHONPATH": str(self.cfg.clone)})
 
+    def install_all(self, tree: Path, kuberay_crds: Path | None = None) -> None:
+        """KubeRay's CRDs, or RayCluster's alone, and the tree's own."""
+        self.install(kuberay_crds or self.cfg.kuberay_schema or STANDIN_SCHEMA)
+        self.install_tree(tree)
+
     def install(self, schema: Path) -> None:
         """A CRD, or a directory of them, made or brought up to this state. Returns when the API server serves it."""
         kubectl = shutil.which("kubectl", path=self._environment()["PATH"]) or "kubectl"
@@ -129,6 +135,13 @@ class ControlPlane:
         output([kubectl, "apply", "--server-side", "--force-conflicts", *crds], "see the message of kubectl")
         established = [kubectl, "wait", "--for=condition=Established", "--timeout=5s", *crds]
         wait_for(f"the CRD of {schema}", lambda: _succeeds(established), 60, f"see {self.cfg.logs}")
+
+    def install_tree(self, tree: Path) -> None:
+        """RLHFJob's CRD as this source tree prints it: what is generated may be older than the tree."""
+        schema = self.cfg.state / "rlhfjobs.yaml"
+        command = [sys.executable, "-c", "from rlhf_api.crd import crd_yaml; print(crd_yaml())"]
+        schema.write_text(output(command, "see the message", env={**os.environ, "PYTHONPATH": str(tree / "api")}))
+        self.install(schema)
 
     def _environment(self) -> dict[str, str]:
         debian = next(self.cfg.cache.glob("debian-*"))

@@ -32,9 +32,8 @@ from hack.cluster.kube import ApiError, Object
 from hack.cluster.steps import ClusterError, fail, say
 
 AT_ONCE = 32
-QUIET_SECONDS = 10.0
+QUIET_SECONDS = 10.0  # so long nothing changes, and it is the end
 CLONE = settings.from_environment().clone
-STANDIN_SCHEMA = CLONE / "hack/cluster/kuberay_standin/raycluster.json"
 LEFTOVERS = ("/api/v1/namespaces/default/configmaps", "/api/v1/namespaces/default/secrets", "/api/v1/namespaces/default/services")
 
 
@@ -109,12 +108,12 @@ class Series:
         calls = (Calls(self.plane.audit_log), Calls(self.plane.audit_log))
         for log in calls:
             log.since_last(OPERATOR)
-        await self._burst(result, calls)
+        await self._burst(result, calls, min(QUIET_SECONDS, idle_seconds))
         await self._idle(result, calls[0], idle_seconds)
         await self._delete(result)
         return result
 
-    async def _burst(self, result: Result, calls: tuple[Calls, Calls]) -> None:
+    async def _burst(self, result: Result, calls: tuple[Calls, Calls], quiet: float) -> None:
         kind, names = self.timeline.kind, fleet.names(result.jobs)
         before = [self._cpu(part) for part in (self.plane.api_server, self.operator, self.kuberay)]
         begun = time.monotonic()
@@ -125,7 +124,7 @@ class Series:
         if self.pods:
             every = self.pods * result.jobs
             result.all_pods = await self._until("all pods", lambda: len(self.timeline.pods) >= every) - last
-        await self._until("the last change", lambda: time.monotonic() - self.timeline.moved > QUIET_SECONDS)
+        await self._until("the last change", lambda: time.monotonic() - self.timeline.moved > quiet)
         result.steady = self.timeline.moved - last
         server, operator, kuberay = (
             self._cpu(part) - old for part, old in zip((self.plane.api_server, self.operator, self.kuberay), before, strict=True)
@@ -202,17 +201,11 @@ async def _nothing_runs(client: Client) -> bool:
     return not await client.count(fleet.RAYCLUSTERS) and not await client.count(fleet.PODS)
 
 
-def _schemas(arguments: argparse.Namespace) -> list[Path]:
-    rayclusters = arguments.kuberay_crds or settings.from_environment().kuberay_schema or STANDIN_SCHEMA
-    return [rayclusters, arguments.tree / "manifests/crd/rlhfjobs.rlhf.dev.yaml"]
-
-
 async def series(arguments: argparse.Namespace, kind: Kind, cluster: Object | None) -> tuple[Result, Object]:
     """One kind on a fresh control plane, with the RayCluster of its first job. `cluster`: what the kind was made of."""
     async with AsyncExitStack() as stack:
         plane = stack.enter_context(ControlPlane())
-        for schema in _schemas(arguments):
-            plane.install(schema)
+        plane.install_all(arguments.tree, arguments.kuberay_crds)
         kuberay = _kuberay(plane, arguments.pods if cluster is None else "kuberay", arguments.kuberay)
         operator = plane.operator(arguments.tree) if cluster is None else kuberay
         assert operator is not None
