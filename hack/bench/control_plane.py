@@ -108,11 +108,11 @@ class ControlPlane:
         self.processes.append(process)
         return process
 
-    def operator(self, tree: Path, name: str = "rlhf-operator") -> Process:
-        """The operator of a source tree; it waits for the lease."""
+    def operator(self, tree: Path, name: str = "rlhf-operator", port: int = 0) -> Process:
+        """The operator of a source tree; it waits for the lease. `port` is that of its health, 0 any."""
         command: list[str | Path] = [sys.executable, "-m", "rlhf_operator", "--kubeconfig", self.kubeconfig(OPERATOR)]
         path = f"{tree / 'api'}:{tree / 'operator'}"
-        return self.start(name, [*command, "--health-port", "0", "--lease-namespace", "default"], {"PYTHONPATH": path})
+        return self.start(name, [*command, "--health-port", str(port), "--lease-namespace", "default"], {"PYTHONPATH": path})
 
     def kuberay(self, program: Path) -> Process:
         """The real KubeRay operator as it comes: one worker a kind, 100 requests a second."""
