@@ -6,7 +6,7 @@ Nothing runs. The pods name no node, so the API server removes a deleted one at 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -26,9 +26,11 @@ def stamp() -> str:
 
 @dataclass
 class Nodes:
-    """Makes the pods of every RayCluster that is not suspended, running and ready. `heads`: a job's newest head pod."""
+    """Makes the pods of every RayCluster that is not suspended, running and ready; not of the jobs `without_pods`.
+    `heads`: a job's newest head pod."""
 
     client: Client
+    without_pods: Sequence[str] = ()
     heads: dict[str, Object] = field(default_factory=dict)
     _due: asyncio.Queue[Object] = field(default_factory=asyncio.Queue)
 
@@ -39,8 +41,11 @@ class Nodes:
             for _ in range(MAKERS):
                 group.create_task(self._make_all())
             async for event in self.client.watch(fleet.RAYCLUSTERS, version, JSON):
-                if event["type"] == "ADDED" and not event["object"]["spec"].get("suspend"):
+                if event["type"] == "ADDED" and self._wants_pods(event["object"]):
                     self._due.put_nowait(event["object"])
+
+    def _wants_pods(self, cluster: Object) -> bool:
+        return not cluster["spec"].get("suspend") and _job(cluster) not in self.without_pods
 
     async def _make_all(self) -> None:
         while True:
