@@ -248,7 +248,7 @@ async def run(order: str, old: Path, new: Path) -> list[str]:
             await upgrade.upgrade(order)
             await upgrade.go_on(order)
         except ClusterError as error:
-            say(f"the end of {upgrade.operator.log.name}:\n{upgrade.operator.log.read_text()[-3000:]}")
+            say(f"the end of {upgrade.operator.log.name}:\n{upgrade.operator.words()}")
             upgrade.found.append(f"{order}: {error}")
         return upgrade.found
 

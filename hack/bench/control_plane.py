@@ -22,7 +22,7 @@ from hack.bench.usage import Usage, usage
 from hack.cluster import binaries, components, settings
 from hack.cluster.components import Component, Identity, Link
 from hack.cluster.kube import Api, Object
-from hack.cluster.steps import output, wait_for
+from hack.cluster.steps import ClusterError, output, wait_for
 
 ADDRESS = "198.19.128.1"  # of the loopback device: an API server may not advertise 127.0.0.1
 STANDIN_SCHEMA = Path(components.__file__).parent / "kuberay_standin" / "raycluster.json"
@@ -58,7 +58,13 @@ class Process:
     log: Path
 
     def usage(self) -> Usage:
+        """Raises ClusterError with its last words for one that has ended."""
+        if self.handle.poll() is not None:
+            raise ClusterError(f"{self.name} ended with {self.handle.returncode}: {self.words()}", "see its last words")
         return usage(self.handle.pid)
+
+    def words(self) -> str:
+        return self.log.read_text(errors="replace")[-3000:]
 
     def end(self, number: int) -> None:
         self.handle.send_signal(number)

@@ -111,7 +111,7 @@ async def run(arguments: argparse.Namespace) -> tuple[dict[str, list[float]], di
             taken = {number.name: [await pair.handed_over(number, f"{number.name.lower()}-{n}") for n in range(arguments.rounds)] for number in SIGNALS}
         except ClusterError:
             for replica in pair.replicas:
-                say(f"the end of {replica.process.log.name}:\n{replica.process.log.read_text()[-3000:]}")
+                say(f"the end of {replica.process.log.name}:\n{replica.process.words()}")
             raise
         return taken, twice(calls.since_last(OPERATOR), len(jobs) + len(SIGNALS) * arguments.rounds)
 

@@ -122,7 +122,7 @@ async def run(arguments: argparse.Namespace) -> list[Window]:
             await asyncio.sleep(min(10.0, arguments.seconds))  # the last events of the start are no part of the first window
             return await windows(going, arguments.seconds)
         except (ClusterError, ExceptionGroup):
-            say(f"the end of {operator.log.name}:\n{operator.log.read_text()[-3000:]}")
+            say(f"the end of {operator.log.name}:\n{operator.words()}")
             raise
 
 

@@ -222,7 +222,7 @@ async def series(arguments: argparse.Namespace, kind: Kind, cluster: Object | No
             )
         except (ClusterError, ApiError):
             for part in filter(None, (operator, kuberay)):
-                say(f"the end of {part.log.name}:\n{part.log.read_text()[-3000:]}")
+                say(f"the end of {part.log.name}:\n{part.words()}")
             raise
         return found, first
 
