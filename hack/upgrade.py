@@ -2,9 +2,9 @@
 
     git worktree add --detach /tmp/old v0.1.0 && python -m hack.upgrade --old /tmp/old
 
-Under the old pair, jobs are brought into every state that lasts. Then one half is upgraded, every job is touched, and then the other half, once in
-either order. No job may change its phase or its RayCluster, or be charged for a restart; then each resumes or goes on, and succeeds. Pods
-and drivers are written, not run. Needs root.
+Under the old pair, jobs are brought into every state that lasts. Then one half is upgraded and every job touched, and
+so the other half, once in either order. No job may change its phase or its RayCluster, or be charged for a restart;
+then each resumes or goes on, and succeeds. Pods and drivers are written, not run. Needs root.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from hack.bench import fleet
-from hack.bench.client import APPLY, MERGE, Client, until
+from hack.bench.client import APPLY, MERGE, Client, meanwhile, until
 from hack.bench.control_plane import ADMIN, ControlPlane, Process, isolated
 from hack.bench.nodes import Nodes, stamp, trained
 from hack.cluster import settings
@@ -39,8 +39,15 @@ NEW_PROGRESS = ("activityTime", "podUid", "attempt", "productiveSeconds")
 ORDERS = ("CRD first", "operator first")
 # Every state that lasts, and the phase that the job shows in it.
 STATES = {
-    "suspended": "Suspended", "refused": "Pending", "queued": "Queued", "provisioning": "Provisioning", "starting": "Starting",
-    "running": "Running", "paused": "Suspended", "succeeded": "Succeeded", "failed": "Failed",
+    "suspended": "Suspended",
+    "refused": "Pending",
+    "queued": "Queued",
+    "provisioning": "Provisioning",
+    "starting": "Starting",
+    "running": "Running",
+    "paused": "Suspended",
+    "succeeded": "Succeeded",
+    "failed": "Failed",
 }
 WITHOUT_PODS = ("queued", "provisioning")
 ENDED = ("succeeded", "failed")
@@ -48,12 +55,21 @@ ENDED = ("succeeded", "failed")
 
 CONFIG_MAPS = f"/api/v1/namespaces/{fleet.NAMESPACE}/configmaps"
 QUEUES = f"/apis/kueue.x-k8s.io/v1beta2/namespaces/{fleet.NAMESPACE}/localqueues"
-QUEUE_OBJECT: Object = {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "LocalQueue", "metadata": {"name": QUEUE}, "spec": {}}
+QUEUE_OBJECT: Object = {
+    "apiVersion": "kueue.x-k8s.io/v1beta2",
+    "kind": "LocalQueue",
+    "metadata": {"name": QUEUE},
+    "spec": {},
+}
 
 
 def job(state: str) -> Object:
     made = fleet.RLHFJOB.make(state)
-    made["spec"] |= {"suspended": {"suspend": True}, "queued": {"queue": {"name": QUEUE}}, "refused": {"queue": {"name": "no-such-queue"}}}.get(state, {})
+    made["spec"] |= {
+        "suspended": {"suspend": True},
+        "queued": {"queue": {"name": QUEUE}},
+        "refused": {"queue": {"name": "no-such-queue"}},
+    }.get(state, {})
     return made
 
 
@@ -61,11 +77,22 @@ def kueue() -> Iterator[Object]:
     """As much of Kueue's CRDs as the operator reads."""
     free = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
     for plural, kind in (("localqueues", "LocalQueue"), ("workloads", "Workload")):
-        version = {"name": "v1beta2", "served": True, "storage": True, "schema": {"openAPIV3Schema": free}, "subresources": {"status": {}}}
+        version = {
+            "name": "v1beta2",
+            "served": True,
+            "storage": True,
+            "schema": {"openAPIV3Schema": free},
+            "subresources": {"status": {}},
+        }
         names = {"plural": plural, "kind": kind}
         spec = {"group": "kueue.x-k8s.io", "scope": "Namespaced", "names": names, "versions": [version]}
         name = {"name": f"{plural}.kueue.x-k8s.io"}
-        yield {"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": name, "spec": spec}
+        yield {
+            "apiVersion": "apiextensions.k8s.io/v1",
+            "kind": "CustomResourceDefinition",
+            "metadata": name,
+            "spec": spec,
+        }
 
 
 @dataclass(frozen=True)
@@ -108,9 +135,19 @@ class Upgrade:
         return all(state in self.nodes.heads for state in states)
 
     async def report(self, state: str, progress: Object) -> None:
-        told = {key: value for key, value in progress.items() if key not in NEW_PROGRESS} | {"totalSteps": 1000, "reportTime": stamp()}
-        body = {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFJob", "metadata": {"name": state}, "status": {"progress": told}}
-        await self.client.send("PATCH", f"{fleet.RLHFJOBS}/{state}/status?fieldManager=rlhf-driver&force=true", body, APPLY)
+        told = {key: value for key, value in progress.items() if key not in NEW_PROGRESS} | {
+            "totalSteps": 1000,
+            "reportTime": stamp(),
+        }
+        body = {
+            "apiVersion": "rlhf.dev/v1alpha1",
+            "kind": "RLHFJob",
+            "metadata": {"name": state},
+            "status": {"progress": told},
+        }
+        await self.client.send(
+            "PATCH", f"{fleet.RLHFJOBS}/{state}/status?fieldManager=rlhf-driver&force=true", body, APPLY
+        )
 
     async def edit(self, state: str, spec: Object) -> None:
         await self.client.send("PATCH", f"{fleet.RLHFJOBS}/{state}", {"spec": spec}, MERGE)
@@ -154,7 +191,7 @@ class Upgrade:
         self.operator = self.plane.operator(self.new, "new-operator")
 
     async def _touch(self) -> None:
-        """Something that makes each operator look at every job, without a word to any of them: drivers report, KubeRay writes."""
+        """What makes an operator look at every job and tells it nothing; and a driver's report."""
         self.touches += 1
         mark = {"metadata": {"annotations": {"touched": str(self.touches)}}}
         for state in STATES:
@@ -169,7 +206,9 @@ class Upgrade:
 
         async def quiet() -> bool:
             nonlocal seen, since
-            now = json.dumps([j.get("status") for j in (await self.client.send("GET", fleet.RLHFJOBS))["items"]], sort_keys=True)
+            now = json.dumps(
+                [j.get("status") for j in (await self.client.send("GET", fleet.RLHFJOBS))["items"]], sort_keys=True
+            )
             if now != seen:
                 seen, since = now, time.monotonic()
             return time.monotonic() - since > QUIET_SECONDS and await self._leads()
@@ -180,7 +219,11 @@ class Upgrade:
         return self.operator.handle.poll() is None and b"serving" in self.operator.log.read_bytes()
 
     def _compare(self, when: str, before: dict[str, Look], after: dict[str, Look]) -> None:
-        changed = [f"{when}: {state} was {before[state]}, is {after[state]}" for state in STATES if before[state] != after[state]]
+        changed = [
+            f"{when}: {state} was {before[state]}, is {after[state]}"
+            for state in STATES
+            if before[state] != after[state]
+        ]
         self.found += changed
         say(f"{when}: {len(changed) or 'nothing'} changed")
 
@@ -210,21 +253,30 @@ class Upgrade:
         await self.nodes.make(await self.client.send("GET", path))
 
     async def _is_there(self, cluster: str) -> bool:
-        return any(c["metadata"]["name"] == cluster for c in (await self.client.send("GET", fleet.RAYCLUSTERS))["items"])
+        return any(
+            c["metadata"]["name"] == cluster for c in (await self.client.send("GET", fleet.RAYCLUSTERS))["items"]
+        )
 
     def _run_config_readable(self, order: str, config_map: Object) -> None:
         """`image` is the old one: its driver must read what the new operator wrote."""
-        script = "import sys; from pathlib import Path; from rlhf_api.run import RunConfig; RunConfig.read(Path(sys.argv[1]))"
+        script = "import pathlib, sys; from rlhf_api.run import RunConfig; RunConfig.read(pathlib.Path(sys.argv[1]))"
         file = self.plane.cfg.state / "run.yaml"
         file.write_text(config_map["data"]["run.yaml"])
         environment = {**os.environ, "PYTHONPATH": str(self.old / "api")}
-        done = subprocess.run([sys.executable, "-c", script, str(file)], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(file)], env=environment, capture_output=True, text=True, check=False
+        )
         if done.returncode:
-            self.found.append(f"{order}: the old image cannot read the run config of a resumed job: {done.stderr[-600:]}")
+            self.found.append(
+                f"{order}: the old image cannot read the run config of a resumed job: {done.stderr[-600:]}"
+            )
 
 
 def ended(exit_code: int) -> dict[str, Any]:
-    reason = {"reason": "Error" if exit_code else "Completed", "message": "spec.data: no such file" if exit_code else ""}
+    reason = {
+        "reason": "Error" if exit_code else "Completed",
+        "message": "spec.data: no such file" if exit_code else "",
+    }
     return {"terminated": {"exitCode": exit_code, "startedAt": stamp(), "finishedAt": stamp(), **reason}}
 
 
@@ -241,12 +293,12 @@ async def run(order: str, old: Path, new: Path) -> list[str]:
         client = await stack.enter_async_context(Client.connect(plane.kubeconfig(ADMIN)))
         await client.send("POST", QUEUES, QUEUE_OBJECT)
         nodes = Nodes(client, without_pods=WITHOUT_PODS)
-        stack.callback(asyncio.create_task(nodes.run()).cancel)
         upgrade = Upgrade(plane, client, nodes, old, new, operator)
         try:
-            await upgrade.prepare()
-            await upgrade.upgrade(order)
-            await upgrade.go_on(order)
+            async with meanwhile(nodes.run()):
+                await upgrade.prepare()
+                await upgrade.upgrade(order)
+                await upgrade.go_on(order)
         except ClusterError as error:
             say(f"the end of {upgrade.operator.log.name}:\n{upgrade.operator.words()}")
             upgrade.found.append(f"{order}: {error}")

@@ -6,7 +6,8 @@ import asyncio
 import json
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +41,9 @@ class Client:
     async def __aenter__(self) -> Client:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         await self.session.close()
 
     async def send(self, method: str, path: str, body: Object | None = None, content: str = JSON) -> Object:
@@ -74,6 +77,18 @@ class Client:
                         yield event
 
 
+@contextmanager
+def one_error() -> Iterator[None]:
+    """Of a group of tasks that failed, the first task's own error."""
+    try:
+        yield
+    except ExceptionGroup as group:
+        error: Exception = group
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        raise error from group
+
+
 async def each(things: Iterable[T], work: Callable[[T], Awaitable[Any]], at_once: int) -> None:
     """`work` on all of them, so many at a time. The first error is raised."""
     left = iter(things)
@@ -82,16 +97,32 @@ async def each(things: Iterable[T], work: Callable[[T], Awaitable[Any]], at_once
         for thing in left:
             await work(thing)
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(at_once):
-            group.create_task(worker())
+    with one_error():
+        async with asyncio.TaskGroup() as group:
+            for _ in range(at_once):
+                group.create_task(worker())
 
 
-async def until(what: str, reached: Callable[[], Awaitable[bool]], seconds: float, told: Callable[[], str] = str) -> float:
+@asynccontextmanager
+async def meanwhile(*work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """These run until the block ends. An error of theirs ends the block, and is raised."""
+    with one_error():
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+            yield
+            for task in tasks:
+                task.cancel()
+
+
+async def until(
+    what: str, reached: Callable[[], Awaitable[bool]], seconds: float, told: Callable[[], str] = str
+) -> float:
     """When it was reached, by time.monotonic(). Raises ClusterError with what is `told` then."""
     deadline = time.monotonic() + seconds
     while not await reached():
         if time.monotonic() > deadline:
-            raise ClusterError(f"{what} did not come within {seconds:.0f} s: {told()}", "see the logs that are printed above")
+            raise ClusterError(
+                f"{what} did not come within {seconds:.0f} s: {told()}", "see the logs that are printed above"
+            )
         await asyncio.sleep(0.1)
     return time.monotonic()

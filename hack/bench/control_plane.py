@@ -1,6 +1,6 @@
-"""A control plane without a node: etcd, API server and controller manager of the embedded cluster, and nothing that runs pods.
+"""A control plane without a node: the embedded cluster's etcd, API server and controller manager, and no kubelet.
 
-It lives in network, PID and mount namespaces of its own: ports are free, /run is a tmpfs, and everything ends with the benchmark.
+It has network, PID and mount namespaces of its own: ports are free, /run is a tmpfs, and all ends with the benchmark.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class ControlPlane:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._end()
 
     @property
@@ -109,7 +111,9 @@ class ControlPlane:
         with log.open("ab") as handle:
             parts = [str(part) for part in command]
             environ = {**self._environment(), **(environment or {})}
-            popen = subprocess.Popen(parts, stdin=subprocess.DEVNULL, stdout=handle, stderr=handle, env=environ, cwd="/")
+            popen = subprocess.Popen(
+                parts, stdin=subprocess.DEVNULL, stdout=handle, stderr=handle, env=environ, cwd="/"
+            )
         process = Process(name, popen, log)
         self.processes.append(process)
         return process
@@ -118,11 +122,17 @@ class ControlPlane:
         """The operator of a source tree; it waits for the lease. `port` is that of its health, 0 any."""
         command: list[str | Path] = [sys.executable, "-m", "rlhf_operator", "--kubeconfig", self.kubeconfig(OPERATOR)]
         path = f"{tree / 'api'}:{tree / 'operator'}"
-        return self.start(name, [*command, "--health-port", str(port), "--lease-namespace", "default"], {"PYTHONPATH": path})
+        return self.start(
+            name, [*command, "--health-port", str(port), "--lease-namespace", "default"], {"PYTHONPATH": path}
+        )
 
     def kuberay(self, program: Path) -> Process:
         """The real KubeRay operator as it comes: one worker a kind, 100 requests a second."""
-        flags = ["--enable-leader-election=false", "--metrics-addr=127.0.0.1:9090", "--health-probe-bind-address=127.0.0.1:9091"]
+        flags = [
+            "--enable-leader-election=false",
+            "--metrics-addr=127.0.0.1:9090",
+            "--health-probe-bind-address=127.0.0.1:9091",
+        ]
         return self.start("kuberay", [program, "--kubeconfig", self.kubeconfig(KUBERAY), *flags])
 
     def standin(self) -> Process:
@@ -174,7 +184,9 @@ class ControlPlane:
     def _connect(self, tokens: Mapping[str, str]) -> None:
         certificate = self.cfg.state / "pki" / "apiserver.crt"
         see = f"see {self.cfg.logs}/kube-apiserver.log"
-        wait_for("the API server's certificate", lambda: certificate.exists() and b"END" in certificate.read_bytes(), 60, see)
+        wait_for(
+            "the API server's certificate", lambda: certificate.exists() and b"END" in certificate.read_bytes(), 60, see
+        )
         ca = base64.b64encode(certificate.read_bytes()).decode()
         for name, token in tokens.items():
             self.kubeconfig(Identity(name, "")).write_text(components.kubeconfig(f"https://{ADDRESS}:6443", ca, token))
@@ -223,7 +235,10 @@ def _audit_policy() -> Object:
 
 
 def _admit_operators(api: Api) -> None:
-    subjects = [{"kind": "User", "apiGroup": "rbac.authorization.k8s.io", "name": who.user} for who in (OPERATOR, KUBERAY, DRIVERS)]
+    subjects = [
+        {"kind": "User", "apiGroup": "rbac.authorization.k8s.io", "name": who.user}
+        for who in (OPERATOR, KUBERAY, DRIVERS)
+    ]
     role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "cluster-admin"}
     body = {"metadata": {"name": "benchmark"}, "subjects": subjects, "roleRef": role}
     api.create("/apis/rbac.authorization.k8s.io/v1/clusterrolebindings", body)

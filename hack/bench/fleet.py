@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hack.bench.client import JSON, METADATA, Client
@@ -55,7 +55,10 @@ def rayjob(cluster: Object) -> Kind:
     groups = [cluster["spec"]["headGroupSpec"], *cluster["spec"].get("workerGroupSpecs", [])]
     for group in groups:
         group["template"]["spec"].pop("serviceAccountName", None)
-    spec = {"entrypoint": "python train.py", "rayClusterSpec": {k: v for k, v in cluster["spec"].items() if k != "suspend"}}
+    spec = {
+        "entrypoint": "python train.py",
+        "rayClusterSpec": {k: v for k, v in cluster["spec"].items() if k != "suspend"},
+    }
 
     def make(name: str) -> Object:
         return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": name}, "spec": spec}
@@ -69,7 +72,7 @@ def pods_of(cluster: Object) -> int:
 
 @dataclass
 class Seen:
-    """Of one job, by time.monotonic(): its RayCluster came, its status told so; what it has and its status last changed."""
+    """Of one job, by time.monotonic(): its RayCluster came, its status told so; what it has, its status last changed."""
 
     cluster: float | None = None
     known: float | None = None
@@ -99,9 +102,6 @@ class Timeline:
     async def begin(self) -> None:
         for path in (self.kind.path, RAYCLUSTERS, PODS):
             self.versions[path] = await self.client.version(path)
-
-    def follows(self) -> tuple[Callable[[], Coroutine[None, None, None]], ...]:
-        return self.follow_jobs, self.follow_clusters, self.follow_pods
 
     async def follow_jobs(self) -> None:
         async for event in self.client.watch(self.kind.path, self.versions[self.kind.path], JSON):
@@ -153,5 +153,3 @@ def lags(timeline: Timeline) -> tuple[list[float], list[float]]:
 
 def names(count: int) -> list[str]:
     return [f"job-{number}" for number in range(count)]
-
-

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import signal
 import sys
 import time
@@ -27,7 +25,7 @@ from hack.bench import fleet
 from hack.bench.client import Client, each, until
 from hack.bench.control_plane import ADMIN, OPERATOR, ControlPlane, Process, isolated
 from hack.bench.scale import AT_ONCE, CLONE
-from hack.bench.usage import Calls
+from hack.bench.usage import Calls, machine
 from hack.cluster.kube import Object
 from hack.cluster.steps import ClusterError, fail, say
 
@@ -103,12 +101,21 @@ async def run(arguments: argparse.Namespace) -> tuple[dict[str, list[float]], di
         plane = stack.enter_context(ControlPlane())
         plane.install_all(arguments.tree)
         client = await stack.enter_async_context(Client.connect(plane.kubeconfig(ADMIN)))
-        pair, calls, jobs = Pair(plane, client, arguments.tree, arguments.limit), Calls(plane.audit_log), fleet.names(arguments.jobs)
+        pair, calls, jobs = (
+            Pair(plane, client, arguments.tree, arguments.limit),
+            Calls(plane.audit_log),
+            fleet.names(arguments.jobs),
+        )
         try:
             await pair.start()
             await each(jobs, lambda job: client.send("POST", fleet.RLHFJOBS, fleet.RLHFJOB.make(job)), AT_ONCE)
             await until("all RayClusters", lambda: has_clusters(client, jobs), arguments.limit)
-            taken = {number.name: [await pair.handed_over(number, f"{number.name.lower()}-{n}") for n in range(arguments.rounds)] for number in SIGNALS}
+            taken = {
+                number.name: [
+                    await pair.handed_over(number, f"{number.name.lower()}-{n}") for n in range(arguments.rounds)
+                ]
+                for number in SIGNALS
+            }
         except ClusterError:
             for replica in pair.replicas:
                 say(f"the end of {replica.process.log.name}:\n{replica.process.words()}")
@@ -135,10 +142,14 @@ def main() -> int:
         taken, more = asyncio.run(run(arguments))
     except ClusterError as error:
         return fail(error)
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"\n{arguments.jobs} jobs; {platform.machine()}, {os.cpu_count()} cores (load {load}), Python {platform.python_version()}\n")
+    print(f"\n{arguments.jobs} jobs; {machine()}\n")
     print("| leader ended by | seconds until the other acts | most |\n|---|---|---|")
-    print("\n".join(f"| {name} | {', '.join(f'{s:.1f}' for s in seconds)} | {max(seconds):.1f} |" for name, seconds in taken.items()))
+    print(
+        "\n".join(
+            f"| {name} | {', '.join(f'{s:.1f}' for s in seconds)} | {max(seconds):.1f} |"
+            for name, seconds in taken.items()
+        )
+    )
     print(f"\ndone twice: {more or 'nothing'}")
     print(json.dumps({"seconds": taken, "twice": more}))
     return 0

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -21,12 +19,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hack.bench import fleet
-from hack.bench.client import Client, each, until
+from hack.bench.client import Client, each, meanwhile, until
 from hack.bench.control_plane import ADMIN, DRIVERS, OPERATOR, ControlPlane, Process, isolated
 from hack.bench.nodes import Nodes, report, stamp, trained
 from hack.bench.scale import AT_ONCE, CLONE
-from hack.bench.usage import Calls
-from hack.cluster.kube import Object
+from hack.bench.usage import Calls, machine
+from hack.cluster.kube import ApiError, Object
 from hack.cluster.steps import ClusterError, fail, say
 
 EVERY_SECONDS = 10.0
@@ -103,7 +101,9 @@ class Run:
             return all(job.get("status", {}).get("phase") == "Running" for job in jobs)
 
         await until("all pods", up, limit, lambda: f"{len(self.nodes.heads)} of {len(self.jobs)} have theirs")
-        await each(self.jobs, lambda job: report(self.drivers, job, self.nodes.heads[job], **trained(self.step)), AT_ONCE)
+        await each(
+            self.jobs, lambda job: report(self.drivers, job, self.nodes.heads[job], **trained(self.step)), AT_ONCE
+        )
         await until("phase Running of all", running, limit)
 
 
@@ -115,13 +115,15 @@ async def run(arguments: argparse.Namespace) -> list[Window]:
         client = await stack.enter_async_context(Client.connect(plane.kubeconfig(ADMIN)))
         drivers = await stack.enter_async_context(Client.connect(plane.kubeconfig(DRIVERS)))
         nodes = Nodes(client)
-        stack.callback(asyncio.create_task(nodes.run()).cancel)
         going = Run(plane, operator, drivers, nodes, fleet.names(arguments.jobs), Calls(plane.audit_log))
         try:
-            await going.started(client, arguments.limit)
-            await asyncio.sleep(min(10.0, arguments.seconds))  # the last events of the start are no part of the first window
-            return await windows(going, arguments.seconds)
-        except (ClusterError, ExceptionGroup):
+            async with meanwhile(nodes.run()):
+                await going.started(client, arguments.limit)
+                await asyncio.sleep(
+                    min(10.0, arguments.seconds)
+                )  # the last events of the start are no part of the first window
+                return await windows(going, arguments.seconds)
+        except (ClusterError, ApiError):
             say(f"the end of {operator.log.name}:\n{operator.words()}")
             raise
 
@@ -135,9 +137,10 @@ async def windows(going: Run, seconds: float) -> list[Window]:
 
 
 def table(found: Sequence[Window]) -> str:
-    head = "| | reports a second | operator's CPU, % of a core | its memory at most, MiB | its API calls | API server's CPU, % |"
+    head = "| | reports a second | operator's CPU, % of a core | its most MiB | its API calls | API server's CPU, % |"
     rows = (
-        f"| {w.name} | {w.reports / w.seconds:.0f} | {w.operator_cpu_percent:.1f} | {w.operator_mib:.0f} | {_calls(w.calls)} | {w.api_server_cpu_percent:.0f} |"
+        f"| {w.name} | {w.reports / w.seconds:.0f} | {w.operator_cpu_percent:.1f} | {w.operator_mib:.0f} "
+        f"| {_calls(w.calls)} | {w.api_server_cpu_percent:.0f} |"
         for w in found
     )
     return "\n".join([head, "|---|---|---|---|---|---|", *rows])
@@ -160,8 +163,7 @@ def main() -> int:
         found = asyncio.run(run(arguments))
     except ClusterError as error:
         return fail(error)
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"\n{arguments.jobs} jobs; {platform.machine()}, {os.cpu_count()} cores (load {load}), Python {platform.python_version()}\n")
+    print(f"\n{arguments.jobs} jobs; {machine()}\n")
     print(table(found))
     print(json.dumps([asdict(window) for window in found]))
     return 0

@@ -1,4 +1,4 @@
-"""KubeRay, kubelets and drivers as far as an operator sees them: pods as KubeRay makes them, and statuses that say they run.
+"""KubeRay, kubelets and drivers as an operator sees them: pods as KubeRay makes them, statuses that say they run.
 
 Nothing runs. The pods name no node, so the API server removes a deleted one at once.
 """
@@ -73,12 +73,23 @@ class Nodes:
         """The pod's status: this container (all of them for "") has that state, the others run."""
         running = {"running": {"startedAt": stamp()}}
         told = [
-            {"name": c["name"], "image": c["image"], "imageID": "", "restartCount": 0, "ready": "running" in state or c["name"] != container,
-             "state": state if container in ("", c["name"]) else running}
+            {
+                "name": c["name"],
+                "image": c["image"],
+                "imageID": "",
+                "restartCount": 0,
+                "ready": "running" in state or c["name"] != container,
+                "state": state if container in ("", c["name"]) else running,
+            }
             for c in pod["spec"]["containers"]
         ]
-        conditions = [{"type": kind, "status": "True", "lastTransitionTime": stamp()} for kind in ("PodScheduled", "Initialized", "Ready")]
-        body = {"status": {"phase": "Running", "conditions": conditions, "containerStatuses": told, "startTime": stamp()}}
+        conditions = [
+            {"type": kind, "status": "True", "lastTransitionTime": stamp()}
+            for kind in ("PodScheduled", "Initialized", "Ready")
+        ]
+        body = {
+            "status": {"phase": "Running", "conditions": conditions, "containerStatuses": told, "startTime": stamp()}
+        }
         return await self.client.send("PATCH", f"{fleet.PODS}/{pod['metadata']['name']}/status", body, MERGE)
 
 
@@ -94,15 +105,32 @@ def _job(cluster: Object) -> str:
 async def report(drivers: Client, job: str, head: Object, **progress: Any) -> Object:
     """What the job's driver says, as it says it: server-side apply by its own field manager. Returns the job."""
     told = {"podUid": head["metadata"]["uid"], "attempt": 1, "totalSteps": 1000, "reportTime": stamp(), **progress}
-    body = {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFJob", "metadata": {"name": job}, "status": {"progress": told}}
-    return await drivers.send("PATCH", f"{fleet.RLHFJOBS}/{job}/status?fieldManager=rlhf-driver&force=true", body, APPLY)
+    body = {
+        "apiVersion": "rlhf.dev/v1alpha1",
+        "kind": "RLHFJob",
+        "metadata": {"name": job},
+        "status": {"progress": told},
+    }
+    return await drivers.send(
+        "PATCH", f"{fleet.RLHFJOBS}/{job}/status?fieldManager=rlhf-driver&force=true", body, APPLY
+    )
 
 
 def trained(step: int) -> Object:
     """A report after this step, with all that a driver tells of one."""
     return {
-        "state": "Training", "detail": "generating", "step": step, "display": f"{step}/1000", "stepTime": stamp(), "activityTime": stamp(),
-        "reward": f"0.{step:03}", "mismatch": "0.0012", "kl": "0.011", "tokensPerSecond": "2134", "etaSeconds": 3600, "eta": "1h00m",
+        "state": "Training",
+        "detail": "generating",
+        "step": step,
+        "display": f"{step}/1000",
+        "stepTime": stamp(),
+        "activityTime": stamp(),
+        "reward": f"0.{step:03}",
+        "mismatch": "0.0012",
+        "kl": "0.011",
+        "tokensPerSecond": "2134",
+        "etaSeconds": 3600,
+        "eta": "1h00m",
         "preflight": {"message": "model, data and rewards were tried", "seconds": "12.3"},
         "sync": {"version": step, "seconds": "0.051", "backend": "nccl", "verifiedVersion": step},
         "checkpoint": {"step": step - step % 10, "path": f"/checkpoints/step-{step - step % 10}", "time": stamp()},

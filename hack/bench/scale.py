@@ -2,8 +2,8 @@
 
     python -m hack.bench.scale --jobs 1000 [--kuberay MANAGER --kuberay-crds DIRECTORY] [--pods none|standin|kuberay]
 
-No node runs: pods stay Pending. With KubeRay's own operator and CRDs, as many RayJobs of the same pods are measured after
-it in the same way. Needs root. Prints a table, and the same as one line of JSON.
+No node runs: pods stay Pending. With KubeRay's own operator and CRDs, as many RayJobs of the same pods are measured
+after it in the same way. Needs root. Prints a table, and the same as one line of JSON.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -22,10 +20,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hack.bench import fleet
-from hack.bench.client import Client, each, until
+from hack.bench.client import Client, each, meanwhile, until
 from hack.bench.control_plane import ADMIN, KUBERAY, OPERATOR, ControlPlane, Process, isolated
 from hack.bench.fleet import Kind, Timeline
-from hack.bench.usage import Calls, news
+from hack.bench.usage import Calls, machine, news
 from hack.cluster import settings
 from hack.cluster.components import Identity
 from hack.cluster.kube import ApiError, Object
@@ -34,7 +32,11 @@ from hack.cluster.steps import ClusterError, fail, say
 AT_ONCE = 32
 QUIET_SECONDS = 10.0  # so long nothing changes, and it is the end
 CLONE = settings.from_environment().clone
-LEFTOVERS = ("/api/v1/namespaces/default/configmaps", "/api/v1/namespaces/default/secrets", "/api/v1/namespaces/default/services")
+LEFTOVERS = (
+    "/api/v1/namespaces/default/configmaps",
+    "/api/v1/namespaces/default/secrets",
+    "/api/v1/namespaces/default/services",
+)
 
 
 @dataclass
@@ -120,14 +122,17 @@ class Series:
         await each(names, lambda name: self.client.send("POST", kind.path, kind.make(name)), AT_ONCE)
         last = time.monotonic()
         result.applied = last - begun
-        result.all_clusters = await self._until("all RayClusters", lambda: len(self.timeline.clusters) >= result.jobs) - last
+        result.all_clusters = (
+            await self._until("all RayClusters", lambda: len(self.timeline.clusters) >= result.jobs) - last
+        )
         if self.pods:
             every = self.pods * result.jobs
             result.all_pods = await self._until("all pods", lambda: len(self.timeline.pods) >= every) - last
         await self._until("the last change", lambda: time.monotonic() - self.timeline.moved > quiet)
         result.steady = self.timeline.moved - last
         server, operator, kuberay = (
-            self._cpu(part) - old for part, old in zip((self.plane.api_server, self.operator, self.kuberay), before, strict=True)
+            self._cpu(part) - old
+            for part, old in zip((self.plane.api_server, self.operator, self.kuberay), before, strict=True)
         )
         result.api_server_cpu_a_job, result.operator_cpu, result.kuberay_cpu = server / result.jobs, operator, kuberay
         result.operator_mib = self.operator.usage().peak_mib
@@ -149,7 +154,9 @@ class Series:
         before = [self._cpu(part) for part in (self.operator, self.plane.api_server)]
         await asyncio.sleep(seconds)
         after = [self._cpu(part) for part in (self.operator, self.plane.api_server)]
-        result.idle_operator_cpu, result.idle_api_server_cpu = (new - old for new, old in zip(after, before, strict=True))
+        result.idle_operator_cpu, result.idle_api_server_cpu = (
+            new - old for new, old in zip(after, before, strict=True)
+        )
         found = calls.since_last(self._identity())
         result.idle_calls, result.idle_watches = news(found), sum(found.values()) - news(found)
 
@@ -214,17 +221,15 @@ async def series(arguments: argparse.Namespace, kind: Kind, cluster: Object | No
             first = await warmed_up(client, kind, 0 if kuberay is None else 1, 60)
             timeline = Timeline(kind, client)
             await timeline.begin()
-            for follow in timeline.follows():
-                stack.callback(asyncio.create_task(follow()).cancel)
-            pods = fleet.pods_of(first) if kuberay else 0
-            found = await Series(plane, client, timeline, operator, kuberay, pods, arguments.limit).measure(
-                arguments.jobs, arguments.idle_seconds
+            one = Series(
+                plane, client, timeline, operator, kuberay, fleet.pods_of(first) if kuberay else 0, arguments.limit
             )
+            async with meanwhile(timeline.follow_jobs(), timeline.follow_clusters(), timeline.follow_pods()):
+                return await one.measure(arguments.jobs, arguments.idle_seconds), first
         except (ClusterError, ApiError):
             for part in filter(None, (operator, kuberay)):
                 say(f"the end of {part.log.name}:\n{part.words()}")
             raise
-        return found, first
 
 
 def _kuberay(plane: ControlPlane, pods: str, program: Path | None) -> Process | None:
@@ -257,7 +262,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--kuberay", type=Path, help="KubeRay's operator, to measure RayJobs too")
     parser.add_argument("--kuberay-crds", type=Path, help="the directory of its CRDs")
-    parser.add_argument("--pods", choices=("none", "standin", "kuberay"), help="who makes the RLHFJobs' pods; default: KubeRay where it is given")
+    parser.add_argument(
+        "--pods",
+        choices=("none", "standin", "kuberay"),
+        help="who makes the RLHFJobs' pods; default: KubeRay where it is given",
+    )
     parser.add_argument("--tree", type=Path, default=CLONE, help="source tree of the operator and its CRD")
     parser.add_argument("--idle-seconds", type=float, default=60)
     parser.add_argument("--limit", type=float, default=1800, help="seconds that each wait may take")
@@ -276,8 +285,7 @@ def main() -> int:
         results = asyncio.run(run(arguments))
     except ClusterError as error:
         return fail(error)
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"\n{platform.machine()}, {os.cpu_count()} cores (load {load}), Python {platform.python_version()}, pods: {arguments.pods}\n")
+    print(f"\n{machine()}, pods: {arguments.pods}\n")
     print(table(results))
     print(json.dumps([asdict(result) for result in results]))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,3 +62,9 @@ def _named(event: dict[str, dict[str, str]]) -> str:
 def news(calls: Counter[str]) -> int:
     """Calls that are no renewal of a watch."""
     return sum(count for name, count in calls.items() if not name.startswith("watch "))
+
+
+def machine() -> str:
+    """What a table says of where it was measured. Load: others work there, too."""
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    return f"{platform.machine()}, {os.cpu_count()} cores (load {load}), Python {platform.python_version()}"

@@ -14,7 +14,13 @@ pytestmark = pytest.mark.cluster
 
 def result(module: str, *arguments: str) -> Any:
     """The line of JSON that it prints last. It has an API server of its own, and needs no cluster."""
-    done = subprocess.run([sys.executable, "-m", f"hack.bench.{module}", *arguments], cwd=CLONE, check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", f"hack.bench.{module}", *arguments],
+        cwd=CLONE,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
