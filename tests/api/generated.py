@@ -38,7 +38,7 @@ TEXTS = (
 HOSTILE_TEXTS = (
     "", " ", "a\nb", "a\n", "\x00", "\u202e", "🦄" * 40, "é" * 300, "null", "~", "true", "0x10", "1e999", "-1", "2k", "16Gi", "four", "NaN", "../..", "//",
     "/../etc", "a:b", "${HOME}", "$(reboot)", "'; rm -rf /; '", '"', "{}", "*", "&a", "!!python/object:os.system", "x" * 5000,
-    "cpu", "memory", "kubernetes.io/x", "rlhf-shm", "RAY_ADDRESS", "(a)(b)", "(", "%s", "{completion", "\ufeff", "\u2028",
+    "cpu", "memory", "kubernetes.io/x", "rlhf-shm", "RAY_ADDRESS", "(a)(b)", "(", "(" * 500 + ")" * 500, "(a{99999999999})", "%s", "{completion", "\ufeff", "\u2028",
 )  # fmt: skip
 NUMBERS = (0, 1, -1, 2, 0.5, 1.5, 2**31, 2**53, 2**63 - 1, -(2**63), 1e308, 1e-320)
 BARE: tuple[Callable[[], Object], ...] = (
@@ -115,7 +115,7 @@ def _array(rng: Random, node: Schema) -> Any:
 def _text(rng: Random, node: Schema) -> str:
     most = node.get("maxLength", 64)
     if rng.random() < 0.03:
-        return "x" * min(most + rng.choice((-1, 0, 1)), 100_000)
+        return "x" * int(min(most + rng.choice((-1, 0, 1)), 100_000))
     fitting = [text for text in TEXTS if re.search(node.get("pattern", ""), text)]
     chosen: str = rng.choice(HOSTILE_TEXTS if rng.random() < 0.04 else tuple(fitting) or TEXTS)
     return chosen
