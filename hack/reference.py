@@ -12,8 +12,10 @@ NO_DEFAULT = object()
 
 
 def fields(node: Schema, path: str) -> Iterator[tuple[str, Schema, bool]]:
-    """(path, schema, required) of every field under `node`, in order of declaration."""
+    """(path, schema, required) of every field under `node`, in order of declaration. Those of Kubernetes' own types have no description."""
     for name, child in node.get("properties", {}).items():
+        if "description" not in child:
+            continue
         here = f"{path}.{name}"
         yield here, child, name in node.get("required", [])
         yield from fields(child, here)

@@ -26,7 +26,7 @@ COLUMNS = (
     ("ETA", "string", ".status.progress.eta", 0), ("Restarts", "integer", ".status.restarts.total", 0),
     ("GPUs", "integer", ".status.gpus", 0), ("Age", "date", ".metadata.creationTimestamp", 0),
     ("Queue", "string", ".status.queue", 1), ("Cluster", "string", ".status.clusterName", 1),
-    ("Checkpoint", "string", ".status.progress.checkpoint.path", 1), ("Mode", "string", ".status.mode", 1),
+    ("Checkpoint", "string", ".status.progress.checkpoint.path", 1), ("Mode", "string", ".status.mode", 1), ("Goodput", "string", ".status.goodput", 1),
 )
 
 

@@ -139,7 +139,7 @@ def misfits(schema: Schema, value: Any, path: str) -> Iterator[str]:
     kind = schema.get("type")
     if kind is None:
         if isinstance(value, bool) or not isinstance(value, int | str):
-            yield f"{path}: must be a quantity: a text, or a whole number"
+            yield f"{path}: must be a quantity: a text (put it in quotes), or a whole number"
     elif not isinstance(value, TYPES[kind]) or (kind == "integer" and isinstance(value, bool)):
         yield f"{path}: must be {WORDS[kind]}"
     else:

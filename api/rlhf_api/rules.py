@@ -438,5 +438,20 @@ def _has(root: str, path: str) -> str:
 def violations(job: RLHFJob) -> list[str]:
     """Every rule that the job breaks, as `spec.field: what to do (what is there)`; empty when none."""
     found = [(rule, text) for rule in RULES if rule.check for text in rule.check(job)]
-    return [f"{'' if rule.field.startswith('metadata') else 'spec.'}{rule.field}: {rule.message} ({text})" for rule, text in found]
+    told = [f"{'' if rule.field.startswith('metadata') else 'spec.'}{rule.field}: {rule.message} ({text})" for rule, text in found]
+    return [*told, *_patterns(job)]
 
+
+def _patterns(job: RLHFJob) -> Iterator[str]:
+    """Python's regular expressions are not CEL's: the API server cannot judge them."""
+    for index, reward in enumerate(job.spec.rewards):
+        if reward.judge and (text := _pattern(reward.judge.pattern)):
+            yield f"spec.rewards[{index}].judge.pattern: {text}"
+
+
+def _pattern(pattern: str) -> str:
+    try:
+        groups = re.compile(pattern).groups
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"no regular expression: {error}"
+    return "" if groups == 1 else f"needs exactly one group (...), the score: it has {groups}; write (?:...) for others"

@@ -88,7 +88,7 @@ def test_columns(operator: Kube, namespace: str) -> None:
     narrow = operator.run("get", "rlhfjobs", "-n", namespace).splitlines()[0].split()
     assert narrow == ["NAME", "PHASE", "REASON", "STEP", "REWARD", "TOK/S", "ETA", "RESTARTS", "GPUS", "AGE"]
     wide = operator.run("get", "rlhf", "-n", namespace, "-o", "wide").splitlines()[0].split()
-    assert wide[len(narrow) :] == ["QUEUE", "CLUSTER", "CHECKPOINT", "MODE"]
+    assert wide[len(narrow) :] == ["QUEUE", "CLUSTER", "CHECKPOINT", "MODE", "GOODPUT"]
     assert "rlhfjob.rlhf.dev/sample" in operator.run("get", "all", "-n", namespace, "-o", "name")
 
 
