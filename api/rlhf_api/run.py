@@ -1,9 +1,14 @@
-"""RunConfig: the run, fully resolved. The operator writes it into a ConfigMap, the driver reads it; no default is left open."""
+"""RunConfig: the run, fully resolved. The operator writes it into a ConfigMap, the driver reads it; no default is left open.
+
+The operator may be newer than the image that reads. So a value that is its field's default is not written: an image that does not
+know the field runs as it always did. A default never changes, then, for the image that reads would take its own.
+"""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
 from rlhf_api.algorithms import Algorithm, fill
@@ -27,6 +32,8 @@ from rlhf_api.job import (
 )
 from rlhf_api.placement import Placement, plan_placement
 
+# What this code can read. A config is of a higher one only where a field that older code knows means something else.
+VERSION = 1
 TRAINED = ("policy", "critic")  # roles with an optimizer; the others are frozen
 
 
@@ -39,6 +46,7 @@ class JobRef(Model):
 class RunConfig(Model):
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, protected_namespaces=())
 
+    version: int = Field(1, ge=1)
     job: JobRef
     model: PolicySpec
     algorithm: Algorithm
@@ -75,12 +83,31 @@ class RunConfig(Model):
         return self.trainer.seed if self.rollout.seed is None else self.rollout.seed
 
     def dump(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=True)
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True), sort_keys=True)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_this_version(cls, data: Any, handler: ModelWrapValidatorHandler["RunConfig"]) -> "RunConfig":
+        try:
+            config = handler(data)
+        except ValidationError as error:
+            unknown = [".".join(map(str, one["loc"])) for one in error.errors(include_input=False) if one["type"] == "extra_forbidden"]
+            if unknown:
+                raise ValueError(_newer(data.get("version", 1), unknown)) from None
+            raise
+        if config.version > VERSION:
+            raise ValueError(_newer(config.version, []))
+        return config
 
     @classmethod
     def read(cls, path: Path) -> "RunConfig":
         """Raises OSError, yaml.YAMLError or pydantic.ValidationError."""
         return cls.model_validate(yaml.safe_load(path.read_text()))
+
+
+def _newer(version: object, unknown: list[str]) -> str:
+    sets = f"it sets {', '.join(unknown)}; " if unknown else ""
+    return f"the run config is of a newer operator ({sets}version {version}, the image knows {VERSION}): use a newer spec.image"
 
 
 def resolve(job: RLHFJob) -> RunConfig:
@@ -89,9 +116,14 @@ def resolve(job: RLHFJob) -> RunConfig:
     return RunConfig(
         job=JobRef(name=job.metadata.name, namespace=job.metadata.namespace, uid=job.metadata.uid),
         model=spec.model, algorithm=fill(spec.algorithm, spec.rollout.max_tokens), data=spec.data, rewards=spec.rewards, critic=_critic(spec), reference=_reference(spec), rollout=spec.rollout,
-        trainer=spec.trainer, placement=plan_placement(spec), weight_sync=spec.weight_sync, checkpoint=spec.checkpoint,
+        trainer=spec.trainer, placement=plan_placement(spec), weight_sync=spec.weight_sync, checkpoint=_checkpoint(spec),
         evaluation=spec.evaluation, telemetry=spec.telemetry,
     )
+
+
+def _checkpoint(spec: RLHFJobSpec) -> CheckpointSpec:
+    """What is behind the path is the operator's business."""
+    return spec.checkpoint.model_copy(update={"claim": None, "ephemeral": False})
 
 
 def _critic(spec: RLHFJobSpec) -> CriticSpec | None:

@@ -130,6 +130,7 @@ class RLHFJobStatus(StatusModel):
     dashboard: str | None = Field(None, description="Address of Ray's dashboard inside the cluster.")
     restarts: Restarts = Field(default_factory=Restarts, description="Driver and cluster restarts, by class.")
     last_failure: Failure | None = Field(None, description="The last failure, as its container told it.")
+    goodput: str | None = Field(None, description="Time in steps that count, as a share of the time in which pods were held.")
     conditions: list[Condition] = Field(default_factory=list, description="What is so, and why; docs/status.md explains each.", json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]})
     record: Record = Field(default_factory=Record, description="The operator's memory.")
     progress: Progress | None = Field(None, description="What the driver reports; its own field manager.")
