@@ -102,7 +102,7 @@ def curve(rewards: dict[int, float], height: int = 10, width: int = 64) -> str:
 
 
 def on_node(job: Object, path: str) -> str:
-    """Where a checkpoint lies on the node: in the directory of its claim (hack.cluster.claims), or where pods mount it."""
+    """Where a checkpoint lies on the node: in its claim (hack.cluster.claims), or where pods mount the node."""
     checkpoint, meta = job["spec"]["checkpoint"], job["metadata"]
     if "claim" not in checkpoint:
         return path
