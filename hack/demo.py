@@ -101,10 +101,20 @@ def curve(rewards: dict[int, float], height: int = 10, width: int = 64) -> str:
     return "\n".join([*lines, " " * 9 + "+" + "-" * len(columns), f"{'':10}step {steps[0]} .. {steps[-1]}"])
 
 
-def summary(status: Object, rewards: dict[int, float], volumes: Path) -> str:
+def on_node(job: Object, path: str) -> str:
+    """Where a checkpoint lies on the node: in its claim (hack.cluster.claims), or where pods mount the node."""
+    checkpoint, meta = job["spec"]["checkpoint"], job["metadata"]
+    if "claim" not in checkpoint:
+        return path
+    directory = f"{NODE_DIRECTORY}/claims/{meta.get('namespace', 'default')}-{meta['name']}-checkpoints"
+    return directory + path.removeprefix(checkpoint["path"])
+
+
+def summary(job: Object, status: Object, rewards: dict[int, float], volumes: Path) -> str:
     rows = [f"  {c['type']:<20} {c['status']:<8} {c['reason']:<24} {c['message'][:90]}" for c in status.get("conditions", [])]
     saved = status.get("progress", {}).get("checkpoint", {}).get("path", "none")
-    where = str(volumes) + saved.removeprefix(NODE_DIRECTORY) if saved.startswith(NODE_DIRECTORY) else saved
+    node = on_node(job, saved)
+    where = str(volumes) + node.removeprefix(NODE_DIRECTORY) if node.startswith(NODE_DIRECTORY) else node
     return "\n".join(["", "reward", curve(rewards), "", "conditions", *rows, "", f"checkpoint: {saved} in the pods, {where} on this machine"])
 
 
@@ -124,7 +134,7 @@ def on_cluster(cfg: settings.Settings, manifest: Path) -> int:
     print(f"[demo] kubectl apply -f {manifest}", flush=True)
     cluster.run("apply", "-n", namespace, "-f", str(manifest))
     status, rewards = follow(cluster, name, namespace)
-    print(summary(status, rewards, cfg.volumes))
+    print(summary(job, status, rewards, cfg.volumes))
     print(f"\nThe cluster is still up: export KUBECONFIG={cfg.kubeconfig} PATH={cfg.bin}:$PATH; kubectl get rlhfjobs\nmake cluster-down removes it.")
     return FINISHED[next(iter(conditions(status, "True").keys() & FINISHED.keys()))]
 

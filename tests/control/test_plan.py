@@ -43,8 +43,10 @@ Plain.add_representer(str, Plain.represent_str)
 
 
 def planned(raw: Raw, number: int = 1) -> dict[str, Raw]:
+    """Of any overrides: which are refused is tested with the contract."""
     raw["metadata"] = {"namespace": "default", "uid": "the-uid", **raw["metadata"]}
-    found = plan(read_job(raw), Want(cluster=number), "rlhf-system")
+    parsed = RLHFJob.model_validate(raw)
+    found = plan(Job(parsed.metadata, RLHFJobStatus(), parsed), Want(cluster=number), "rlhf-system")
     return {o["kind"]: o for o in (*found.ensure, *found.create)}
 
 
@@ -223,10 +225,7 @@ def test_overrides_are_merged_by_name_and_unknown_fields_pass() -> None:
         ({"requests": {"cpu": "2k"}}, "2000"),
         ({"limits": {"cpu": "16"}, "requests": {"cpu": "8"}}, "16"),
         ({"limits": {"memory": "1Gi"}, "requests": {"cpu": "8"}}, "8"),
-        ({"limits": {"cpu": "16Gi"}}, "4096"),
-        ({"limits": {"cpu": "four"}}, "4"),
-        ({"limits": "lots"}, "4"),
-        ({"limits": {"cpu": {}}}, "4"),
+        ({"limits": {"memory": "1Gi"}}, "4"),
     ],
 )
 def test_rays_cpus_are_whole_cores_of_the_pod(resources: Raw, told: str) -> None:
@@ -241,7 +240,6 @@ def test_rays_cpus_are_whole_cores_of_the_pod(resources: Raw, told: str) -> None
         ({"requests": {"memory": "4Gi"}}, {"requests": {"cpu": "100m", "memory": "4Gi"}}),
         ({"limits": {"cpu": "50m", "memory": "256Mi"}}, {"requests": {}, "limits": {"cpu": "50m", "memory": "256Mi"}}),
         ({"limits": {"memory": "8Gi"}}, {"requests": {"cpu": "100m"}, "limits": {"memory": "8Gi"}}),
-        ({"limits": "lots"}, {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": "lots"}),
     ],
 )
 def test_the_drivers_resources_are_a_field(user: Raw, resources: Raw) -> None:
@@ -256,19 +254,6 @@ def test_a_quota_on_limits_can_be_met() -> None:
     cluster = planned(a_job(**SEPARATED, pods=pods))["RayCluster"]
     for container in (one for pod in made_pods(cluster) for one in containers(pod)):
         assert {"cpu", "memory"} <= set(container["resources"]["limits"]), container["name"]
-
-
-@pytest.mark.parametrize("path", ["volumes", "volumeMounts", "env", "resources"])
-@pytest.mark.parametrize(
-    "value",
-    [[{"name": {}}, {"name": []}, {}], {"limits": "lots", "requests": -1}, {"limits": {"cpu": []}}, {"requests": None}],
-)
-def test_no_override_raises(path: str, value: Any) -> None:
-    """What is wrong with it the API server says, by its path."""
-    fits = isinstance(value, dict) == (path == "resources")
-    raw = a_job(**{f"pods__{kind}__{path}": value for kind in ("head", "trainer") if fits})
-    parsed = RLHFJob.model_validate(raw)
-    assert plan(Job(parsed.metadata, RLHFJobStatus(), parsed), Want(cluster=1), "home").create
 
 
 THEIRS = (
@@ -344,13 +329,6 @@ def test_a_claim_is_made_once_and_mounted_where_the_trainers_save() -> None:
     assert "sample-checkpoints" not in str((pods["head"], pods["rollout"]))
     made = plan(read_job(raw), Want(cluster=2), "home").create
     assert [o["kind"] for o in made] == ["PersistentVolumeClaim", "RayCluster"]
-
-
-def test_a_claim_is_mounted_below_what_the_user_mounts() -> None:
-    data = {"volumes": [{"name": "data", "emptyDir": {}}], "volumeMounts": [{"name": "data", "mountPath": "/data"}]}
-    raw = a_job(checkpoint={"path": "/data/run", "claim": {"size": "1Gi"}}, pods={"trainer": data})
-    trainer = pods_of(planned(raw)["RayCluster"])["trainer"]
-    assert [m["mountPath"] for m in trainer["containers"][0]["volumeMounts"]] == ["/data/run", "/data"]
 
 
 @pytest.mark.parametrize(("on_delete", "owners"), [("Delete", ["the-uid"]), ("Keep", [])])

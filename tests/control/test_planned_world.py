@@ -53,12 +53,19 @@ def test_a_kept_claim_outlives_its_job_and_serves_the_next(on_delete: str, left:
 
 
 @pytest.mark.parametrize(
-    "resources",
-    [{"requests": {"cpu": "2k"}}, {"limits": {"cpu": "16Gi"}}, {"limits": {"cpu": "four"}}, {"limits": {"cpu": ["4"]}}],
+    ("resources", "clusters"),
+    [
+        ({"requests": {"cpu": "2k"}}, ["sample-1"]),
+        ({"limits": {"cpu": "16Gi"}}, []),
+        ({"limits": {"cpu": "four"}}, []),
+        ({"limits": {"cpu": ["4"]}}, []),
+        ({"limits": "lots"}, []),
+    ],
 )
-def test_no_resources_keep_a_job_from_being_planned(resources: Raw) -> None:
-    """What is wrong with them is for the API server to say, of the RayCluster that it refuses."""
+def test_resources_are_planned_or_refused_by_their_path(resources: Raw, clusters: list[str]) -> None:
     world = World(pods={kind: {"resources": resources} for kind in ("head", "driver", "trainer")})
     world.settle()
-    assert world.clusters() == ["sample-1"]
-    assert world.errors == []
+    assert (world.clusters(), world.errors) == (clusters, [])
+    assert world.condition("Accepted")[0] == str(bool(clusters))
+    told = next(c["message"] for c in world.status["conditions"] if c["type"] == "Accepted")
+    assert clusters or all(f"spec.pods.{kind}.resources.limits" in told for kind in ("head", "driver", "trainer"))

@@ -13,6 +13,7 @@ from rlhf_api.job import PodOverrides, RLHFJob
 from rlhf_api.overrides import holds_path
 from rlhf_api.placement import PodGroup
 from rlhf_api.progress import DRIVER_PORT, RUN_CONFIG_PATH
+from rlhf_api.quantity import parse
 from rlhf_operator.names import (
     DRIVER_CONTAINER,
     HEAD,
@@ -24,7 +25,6 @@ from rlhf_operator.names import (
     driver_account_name,
     run_config_name,
 )
-from rlhf_operator.plan.cores import whole_cores
 from rlhf_operator.plan.labels import passed_on, pod_labels
 from rlhf_operator.plan.merge import deep_merge, merge_named
 from rlhf_operator.plan.security import container_context, pod_context
@@ -91,7 +91,7 @@ def worker_start_params(job: RLHFJob, group: PodGroup) -> dict[str, str]:
     """KubeRay pastes the value of `resources` into a shell command: the quotes are part of it. Where the pod's CPUs
     are not told, Ray gets a number for the actors that ask for one.
     """
-    cores = whole_cores(overrides_of(job, group).resources) or CPUS_PER_GPU * group.gpus_per_pod
+    cores = _cores(overrides_of(job, group).resources) or CPUS_PER_GPU * group.gpus_per_pod
     resources = json.dumps({group.ray_resource: group.gpus_per_pod})
     return {"num-gpus": str(group.gpus_per_pod), "num-cpus": str(cores), "resources": f"'{resources}'"}
 
@@ -140,8 +140,7 @@ def _container(job: RLHFJob, name: str, ours: list[Raw], user: PodOverrides) -> 
 
 def _resources(requests: dict[str, str], user: Raw) -> Raw:
     """Where the user limits what he does not request, Kubernetes requests the limit."""
-    limits = user.get("limits")
-    unset = {name: amount for name, amount in requests.items() if not isinstance(limits, dict) or name not in limits}
+    unset = {name: amount for name, amount in requests.items() if name not in user.get("limits", {})}
     return deep_merge({"requests": unset}, user)
 
 
@@ -160,6 +159,12 @@ def _checkpoint_volume(job: RLHFJob, group: PodGroup, user: PodOverrides) -> tup
         return [], []
     source = {"persistentVolumeClaim": {"claimName": claim_name(job.metadata.name)}} if claim else {"emptyDir": {}}
     return [{"name": "rlhf-checkpoints", **source}], [_mount("rlhf-checkpoints", path)]
+
+
+def _cores(resources: Raw) -> int | None:
+    """The limit, else the request, in whole cores: at least one."""
+    asked = resources.get("limits", {}).get("cpu") or resources.get("requests", {}).get("cpu")
+    return None if asked is None else max(1, int(parse(asked)))
 
 
 def _token(cluster: str) -> list[Raw]:
