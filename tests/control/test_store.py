@@ -137,6 +137,15 @@ def test_a_pod_that_lost_its_label_is_nobodys() -> None:
     assert store.sizes()["pods"] == 0
 
 
+def test_an_object_that_nobody_can_read_stops_nothing() -> None:
+    store = Told()
+    store.put(PODS, pod(5, "Running"))
+    store.put(PODS, pod(6) | {"status": "a word"})
+    assert store.phase_of_pod() == "Running"
+    store.put(PODS, pod(7, "Succeeded"))
+    assert store.phase_of_pod() == "Succeeded"
+
+
 def test_nothing_is_left_when_everything_has_gone() -> None:
     store = Told()
     store.put(JOBS, job(1))
