@@ -225,6 +225,8 @@ class Store:
 
     def drop(self, kind: Kind, uid: str) -> None:
         """It is gone for good, whatever is told of it later."""
+        if kind is EVENTS:
+            return
         with self._lock:
             self._gone[uid] = None
             if len(self._gone) > GONE_MAX:
