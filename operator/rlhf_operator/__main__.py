@@ -48,7 +48,7 @@ class Operator:
         self.health = Health(self.queue, self.store, ages)
         self.refresher = Refresher(api, self.store, settings.namespace, lambda kind: self._came())
         watch = functools.partial(registry, self.store, connection, self.refresher.suspect, ages)
-        self.informer = Informer(watch, settings.namespace)
+        self.informer = Informer(watch, settings.namespace, self.refresher.suspect_all)
         self.leadership = Leadership(api.client, settings.lease_namespace) if settings.lease_namespace else None
         if self.leadership:
             api.may_write = self.leadership.holds

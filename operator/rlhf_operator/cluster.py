@@ -64,7 +64,7 @@ class ClusterIO:
     def __init__(self, api: Api, store: Store) -> None:
         self.api, self.store = api, store
         self._sent: dict[Key, _Sent] = {}
-        # uid of a job -> the version that a pass has seen, and the one that its own patch made of it.
+        # uid of a job -> the version that its pass has seen, and the one that the pass's own patch made of it.
         self._patched: dict[str, tuple[str, str]] = {}
 
     def job(self, key: Key) -> Job | None:
@@ -72,6 +72,8 @@ class ClusterIO:
         job = self.store.job(key)
         if job is None:
             self._sent.pop(key, None)
+        else:
+            self._patched.pop(job.meta.uid, None)
         return job
 
     def observe(self, job: Job) -> Observed:
@@ -176,8 +178,9 @@ class ClusterIO:
         answer = await self._answered(job, self.api.merge(JOBS, job.meta.namespace, job.meta.name, patch))
         if answer is None:
             return
-        self._patched = {job.meta.uid: (job.meta.resource_version, answer["metadata"].get("resourceVersion", ""))}
+        self._patched[job.meta.uid] = (job.meta.resource_version, answer["metadata"].get("resourceVersion", ""))
         if job.meta.deletion_timestamp and not wanted:
+            self._patched.pop(job.meta.uid, None)
             self.store.drop(JOBS, job.meta.uid)
 
     async def _delete(self, namespace: str, deletion: Deletion) -> None:

@@ -71,8 +71,11 @@ class Informer:
     an error in the middle of a watch) ends no pass and no lease. In our own event loop it would cancel every task
     younger than itself at its end."""
 
-    def __init__(self, make: Callable[[], kopf.OperatorRegistry], namespace: str | None) -> None:
-        self._make, self._namespace = make, namespace
+    def __init__(
+        self, make: Callable[[], kopf.OperatorRegistry], namespace: str | None, broken: Callable[[], None]
+    ) -> None:
+        """`broken` is called when all watches were broken off."""
+        self._make, self._namespace, self._broken = make, namespace, broken
         self._stopping = threading.Event()
         self._stop_kopf: Callable[[], Any] = lambda: None
         self._thread = threading.Thread(target=self._run, name="kopf", daemon=True)
@@ -102,6 +105,7 @@ class Informer:
                 log.warning("the watches ended by %s: %s", type(error).__name__, error)
             if not self._stopping.is_set():
                 metrics.WATCH_RESTARTS.inc()
+                self._broken()
                 self._stopping.wait(random.uniform(0.2, 1.0) * RESTART_SECONDS)
 
     async def _watch(self) -> None:

@@ -8,6 +8,7 @@ a pass costs what the job has and not what the cluster has. Threads may use it a
 
 import hashlib
 import json
+import logging
 import marshal
 import threading
 import time
@@ -35,6 +36,7 @@ from rlhf_operator.observed import (
     read_pod,
 )
 
+log = logging.getLogger(__name__)
 Raw = dict[str, Any]
 Key = tuple[str, str]
 Wake = Callable[[Key], None]
@@ -209,15 +211,22 @@ class Store:
     # what fills it
 
     def put(self, kind: Kind, raw: Raw, *, own: bool = False) -> None:
-        """As it is or was. `own`: the answer to a write of ours, which tells the operator nothing new of a job."""
+        """As it is or was. `own`: the answer to a write of ours, which tells the operator nothing new of a job. Never
+        raises: one object that nobody can read must not keep the others from being told of."""
         with self._lock:
-            if kind is EVENTS:
-                self._complain(raw)
-            elif kind in self._shelves:
-                self._put(kind, raw, own)
+            try:
+                if kind is EVENTS:
+                    self._complain(raw)
+                elif kind in self._shelves:
+                    self._put(kind, raw, own)
+            except Exception:
+                name = raw.get("metadata", {}).get("name")
+                log.exception("%s %s cannot be read: what was known of it stays", kind.kind, name)
 
     def drop(self, kind: Kind, uid: str) -> None:
         """It is gone for good, whatever is told of it later."""
+        if kind is EVENTS:
+            return
         with self._lock:
             self._gone[uid] = None
             if len(self._gone) > GONE_MAX:

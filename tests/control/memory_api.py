@@ -45,6 +45,7 @@ class MemoryApi:
         self.objects: dict[Id, Raw] = {}
         self.absent: set[str] = {"localqueues", "workloads"}
         self.refuse: dict[str, ApiError] = {}
+        self.refuse_lists: ApiError | None = None
         self.writes: list[str] = []
         self.used: set[tuple[str, Kind]] = set()
         self.calls: list[str] = []
@@ -145,6 +146,8 @@ class MemoryApi:
 
     async def list(self, kind: Kind, namespace: str | None, *, labels: str = "", more: str = "") -> Page:
         self._check("list", kind)
+        if self.refuse_lists:
+            raise self.refuse_lists
         everywhere = [(ns, raw) for (plural, ns, _), raw in self.objects.items() if plural == kind.plural]
         served = [raw for ns, raw in everywhere if namespace in (None, ns)]
         found = [raw for raw in served if labels in ("", *(raw["metadata"].get("labels") or {}))]

@@ -1,14 +1,19 @@
 """The store: what watches lose, repeat and reorder, what it keeps, and whom it wakes."""
 
+import asyncio
 import itertools
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
+from rlhf_operator.client import ApiError
 from rlhf_operator.kinds import EVENTS, JOBS, LOCAL_QUEUES, PODS, RAYCLUSTERS, WORKLOADS, Kind
 from rlhf_operator.names import FINALIZER, JOB_LABEL, WORKLOAD_UID_LABEL
+from rlhf_operator.refresh import ABSENT_SECONDS, RETRY_SECONDS, SUSPECT_SECONDS, Refresher
 from rlhf_operator.store import COMPLAINT_SECONDS, LISTED, STRANGER_SECONDS, STRANGERS_MAX, Key, Store
 from tests.api.specs import a_job
+from tests.control.memory_api import MemoryApi
 
 Raw = dict[str, Any]
 KEY = ("default", "sample")
@@ -135,6 +140,15 @@ def test_a_pod_that_lost_its_label_is_nobodys() -> None:
     stray["metadata"]["labels"] = {}
     store.put(PODS, stray)
     assert store.sizes()["pods"] == 0
+
+
+def test_an_object_that_nobody_can_read_stops_nothing() -> None:
+    store = Told()
+    store.put(PODS, pod(5, "Running"))
+    store.put(PODS, pod(6) | {"status": "a word"})
+    assert store.phase_of_pod() == "Running"
+    store.put(PODS, pod(7, "Succeeded"))
+    assert store.phase_of_pod() == "Succeeded"
 
 
 def test_nothing_is_left_when_everything_has_gone() -> None:
@@ -266,6 +280,76 @@ def test_the_resync_skips_what_ended_and_holds_nothing(conditions: dict[str, str
     )
     assert bool(store.job_keys(at_rest=False)) is restless
     assert store.job_keys() == [KEY]
+
+
+# the lists that fill it
+
+class Listing:
+    """A refresher over an API server in memory, with a clock."""
+
+    def __init__(self) -> None:
+        self.api, self.store, self.now = MemoryApi(datetime(2026, 1, 1, tzinfo=UTC)), Store(), 0.0
+        self.came: list[Kind] = []
+        self.refresher = Refresher(self.api, self.store, None, self.came.append, lambda: self.now)
+
+    def later(self, seconds: float) -> None:
+        self.now += seconds
+        asyncio.run(self.refresher.round())
+
+
+def test_the_first_round_makes_it_ready_and_the_next_comes_late() -> None:
+    it = Listing()
+    it.api.put(JOBS, job(1))
+    it.later(0)
+    assert it.store.ready and it.refresher.listed.is_set()
+    assert it.store.job_keys() == [KEY]
+    calls = len(it.api.calls)
+    it.later(60)
+    assert len(it.api.calls) == calls, "no job names a queue: nobody asks for Kueue"
+
+
+def test_what_a_watch_may_have_lost_is_listed_soon() -> None:
+    it = Listing()
+    it.api.put(PODS, pod(1))
+    it.later(0)
+    it.api.remove(PODS, "head")
+    it.refresher.suspect(PODS)
+    it.later(SUSPECT_SECONDS)
+    assert it.store.sizes()["pods"] == 0
+
+
+def test_a_failed_list_is_tried_again_and_takes_nothing_away() -> None:
+    it = Listing()
+    it.api.refuse_lists = ApiError(500, "InternalError", "no leader")
+    it.later(0)
+    assert not it.store.ready
+    it.api.refuse_lists = None
+    it.later(RETRY_SECONDS)
+    assert it.store.ready
+
+
+def test_one_answer_that_a_kind_is_not_there_throws_nothing_away() -> None:
+    it = Listing()
+    it.api.put(RAYCLUSTERS, cluster(1))
+    it.later(0)
+    it.api.absent.add("rayclusters")
+    it.refresher.suspect(RAYCLUSTERS)
+    it.later(SUSPECT_SECONDS)
+    assert it.store.installed(RAYCLUSTERS) and it.store.sizes()["rayclusters"] == 1
+    it.later(RETRY_SECONDS)
+    assert not it.store.installed(RAYCLUSTERS) and it.store.sizes()["rayclusters"] == 0
+    it.api.absent.clear()
+    it.later(2 * ABSENT_SECONDS)
+    assert it.came == [RAYCLUSTERS] and it.store.sizes()["rayclusters"] == 1
+
+
+def test_kueue_is_looked_for_while_a_job_names_a_queue() -> None:
+    it = Listing()
+    it.api.put(JOBS, job(1, queue={"name": "team-a"}))
+    it.later(0)
+    it.api.absent.clear()
+    it.later(2 * ABSENT_SECONDS)
+    assert it.store.installed(LOCAL_QUEUES) and it.store.installed(WORKLOADS)
 
 
 # complaints
