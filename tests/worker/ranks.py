@@ -3,7 +3,7 @@
 import io
 import multiprocessing
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,15 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["rlhf_worker.trainer.rank", "hack.tiny_model", "pytest"])
 
 
-def over_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """function(rank, world, *arguments) on every rank; the results by rank. Raises what a rank raised, as text."""
+def over_ranks(world: int, function: Callable[..., Any], *arguments: Any, lost: Sequence[int] = ()) -> list[Any]:
+    """function(rank, world, *arguments) on every rank; the results by rank, None of those in `lost`, which die. Raises what a rank raised, as text."""
     with tempfile.TemporaryDirectory() as meeting:
         pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world)]
         ranks = [CONTEXT.Process(target=_rank, args=(pipes[i][1], i, world, meeting, function, arguments)) for i in range(world)]
         for rank in ranks:
             rank.start()
         try:
-            found = [torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False) if pipe.poll(DEADLINE_SECONDS) else TimeoutError("no answer") for pipe, _ in pipes]
+            found = [None if rank in lost else _answer(pipe) for rank, (pipe, _) in enumerate(pipes)]
         finally:
             for rank in ranks:
                 rank.kill()
@@ -34,6 +34,10 @@ def over_ranks(world: int, function: Callable[..., Any], *arguments: Any) -> lis
         if isinstance(answer, Exception):
             raise answer
     return found
+
+
+def _answer(pipe: Connection) -> Any:
+    return torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False) if pipe.poll(DEADLINE_SECONDS) else TimeoutError("no answer")
 
 
 def _rank(pipe: Connection, rank: int, world: int, meeting: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import os
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 
 from hack.tiny_model import write
-from rlhf_worker.errors import BadData, BadSpec
-from rlhf_worker.experience import equalise, pack, split
+from rlhf_worker.errors import BadData, BadSpec, Fenced
+from rlhf_worker.experience import dealt, equalise, pack, split
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer import checkpoint
-from rlhf_worker.trainer.checkpoint import Restored, RunState, Saver, whole
+from rlhf_worker.trainer.checkpoint import Restored, RunState, Saver, SummingFiles, whole
 from rlhf_worker.trainer.fence import Writer
-from rlhf_worker.trainer.rank import Trainer
+from rlhf_worker.trainer.rank import Trainer, learning_rate
 from tests.worker.buckets import Bucket
 from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
@@ -34,7 +36,7 @@ MODEL = {"path": "/m", "hidden_size": 8}
 
 @pytest.fixture(params=["directory", "file", "bucket"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    Bucket.store.clear()
+    Bucket.empty()
     return {"directory": str(tmp_path / "run"), "file": f"file://{tmp_path}/run", "bucket": "bucket://models/run"}[request.param]
 
 
@@ -188,7 +190,7 @@ def test_a_full_disk_costs_the_save_and_nothing_else(tmp_path: Path, monkeypatch
 
 
 def test_an_upload_that_breaks_leaves_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    Bucket.store.clear()
+    Bucket.empty()
     held = saved("bucket://models/run", 1)
     monkeypatch.setattr(Bucket, "broken", True)
     its = saver("bucket://models/run")
@@ -315,3 +317,126 @@ def test_the_real_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
     assert same(life("resumed", 4), through)
     for a, b in zip(life("resharded", 4, world=2), through, strict=True):
         torch.testing.assert_close(a, b, atol=5e-4, rtol=1e-3)
+
+
+def _changed_life(rank: int, world: int, model: str, root: str, changes: dict[str, Any]) -> tuple[int, dict[str, float], list[dict[str, Any]]]:
+    """A step of the real trainer from the newest checkpoint, with another spec; its version before, its metrics, and its optimizers' settings."""
+    trainer = {"steps": 9, "gpus": world, "learningRate": 0.01, "gradientCheckpointing": False} | changes
+    config = run_config(model={"path": model, "dtype": "float32"}, algorithm={"name": "ppo"}, checkpoint={"path": root}, trainer=trainer)
+    made = Trainer(config, list(config.roles), rank, world, "cpu", 1)
+    made.load()
+    made.restore()
+    version, metrics = made.version, {}
+    items = sequences([(3, 5), (2, 9), (4, 4), (3, 7)], 1, 70)
+    items = [item.with_columns(values=[0.0] * item.targets, returns=item.columns["advantages"]) for item in items]
+    for role in ("critic", "policy"):
+        parts = [items[i :: config.trainer.updates_per_step] for i in range(config.trainer.updates_per_step)]
+        metrics = made.train(role, [dealt(part, world, config.trainer)[rank] for part in parts])
+    made.save(1, {}, {})
+    assert all(outcome.error is None for outcome in made.saved(wait=True))
+    optimizers = [made.roles[role].optimizer for role in ("policy", "critic")]
+    return version, metrics, [{key: value for key, value in group.items() if key != "params"} for one in optimizers if one for group in one.param_groups]
+
+
+@pytest.mark.parametrize(
+    ("world", "changes"),
+    [
+        (1, {"learningRate": 0.002, "weightDecay": 0.1}), (1, {"updatesPerStep": 2, "warmupSteps": 10}), (1, {"batching": "padded", "offload": True}),
+        (2, {"contextParallel": 2}), (2, {"updatesPerStep": 2, "weightDecay": 0.1}),
+    ],
+)  # fmt: skip
+def test_a_resumed_run_takes_its_numbers_from_the_spec_and_its_moments_from_the_checkpoint(tmp_path: Path, world: int, changes: dict[str, Any]) -> None:
+    write(tmp_path / "model")
+    ((version, _, _),) = over_ranks(1, _changed_life, str(tmp_path / "model"), str(tmp_path / "run"), {})
+    assert version == 0
+    for version, metrics, groups in over_ranks(world, _changed_life, str(tmp_path / "model"), str(tmp_path / "run"), changes):
+        updates, base = changes.get("updatesPerStep", 1), changes.get("learningRate", 0.01)
+        rates = [learning_rate(base, changes.get("warmupSteps", 0), 1 + update) for update in range(updates)]
+        assert version == 1
+        assert metrics["learning_rate"] == pytest.approx(sum(rates) / len(rates))
+        assert {group["weight_decay"] for group in groups} == {changes.get("weightDecay", 0.0)}
+
+
+def _dies_while_it_saves(rank: int, world: int, tmp_path: Path) -> tuple[str | None, float]:
+    """The second rank's process ends in the middle of the second save."""
+    held, its = made(0), saver(tmp_path / "run")
+    its.begin(state(1), {"policy": held})
+    assert all(outcome.error is None for outcome in its.finished(wait=True))
+    if rank == 1:
+        SummingFiles.create_stream = lambda *_: os._exit(1)  # type: ignore[method-assign]
+    start = time.monotonic()
+    its.begin(state(2), {"policy": held})
+    (outcome,) = its.finished(wait=True)
+    return outcome.error, time.monotonic() - start
+
+
+def test_a_rank_that_dies_costs_the_save_at_once_and_no_older_one(tmp_path: Path) -> None:
+    """Rank 0 finds out by itself; nothing waits for a collective's deadline."""
+    answers = over_ranks(2, _dies_while_it_saves, tmp_path, lost=[1])
+    error, seconds = answers[0]
+    assert error is not None and seconds < 30
+    assert whole(Store(str(tmp_path / "run"))) == [named(1)] and not list((tmp_path / "run").glob(".step-*"))
+    assert saver(tmp_path / "run").restore(MODEL, {"policy": made(3)}).state == state(1)
+
+
+def test_both_groups_restore_what_the_policys_first_rank_chose(tmp_path: Path) -> None:
+    """Also when an earlier driver publishes between their looks."""
+    both = ("policy", "critic")
+
+    def savers(driver: str, attempt: int) -> tuple[Saver, Saver]:
+        pair = saver(tmp_path, 9, both, driver), saver(tmp_path, 9, both, driver, leads=False)
+        for one in pair:
+            one.fence("job", attempt)
+        return pair
+
+    def save(step: int, pair: tuple[Saver, Saver]) -> None:
+        for one, role in zip(pair, both, strict=True):
+            one.begin(state(step), {role: made(step)})
+        assert [o.error for one in pair for o in one.finished(wait=True)] == [None, None]
+
+    first, second = savers("x", 1), savers("y", 2)
+    Store(str(tmp_path)).remove("fence")
+    for one in first:
+        one.fence("job", 1)
+    save(1, first)
+    second[0].fence("job", 2)
+    assert second[0].restore(MODEL, {"policy": made(5)}).state == state(1)
+    shutil.copytree(tmp_path / named(1, "x", "job", 1), tmp_path / named(2, "x", "job", 1))
+    critic = made(6)
+    assert second[1].restore(MODEL, {"critic": critic}).state == state(1)
+    assert same(weights(critic), weights(made(1)))
+    save(2, second)
+    assert saver(tmp_path, expected=both, driver="z").restore(MODEL, {"policy": made(5), "critic": made(6)}).state == state(2)
+
+
+def test_a_fenced_driver_publishes_nothing_and_says_so_ever_after(root: str) -> None:
+    held = made(0)
+    early, late = saver(root, driver="x"), saver(root, driver="y")
+    early.fence("job", 1)
+    early.begin(state(1), {"policy": held})
+    assert [o.error for o in early.finished(wait=True)] == [None]
+    early.begin(state(2), {"policy": held})
+    early._wait()
+    late.fence("job", 2)
+    before = late.restore(MODEL, {"policy": made(1)}).state
+    early.begin(state(3), {"policy": held})
+    for _ in range(2):
+        with pytest.raises(Fenced, match="attempt 2 of this job"):
+            early.finished(wait=True)
+    with pytest.raises(Fenced), early.publishing("export", "config.json"):
+        pass
+    store = Store(root)
+    assert before == state(2) and whole(store) == [named(1, "x", "job", 1), named(2, "x", "job", 1)]
+    assert {name.split(".")[0] for name in store.names()} == {"fence", "latest", "step-1", "step-2"}
+
+
+def test_an_export_is_published_only_by_who_holds_the_path_at_its_end(root: str) -> None:
+    early, late = saver(root, driver="x"), saver(root, driver="y")
+    early.fence("job", 1)
+    with pytest.raises(Fenced), early.publishing("export", "config.json") as folder:
+        (folder / "config.json").write_bytes(b"early")
+        late.fence("job", 2)
+    with late.publishing("export", "config.json") as folder:
+        (folder / "config.json").write_bytes(b"late")
+    store = Store(root)
+    assert store.read("export/config.json") == b"late" and set(store.names()) == {"export", "fence"}

@@ -1,7 +1,9 @@
 """Several drivers on one checkpoint path: who holds it, and that no interleaving of them makes a checkpoint of two, or takes an earlier one's for the newest."""
 
+import re
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from tests.worker.buckets import Bucket
 
 @pytest.fixture(params=["directory", "bucket"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    Bucket.store.clear()
+    Bucket.empty()
     return {"directory": str(tmp_path / "run"), "bucket": "bucket://models/run"}[request.param]
 
 
@@ -148,17 +150,19 @@ class Killed(BaseException):
 
 
 class Driver(threading.Thread):
-    """One life: take the path over, restore, save a few steps. It stands still before each of its calls of the store until `go`."""
+    """One life: take the path over, restore, save a few steps. It stands still before each of its calls of the store, and after each event, until `go`."""
 
-    def __init__(self, saver: Saver, attempt: int, log: list["Event"]) -> None:
+    def __init__(self, root: str, keep: int, attempt: int, name: str, log: list["Event"], saves: int = 3) -> None:
         super().__init__(daemon=True)
-        self.saver, self.attempt, self.log = saver, attempt, log
+        self.saver = Saver(root, keep, ("policy",), name, leads=True)
+        self.attempt, self.log, self.saves, self.at = attempt, log, saves, "start"
         self.may_go, self.stands = threading.Semaphore(0), threading.Semaphore(0)
         self.killed = self.over = False
         self.failed: BaseException | None = None
         self.number = 0
 
-    def gate(self) -> None:
+    def gate(self, at: str) -> None:
+        self.at = at
         self.stands.release()
         self.may_go.acquire()
         if self.killed:
@@ -168,9 +172,20 @@ class Driver(threading.Thread):
         self.may_go.release()
         self.stands.acquire()
 
+    def until(self, place: str) -> None:
+        """Until it stands before a call, or after an event, that matches."""
+        self.go()
+        while not self.over and not re.match(place, self.at):
+            self.go()
+
+    def kill(self) -> None:
+        self.killed = True
+        while not self.over:
+            self.go()
+
     def run(self) -> None:
         try:
-            self.gate()
+            self.gate("start")
             self._live()
         except (Fenced, Killed):
             pass
@@ -185,16 +200,21 @@ class Driver(threading.Thread):
         self.number = self.saver.fenced._own(self.saver.fenced.line()).number
         model = weight(0.0)
         found = self.saver.restore({}, {"policy": model}).state
-        step = found.step if found else 0
-        self.log.append(Event("restored", self.number, step, found.loop["by"] if found else 0, asked))
-        assert found is None or model[0].weight.item() == found.loop["value"]
-        for step in range(step + 1, step + 4):
+        base = found.step if found else 0
+        assert found is None or model[0].weight.item() == found.loop["value"], "parts of two"
+        self._tell(Event("restored", self.number, base, found.loop["by"] if found else 0, asked))
+        for step in range(base + 1, base + 1 + self.saves):
             value = 100.0 * self.number + step
             loop = {"by": self.number, "value": value}
             self.saver.begin(RunState(step=step, version=step, model={}, sampler={}, loop=loop), {"policy": weight(value)})
             (outcome,) = self.saver.finished(wait=True)
             assert outcome.error is None, outcome.error
-            self.log.append(Event("saved", self.number, step, self.number, 0))
+            self._tell(Event("saved", self.number, step, self.number, 0))
+
+    def _tell(self, event: "Event") -> None:
+        self.log.append(event)
+        if self.is_alive():
+            self.gate(event.what)
 
 
 @dataclass(frozen=True)
@@ -227,7 +247,7 @@ class Gated:
     def _wrapped(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(store: Store, *args: Any) -> Any:
             if driver := self.drivers.get(id(store)):
-                driver.gate()
+                driver.gate(f"{call.__name__} {args[0] if args else ''}")
             return call(store, *args)
 
         return wrapped
@@ -245,46 +265,63 @@ def _check(log: list[Event]) -> None:
             assert all(one.number <= event.number or one.step >= event.step or one.asked <= index for one in restores), "a save after a later driver restored"
 
 
+@contextmanager
+def standing_still(root: str, keep: int, attempts: list[int], saves: int = 3) -> Iterator[tuple[list[Driver], list[Event]]]:
+    """Drivers that have not begun, and what they will tell. At the end all of them end, and one more restores and saves."""
+    torch.set_num_threads(1)
+    gates, log = Gated(), list[Event]()
+    drivers = [Driver(root, keep, attempt, f"driver {i}", log, saves) for i, attempt in enumerate(attempts)]
+    gates.drivers = {id(driver.saver.store): driver for driver in drivers}
+    with pytest.MonkeyPatch.context() as patched:
+        gates.install(patched)
+        for driver in drivers:
+            driver.start()
+            driver.stands.acquire()
+        yield drivers, log
+        for driver in drivers:
+            while not driver.over:
+                driver.go()
+            driver.join()
+            driver.saver.thread.shutdown()
+            assert driver.failed is None, driver.failed
+    Driver(root, keep, max(attempts) + 1, "the last", log)._live()
+    _check(log)
+
+
+PLACES = ("create", "restored", "write fence", r"write .*/run\.json", "rename", "write latest", "remove", "saved")
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("dies", [True, False])
+def test_what_an_earlier_driver_publishes_late_never_counts(root: str, dies: bool) -> None:
+    """It had looked, and nobody was there; before its next call a later one took over and went on from the checkpoint before."""
+    with standing_still(root, 2, [1, 2]) as ((early, late), log):
+        early.until("saved")
+        early.until(r"write step-2.*/run\.json" if root.startswith("bucket") else r"rename \.step-2")
+        late.until("restored")
+        if dies:
+            late.kill()
+        while not early.over:
+            early.go()
+        assert any(name.startswith("step-2.attempt-1") for name in whole(Store(root)))  # too late to be kept from it
+        assert [(event.what, event.number, event.step) for event in log] == [("restored", 1, 0), ("saved", 1, 1), ("restored", 2, 1)]
+    assert [(event.by, event.step) for event in log if event.what == "restored"][-1] == ((1, 1) if dies else (2, 4))
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), attempts=st.sampled_from([[1, 2], [1, 1], [1, 2, 3], [2, 1, 3], [1, 1, 2]]), keep=st.sampled_from([1, 2]))
 @pytest.mark.usefixtures("group")
 def test_no_interleaving_of_drivers_mixes_them_or_goes_back(root: str, data: st.DataObject, attempts: list[int], keep: int) -> None:
-    torch.set_num_threads(1)
     store = Store(root)
     for name in store.names():
         store.remove(name)
-    with pytest.MonkeyPatch.context() as patched:
-        gates, log = Gated(), list[Event]()
-        gates.install(patched)
-        drivers = [Driver(Saver(root, keep, ("policy",), f"driver {i}", leads=True), attempt, log) for i, attempt in enumerate(attempts)]
-        gates.drivers = {id(driver.saver.store): driver for driver in drivers}
-        for driver in drivers:
-            driver.start()
-            driver.stands.acquire()
-        for driver in _moves(data, drivers):
-            driver.go()
-        for driver in drivers:
-            driver.join()
-            driver.saver.thread.shutdown()
-            assert driver.failed is None, driver.failed
-    last = Driver(Saver(root, keep, ("policy",), "the last", leads=True), max(attempts) + 1, log)
-    gates.drivers = {}
-    last.killed = False
-    last._live()
-    _check(log)
+    with standing_still(root, keep, attempts, saves=2) as (drivers, _):
+        for _ in range(12):
+            if not (living := [driver for driver in drivers if not driver.over]):
+                break
+            driver = data.draw(st.sampled_from(living))
+            if place := data.draw(st.sampled_from([*PLACES, "kill", ""])):
+                driver.kill() if place == "kill" else driver.until(place)
+            else:
+                driver.go()
     assert len(whole(store)) <= keep
-
-
-def _moves(data: st.DataObject, drivers: list[Driver]) -> Iterator[Driver]:
-    """Runs of moves of one driver, then of another; one may be killed where it stands."""
-    for _ in range(30):
-        if not (living := [driver for driver in drivers if not driver.over]):
-            return
-        driver, count, kill = data.draw(st.tuples(st.sampled_from(living), st.integers(1, 12), st.sampled_from([False] * 9 + [True])))
-        driver.killed = kill
-        for _ in range(count):
-            if not driver.over:
-                yield driver
-    for driver in drivers:
-        while not driver.over:
-            yield driver

@@ -20,6 +20,7 @@ from rlhf_worker.lora import merged
 from rlhf_worker.pretrained import identity, load_config
 from rlhf_worker.trainer.model import load_policy
 from rlhf_worker.trainer.rank import Trainer
+from tests.worker.checkpoints import checkpoint
 from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
 from tests.worker.samples import evenly
@@ -108,7 +109,7 @@ def test_ranks_begin_alike_and_a_resumed_run_takes_the_same_steps_bit_for_bit(ti
         assert all(torch.equal(tensor, after[1][name]) for name, tensor in after[0].items())
         for name, tensor in ended[0].items():
             torch.testing.assert_close(after[0][name], tensor, atol=2e-3, rtol=1e-2, msg=name)
-    saved = FileSystemReader(tmp_path / "one/through/step-2/policy").read_metadata().state_dict_metadata
+    saved = FileSystemReader(checkpoint(tmp_path / "one/through", 2) / "policy").read_metadata().state_dict_metadata
     tensors = [name for name, one in saved.items() if isinstance(one, TensorStorageMetadata)]
     assert tensors and all(".lora_" in name for name in tensors)
 

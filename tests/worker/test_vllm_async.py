@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hack.tiny_model import write
+from tests.worker.checkpoints import checkpoint
 from tests.worker.test_vllm_run import changed, run
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(1200)]
@@ -48,8 +49,8 @@ def test_staleness_environment_and_resume(tmp_path: Path) -> None:
     assert any(not all(row["mask"]) for row in whole) and all(row["mask"][0] for row in whole)
     assert all(value == 0.0 for row in whole for value, ours in zip(row["logprobs"], row["mask"], strict=True) if not ours)
 
-    pending = json.loads((first.checkpoints / "step-3" / "run.json").read_text().splitlines()[0])["loop"]["pending"]
-    shutil.copytree(first.checkpoints / "step-3", tmp_path / "second" / "step-3")
+    pending = json.loads((checkpoint(first.checkpoints, 3) / "run.json").read_text().splitlines()[0])["loop"]["pending"]
+    shutil.copytree(checkpoint(first.checkpoints, 3), tmp_path / "second" / "step-3")
     second = run(manifest, tmp_path / "model", tmp_path / "second")
     assert second.code == 0, second.output
     done = uids(first.checkpoints, range(1, 4)) + uids(second.checkpoints, range(4, STEPS + 1))

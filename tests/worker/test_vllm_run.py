@@ -21,6 +21,7 @@ from hack.tiny_model import write
 from rlhf_worker.__main__ import main
 from rlhf_worker.feed import replay
 from rlhf_worker.pretrained import load_tokenizer
+from tests.worker.checkpoints import checkpoint
 from tests.worker.test_telemetry import tensorboard
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(900)]
@@ -110,13 +111,13 @@ def load_tokenizer_of(path: Path) -> Any:
 
 def test_resuming_gives_the_same_bits(learned: Run, tiny: Path, tmp_path: Path) -> None:
     """30 steps == 20 + resume + 10: model, optimizer moments, and the rewards on the way."""
-    assert [p.name for p in sorted(learned.checkpoints.glob("step-*"))] == ["step-20", "step-30"]
-    shutil.copytree(learned.checkpoints / "step-20", tmp_path / "step-20")
+    assert [p.name.split(".")[0] for p in sorted(learned.checkpoints.glob("step-*"))] == ["step-20", "step-30"]
+    shutil.copytree(checkpoint(learned.checkpoints, 20), tmp_path / "step-20")
     resumed = run(SAMPLES / "tiny-colocated.yaml", tiny, tmp_path)
     assert resumed.code == 0, resumed.output
     assert "resuming after step 20" in resumed.output
     assert resumed.rewards == learned.rewards[20:]
-    one, other = (flat(path / "step-30" / "policy", tmp_path / f"{index}.pt") for index, path in enumerate((learned.checkpoints, tmp_path)))
+    one, other = (flat(checkpoint(path, 30) / "policy", tmp_path / f"{index}.pt") for index, path in enumerate((learned.checkpoints, tmp_path)))
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
@@ -156,7 +157,7 @@ def test_ppo_with_a_critic_a_reference_and_a_reward_model_learns(tiny: Path, tmp
     assert sum(done.rewards[-5:]) / 5 > sum(done.rewards[:5]) / 5 + 0.2
     seats = dict(re.findall(r"^(trainer 0|engine 0|reward:last-letter 0): (\S+)$", done.output, re.MULTILINE))
     assert seats["trainer 0"] == seats["engine 0"] != seats["reward:last-letter 0"]
-    assert {part.name for part in (tmp_path / "step-30").iterdir() if part.is_dir()} == {"policy", "critic"}
+    assert {part.name for part in checkpoint(tmp_path, 30).iterdir() if part.is_dir()} == {"policy", "critic"}
 
 
 def test_sigterm_saves_and_exits_143(tiny: Path, tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_sigterm_saves_and_exits_143(tiny: Path, tmp_path: Path) -> None:
             process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143, "".join(seen)
     steps = [int(match[1]) for text in seen if (match := re.match(r"step (\d+)/", text))]
-    assert (tmp_path / "latest").read_text() == f"step-{steps[-1]}"
+    assert (tmp_path / "latest").read_text() == checkpoint(tmp_path, steps[-1]).name
 
 
 def test_a_missing_model_ends_the_run_before_any_engine(tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ def test_an_unknown_engine_argument_is_named(tiny: Path, tmp_path: Path) -> None
 
 def test_a_checkpoint_of_another_model_is_refused(learned: Run, tmp_path: Path) -> None:
     """The same shape under another path is another model, whatever generates."""
-    shutil.copytree(learned.checkpoints / "step-30", tmp_path / "run" / "step-30")
+    shutil.copytree(checkpoint(learned.checkpoints, 30), tmp_path / "run" / "step-30")
     write(tmp_path / "model")
     done = run(changed(tmp_path, rollout={"engine": "hf"}), tmp_path / "model", tmp_path / "run")
     assert done.code == 65

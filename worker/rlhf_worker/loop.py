@@ -190,9 +190,10 @@ class Loop:
     def _told_of_saves(self, *, wait: bool) -> str | None:
         """Report the saves that have ended. Returns the error of the last of them."""
         error = None
+        # Every rank is asked: one that died ends the wait for the others, which would last as long as a collective's.
+        savers, what = self.crew.savers, "end of a checkpoint"
         with self.reporter.bounded():
-            first, what = self.crew.policy[0], "end of a checkpoint"
-            outcomes = call(first, "saved", wait, deadline_seconds=FILE_DEADLINE_SECONDS, what=what)
+            outcomes = call_all(savers, "saved", wait, deadline_seconds=FILE_DEADLINE_SECONDS, what=what)[0]
         for outcome in outcomes:
             error = f"no checkpoint of step {outcome.step}: {outcome.error}" if outcome.error else None
             if error:

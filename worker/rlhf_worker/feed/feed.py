@@ -9,6 +9,7 @@ import ray
 from rlhf_api.job import EvaluationSpec
 from rlhf_api.run import RunConfig
 from rlhf_worker.errors import BadData, BadSpec
+from rlhf_worker.feed.logs import DriverLog
 from rlhf_worker.pretrained import load_tokenizer
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ class Feed:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+        self.driver_logs: dict[int, DriverLog] = {}
 
     def open(self) -> None:
         """Read the data, start the rewards. Raises BadSpec or BadData."""
@@ -80,6 +82,10 @@ class Feed:
     def record(self, step: int, scored: "list[ScoredSample]", advantages: Sequence[Sequence[float]] | None = None) -> None:
         """Keep the samples of a step, with the advantage of each completion token."""
         self.telemetry.record(step, scored, advantages)
+
+    def keep_log(self, attempt: int, text: str) -> None:
+        """The next piece of the driver's output. Raises nothing."""
+        self.driver_logs.setdefault(attempt, DriverLog(self.config.checkpoint.path, attempt)).add(text)
 
     def close(self) -> None:
         self.scorer.close()
