@@ -14,6 +14,11 @@ class Bucket(MemoryFileSystem):  # type: ignore[misc]
     pseudo_dirs: list[str] = [""]  # noqa: RUF012
     broken = False
 
+    @classmethod
+    def empty(cls) -> None:
+        cls.store.clear()
+        cls.pseudo_dirs[:] = [""]
+
     def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
         if Bucket.broken and mode != "rb":
             raise OSError("connection reset")

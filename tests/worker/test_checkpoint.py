@@ -36,7 +36,7 @@ MODEL = {"path": "/m", "hidden_size": 8}
 
 @pytest.fixture(params=["directory", "file", "bucket"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    Bucket.store.clear()
+    Bucket.empty()
     return {"directory": str(tmp_path / "run"), "file": f"file://{tmp_path}/run", "bucket": "bucket://models/run"}[request.param]
 
 
@@ -190,7 +190,7 @@ def test_a_full_disk_costs_the_save_and_nothing_else(tmp_path: Path, monkeypatch
 
 
 def test_an_upload_that_breaks_leaves_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    Bucket.store.clear()
+    Bucket.empty()
     held = saved("bucket://models/run", 1)
     monkeypatch.setattr(Bucket, "broken", True)
     its = saver("bucket://models/run")
@@ -363,7 +363,7 @@ def _dies_while_it_saves(rank: int, world: int, tmp_path: Path) -> tuple[str | N
     its.begin(state(1), {"policy": held})
     assert all(outcome.error is None for outcome in its.finished(wait=True))
     if rank == 1:
-        SummingFiles.create_stream = lambda *_: os._exit(1)  # type: ignore[method-assign, assignment]
+        SummingFiles.create_stream = lambda *_: os._exit(1)  # type: ignore[method-assign]
     start = time.monotonic()
     its.begin(state(2), {"policy": held})
     (outcome,) = its.finished(wait=True)

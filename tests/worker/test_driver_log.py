@@ -15,7 +15,7 @@ from tests.worker.configs import run_config
 
 @pytest.fixture(params=["directory", "bucket"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    Bucket.store.clear()
+    Bucket.empty()
     return {"directory": str(tmp_path / "run"), "bucket": "bucket://models/run"}[request.param]
 
 
@@ -50,7 +50,7 @@ def test_the_newest_attempts_stay(root: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_storage_that_fails_costs_one_warning_and_what_waits_is_written_later(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    Bucket.store.clear()
+    Bucket.empty()
     monkeypatch.setattr(Bucket, "broken", True)
     log = DriverLog("bucket://models/run", 1)
     for letter in "abc":

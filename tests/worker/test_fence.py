@@ -24,7 +24,7 @@ from tests.worker.buckets import Bucket
 
 @pytest.fixture(params=["directory", "bucket"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    Bucket.store.clear()
+    Bucket.empty()
     return {"directory": str(tmp_path / "run"), "bucket": "bucket://models/run"}[request.param]
 
 

@@ -89,7 +89,7 @@ def test_ipv6_is_heard_too(noted: Noted, notices: Notices, clients: list[socket.
 
 @pytest.mark.parametrize("line", [
     b"\n", b"secret\n", b"wrong trainer a\n", b"secret trainer a b\n", b"trainer a secret\n", b"secret janitor a\n",
-    "s\xe9cret trainer a\n".encode("latin-1"), b"\x16\x03\x01\x02\x00\x01\x00\n", 
+    "s\xe9cret trainer a\n".encode("latin-1"), b"\x16\x03\x01\x02\x00\x01\x00\n",
     b"secret trainer " + b"a" * 5000 + b"\n", b"a" * 100_000,
 ])  # fmt: skip
 def test_nobody_else_is_believed(noted: Noted, notices: Notices, clients: list[socket.socket], line: bytes) -> None:

@@ -190,9 +190,9 @@ class Loop:
     def _told_of_saves(self, *, wait: bool) -> str | None:
         """Report the saves that have ended. Returns the error of the last of them."""
         error = None
+        # Every rank is asked: one that died ends the wait for the others, which would last as long as a collective's.
         savers, what = self.crew.savers, "end of a checkpoint"
         with self.reporter.bounded():
-            # Every rank is asked: one that died ends the wait for the others, which would last until their collective's deadline.
             outcomes = call_all(savers, "saved", wait, deadline_seconds=FILE_DEADLINE_SECONDS, what=what)[0]
         for outcome in outcomes:
             error = f"no checkpoint of step {outcome.step}: {outcome.error}" if outcome.error else None
