@@ -103,3 +103,21 @@ def test_no_prompt_is_lost_or_repeated_or_trained_too_late(seed: int, batch: int
         assert len(admission._under_way) <= (admission.version + staleness + 1) * batch - admission.consumed
         everyone = Counter([*trained, *dropped, *admission.pending()])
         assert everyone == Counter(f"0:{row}" for row in range(drawn))
+
+
+@given(left=st.integers(0, 40), batch=st.integers(1, 9), staleness=st.integers(0, 3), step=st.integers(0, 6), steps=st.integers(1, 9))
+def test_a_run_resumed_with_other_numbers_first_trains_what_was_left(left: int, batch: int, staleness: int, step: int, steps: int) -> None:
+    """Groups that were under way with another batch and staleness, more or fewer than a step takes now; also with fewer steps than are done."""
+    pending, trained, drawn = list(range(left)), list[int](), left
+    admission = Admission(batch, staleness, steps, step=step)
+    for number in range(step + 1, steps + 1):
+        while (room := admission.room) > 0:
+            first, pending = pending[:room], pending[room:]
+            fresh = prompts(drawn, room - len(first))
+            drawn += len(fresh)
+            finished(admission, admission.admit([*(a_prompt(row) for row in first), *fresh]))
+        assert admission.complete
+        trained += [group.prompt.row for group in admission.take()]
+        admission.advance(number)
+    assert trained == list(range(max(0, steps - step) * batch))
+    assert admission.room <= 0
