@@ -24,7 +24,7 @@ from hack.kubectl import OPERATOR_NAMESPACE
 Object = dict[str, Any]
 JOB_LABEL, ROLE_LABEL = "rlhf.dev/job", "rlhf.dev/role"
 PAUSE_SECONDS = 20.0  # of a SIGSTOP of what nothing watches, until its SIGCONT
-_PROCESS_SECONDS = 60.0  # how long a process is waited for that is being started again
+_PROCESS_SECONDS = 120.0  # how long a process is waited for that is being started again
 
 
 class Target(StrEnum):

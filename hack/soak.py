@@ -128,9 +128,14 @@ class Job:
 
     def remove(self) -> list[str]:
         """Delete it, and say what of it stays: pods, RayClusters, processes."""
-        self.kube.run("delete", "rlhfjob", self.name, "-n", NAMESPACE, "--wait=false")
         deadline = time.monotonic() + _GONE_SECONDS
-        while (left := self._left()) and time.monotonic() < deadline:
+        left = ["the RLHFJob"]
+        while left and time.monotonic() < deadline:
+            try:
+                self.api.delete(f"/apis/rlhf.dev/v1alpha1/namespaces/{NAMESPACE}/rlhfjobs/{self.name}")
+                left = self._left()
+            except ApiError as error:
+                left = [str(error)]
             time.sleep(1)
         return left
 
