@@ -72,7 +72,7 @@ def pods_of(cluster: Object) -> int:
 
 @dataclass
 class Seen:
-    """Of one job, by time.monotonic(): its RayCluster came, its status told so; what it has, its status last changed."""
+    """Of a job, by time.monotonic(): its RayCluster came, its status told so; what it has, its status last changed."""
 
     cluster: float | None = None
     known: float | None = None
