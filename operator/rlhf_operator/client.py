@@ -53,7 +53,10 @@ class Api(Protocol):
     async def apply(self, kind: Kind, namespace: str, body: Raw, *, status: bool = False) -> Raw:
         """Server-side apply by our field manager; with `status`, to the status subresource."""
 
-    async def delete(self, kind: Kind, namespace: str, name: str, uid: str) -> None:
+    async def merge(self, kind: Kind, namespace: str, name: str, body: Raw) -> Raw:
+        """JSON merge patch."""
+
+    async def delete(self, kind: Kind, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> None:
         """Of this very object: one that is gone, or has another uid, is no error."""
 
 
@@ -118,8 +121,12 @@ class DynamicApi:
         query = [("fieldManager", FIELD_MANAGER), ("force", "true"), ("fieldValidation", "Strict")]
         return await self._call("patch", kind, namespace, body["metadata"]["name"], body=body, query=query, tail="/status" if status else "")
 
-    async def delete(self, kind: Kind, namespace: str, name: str, uid: str) -> None:
-        body = {"preconditions": {"uid": uid}, "propagationPolicy": "Background"}
+    async def merge(self, kind: Kind, namespace: str, name: str, body: Raw) -> Raw:
+        return await self._call("patch", kind, namespace, name, body=body, content="application/merge-patch+json")
+
+    async def delete(self, kind: Kind, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> None:
+        grace = {} if grace_seconds is None else {"gracePeriodSeconds": grace_seconds}
+        body = {"preconditions": {"uid": uid}, "propagationPolicy": "Background", **grace}
         try:
             await self._call("delete", kind, namespace, name, body=body)
         except ApiError as error:
@@ -128,12 +135,12 @@ class DynamicApi:
 
     async def _call(
         self, verb: str, kind: Kind, namespace: str | None, name: str | None, *,
-        body: Raw | None = None, query: Query = (), tail: str = "",
+        body: Raw | None = None, query: Query = (), tail: str = "", content: str = "application/apply-patch+yaml",
     ) -> Raw:
         path = _resource(kind).path(name=name, namespace=namespace) + tail
         options: Raw = {"query_params": list(query), "header_params": {}, "_request_timeout": TIMEOUT_SECONDS, "serialize": False}
         if verb == "patch":
-            options["content_type"] = "application/apply-patch+yaml"
+            options["content_type"] = content
         if verb != "get":
             metrics.API_WRITES.labels(verb=verb, kind=kind.kind).inc()
         try:

@@ -15,7 +15,7 @@ from rlhf_operator.client import Api, ApiError, KindMissing
 from rlhf_operator.clock import stamp
 from rlhf_operator.decide import Note
 from rlhf_operator.kinds import EVENTS, JOBS, LOCAL_QUEUES, OF_KIND, PODS, RAYCLUSTERS, WORKLOADS
-from rlhf_operator.names import JOB_LABEL, WORKLOAD_UID_LABEL
+from rlhf_operator.names import FINALIZER, JOB_LABEL, WORKLOAD_UID_LABEL
 from rlhf_operator.observed import (
     Cluster,
     Complaint,
@@ -54,7 +54,7 @@ class ClusterIO:
     async def job(self, key: Key) -> Job | None:
         """None when it is gone or going: what it owns goes with it."""
         raw = await self.api.get(JOBS, *key)
-        if raw is None or raw["metadata"].get("deletionTimestamp"):
+        if raw is None or (raw["metadata"].get("deletionTimestamp") and FINALIZER not in raw["metadata"].get("finalizers", ())):
             return None
         return read_job(raw)
 
@@ -73,11 +73,13 @@ class ClusterIO:
         queue, complaints = await asyncio.gather(self._queue(job, clusters), self._complaints(job, clusters, pods))
         return Observed(clusters, pods, queue=queue, complaints=complaints)
 
-    async def perform(self, plan: Plan) -> Refusal | None:
+    async def perform(self, job: Job, plan: Plan) -> Refusal | None:
         """Every step may have been done before. The first refusal ends it; other errors are raised."""
+        if plan.finalizer:
+            await self._finalize(job, [*job.meta.finalizers, FINALIZER])
         for deletion in plan.delete:
             log.info("deleting %s %s/%s", deletion.kind, plan.namespace, deletion.name)
-            await self.api.delete(OF_KIND[deletion.kind], plan.namespace, deletion.name, deletion.uid)
+            await self.api.delete(OF_KIND[deletion.kind], plan.namespace, deletion.name, deletion.uid, deletion.grace_seconds)
         for body in (*plan.ensure, *plan.create):
             try:
                 await self._make(plan.namespace, body, update=body in plan.ensure)
@@ -85,7 +87,12 @@ class ClusterIO:
                 if error.status not in REFUSALS:
                     raise
                 return _refusal(body, error)
+        if plan.finalizer is False:
+            await self._finalize(job, [name for name in job.meta.finalizers if name != FINALIZER])
         return None
+
+    async def _finalize(self, job: Job, finalizers: list[str]) -> None:
+        await self.api.merge(JOBS, job.meta.namespace, job.meta.name, {"metadata": {"finalizers": finalizers}})
 
     async def write_status(self, job: Job, status: RLHFJobStatus) -> bool:
         """One server-side apply of everything but `progress`, and only if it says something new. True when written."""
@@ -124,7 +131,7 @@ class ClusterIO:
             raise ApiError(409, "NameConflict", "it exists and belongs to something else: rename the job or delete that object")
 
     async def _queue(self, job: Job, clusters: tuple[Cluster, ...]) -> Queue | None:
-        asked = job.parsed.spec.queue if job.parsed else None
+        asked = job.queue
         if asked is None:
             return None
         try:

@@ -23,7 +23,7 @@ class Kind:
 
 # get and list through the client; list and watch through kopf. `get` and `patch` on the status are also what the driver's
 # Role grants: nobody may grant what he does not hold.
-JOBS = Kind(GROUP, VERSION, PLURAL, KIND, ("get", "list", "watch", "delete"), ("get", "patch"))
+JOBS = Kind(GROUP, VERSION, PLURAL, KIND, ("get", "list", "watch", "patch", "delete"), ("get", "patch"))
 RAYCLUSTERS = Kind("ray.io", "v1", "rayclusters", "RayCluster", ("get", "list", "watch", "create", "delete"))
 PODS = Kind("", "v1", "pods", "Pod", ("list", "watch", "delete"))
 CONFIG_MAPS = Kind("", "v1", "configmaps", "ConfigMap", ("get", "create", "patch"))

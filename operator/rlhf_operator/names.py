@@ -7,6 +7,7 @@ ROLE_LABEL = f"{GROUP}/role"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 WORKLOAD_UID_LABEL = "kueue.x-k8s.io/job-uid"
 RAY_GROUP_LABEL = "ray.io/group"
+FINALIZER = f"{GROUP}/final-save"
 
 HEAD = "head"
 TRAINER = "trainer"

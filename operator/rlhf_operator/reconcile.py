@@ -33,7 +33,7 @@ async def reconcile(cluster: ClusterIO, key: Key, clock: Clock = utc_now) -> dat
     decision = decide(job, observed, clock())                              # 2
     planned = plan(job, decision.want)                                     # 3
     try:
-        refusal = await cluster.perform(planned)                           # 4
+        refusal = await cluster.perform(job, planned)                           # 4
         decision = refused(decision, refusal.reason, refusal.message) if refusal else decision
     except Exception as error:
         decision = troubled(decision, f"{type(error).__name__}: {error}")

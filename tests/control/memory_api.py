@@ -83,18 +83,30 @@ class MemoryApi:
             self._after(f"apply {kind.kind} {body['metadata']['name']}")
         return there
 
-    async def delete(self, kind: Kind, namespace: str, name: str, uid: str) -> None:
+    async def merge(self, kind: Kind, namespace: str, name: str, body: Raw) -> Raw:
+        self._before("patch", kind)
+        there = self.objects[(kind.plural, namespace, name)]
+        there["metadata"] |= _copy(body["metadata"])
+        if "deletionTimestamp" in there["metadata"] and not there["metadata"]["finalizers"]:
+            self.vanish(kind, there)
+        self._after(f"patch {kind.kind} {name}")
+        return there
+
+    async def delete(self, kind: Kind, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> None:
         self._before("delete", kind)
         there = self.objects.get((kind.plural, namespace, name))
         if there is None or there["metadata"]["uid"] != uid:
             return
-        self.vanish(kind, there)
-        self._after(f"delete {kind.kind} {name}")
+        if grace_seconds == 0:
+            self.remove(kind, name, namespace)
+        else:
+            self.vanish(kind, there)
+        self._after(f"{'kill' if grace_seconds == 0 else 'delete'} {kind.kind} {name}")
 
     def vanish(self, kind: Kind, raw: Raw) -> None:
         """As somebody else deletes it. Pods go when their grace period ends; everything else goes at once, and what it owns after it."""
-        if kind is PODS:
-            raw["metadata"]["deletionTimestamp"] = stamp(self.now)
+        if kind is PODS or raw["metadata"].get("finalizers"):
+            raw["metadata"].setdefault("deletionTimestamp", stamp(self.now))
             return
         self.remove(kind, raw["metadata"]["name"], raw["metadata"]["namespace"])
         for (plural, _, _), one in list(self.objects.items()):

@@ -22,6 +22,7 @@ class Deletion:
     kind: str
     name: str
     uid: str
+    grace_seconds: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,19 +33,21 @@ class Plan:
     ensure: tuple[Raw, ...] = ()
     create: tuple[Raw, ...] = ()
     delete: tuple[Deletion, ...] = ()
+    finalizer: bool | None = None
 
 
 def plan(job: Job, want: Want) -> Plan:
     delete = (
         *(Deletion("RayCluster", c.name, c.uid) for c in want.delete_clusters),
         *(Deletion("Pod", p.name, p.uid) for p in want.delete_pods),
+        *(Deletion("Pod", p.name, p.uid, grace_seconds=0) for p in want.kill_pods),
         *([Deletion(KIND, job.meta.name, job.meta.uid)] if want.delete_job else []),
     )
     if want.cluster is None or job.parsed is None:
-        return Plan(job.meta.namespace, delete=delete)
+        return Plan(job.meta.namespace, delete=delete, finalizer=want.finalizer)
     metadata = owned_metadata(job.parsed)
     ensure = (run_config(job.parsed, metadata), *access(job.parsed, metadata))
-    return Plan(job.meta.namespace, ensure, (raycluster(job.parsed, metadata, want.cluster),), delete)
+    return Plan(job.meta.namespace, ensure, (raycluster(job.parsed, metadata, want.cluster),), delete, want.finalizer)
 
 
 def owned_metadata(job: RLHFJob) -> Raw:
