@@ -11,11 +11,12 @@ import yaml
 
 from rlhf_api import GROUP, KIND, PLURAL, VERSION
 from rlhf_api.job import RLHFJobSpec
-from rlhf_api.rules import RULES, Rule, immutable
+from rlhf_api.kubernetes import FOREIGN
+from rlhf_api.rules import RULES, Rule, transitions
 from rlhf_api.status import RLHFJobStatus
 
 Schema = dict[str, Any]
-KEEP = ("type", "description", "enum", "default", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "pattern", "format", "required")
+KEEP = ("type", "description", "enum", "default", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "maxProperties", "pattern", "format", "required")
 # The API server's CEL cost estimate needs a bound on every string and list that a rule walks.
 STRING_MAX, LIST_MAX = 1024, 256
 
@@ -25,24 +26,25 @@ COLUMNS = (
     ("ETA", "string", ".status.progress.eta", 0), ("Restarts", "integer", ".status.restarts.total", 0),
     ("GPUs", "integer", ".status.gpus", 0), ("Age", "date", ".metadata.creationTimestamp", 0),
     ("Queue", "string", ".status.queue", 1), ("Cluster", "string", ".status.clusterName", 1),
-    ("Checkpoint", "string", ".status.progress.checkpoint.path", 1), ("Mode", "string", ".status.mode", 1),
+    ("Checkpoint", "string", ".status.progress.checkpoint.path", 1), ("Mode", "string", ".status.mode", 1), ("Goodput", "string", ".status.goodput", 1),
 )
 
 
-def structural(node: Schema, defs: Schema) -> Schema:
-    """One node of pydantic's schema as a node of a structural schema."""
+def structural(node: Schema, defs: Schema, ours: bool = True) -> Schema:
+    """One node of pydantic's schema as a node of a structural schema. Kubernetes' own types are not `ours`."""
     node = _resolve(node, defs)
-    out = {key: node[key] for key in KEEP if key in node and (node[key] is not None or key == "default")}
+    ours = ours and FOREIGN not in node
+    out = {key: node[key] for key in KEEP if key in node and node[key] is not None}
     out.update({key: value for key, value in node.items() if key.startswith("x-kubernetes-")})
     _bounds(node, out)
     if "properties" in node:
-        out["properties"] = {name: structural(child, defs) for name, child in node["properties"].items()}
+        out["properties"] = _properties(node, defs, ours)
         out["required"] = sorted(node.get("required", [])) or None
     elif node.get("type") == "object":
         _free(node, out, defs)
     if "items" in node:
-        out["items"] = structural(node["items"], defs)
-    return {key: value for key, value in out.items() if value is not None or key == "default"}
+        out["items"] = structural(node["items"], defs, ours)
+    return {key: value for key, value in out.items() if value is not None}
 
 
 def _resolve(node: Schema, defs: Schema) -> Schema:
@@ -78,28 +80,20 @@ def _free(node: Schema, out: Schema, defs: Schema) -> None:
         out["x-kubernetes-preserve-unknown-fields"] = True
 
 
-def _nested_defaults(node: Schema) -> None:
-    """An object whose fields all have defaults defaults to {}, so that the API server writes the inner ones; one that may be absent has none."""
-    for name, child in node.get("properties", {}).items():
-        _nested_defaults(child)
-        if child.get("type") == "object" and "properties" in child and "default" not in child \
-                and name not in node.get("required", []) and not child.get("required"):
-            child["default"] = {}
-        if child.get("default", ...) is None:
-            del child["default"]
-    if "items" in node:
-        _nested_defaults(node["items"])
+def _properties(node: Schema, defs: Schema, ours: bool) -> dict[str, Schema]:
+    """An object of ours whose fields all have defaults defaults to {}, so that the API server writes the inner ones; one that may be absent
+    (whose default is null) has none."""
+    out = {name: structural(child, defs, ours) for name, child in node["properties"].items()}
+    for name, child in node["properties"].items():
+        filled = out[name].get("type") == "object" and "properties" in out[name] and not out[name].get("required")
+        if ours and filled and not {"default", FOREIGN} & set(child) and name not in node.get("required", []):
+            out[name]["default"] = {}
+    return out
 
 
 def _schema(model: type[RLHFJobSpec] | type[RLHFJobStatus]) -> Schema:
     raw = model.model_json_schema(by_alias=True)
     return structural(raw, raw.get("$defs", {}))
-
-
-def _spec_schema() -> Schema:
-    schema = _schema(RLHFJobSpec)
-    _nested_defaults(schema)
-    return schema
 
 
 def _status_schema() -> Schema:
@@ -124,7 +118,7 @@ def _place(root: Schema, rule: Rule) -> None:
 
 
 def job_schema() -> Schema:
-    spec = _spec_schema()
+    spec = _schema(RLHFJobSpec)
     root: Schema = {
         "type": "object", "required": ["spec"],
         "description": "One RLHF training run.",
@@ -133,7 +127,7 @@ def job_schema() -> Schema:
             "spec": spec, "status": _status_schema(),
         },
     }
-    for rule in (*RULES, *immutable(list(spec["properties"]))):
+    for rule in (*RULES, *transitions(list(spec["properties"]))):
         _place(root, rule)
     return root
 

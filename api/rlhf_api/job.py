@@ -7,20 +7,45 @@ import re
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema, field_validator, model_validator
 from pydantic.alias_generators import to_camel
 
+from rlhf_api import kubernetes
 from rlhf_api.base import Model
 
 # Every number has a maximum: what is planned from a spec takes memory of the operator, which all jobs share.
 Gpus = Annotated[int, Field(ge=1, le=4096)]
+TensorParallel = Annotated[int, Field(ge=1, le=64)]
 PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Count = Annotated[int, Field(ge=0, le=1_000_000_000)]
+Seed = Annotated[int, Field(ge=0, le=2**53 - 1)]  # the largest that every JSON reader keeps
 Seconds = Annotated[int, Field(ge=1, le=315_360_000)]
+Deadline = Annotated[float, Field(gt=0, le=315_360_000)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e9)]
+Number = Annotated[float, Field(ge=-1e9, le=1e9)]
 Quantity = Annotated[str, Field(max_length=64, pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|Ei|k|M|G|T|P|E)?$")]
 Path = Annotated[str, Field(min_length=1, max_length=4096)]
 ModuleName = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-FreeObject = dict[str, Any]
+DEEPEST = 32
+
+
+def _shallow(free: dict[str, Any]) -> dict[str, Any]:
+    """What is nested without end cannot be written out again."""
+    level: list[Any] = [free]
+    for _ in range(DEEPEST):
+        level = [child for node in level if isinstance(node, dict | list) for child in (node.values() if isinstance(node, dict) else node)]
+    if any(isinstance(node, dict | list) for node in level):
+        raise ValueError(f"is nested too deeply: at most {DEEPEST} levels")
+    return free
+
+
+def _foreign(schema: kubernetes.Schema) -> WithJsonSchema:
+    return WithJsonSchema({kubernetes.FOREIGN: True, **kubernetes.outline(schema)})
+
+
+FreeObject = Annotated[dict[str, Any], AfterValidator(_shallow)]
+Resources = Annotated[FreeObject, _foreign(kubernetes.RESOURCES)]
 
 
 class PlacementMode(StrEnum):
@@ -36,7 +61,7 @@ class ModelSpec(Model):
 
 class LoRASpec(Model):
     rank: Annotated[int, Field(ge=1, le=512)] = Field(16, description="Rows of A and columns of B; the adapter adds alpha / rank * B A x to what its layer gives.")
-    alpha: Annotated[float, Field(gt=0)] = Field(32.0, description="Scale of the adapters, divided by rank.")
+    alpha: PositiveFloat = Field(32.0, description="Scale of the adapters, divided by rank.")
     target_modules: Annotated[tuple[ModuleName, ...], Field(min_length=1, max_length=64)] | None = Field(None, description="Last part of the names of the decoder's linear layers that get adapters, such as q_proj. Unset: all of them.")
 
 
@@ -68,19 +93,19 @@ class DynamicSamplingSpec(Model):
 
 
 class OverlongSpec(Model):
-    buffer_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="The last tokens before rollout.maxTokens, over which a completion's reward falls. 0: none.")
-    penalty: Annotated[float, Field(gt=0)] | None = Field(None, description="What a completion of rollout.maxTokens loses.")
+    buffer_tokens: Count | None = Field(None, description="The last tokens before rollout.maxTokens, over which a completion's reward falls. 0: none.")
+    penalty: PositiveFloat | None = Field(None, description="What a completion of rollout.maxTokens loses.")
 
 
 class CorrectionSpec(Model):
     """Of the difference between the engine that sampled and the trainer that learns; weights are exp(log pi_trainer - log pi_engine)."""
 
-    token_cap: Annotated[float, Field(ge=0)] | None = Field(None, description="Each token's loss is multiplied with its weight, at most this (truncated importance sampling). 0: not.")
+    token_cap: NonNegativeFloat | None = Field(None, description="Each token's loss is multiplied with its weight, at most this (truncated importance sampling). 0: not.")
     token_min: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Tokens of a lower weight are left out.")
-    token_max: Annotated[float, Field(ge=0)] | None = Field(None, description="Tokens of a higher weight are left out. 0: none.")
+    token_max: NonNegativeFloat | None = Field(None, description="Tokens of a higher weight are left out. 0: none.")
     sequence_min: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Sequences of a lower geometric mean weight are left out.")
-    sequence_max: Annotated[float, Field(ge=0)] | None = Field(None, description="Sequences of a higher geometric mean weight are left out. 0: none.")
-    alarm: Annotated[float, Field(gt=0)] | None = Field(None, description="A KL of engine from trainer above this, in nats a token, is warned of.")
+    sequence_max: NonNegativeFloat | None = Field(None, description="Sequences of a higher geometric mean weight are left out. 0: none.")
+    alarm: PositiveFloat | None = Field(None, description="A KL of engine from trainer above this, in nats a token, is warned of.")
 
 
 class AlgorithmSpec(Model):
@@ -89,7 +114,7 @@ class AlgorithmSpec(Model):
     name: Literal["ppo", "grpo", "rloo", "reinforce++", "reinforce++-baseline", "dr_grpo", "dapo", "gspo", "cispo"] = Field("grpo", description="The algorithm; docs/algorithms.md tells them apart.")
     clip_low: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Lower clip of the policy ratio: 1 - clipLow. Only cispo's may be 1, which is none.")
     clip_high: Annotated[float, Field(gt=0, lt=10)] | None = Field(None, description="Upper clip of the policy ratio: 1 + clipHigh.")
-    dual_clip: Annotated[float, Field(ge=0)] | None = Field(None, description="Upper clip of the policy ratio where the advantage is negative. 0: none.")
+    dual_clip: NonNegativeFloat | None = Field(None, description="Upper clip of the policy ratio where the advantage is negative. 0: none.")
     loss_aggregation: Literal["tokens", "sequences", "constant"] | None = Field(None, description="tokens: mean over all tokens. sequences: mean over sequences of each one's mean. constant: sum of tokens by samples x rollout.maxTokens.")
     advantage_normalization: Literal["none", "group", "batch"] | None = Field(None, description="Divide by the deviation of the prompt's group, or bring all tokens of the step to mean 0 and deviation 1.")
     value_clip: NonNegativeFloat | None = Field(None, description="ppo: the critic's values count at most this far from where they were. 0: no clip.")
@@ -131,15 +156,15 @@ class DataSpec(Model):
     system_prompt: str | None = Field(None, max_length=16384, description="System message put before every prompt (chat template only).")
     chat_template: bool = Field(True, description="Render prompts by the tokenizer's chat template, where it has one.")
     max_prompt_tokens: PositiveInt = Field(1024, description="A longer prompt is an error that names its row.")
-    seed: int = Field(0, ge=0, description="Seed of the shuffle of every epoch (and of reasoningGym's problems).")
+    seed: Seed = Field(0, description="Seed of the shuffle of every epoch (and of reasoningGym's problems).")
 
 
 class JudgeSpec(Model):
     model: Annotated[str, Field(min_length=1, max_length=256)] = Field(description="Name of the model that the server serves.")
     prompt: Annotated[str, Field(min_length=1, max_length=65536)] = Field(description="What the judge is asked, with {completion}, {prompt} and {column} of the row in it. Other braces stay as they are.")
     pattern: Annotated[str, Field(min_length=1, max_length=1024)] = Field(r"(?i)score[^\w-]{1,5}(-?\d+(?:\.\d+)?)", description="Regular expression of python whose one group is the score; the last match in the answer counts.")
-    low: float = Field(0.0, description="Lowest score, which is worth 0. A score outside of low to high is asked for again.")
-    high: float = Field(10.0, description="Highest score, which is worth 1.")
+    low: Number = Field(0.0, description="Lowest score, which is worth 0. A score outside of low to high is asked for again.")
+    high: Number = Field(10.0, description="Highest score, which is worth 1.")
     max_tokens: PositiveInt = Field(512, description="Most tokens of one answer.")
     api_key_env: str | None = Field(None, max_length=256, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="Variable of the trainer pods' environment (pods.trainer.env) that holds the server's key.")
 
@@ -158,7 +183,7 @@ class JudgeSpec(Model):
 class CriticSpec(Model):
     model: ModelSpec | None = Field(None, description="Where the critic's backbone starts; its value head starts at zero. Unset: spec.model.")
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="Learning rate of the critic's AdamW.")
-    warmup_steps: int = Field(0, ge=0, description="First steps in which the critic alone is trained.")
+    warmup_steps: Count = Field(0, description="First steps in which the critic alone is trained.")
     gpus: Gpus | None = Field(None, description="FSDP ranks with a GPU each of their own, in the trainer's pods. Unset: the critic shares the trainer's ranks.")
 
 
@@ -170,7 +195,7 @@ class ReferenceSpec(Model):
 class RewardSpec(Model):
     name: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")] = Field(description="Name in metrics; unique in the list.")
     type: Literal["python", "http", "judge", "model"] = Field(description="python: a function in a subprocess. http: a service. judge: a language model behind an OpenAI-compatible chat URL. model: a sequence-classification model with one label, on the trainer's GPUs.")
-    weight: float = Field(1.0, description="Factor of this reward in the sum.")
+    weight: Number = Field(1.0, description="Factor of this reward in the sum.")
     function: str | None = Field(None, max_length=512, description="python: module:function, importable in the image. Called as f(prompt=..., completion=..., **row) -> float.")
     code: str | None = Field(None, max_length=65536, description="python: source text that defines reward(prompt, completion, **row) -> float.")
     url: str | None = Field(None, max_length=2048, pattern=r"^https?://.+", description='http: POST {"samples": [{"prompt", "completion", ...row}]} -> {"rewards": [float, ...]}. judge: the whole URL of chat completions, such as http://judge:8000/v1/chat/completions.')
@@ -189,22 +214,22 @@ class EnvironmentSpec(Model):
     timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(30.0, description="Deadline of one reset or step. Past it the subprocess is killed, and the episodes in it begin again.")
     workers: Annotated[int, Field(ge=1, le=256)] = Field(2, description="Subprocesses beside each engine; each holds many episodes and runs one call at a time.")
     retries: Annotated[int, Field(ge=0, le=20)] = Field(2, description="Further tries of an episode whose environment failed, before the run stops with the environment's error.")
-    weight: float = Field(1.0, description="Factor of an episode's summed rewards, which are added to spec.rewards.")
+    weight: Number = Field(1.0, description="Factor of an episode's summed rewards, which are added to spec.rewards.")
 
 
 class RolloutSpec(Model):
     engine: Literal["vllm", "hf"] = Field("vllm", description="vllm: engines of their own. hf: the trainer's ranks generate by transformers' generate, slowly and without a weight sync: for debugging.")
     engines: Gpus = Field(1, description="Number of vLLM engines.")
     min_engines: Gpus = Field(1, description="Engines that must serve. While fewer do, the run waits for those that are started again; more than these may fail meanwhile.")
-    tensor_parallel_size: Gpus = Field(1, description="GPUs of one engine.")
+    tensor_parallel_size: TensorParallel = Field(1, description="GPUs of one engine.")
     prompts_per_step: PositiveInt = Field(64, description="Prompts drawn for one step.")
     samples_per_prompt: PositiveInt = Field(8, description="Completions of one prompt: the group that most algorithms compare within.")
     max_tokens: PositiveInt = Field(512, description="Most tokens of one completion, over all of its turns and observations.")
     temperature: Annotated[float, Field(gt=0, le=10)] = Field(1.0, description="Sampling temperature; the trainer's log probabilities use the same.")
-    seed: int | None = Field(None, ge=0, description="Gives every sample a seed of its own, so that a resumed run draws the same samples. It costs speed on GPU (vLLM then samples request by request). Unset: each engine has one stream of random numbers, from trainer.seed.")
+    seed: Seed | None = Field(None, description="Gives every sample a seed of its own, so that a resumed run draws the same samples. It costs speed on GPU (vLLM then samples request by request). Unset: each engine has one stream of random numbers, from trainer.seed.")
     staleness: Annotated[int, Field(ge=0, le=64)] = Field(0, description="Most steps between a sample's first token and its training. 0: generation and training take turns. More: they overlap, and the weights change under running requests; Separated only.")
     environment: EnvironmentSpec | None = Field(None, description="Multi-turn: a python class that answers the model's turns. Its observations are part of the completion, count in maxTokens, and have no loss.")
-    deadline_seconds: Annotated[float, Field(gt=0)] = Field(1800.0, description="Deadline of one call of an engine: of its share of a step, or of one prompt's completions when staleness is more than 0.")
+    deadline_seconds: Deadline = Field(1800.0, description="Deadline of one call of an engine: of its share of a step, or of one prompt's completions when staleness is more than 0.")
     engine_args: FreeObject = Field(default_factory=dict, description="Further vLLM engine arguments by their python names, such as max_model_len.")
 
 
@@ -212,9 +237,9 @@ class TrainerSpec(Model):
     gpus: Gpus = Field(1, description="FSDP ranks, one GPU (or fraction of one) each.")
     steps: PositiveInt = Field(description="Training steps; one step is one batch of promptsPerStep x samplesPerPrompt.")
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(1e-6, description="Learning rate of AdamW after the warm-up.")
-    warmup_steps: int = Field(0, ge=0, description="Optimizer updates of linear warm-up.")
+    warmup_steps: Count = Field(0, description="Optimizer updates of linear warm-up.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay.")
-    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="Gradient norm is clipped to this.")
+    max_grad_norm: PositiveFloat = Field(1.0, description="Gradient norm is clipped to this.")
     updates_per_step: PositiveInt = Field(1, description="Optimizer updates a step: the batch is split into as many parts.")
     context_parallel: Gpus = Field(1, description="FSDP ranks that share each sequence, for sequences whose activations one GPU cannot hold; a divisor of gpus and of the model's attention heads.")
     tokens_per_micro_batch: PositiveInt = Field(8192, description="Token budget of one packed micro-batch on one rank; one sequence may take more.")
@@ -222,7 +247,7 @@ class TrainerSpec(Model):
     batching: Literal["packed", "padded"] = Field("packed", description="packed: sequences end to end, without padding. padded: one a row, by the model's own attention, for models without variable-length attention; slower.")
     compile: bool = Field(False, description="torch.compile of every decoder layer: slower first steps, faster later ones.")
     offload: bool = Field(False, description="Parameters and optimizer state of a role lie in the host's memory while the role is not used.")
-    seed: int = Field(0, ge=0, description="Seed of the job.")
+    seed: Seed = Field(0, description="Seed of the job.")
 
 
 class Fractions(Model):
@@ -241,7 +266,7 @@ class WeightSyncSpec(Model):
     backend: Literal["auto", "nccl", "ipc", "shm", "gloo", "vllm-nccl", "vllm-ipc", "sharded_rdt"] = Field("auto", description="auto: with model.lora adapter; else on GPU ipc when Colocated and nccl when Separated; on CPU shm on one node and gloo on several. vllm-nccl, vllm-ipc and sharded_rdt are vLLM's own.")
     verify: bool = Field(True, description="Prove after the first sync, and every verifyEverySteps, that the engines hold the trainer's weights.")
     verify_every_steps: PositiveInt = Field(50, description="Steps between two proofs.")
-    deadline_seconds: Annotated[float, Field(gt=0)] = Field(300.0, description="Deadline of one sync. Past it the sync is tried again without the engines that died; if none did, the run stops and resumes from its checkpoint.")
+    deadline_seconds: Deadline = Field(300.0, description="Deadline of one sync. Past it the sync is tried again without the engines that died; if none did, the run stops and resumes from its checkpoint.")
 
 
 class ClaimSpec(Model):
@@ -295,7 +320,7 @@ class TelemetrySpec(Model):
     wandb: WandbSpec | None = Field(None, description="Log to Weights & Biases. The image must have the package wandb.")
     mlflow: MlflowSpec | None = Field(None, description="Log to MLflow. The image must have the package mlflow or mlflow-skinny.")
     prometheus_port: Annotated[int, Field(ge=1024, le=65535)] | None = Field(None, description="Serve the newest value of each metric at /metrics on this port of the first trainer pod.")
-    rollouts_every_steps: int = Field(10, ge=0, description="Steps between two that leave all their samples in <checkpoint.path>/rollouts/step-N.parquet, for rlhf_worker replay. 0: none.")
+    rollouts_every_steps: Count = Field(10, description="Steps between two that leave all their samples in <checkpoint.path>/rollouts/step-N.parquet, for rlhf_worker replay. 0: none.")
 
     def keeps_rollouts(self, step: int) -> bool:
         return self.rollouts_every_steps > 0 and step % self.rollouts_every_steps == 0
@@ -307,15 +332,15 @@ class CleanupSpec(Model):
 
 
 class RunPolicySpec(Model):
-    backoff_limit: int = Field(6, ge=0, description="Driver restarts without a finished step in between before the job fails.")
+    backoff_limit: Count = Field(6, description="Driver restarts without a finished step in between before the job fails.")
     active_deadline_seconds: Seconds | None = Field(None, description="Longest time from the first Running to the end; suspended time is not counted.")
     provisioning_deadline_seconds: Seconds = Field(3600, description="Longest time from the creation of the RayCluster to all of its pods ready; queued time is not counted.")
     reprovisioning_deadline_seconds: Seconds = Field(86400, description="Longest time that a run whose pods were ready once waits for lost ones to be ready again; queued time is not counted.")
     stall_timeout_seconds: Seconds = Field(3600, description="Longest time in which the run does not get further, by its own account (status.progress.activityTime), while Running.")
-    ttl_seconds_after_finished: int | None = Field(None, ge=0, description="Delete the RLHFJob this long after its end.")
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=315_360_000)] | None = Field(None, description="Delete the RLHFJob this long after its end.")
     cleanup: CleanupSpec = Field(default_factory=CleanupSpec, description="What becomes of the RayCluster at the end.")
     final_save: bool = Field(False, description="kubectl delete waits until the driver has finished its step and saved, at most finalSaveTimeoutSeconds. A namespace that is deleted waits for nothing.")
-    final_save_timeout_seconds: Seconds = Field(600, description="Longest time that finalSave holds a deletion back.")
+    final_save_timeout_seconds: Annotated[int, Field(ge=1, le=86400)] = Field(600, description="Longest time that finalSave holds a deletion back.")
 
 
 class QueueSpec(Model):
@@ -327,21 +352,26 @@ class PodOverrides(Model):
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="allow", frozen=True, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})
 
-    labels: dict[str, str] = Field(default_factory=dict, description="Labels of the pods.")
-    annotations: dict[str, str] = Field(default_factory=dict, description="Annotations of the pods.")
-    env: list[FreeObject] = Field(default_factory=list, max_length=256, description="Environment of Ray's container (and the driver's, in the head).")
-    env_from: list[FreeObject] = Field(default_factory=list, max_length=64, description="Environment from ConfigMaps and Secrets.")
-    volumes: list[FreeObject] = Field(default_factory=list, max_length=64, description="Volumes of the pods.")
-    volume_mounts: list[FreeObject] = Field(default_factory=list, max_length=64, description="Mounts in Ray's container (and the driver's, in the head).")
-    resources: FreeObject = Field(default_factory=dict, description="Requests and limits of Ray's container. GPUs are added by the operator.")
-    container_security_context: FreeObject = Field(default_factory=dict, description="Merged into the securityContext of each of the operator's containers, which meets the restricted Pod Security Standard. The pod's own is securityContext.")
+    labels: Annotated[dict[str, str], _foreign(kubernetes.LABELS)] = Field(default_factory=dict, description="Labels of the pods.")
+    annotations: Annotated[dict[str, str], _foreign(kubernetes.ANNOTATIONS)] = Field(default_factory=dict, description="Annotations of the pods.")
+    env: list[Annotated[FreeObject, _foreign(kubernetes.ENV_VAR)]] = Field(default_factory=list, max_length=256, description="Environment of Ray's container (and the driver's, in the head).")
+    env_from: list[Annotated[FreeObject, _foreign(kubernetes.ENV_FROM)]] = Field(default_factory=list, max_length=64, description="Environment from ConfigMaps and Secrets.")
+    volumes: list[Annotated[FreeObject, _foreign(kubernetes.VOLUME)]] = Field(default_factory=list, max_length=64, description="Volumes of the pods.")
+    volume_mounts: list[Annotated[FreeObject, _foreign(kubernetes.VOLUME_MOUNT)]] = Field(default_factory=list, max_length=64, description="Mounts in Ray's container (and the driver's, in the head).")
+    resources: Resources = Field(default_factory=dict, description="Requests and limits of Ray's container. GPUs are added by the operator.")
+    container_security_context: Annotated[FreeObject, _foreign(kubernetes.CONTAINER_SECURITY)] = Field(default_factory=dict, description="Merged into the securityContext of each of the operator's containers, which meets the restricted Pod Security Standard. The pod's own is securityContext.")
     ipc_lock: bool = Field(False, description="Give the containers the capability IPC_LOCK, which RDMA needs. The pod then no longer meets the restricted standard.")
+
+    @model_validator(mode="after")
+    def _shallow_rest(self) -> "PodOverrides":
+        _shallow(self.model_extra or {})
+        return self
 
 
 class DriverOverrides(Model):
     """Of the driver's container, in the head pod."""
 
-    resources: FreeObject = Field(default_factory=dict, description="Requests and limits. Unset requests are 100m of CPU and 512Mi.")
+    resources: Resources = Field(default_factory=dict, description="Requests and limits. Unset requests are 100m of CPU and 512Mi.")
 
 
 class PodsSpec(Model):
@@ -353,7 +383,7 @@ class PodsSpec(Model):
 
 class NetworkPolicySpec(Model):
     enabled: bool = Field(True, description="Make a NetworkPolicy that lets only the job's own pods, the operator and allowFrom reach the job's pods.")
-    allow_from: list[FreeObject] = Field(default_factory=list, max_length=64, description="NetworkPolicyPeers that may reach the job's pods too, such as a namespaceSelector of Prometheus.")
+    allow_from: list[Annotated[FreeObject, _foreign(kubernetes.NETWORK_PEER)]] = Field(default_factory=list, max_length=64, description="NetworkPolicyPeers that may reach the job's pods too, such as a namespaceSelector of Prometheus.")
 
 
 class RLHFJobSpec(Model):

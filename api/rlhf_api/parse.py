@@ -39,7 +39,7 @@ def parse_job(raw: Raw) -> RLHFJob:
     read = parse_lenient(raw)
     unknown = [f"{path}: unknown field: remove it or correct its name" for path in read.ignored]
     if read.job is None or unknown or read.problems:
-        raise InvalidJob([*unknown, *read.problems])
+        raise InvalidJob([*read.problems, *unknown])
     return read.job
 
 

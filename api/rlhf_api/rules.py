@@ -10,13 +10,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rlhf_api.algorithms import OWN, UNGROUPED
-from rlhf_api.job import AlgorithmSpec, DataSpec, EvaluationSpec, PlacementMode, RewardSpec, RLHFJob
+from rlhf_api.job import AlgorithmSpec, CheckpointSpec, DataSpec, EvaluationSpec, PlacementMode, RewardSpec, RLHFJob
 from rlhf_api.placement import own_gpus
 
 NAME_PATTERN = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
 NAME_MAX = 40
-# Fields that may change while the job lives. Everything else would need another RayCluster, or another run.
-MUTABLE = ("runPolicy", "suspend", "pods")
+# What may change while the job lives: these always, all others while it is suspended, for they need another RayCluster...
+MUTABLE = ("runPolicy", "suspend", "pods", "networkPolicy", "checkpoint.ephemeral")
+# ...but for these, of which the run and its checkpoints are made.
+NEVER = ("model", "algorithm", "data", "checkpoint.path", "checkpoint.claim", "critic.model", "reference.model")
+MOST_GPUS = 8192
+RESOURCE_PATTERN = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+# Of checkpoint.path: a URL of another filesystem; a directory; a directory that none can be mounted at.
+URL_PATTERN, DIRECTORY_PATTERN, NO_DIRECTORY_PATTERN = "^[a-z][a-z0-9+.-]*://", "^(file://)?/[^:]*$", "^(file://)?[/.]*$|/[.][.](/|$)"
 IN_REWARD = tuple(name for name, own in OWN.items() if own.get("kl", {}).get("place") == "reward")
 SOURCES = ("jsonl", "parquet", "dataset", "reasoning_gym")
 
@@ -238,6 +244,53 @@ def _buffer(job: RLHFJob) -> Iterator[str]:
         yield f"{job.spec.algorithm.overlong.buffer_tokens} > {job.spec.rollout.max_tokens}"
 
 
+def _all_gpus(job: RLHFJob) -> Iterator[str]:
+    spec = job.spec
+    gpus = spec.trainer.gpus + sum(own_gpus(spec).values())
+    if spec.placement.mode is PlacementMode.SEPARATED:
+        gpus += spec.rollout.engines * spec.rollout.tensor_parallel_size
+    if gpus > MOST_GPUS:
+        yield f"they are {gpus}"
+
+
+def _resource_name(job: RLHFJob) -> Iterator[str]:
+    name = job.spec.placement.resource_name
+    if not re.search(RESOURCE_PATTERN, name) or name.endswith("\n") or "kubernetes.io/" in name or name.startswith("requests."):
+        yield f"it is {name!r}"
+
+
+def _path(job: RLHFJob) -> Iterator[str]:
+    path = job.spec.checkpoint.path
+    if re.search(URL_PATTERN, path) and not path.startswith("file:"):
+        return
+    if not re.fullmatch(DIRECTORY_PATTERN, path, re.DOTALL) or re.search(NO_DIRECTORY_PATTERN, path):
+        yield f"it is {path!r}"
+
+
+def _claimed_path(job: RLHFJob) -> Iterator[str]:
+    if job.spec.checkpoint.claim is not None and job.spec.checkpoint.directory is None:
+        yield f"path is {job.spec.checkpoint.path}"
+
+
+def _shared_claim(job: RLHFJob) -> Iterator[str]:
+    claim, node = job.spec.checkpoint.claim, job.spec.placement.gpus_per_node
+    gpus = job.spec.trainer.gpus + sum(own_gpus(job.spec).values())
+    if claim is not None and claim.access_mode != "ReadWriteMany" and gpus > node:
+        yield f"{gpus} GPUs, {node} a pod, accessMode is {claim.access_mode}"
+
+
+def _lasting(job: RLHFJob) -> Iterator[str]:
+    checkpoint = job.spec.checkpoint
+    if checkpoint.ephemeral and (checkpoint.claim is not None or checkpoint.directory is None):
+        yield "there is a claim" if checkpoint.claim else f"path is {checkpoint.path}"
+
+
+def _saved_for_nothing(job: RLHFJob) -> Iterator[str]:
+    claim = job.spec.checkpoint.claim
+    if job.spec.run_policy.final_save and claim is not None and claim.on_delete == "Delete":
+        yield "claim.onDelete is Delete"
+
+
 def _name(job: RLHFJob) -> Iterator[str]:
     if len(job.metadata.name) > NAME_MAX or not re.fullmatch(NAME_PATTERN, job.metadata.name):
         yield f"it is {job.metadata.name!r} with {len(job.metadata.name)} characters"
@@ -246,8 +299,6 @@ def _name(job: RLHFJob) -> Iterator[str]:
 COLOCATED = "self.placement.mode != 'Colocated' || "
 EACH_TRAINER_GPUS = ", ".join(["self.trainer.gpus", *(f"has(self.{role}) && has(self.{role}.gpus) ? self.{role}.gpus : 0" for role in ("critic", "reference"))])
 TRAINER_GPUS = f"[{EACH_TRAINER_GPUS}].sum() + self.rewards.map(r, has(r.gpus) ? r.gpus : 0).sum()"
-SEPARATED = "self.placement.mode != 'Separated' || "
-
 RULES = (
     Rule("", f"self.metadata.name.size() <= {NAME_MAX} && self.metadata.name.matches('{NAME_PATTERN}')",
          f"must start with a letter and have at most {NAME_MAX} characters of a-z, 0-9 and -: names of pods and Services are made from it", "metadata.name", _name),
@@ -316,6 +367,21 @@ RULES = (
          "k1 has no gradient in expectation as a loss: use k2 or k3, or set kl.place to reward", "algorithm.kl.estimator", _algorithm(_kl_in_loss)),
     Rule("spec.algorithm.kl", "(!has(self.target) || self.target == 0.0 || self.coefficient > 0.0) && (!has(self.horizon) || has(self.target) && self.target > 0.0)",
          "target needs a coefficient to begin with, and horizon a target: set them, or remove it", "algorithm.kl.target", _algorithm(_adapts_nothing)),
+    Rule("spec", f"[{TRAINER_GPUS}].all(gpus, gpus + (self.placement.mode == 'Separated' ? self.rollout.engines * self.rollout.tensorParallelSize : 0) <= {MOST_GPUS})",
+         f"a run has at most {MOST_GPUS} GPUs: lower trainer.gpus, rollout.engines or the gpus of critic, reference and rewards", "trainer.gpus", _all_gpus),
+    Rule("spec.placement", f"self.resourceName.matches('{RESOURCE_PATTERN}') && !self.resourceName.contains('kubernetes.io/') && !self.resourceName.startsWith('requests.')",
+         "must be an extended resource of a device plugin, such as nvidia.com/gpu: cpu, memory and what else Kubernetes counts itself are no GPUs", "placement.resourceName", _resource_name),
+    Rule("spec.checkpoint", f"self.path.matches('{URL_PATTERN}') && !self.path.startsWith('file:')"
+         f" || self.path.matches('{DIRECTORY_PATTERN}') && !self.path.matches('{NO_DIRECTORY_PATTERN}')",
+         "a directory is absolute, not the root, and has no .. and no colon: correct it", "checkpoint.path", _path),
+    Rule("spec.checkpoint", "!has(self.claim) || self.path.startsWith('/') || self.path.startsWith('file:')",
+         "a claim is mounted, and a URL is no directory: remove claim, or make path a directory", "checkpoint.claim", _claimed_path),
+    Rule("spec", f"!has(self.checkpoint.claim) || self.checkpoint.claim.accessMode == 'ReadWriteMany' || [{TRAINER_GPUS}].all(gpus, gpus <= self.placement.gpusPerNode)",
+         "several trainer pods save, and each must mount the claim: set accessMode to ReadWriteMany, or lower trainer.gpus to one pod's", "checkpoint.claim.accessMode", _shared_claim),
+    Rule("spec.checkpoint", "!self.ephemeral || !has(self.claim) && (self.path.startsWith('/') || self.path.startsWith('file:'))",
+         "it says that the checkpoints die with the trainer's pod, and here they do not: remove it, or the claim or URL", "checkpoint.ephemeral", _lasting),
+    Rule("spec", "!self.runPolicy.finalSave || !has(self.checkpoint.claim) || self.checkpoint.claim.onDelete == 'Keep'",
+         "a deletion would wait for a save and then delete it: set checkpoint.claim.onDelete to Keep, or finalSave to false", "runPolicy.finalSave", _saved_for_nothing),
     Rule("spec.data", "[has(self.jsonl), has(self.parquet), has(self.dataset), has(self.reasoningGym)].filter(x, x).size() == 1",
          "set exactly one of jsonl, parquet, dataset and reasoningGym", "data", _train_source),
     Rule("spec.rewards", "self.all(r, self.exists_one(other, other.name == r.name))", "names must be unique", "rewards", lambda job: _unique([r.name for r in job.spec.rewards])),
@@ -336,13 +402,37 @@ RULES = (
 )
 
 
-def immutable(fields: list[str]) -> list[Rule]:
-    """One transition rule a spec field that has no `MUTABLE` entry; absent fields may neither appear nor vanish."""
-    return [
-        Rule("spec", f"has(self.{f}) == has(oldSelf.{f}) && (!has(self.{f}) || self.{f} == oldSelf.{f})",
-             f"{f} cannot change while the job lives: delete the RLHFJob and create it anew", f)
-        for f in fields if f not in MUTABLE
-    ]
+def transitions(fields: list[str]) -> list[Rule]:
+    """The rules of what may change, for the fields of the spec."""
+    alone = [field for field in fields if field not in (*MUTABLE, *NEVER, "checkpoint")]
+    kept = Rule("spec", "self.rewards.size() == oldSelf.rewards.size() && self.rewards.all(r, oldSelf.rewards.exists(o, o.name == r.name && o.type == r.type))",
+                "rewards keep their names and types while the job lives, for metrics go by them: change their other fields while it is suspended,"
+                " or delete the RLHFJob and create it anew", "rewards")
+    return [*(_never(path) for path in NEVER), kept, *(_suspended(field, [field]) for field in alone), _suspended("checkpoint", _checkpoint_fields())]
+
+
+def _checkpoint_fields() -> list[str]:
+    paths = [f"checkpoint.{field.alias}" for field in CheckpointSpec.model_fields.values()]
+    return [path for path in paths if path not in (*MUTABLE, *NEVER)]
+
+
+def _never(path: str) -> Rule:
+    return Rule("spec", _same(path), f"{path} can never change, for the run and its checkpoints are made of it: delete the RLHFJob and create it anew", path)
+
+
+def _suspended(field: str, paths: list[str]) -> Rule:
+    message = f"{field} can change only while the job is suspended: set suspend to true first, in an edit of its own"
+    return Rule("spec", f"oldSelf.suspend || {' && '.join(map(_same, paths))}", message, field)
+
+
+def _same(path: str) -> str:
+    """Absent fields may neither appear nor vanish."""
+    return f"({_has('self', path)}) == ({_has('oldSelf', path)}) && (!({_has('self', path)}) || self.{path} == oldSelf.{path})"
+
+
+def _has(root: str, path: str) -> str:
+    parts = path.split(".")
+    return " && ".join(f"has({root}.{'.'.join(parts[:end])})" for end in range(1, len(parts) + 1))
 
 
 def violations(job: RLHFJob) -> list[str]:

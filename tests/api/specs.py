@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-from rlhf_api.rules import RULES, Rule
+from rlhf_api.rules import MOST_GPUS, RULES, Rule
 
 Object = dict[str, Any]
 
@@ -45,7 +45,6 @@ def rule(cel_part: str) -> Rule:
     return found
 
 
-
 def without(node: Object, key: str) -> Object:
     return {name: value for name, value in node.items() if name != key}
 
@@ -70,8 +69,8 @@ BROKEN: list[tuple[str, Object]] = [
     ("self.rollout.minEngines", a_job(rollout__minEngines=2)),
     ("fractions", a_job(placement__fractions={"trainer": 0.6, "rollout": 0.5})),
     ("self.rollout.tensorParallelSize <=", a_job(placement__gpusPerNode=2, rollout__tensorParallelSize=4, trainer__gpus=4)),
-    ("gpus <= self.placement.gpusPerNode", a_job(placement__mode="Separated", placement__gpusPerNode=4, trainer__gpus=6)),
-    ("gpus <= self.placement.gpusPerNode", a_job(placement__gpusPerNode=4, trainer__gpus=4, rollout__engines=4, rewards=[{**MODEL, "gpus": 2}])),
+    ("gpus % self.placement.gpusPerNode", a_job(placement__mode="Separated", placement__gpusPerNode=4, trainer__gpus=6)),
+    ("gpus % self.placement.gpusPerNode", a_job(placement__gpusPerNode=4, trainer__gpus=4, rollout__engines=4, rewards=[{**MODEL, "gpus": 2}])),
     ("self.rollout.engines <=", a_job(placement__mode="Separated", placement__gpusPerNode=4, rollout__engines=5)),
     ("self.rollout.engines <=", a_job(placement__gpusPerNode=4, rollout__engines=4, rollout__tensorParallelSize=3, trainer__gpus=12)),
     ("gpus % self.trainer.contextParallel", a_job(trainer__gpus=3, rollout__engines=3, trainer__contextParallel=2)),
@@ -122,23 +121,63 @@ BROKEN: list[tuple[str, Object]] = [
     ("has(self.data.jsonl)", a_job(evaluation=[{**EVALUATION, "data": {}}])),
     ("has(self.data.jsonl)", a_job(evaluation=[{**EVALUATION, "data": {**EVALUATION["data"], "parquet": {"path": "/p"}}}])),
     ("self.samples == 1", a_job(evaluation=[{**EVALUATION, "samples": 2}])),
+    (f"<= {MOST_GPUS})", a_job(placement__mode="Separated", rollout__engines=4096, rollout__tensorParallelSize=2, trainer__gpus=8, rollout__promptsPerStep=10)),
+    (f"<= {MOST_GPUS})", a_job(trainer__gpus=4096, rollout__engines=4096, rollout__promptsPerStep=4096, rewards=[{**MODEL, "gpus": 4096}, {**MODEL, "name": "b", "gpus": 4096}])),
+    *(("self.resourceName.matches", a_job(placement__resourceName=name)) for name in
+      ("cpu", "memory", "ephemeral-storage", "hugepages-2Mi", "pods", "storage", "kubernetes.io/gpu", "requests.nvidia.com/gpu", "nvidia.com/", "/gpu", "a/b/c")),
+    *(("self.path.matches", a_job(checkpoint__path=path)) for path in ("//", "/.", "file:///", "/a/../b", "/a/..", "/a:b", "file://relative")),
+    ("!has(self.claim) ||", a_job(checkpoint={"path": "s3://bucket/run", "claim": {"size": "1Gi"}})),
+    ("self.checkpoint.claim.accessMode", a_job(checkpoint__claim={"size": "1Gi"}, trainer__gpus=4, rollout__engines=4, placement__gpusPerNode=2)),
+    ("self.checkpoint.claim.accessMode", a_job(checkpoint__claim={"size": "1Gi", "accessMode": "ReadWriteOncePod"}, rewards=[{**MODEL, "gpus": 1}], placement__gpusPerNode=1)),
+    ("!self.ephemeral", a_job(checkpoint={"claim": {"size": "1Gi"}, "ephemeral": True})),
+    ("!self.ephemeral", a_job(checkpoint={"path": "s3://bucket/run", "ephemeral": True})),
+    ("self.runPolicy.finalSave", a_job(checkpoint__claim={"size": "1Gi", "onDelete": "Delete"}, runPolicy__finalSave=True)),
 ]
 
-# (a changed field of a living job, its new value): each refused by a transition rule.
+# A living job for the edits below: it may have a critic and a reference.
+LIVING: Object = {"algorithm": {"name": "ppo", "kl": {"coefficient": 0.1}}}
+# (a changed field, its new value): each refused while the job lives,
 FROZEN: list[tuple[str, Any]] = [
-    ("image", "rlhf-worker:other"),
     ("model", {"path": "another/model"}),
-    ("algorithm", {"clipHigh": 0.3}),
+    ("model", {"path": "some/model", "lora": {}}),
+    ("algorithm", {"name": "ppo", "kl": {"coefficient": 0.2}}),
     ("data", {"jsonl": {"path": "/data/other.jsonl"}}),
+    ("checkpoint.path", "/elsewhere"),
+    ("checkpoint.claim", {"size": "1Gi"}),
+    ("critic.model", {"path": "/other"}),
+    ("reference.model", {"path": "/other"}),
     ("rewards", [{**PYTHON, "name": "other"}]),
+    ("rewards", [{"name": "exact", "type": "http", "url": "http://reward/"}]),
+    ("rewards", [{**PYTHON, "name": "exact"}, {**PYTHON, "name": "other"}]),
+]
+# refused while it is not suspended,
+HELD: list[tuple[str, Any]] = [
+    ("image", "rlhf-worker:other"),
+    ("imagePullPolicy", "Always"),
+    ("rewards", [{**PYTHON, "name": "exact", "weight": 2}]),
     ("rollout", {"engineArgs": {"max_model_len": 512}}),
     ("trainer", {"steps": 11}),
     ("placement", {"mode": "Separated"}),
     ("weightSync", {"verify": False}),
     ("checkpoint", {"everySteps": 1}),
+    ("checkpoint", {"keep": 1}),
+    ("checkpoint", {"export": False}),
     ("evaluation", [EVALUATION]),
     ("telemetry", {"rolloutsEverySteps": 1}),
     ("critic", {"warmupSteps": 1}),
-    ("reference", {"model": {"path": "/other"}}),
+    ("reference", {}),
     ("queue", {"name": "team-a"}),
 ]
+# and taken at any time.
+FREE: list[tuple[str, Any]] = [
+    ("suspend", True),
+    ("runPolicy", {"backoffLimit": 0}),
+    ("pods", {"trainer": {"nodeSelector": {"pool": "a"}}}),
+    ("networkPolicy", {"enabled": False}),
+    ("checkpoint.ephemeral", True),
+]
+
+
+def edited(field: str, value: Any, **changes: Any) -> Object:
+    """The living job with this field changed."""
+    return a_job(**{**LIVING, **changes, field.replace(".", "__"): value})

@@ -4,9 +4,12 @@ from typing import Any
 
 import pytest
 
-from rlhf_api.job import RLHFJob, RLHFJobSpec
-from rlhf_api.rules import MUTABLE, RULES, immutable, violations
-from tests.api.specs import BROKEN, FROZEN, a_job, rule
+from rlhf_api.crd import job_schema
+from rlhf_api.job import RLHFJob
+from rlhf_api.rules import MUTABLE, NEVER, RULES, transitions, violations
+from tests.api.cel import allows
+from tests.api.schema import fill_defaults
+from tests.api.specs import BROKEN, FREE, FROZEN, HELD, LIVING, a_job, edited, rule
 
 
 def parsed(raw: dict[str, Any]) -> RLHFJob:
@@ -64,8 +67,46 @@ def test_two_broken_rules_are_both_told() -> None:
     assert [c.split(":")[0] for c in complaints] == ["metadata.name", "spec.weightSync.backend"]
 
 
-def test_a_transition_rule_for_each_frozen_field_and_no_other() -> None:
-    fields = [str(field.alias) for field in RLHFJobSpec.model_fields.values()]
-    assert {one.field for one in immutable(fields)} == set(fields) - set(MUTABLE)
-    assert {field for field, _ in FROZEN} | {"imagePullPolicy"} == set(fields) - set(MUTABLE)
-    assert all("oldSelf" in one.cel and one.check is None for one in immutable(fields))
+SPEC = job_schema()["properties"]["spec"]
+FIELDS = list(SPEC["properties"])
+
+
+def refusals(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    before, after = (fill_defaults(SPEC, job["spec"]) for job in (old, new))
+    return [rule.message for rule in transitions(FIELDS) if not allows(rule.cel, before, after)]
+
+
+def test_every_field_of_the_spec_has_its_kind_of_edit() -> None:
+    assert {field.split(".")[0] for field, _ in (*FROZEN, *HELD, *FREE)} == set(FIELDS)
+    assert set(NEVER) <= {field for field, _ in FROZEN} >= {rule.field for rule in transitions(FIELDS) if "can never" in rule.message}
+    assert {rule.field for rule in transitions(FIELDS) if "oldSelf.suspend" in rule.cel} == {field for field, _ in HELD}
+    assert set(MUTABLE) == {field for field, _ in FREE}
+
+
+@pytest.mark.parametrize(("field", "value"), FROZEN, ids=[field for field, _ in FROZEN])
+@pytest.mark.parametrize("suspend", [True, False], ids=["suspended", "running"])
+def test_what_a_run_is_made_of_never_changes(field: str, value: Any, suspend: bool) -> None:
+    found = refusals(a_job(**LIVING, suspend=suspend), edited(field, value, suspend=suspend))
+    (message,) = [text for text in found if "delete the RLHFJob and create it anew" in text]
+    assert message.startswith(field)
+
+
+@pytest.mark.parametrize(("field", "value"), HELD, ids=[field for field, _ in HELD])
+def test_what_changes_only_while_the_job_is_suspended(field: str, value: Any) -> None:
+    assert refusals(a_job(**LIVING, suspend=True), edited(field, value, suspend=True)) == []
+    assert refusals(a_job(**LIVING, suspend=True), edited(field, value)) == [], "the edit may resume it"
+    for new in (edited(field, value), edited(field, value, suspend=True)):
+        (message,) = refusals(a_job(**LIVING), new)
+        assert message == f"{field} can change only while the job is suspended: set suspend to true first, in an edit of its own"
+
+
+@pytest.mark.parametrize(("field", "value"), FREE, ids=[field for field, _ in FREE])
+def test_what_changes_at_any_time(field: str, value: Any) -> None:
+    assert refusals(a_job(**LIVING), edited(field, value)) == []
+
+
+def test_an_optional_part_may_neither_appear_nor_vanish_in_a_running_job() -> None:
+    with_queue = a_job(**LIVING, queue={"name": "a"})
+    assert len(refusals(a_job(**LIVING), with_queue)) == len(refusals(with_queue, a_job(**LIVING))) == 1
+    with_model = a_job(**LIVING, suspend=True, critic={"model": {"path": "/m"}})
+    assert len(refusals(with_model, a_job(**LIVING, suspend=True))) == 1

@@ -6,7 +6,7 @@ import pytest
 
 from hack.kubectl import Kube, Refused
 from rlhf_api.progress import DRIVER_FIELD_MANAGER
-from tests.api.specs import BROKEN, FROZEN, a_job, rule
+from tests.api.specs import BROKEN, FREE, FROZEN, HELD, LIVING, a_job, edited, rule
 
 pytestmark = pytest.mark.cluster
 
@@ -43,11 +43,27 @@ def test_the_schema_names_the_field(operator: Kube, namespace: str, changes: dic
 
 
 @pytest.mark.parametrize(("field", "value"), FROZEN, ids=[field for field, _ in FROZEN])
-def test_a_living_job_is_immutable(operator: Kube, namespace: str, field: str, value: Any) -> None:
-    put(operator, namespace, a_job(suspend=True))
+def test_what_a_run_is_made_of_never_changes(operator: Kube, namespace: str, field: str, value: Any) -> None:
+    put(operator, namespace, a_job(**LIVING, suspend=True))
     with pytest.raises(Refused) as refused:
-        put(operator, namespace, a_job(suspend=True, **{field: value}), "--dry-run=server")
-    assert f"{field} cannot change while the job lives" in str(refused.value)
+        put(operator, namespace, edited(field, value, suspend=True), "--dry-run=server")
+    assert f"{field} can never change" in str(refused.value) or "rewards keep their names and types" in str(refused.value)
+
+
+@pytest.mark.parametrize(("field", "value"), HELD, ids=[field for field, _ in HELD])
+def test_what_changes_only_while_the_job_is_suspended(operator: Kube, namespace: str, field: str, value: Any) -> None:
+    put(operator, namespace, a_job(**LIVING, suspend=True))
+    put(operator, namespace, edited(field, value), "--dry-run=server")
+    put(operator, namespace, a_job(**LIVING, image="no-such-image:ever", imagePullPolicy="Never"))
+    with pytest.raises(Refused) as refused:
+        put(operator, namespace, edited(field, value), "--dry-run=server")
+    assert f"{field} can change only while the job is suspended" in str(refused.value)
+
+
+@pytest.mark.parametrize(("field", "value"), FREE, ids=[field for field, _ in FREE])
+def test_what_changes_at_any_time(operator: Kube, namespace: str, field: str, value: Any) -> None:
+    put(operator, namespace, a_job(**LIVING, image="no-such-image:ever", imagePullPolicy="Never"))
+    put(operator, namespace, edited(field, value, image="no-such-image:ever", imagePullPolicy="Never"), "--dry-run=server")
 
 
 def test_defaults_are_visible_and_overrides_keep_unknown_fields(operator: Kube, namespace: str) -> None:
@@ -72,7 +88,7 @@ def test_columns(operator: Kube, namespace: str) -> None:
     narrow = operator.run("get", "rlhfjobs", "-n", namespace).splitlines()[0].split()
     assert narrow == ["NAME", "PHASE", "REASON", "STEP", "REWARD", "TOK/S", "ETA", "RESTARTS", "GPUS", "AGE"]
     wide = operator.run("get", "rlhf", "-n", namespace, "-o", "wide").splitlines()[0].split()
-    assert wide[len(narrow) :] == ["QUEUE", "CLUSTER", "CHECKPOINT", "MODE"]
+    assert wide[len(narrow) :] == ["QUEUE", "CLUSTER", "CHECKPOINT", "MODE", "GOODPUT"]
     assert "rlhfjob.rlhf.dev/sample" in operator.run("get", "all", "-n", namespace, "-o", "name")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hack.cluster.kube import ApiError, Object
-from hack.cluster.kuberay_standin import checks, controller, names, objects, pods, quantities, status
+from hack.cluster.kuberay_standin import checks, controller, names, objects, pods, status
 
 KEY = ("team", "demo")
 
@@ -174,18 +174,6 @@ def test_template_labels_do_not_override_what_selects() -> None:
 )
 def test_gpu_names_are_those_kuberay_sees(resource: str, seen: bool) -> None:
     assert pods.is_gpu(resource) is seen
-
-
-@pytest.mark.parametrize(
-    ("quantity", "value"), [("500m", 1), ("1500m", 2), ("2", 2), ("1Gi", 1 << 30), ("1e3", 1000), (3, 3), ("128M", 128_000_000)]
-)
-def test_quantities(quantity: str | int, value: int) -> None:
-    assert quantities.whole(quantity) == value
-
-
-def test_bad_quantity_is_refused() -> None:
-    with pytest.raises(ValueError, match="not a quantity"):
-        quantities.parse("lots")
 
 
 def test_service_exposes_only_declared_ports_and_metrics() -> None:

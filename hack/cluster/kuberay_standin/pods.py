@@ -8,7 +8,8 @@ from copy import deepcopy
 from typing import Any
 
 from hack.cluster.kube import Object
-from hack.cluster.kuberay_standin import names, quantities
+from hack.cluster.kuberay_standin import names
+from rlhf_api.quantity import parse, whole
 
 _PROBES = {
     "livenessProbe": {"initialDelaySeconds": 30, "periodSeconds": 5, "successThreshold": 1, "failureThreshold": 120},
@@ -103,13 +104,13 @@ def _complete_params(params: dict[str, str], group: dict[str, Any], resources: d
         params["labels"] = ",".join(f"{key}={value}" for key, value in sorted(group["labels"].items()))
     limits, requests = resources.get("limits") or {}, resources.get("requests") or {}
     cpu = limits.get("cpu") or requests.get("cpu")
-    if cpu and quantities.parse(cpu):
-        params.setdefault("num-cpus", str(quantities.whole(cpu)))
+    if cpu and parse(cpu):
+        params.setdefault("num-cpus", str(whole(cpu)))
     if limits.get("memory"):
-        params.setdefault("memory", str(quantities.whole(limits["memory"])))
+        params.setdefault("memory", str(whole(limits["memory"])))
     for key in sorted(limits):
-        if is_gpu(key) and quantities.parse(limits[key]):
-            params.setdefault("num-gpus", str(quantities.whole(limits[key])))
+        if is_gpu(key) and parse(limits[key]):
+            params.setdefault("num-gpus", str(whole(limits[key])))
 
 
 def _declared_resources(params: dict[str, str], declared: dict[str, str]) -> None:
@@ -117,11 +118,11 @@ def _declared_resources(params: dict[str, str], declared: dict[str, str]) -> Non
     custom = {}
     for key, value in declared.items():
         if key.lower() in ("cpu", "memory"):
-            params["num-cpus" if key.lower() == "cpu" else "memory"] = str(quantities.whole(value))
+            params["num-cpus" if key.lower() == "cpu" else "memory"] = str(whole(value))
         elif is_gpu(key.lower()):
-            params["num-gpus"] = str(quantities.whole(value))
+            params["num-gpus"] = str(whole(value))
         else:
-            custom[key] = float(quantities.parse(value))
+            custom[key] = float(parse(value))
     if custom:
         params["resources"] = f"'{json.dumps(custom)}'"
 

@@ -9,6 +9,7 @@ from typing import Any
 from hack.cluster.kube import Object
 from hack.cluster.kuberay_standin import names, quantities
 from hack.cluster.kuberay_standin.pods import is_gpu
+from rlhf_api.quantity import parse
 
 # KubeRay writes the status only if one of these changed; observedGeneration and times are not among them.
 _SIGNIFICANT = (
@@ -182,7 +183,7 @@ def _resources(cluster: Object) -> Object:
             for name, quantity in ((resources.get("limits") or {}) | (resources.get("requests") or {})).items():
                 key = "gpu" if is_gpu(name) else name
                 if key in sums:
-                    sums[key] += count * quantities.parse(quantity)
+                    sums[key] += count * parse(quantity)
     total = {key: quantities.text(value) for key, value in sums.items()}
     return {"desiredCPU": total["cpu"], "desiredMemory": total["memory"], "desiredGPU": total["gpu"], "desiredTPU": "0"}
 

@@ -1,6 +1,6 @@
 """Whether the job can be run as it is written, before anything is made."""
 
-from rlhf_api.rules import MUTABLE
+from rlhf_api.rules import MUTABLE, NEVER
 from rlhf_operator.decide.facts import Facts
 from rlhf_operator.decide.verdict import Verdict, no, unknown, yes
 from rlhf_operator.observed import Job
@@ -17,9 +17,11 @@ def accepted(f: Facts) -> Verdict:
 
 
 def hopeless(job: Job) -> bool:
-    """Some problem lies in a field that cannot change while the job lives."""
-    fixable = tuple(f"spec.{name}" for name in MUTABLE)
-    return any(not problem.startswith(fixable) for problem in job.problems)
+    """Some problem lies in a field that the job, as it is, cannot change."""
+    mutable, never = (tuple(f"spec.{name}" for name in names) for names in (MUTABLE, NEVER))
+    if job.suspend:
+        return any(problem.startswith(never) for problem in job.problems)
+    return any(not problem.startswith(mutable) for problem in job.problems)
 
 
 def _queue(f: Facts) -> Verdict | None:
