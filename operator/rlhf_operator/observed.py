@@ -7,25 +7,41 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rlhf_api.job import ObjectMeta, RLHFJob
-from rlhf_api.parse import InvalidJob, parse_job
+from rlhf_api.job import CheckpointSpec, ObjectMeta, PodsSpec, QueueSpec, RLHFJob, RLHFJobSpec, RunPolicySpec
+from rlhf_api.overrides import ephemeral
+from rlhf_api.parse import parse_lenient
+from rlhf_api.progress import DRIVER_FIELD_MANAGER
 from rlhf_api.status import RLHFJobStatus
 from rlhf_operator.clock import moment
 from rlhf_operator.names import DRIVER_CONTAINER, HEAD, RAY_GROUP_LABEL, ROLE_LABEL
+from rlhf_operator.salvage import salvage
 
 Raw = dict[str, Any]
 # Ray colours its errors for terminals.
 COLOUR = re.compile("\x1b\\[[0-9;]*m")
+# Of a log the kubelet keeps the last 2048 bytes, wherever in a line they begin; bytes that are no UTF-8 there grow to three each.
+LOG_TAIL_BYTES = range(2048, 2048 + 3 * 2 + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the user asks, and what we remember. `parsed` is None exactly when the object does not parse."""
+    """What the user asks, and what we remember. `parsed` is None exactly when the spec cannot be read; what a job that runs already
+    needs of its spec is known all the same, as far as it can be.
+
+    `ephemeral`: its checkpoints die with the trainer's pod; `loss_meant`: and that is meant. `driver_lag`: what the API server's clock
+    is ahead of the driver's."""
 
     meta: ObjectMeta
     status: RLHFJobStatus
-    parsed: RLHFJob | None
+    parsed: RLHFJob | None = None
     problems: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    suspend: bool = False
+    run_policy: RunPolicySpec = field(default_factory=RunPolicySpec)
+    queue: QueueSpec | None = None
+    ephemeral: bool = False
+    loss_meant: bool = False
+    driver_lag: timedelta = timedelta(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +51,10 @@ class Termination:
     message: str
     started_at: datetime | None
     finished_at: datetime | None
+
+    @property
+    def signal(self) -> int | None:
+        return self.exit_code - 128 if 128 < self.exit_code < 128 + 65 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +79,20 @@ class Container:
 
 @dataclass(frozen=True, slots=True)
 class Pod:
+    """`cluster_uid` is empty for a pod that is no RayCluster's: a stranger's, whatever its labels. `deletion_due`: when its grace
+    period ends, after which only a kubelet that is gone, or a finalizer, can hold it."""
+
     name: str
     uid: str
     role: str
-    cluster_uid: str
+    cluster_uid: str = ""
+    cluster_name: str = ""
     created_at: datetime | None = None
     phase: str = "Pending"
     reason: str = ""
     message: str = ""
     deleting_since: datetime | None = None
+    deletion_due: datetime | None = None
     scheduled: bool = True
     unscheduled_reason: str = ""
     unscheduled_message: str = ""
@@ -103,6 +128,14 @@ class ReportedCondition:
 
 
 @dataclass(frozen=True, slots=True)
+class Group:
+    """Worker pods of one kind, as many as the RayCluster asks for."""
+
+    name: str
+    pods: int
+
+
+@dataclass(frozen=True, slots=True)
 class Cluster:
     """One of the job's RayClusters."""
 
@@ -112,6 +145,7 @@ class Cluster:
     deleting: bool = False
     suspended: bool = False
     service: str = ""
+    groups: tuple[Group, ...] = ()
     conditions: tuple[ReportedCondition, ...] = ()
 
     def condition(self, kind: str) -> ReportedCondition | None:
@@ -157,20 +191,63 @@ def heeded(raw: Raw) -> Raw:
 
 def read_job(raw: Raw) -> Job:
     """Never raises for a bad spec: that is a fact, too."""
-    meta = ObjectMeta.model_validate(raw["metadata"])
-    status = _read_status(raw.get("status") or {})
-    try:
-        return Job(meta, status, parse_job(raw))
-    except InvalidJob as error:
-        return Job(meta, status, None, tuple(error.problems))
+    read = parse_lenient(raw)
+    spec = read.job.spec if read.job else _essentials(raw.get("spec"))
+    status = salvage(RLHFJobStatus, raw.get("status"))
+    return Job(
+        ObjectMeta.model_validate(raw["metadata"]), status, read.job, tuple(read.problems), tuple(read.ignored),
+        suspend=spec.suspend, run_policy=spec.run_policy, queue=spec.queue,
+        ephemeral=ephemeral(spec), loss_meant=spec.checkpoint.ephemeral, driver_lag=_driver_lag(raw["metadata"], status),
+    )  # fmt: skip
 
 
-def _read_status(raw: Raw) -> RLHFJobStatus:
-    """The status; of one that does not parse, at least the record, which must not be lost."""
+def _essentials(raw: object) -> RLHFJobSpec:
+    """Of a spec that cannot be read: what a job that runs already needs of it, and nothing else."""
+    spec: Raw = raw if isinstance(raw, dict) else {}
+    known: Raw = {
+        "suspend": spec.get("suspend") is True, "run_policy": salvage(RunPolicySpec, spec.get("runPolicy")),
+        "queue": _read_queue(spec.get("queue")), "checkpoint": salvage(CheckpointSpec, spec.get("checkpoint")),
+        "pods": salvage(PodsSpec, spec.get("pods")),
+    }  # fmt: skip
+    return RLHFJobSpec.model_construct(**known)
+
+
+def _read_queue(raw: object) -> QueueSpec | None:
+    name = raw.get("name") if isinstance(raw, dict) else None
     try:
-        return RLHFJobStatus.model_validate(raw)
+        return QueueSpec(name=name) if isinstance(name, str) else None
     except ValidationError:
-        return RLHFJobStatus.model_validate({"record": raw.get("record", {})})
+        return None
+
+
+def _driver_lag(meta: Raw, status: RLHFJobStatus) -> timedelta:
+    """The API server writes down when it took the driver's last report, and the report says when it was made."""
+    taken = [moment(m.get("time")) for m in meta.get("managedFields") or [] if m.get("manager") == DRIVER_FIELD_MANAGER]
+    made = moment(status.progress.report_time) if status.progress else None
+    newest = max((t for t in taken if t), default=None)
+    return newest - made if newest and made else timedelta(0)
+
+
+def heeded(raw: Raw) -> Raw:
+    """What decisions read of a job, but for times and numbers that only the clock brings to bear: where nothing of this changed,
+    there is nothing to decide. A heartbeat changes none of it, nor does a step after which everything is as before."""
+    meta, status = raw["metadata"], raw.get("status") or {}
+    return {
+        **{key: meta.get(key) for key in ("uid", "generation", "deletionTimestamp", "finalizers")},
+        "status": {key: value for key, value in status.items() if key != "progress"},
+        "progress": _heeded_progress(status.get("progress") or {}, status.get("record") or {}),
+    }
+
+
+def _heeded_progress(progress: Raw, record: Raw) -> Raw:
+    sync, step = progress.get("sync") or {}, progress.get("step") or 0
+    return {
+        **{key: progress.get(key) for key in ("state", "podUid", "attempt", "degraded", "saveError", "preflight")},
+        **{key: key in progress for key in ("stepTime", "checkpoint", "sync")},
+        "synced": (sync.get("error"), "verifiedVersion" in sync),
+        "stepped": step > 0,
+        "pays": bool(record.get("restartsSinceProgress")) and step > (record.get("progressStep") or 0),
+    }
 
 
 def read_cluster(raw: Raw) -> Cluster:
@@ -182,6 +259,7 @@ def read_cluster(raw: Raw) -> Cluster:
         deleting="deletionTimestamp" in meta,
         suspended=bool(raw.get("spec", {}).get("suspend")),
         service=(status.get("head") or {}).get("serviceName", ""),
+        groups=tuple(Group(g.get("groupName", ""), g.get("replicas") or 0) for g in raw.get("spec", {}).get("workerGroupSpecs") or []),
         conditions=read_conditions(status.get("conditions")),
     )
 
@@ -196,16 +274,19 @@ def read_pod(raw: Raw) -> Pod:
     unscheduled = conditions.get("PodScheduled", {})
     disrupted = conditions.get("DisruptionTarget", {})
     disruption = disrupted if disrupted.get("status") == "True" else {}
+    owner = _owning_cluster(meta)
     return Pod(
         name=meta["name"],
         uid=meta["uid"],
         role=_role(meta.get("labels") or {}),
-        cluster_uid=owner_uid(raw),
+        cluster_uid=owner.get("uid", ""),
+        cluster_name=owner.get("name", ""),
         created_at=moment(meta.get("creationTimestamp")),
         phase=status.get("phase", "Pending"),
         reason=status.get("reason", ""),
         message=status.get("message", ""),
         deleting_since=_deleting_since(meta),
+        deletion_due=moment(meta.get("deletionTimestamp")),
         scheduled=unscheduled.get("status") == "True",
         unscheduled_reason=unscheduled.get("reason", ""),
         unscheduled_message=unscheduled.get("message", ""),
@@ -226,6 +307,11 @@ def _deleting_since(meta: Raw) -> datetime | None:
 def owner_uid(raw: Raw) -> str:
     """uid of the controlling owner; empty for none."""
     return next((str(o["uid"]) for o in raw["metadata"].get("ownerReferences") or [] if o.get("controller")), "")
+
+
+def _owning_cluster(meta: Raw) -> Raw:
+    owners: list[Raw] = [o for o in meta.get("ownerReferences") or [] if o.get("controller") and o.get("kind") == "RayCluster"]
+    return owners[0] if owners else {}
 
 
 def _role(labels: dict[str, str]) -> str:
@@ -258,7 +344,12 @@ def _termination(raw: Raw) -> Termination:
     return Termination(
         exit_code=raw.get("exitCode", 0),
         reason=raw.get("reason", ""),
-        message=COLOUR.sub("", raw.get("message") or "").strip(),
+        message=_whole_lines(raw.get("message") or ""),
         started_at=moment(raw.get("startedAt")),
         finished_at=moment(raw.get("finishedAt")),
     )
+
+
+def _whole_lines(told: str) -> str:
+    cut = len(told.encode()) in LOG_TAIL_BYTES and "\n" in told.rstrip()
+    return COLOUR.sub("", told.partition("\n")[2] if cut else told).strip()

@@ -15,6 +15,10 @@ from tests.control.world import World, running
 Change = Callable[[World], Any]
 
 
+def message(w: World, kind: str) -> str:
+    return str(next(c["message"] for c in w.status["conditions"] if c["type"] == kind))
+
+
 def provisioning() -> World:
     world = World()
     world.settle()
@@ -315,7 +319,7 @@ def test_a_driver_that_never_drains_is_given_up_after_the_stall_timeout() -> Non
 
 
 def test_a_worker_that_is_not_replaced_ends_a_job_that_cannot_train() -> None:
-    world = running(runPolicy={"provisioningDeadlineSeconds": 600})
+    world = running(runPolicy={"provisioningDeadlineSeconds": 60, "reprovisioningDeadlineSeconds": 600})
     world.later(5)
     worker_goes(world, "DeletionByTaintManager")
     world.reap_workers()
@@ -325,7 +329,7 @@ def test_a_worker_that_is_not_replaced_ends_a_job_that_cannot_train() -> None:
     assert world.status["phase"] == "Restarting"
     world.later(1)
     world.settle()
-    assert world.condition("Failed") == ("True", "ProvisioningDeadlineExceeded")
+    assert world.condition("Failed") == ("True", "ReprovisioningDeadlineExceeded")
 
 
 def test_a_job_that_trains_without_a_lost_worker_is_left_to_train() -> None:
@@ -360,11 +364,12 @@ def test_a_running_job_whose_override_turns_bad_runs_on() -> None:
     assert world.clusters() == ["sample-1"]
 
 
-def test_a_running_job_that_this_operator_cannot_read_is_left_alone() -> None:
+def test_a_field_of_a_newer_crd_is_left_out_and_named() -> None:
     world = running()
     world.edit(fieldOfALaterVersion=1)
     world.settle()
-    assert world.condition("Accepted") == ("False", "InvalidSpec")
+    assert world.condition("Accepted") == ("True", "UnknownFieldsIgnored")
+    assert "spec.fieldOfALaterVersion" in message(world, "Accepted")
     assert (world.status["phase"], world.clusters()) == ("Running", ["sample-1"])
 
 

@@ -75,6 +75,6 @@ def test_a_status_that_does_not_parse_keeps_its_record() -> None:
 
 
 def test_a_bad_spec_is_a_fact() -> None:
-    job = read_job(a_job(trainer__stepz=1))
+    job = read_job(a_job(trainer__steps="many"))
     assert job.parsed is None
-    assert "spec.trainer.stepz" in job.problems[0]
+    assert "spec.trainer.steps" in job.problems[0]

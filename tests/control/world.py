@@ -10,6 +10,7 @@ from rlhf_operator.clock import stamp
 from rlhf_operator.cluster import ClusterIO
 from rlhf_operator.kinds import EVENTS, JOBS, LOCAL_QUEUES, PODS, RAYCLUSTERS, WORKLOADS
 from rlhf_operator.names import DRIVER_CONTAINER, JOB_LABEL, RAY_CONTAINER, ROLE_LABEL, WORKLOAD_UID_LABEL
+from rlhf_operator.observed import owner_uid
 from rlhf_operator.reconcile import reconcile
 from tests.api.specs import a_job
 from tests.control.memory_api import Killed, MemoryApi
@@ -17,15 +18,17 @@ from tests.control.memory_api import Killed, MemoryApi
 Raw = dict[str, Any]
 START = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
 MOST_PASSES = 30
+LOW_ON_MEMORY = "The node was low on resource: memory."
 RUNNER = asyncio.Runner()
 
 
 class World:
     def __init__(self, **changes: Any) -> None:
         self.api = MemoryApi(START)
-        self.job_raw = self.api.put(JOBS, a_job(**{"name": "sample", **changes}))
+        self.job_raw = self.api.put(JOBS, a_job(**{"name": "sample", "checkpoint": {"path": "s3://bucket/run"}, **changes}))
         self.job_raw["metadata"]["generation"] = 1
         self.errors: list[str] = []
+        self.wake: datetime | None = None  # when the operator wants to look again
         self._pods = 0
 
     # the operator
@@ -35,7 +38,8 @@ class World:
         for _ in range(MOST_PASSES):
             before = len(self.api.writes)
             try:
-                wake = RUNNER.run(reconcile(ClusterIO(self.api, self.api.store), ("default", "sample"), lambda: self.api.now))
+                cluster = ClusterIO(self.api, self.api.store)
+                wake = self.wake = RUNNER.run(reconcile(cluster, ("default", "sample"), lambda: self.api.now))
             except Killed:
                 self.api.dead, self.api.kill_at = False, None
                 continue
@@ -68,7 +72,7 @@ class World:
         return [f"{e['type']} {e['reason']}: {e['message']}" for e in self.api.of(EVENTS)]
 
     def pods(self, role: str = "") -> list[Raw]:
-        return [p for p in self.api.of(PODS) if role in ("", p["metadata"]["labels"][ROLE_LABEL])]
+        return [p for p in self.api.of(PODS) if role in ("", p["metadata"]["labels"].get(ROLE_LABEL))]
 
     def head(self) -> Raw:
         """The newest."""
@@ -89,7 +93,7 @@ class World:
         """Pods for every RayCluster that may have some and lacks them; none for one that is suspended."""
         for cluster in self.api.of(RAYCLUSTERS):
             cluster["status"] = {"head": {"serviceName": f"{cluster['metadata']['name']}-head-svc"}}
-            mine = [p for p in self.pods() if p["metadata"]["ownerReferences"][0]["uid"] == cluster["metadata"]["uid"]]
+            mine = [p for p in self.pods() if owner_uid(p) == cluster["metadata"]["uid"]]
             if cluster["spec"].get("suspend"):
                 for pod in mine:
                     pod["metadata"].setdefault("deletionTimestamp", stamp(self.api.now))
@@ -103,11 +107,13 @@ class World:
         self._pods += 1
         names = [RAY_CONTAINER, DRIVER_CONTAINER] if role == "head" else [RAY_CONTAINER]
         waiting = {"state": {"waiting": {"reason": "ContainerCreating"}}, "ready": False, "restartCount": 0}
+        meta = cluster["metadata"]
+        owner = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "name": meta["name"], "uid": meta["uid"], "controller": True}
         self.api.put(PODS, {
             "metadata": {
                 "name": f"{cluster['metadata']['name']}-{role}-{self._pods}",
                 "labels": {JOB_LABEL: "sample", ROLE_LABEL: role},
-                "ownerReferences": [{"uid": cluster["metadata"]["uid"], "controller": True}],
+                "ownerReferences": [owner],
             },
             "status": {
                 "phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "True"}],
@@ -118,12 +124,14 @@ class World:
     def start_pods(self) -> None:
         """Every container of every pod that stays runs and is ready."""
         for pod in self.pods():
-            if "deletionTimestamp" in pod["metadata"]:
-                continue
-            pod["status"]["phase"] = "Running"
-            for container in pod["status"]["containerStatuses"]:
-                if "running" not in container["state"]:
-                    self._run(container)
+            if "deletionTimestamp" not in pod["metadata"]:
+                self.start(pod)
+
+    def start(self, pod: Raw) -> None:
+        pod["status"]["phase"] = "Running"
+        for container in pod["status"]["containerStatuses"]:
+            if "running" not in container["state"]:
+                self._run(container)
 
     def up(self) -> None:
         self.kuberay()
@@ -173,6 +181,15 @@ class World:
         condition = {"type": "DisruptionTarget", "status": "True", "reason": reason, "message": message, "lastTransitionTime": stamp(self.api.now)}
         pod["status"]["conditions"].append(condition)
         pod["metadata"]["deletionTimestamp"] = stamp(self.api.now)
+
+    def evict(self, pod: Raw) -> None:
+        """By the kubelet, for want of memory on the node: the pod stays as Failed until somebody deletes it."""
+        condition = {"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet", "message": LOW_ON_MEMORY}
+        pod["status"]["conditions"].append(condition | {"lastTransitionTime": stamp(self.api.now)})
+        pod["status"] |= {"phase": "Failed", "reason": "Evicted", "message": LOW_ON_MEMORY}
+        for container in pod["status"]["containerStatuses"]:
+            if "running" in container["state"]:
+                self.ends(pod, container["name"], 137)
 
     def delete_cluster(self) -> None:
         (cluster,) = self.api.of(RAYCLUSTERS)

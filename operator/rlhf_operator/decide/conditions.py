@@ -7,47 +7,40 @@ A message never carries a number that moves at each step: that would be a write 
 from collections.abc import Callable
 
 from rlhf_api.progress import Progress
-from rlhf_api.status import ConditionType, FailureClass
-from rlhf_operator.clock import moment
+from rlhf_api.status import ConditionType
 from rlhf_operator.decide import acceptance, deadlines, readiness
+from rlhf_operator.decide.classes import MEANINGS
 from rlhf_operator.decide.facts import Facts
-from rlhf_operator.decide.restarts import CLUSTER_DELETED, POD, charged
+from rlhf_operator.decide.restarts import condemned
 from rlhf_operator.decide.verdict import Verdict, no, unknown, yes
+from rlhf_operator.decide.want import kept
+from rlhf_operator.decide.words import brief
+from rlhf_operator.names import ROLLOUT
 
-STOPPED_REASONS = {
-    FailureClass.APP: "AppFailed", FailureClass.OOM: "OOMKilled", FailureClass.HEAD_LOST: "HeadLost",
-    FailureClass.NODE_LOST: "NodeLost", FailureClass.PREEMPTED: "Preempted", FailureClass.STALLED: "Stalled",
-}
+EPHEMERAL = "checkpoints lie in the trainer's pod and go with it: use spec.checkpoint.claim, or a volume that outlives pods"
 QUOTA_REASONS = ("NoMatchingFlavor", "ExceedsMaxQuota", "TopologyPlacementFailed", "Misconfigured")
-QUEUE_REACTS_SECONDS = 60
 
 
 def conditions(f: Facts) -> dict[ConditionType, Verdict]:
-    """Of a job that does not parse only its acceptance can be judged; the rest stays as it was last told."""
-    if f.job.parsed is None:
-        last = {c.type: Verdict(c.status, c.reason, c.message) for c in f.job.status.conditions}
-        ended = {ConditionType.FAILED: failed} if (failed := _failed(f)) else {}
-        return {**last, ConditionType.ACCEPTED: acceptance.accepted(f), **ended}
-    return {kind: verdict for kind, tell in TABLE.items() if (verdict := tell(f))}
+    return {kind: verdict for kind, judge in TABLE.items() if (verdict := judge(f))}
 
 
 def _quota_reserved(f: Facts) -> Verdict | None:
-    if f.spec.queue is None:
+    if f.job.queue is None:
         return None
     if f.cluster is None:
         return no("WaitingForQuota", "there is no RayCluster to queue yet")
     if not f.cluster.suspended:
-        return yes("Reserved", f"queue {f.spec.queue.name} has admitted the job")
+        return yes("Reserved", f"queue {f.job.queue.name} has admitted the job")
     return _waiting_in_queue(f)
 
 
 def _waiting_in_queue(f: Facts) -> Verdict:
     workload = f.observed.queue.workload if f.observed.queue else None
     if workload is None:
-        silent = f.since(f.record.cluster_created_at) > QUEUE_REACTS_SECONDS
-        return unknown("KueueNotReacting", "Kueue has made no Workload for the RayCluster: is its RayCluster integration enabled?") if silent else no("WaitingForQuota", "waiting for Kueue")
-    told = {c.type: c for c in workload}
-    evicted, reserved = told.get("Evicted"), told.get("QuotaReserved")
+        return _no_workload(f)
+    reported = {c.type: c for c in workload}
+    evicted, reserved = reported.get("Evicted"), reported.get("QuotaReserved")
     if evicted and evicted.status == "True":
         return no("Preempted" if evicted.reason == "Preempted" else "Evicted", evicted.message)
     if reserved is None or reserved.status == "True":
@@ -55,33 +48,25 @@ def _waiting_in_queue(f: Facts) -> Verdict:
     return no(reserved.reason if reserved.reason in QUOTA_REASONS else "WaitingForQuota", reserved.message)
 
 
+def _no_workload(f: Facts) -> Verdict:
+    if not deadlines.passed(deadlines.queue_silence(f), f.now):
+        return no("WaitingForQuota", "waiting for Kueue")
+    return unknown("KueueNotReacting", "Kueue has made no Workload for the RayCluster: is its RayCluster integration enabled?")
+
+
 def _running(f: Facts) -> Verdict:
     if f.record.result:
         return no("Finished", "the job has ended")
     if f.training and not condemned(f):
         return yes("DriverRunning", "the driver is training")
-    if f.spec.suspend:
-        return no("DriverStopped", "the job is suspended")
-    if failed := _failed_run(f):
-        return failed
+    if f.stopping:
+        return no("DriverStopped", "the job is being deleted" if f.deleted else "the job is suspended")
+    if f.record.restarting and f.memory.failures:
+        last = f.memory.failures[0]
+        return no(MEANINGS[last.failure_class].reason, brief(last.message, last.words))
     if f.driver_runs:
         return no("DriverStarting", "the driver starts: status.progress.detail tells how far it is")
     return no("DriverPending", "the driver waits for its pod")
-
-
-def condemned(f: Facts) -> bool:
-    """The head pod is given up, though it may still be there."""
-    return f.head is not None and bool(charged(f.record, f.head.uid, POD))
-
-
-def _failed_run(f: Facts) -> Verdict | None:
-    """A failure of this cluster, or the loss of the one before, after which training has not begun again."""
-    failure = f.record.last_failure
-    failed_at, made_at = moment(failure.time if failure else None), moment(f.record.cluster_created_at)
-    if failure is None or failed_at is None:
-        return None
-    of_this_cluster = made_at is not None and failed_at >= made_at
-    return no(STOPPED_REASONS[failure.failure_class], failure.message) if of_this_cluster or failure.reason == CLUSTER_DELETED else None
 
 
 def _progressing(f: Facts) -> Verdict:
@@ -91,7 +76,7 @@ def _progressing(f: Facts) -> Verdict:
     if not f.driver_runs or progress is None:
         return unknown("NoReportYet", "the driver has not reported")
     if deadlines.passed(deadlines.stall(f), f.now):
-        return no("Stalled", f"no step finished for {f.spec.run_policy.stall_timeout_seconds} s")
+        return no("Stalled", f"the run did not get further for {f.job.run_policy.stall_timeout_seconds} s")
     if progress.state == "Starting" or progress.step_time is None:
         return yes("WarmingUp", "before the first finished step of this run")
     return yes("StepAdvancing", "steps are finishing")
@@ -107,7 +92,7 @@ def _preflight_passed(f: Facts) -> Verdict:
 
 def _last_report(f: Facts) -> Progress | None:
     """Of a job that has ended: as it was at the end, for its driver is gone and cannot report anew."""
-    return f.job.status.progress if f.record.result else f.progress
+    return f.reported if f.record.result else f.progress
 
 
 def _weights_in_sync(f: Facts) -> Verdict:
@@ -122,43 +107,50 @@ def _weights_in_sync(f: Facts) -> Verdict:
 
 
 def _checkpoint_available(f: Facts) -> Verdict:
-    told = f.job.status.progress
-    saved, error = (told.checkpoint, told.save_error) if told else (None, None)
+    last = f.reported
+    saved, error = (last.checkpoint, last.save_error) if last else (None, None)
+    if f.job.ephemeral:
+        return no("Ephemeral", f"{error}; {EPHEMERAL}" if error else EPHEMERAL)
     if error:
         return yes("LastSaveFailed", f"status.progress.checkpoint is the newest; {error}") if saved else no("SaveFailed", error)
     return yes("Saved", "status.progress.checkpoint is the newest") if saved else no("NoneYet", "no checkpoint was saved yet")
 
 
 def _suspended(f: Facts) -> Verdict:
-    if not f.spec.suspend or f.record.result:
-        return no("NotSuspended", "spec.suspend is false" if not f.spec.suspend else "the job has ended")
-    if f.observed.clusters or f.observed.pods:
-        return no("Stopping", "waiting for the pods to go" if f.cluster is None or f.cluster.deleting else "the driver finishes its step and saves")
+    if f.deleted and not f.record.result:
+        return no("FinalSave", "the job is being deleted: the driver finishes its step and saves")
+    if not f.job.suspend or f.record.result:
+        return no("NotSuspended", "the job has ended" if f.job.suspend else "spec.suspend is false")
+    if f.would_lose:
+        return no("WouldLoseCheckpoint", f"the run goes on: {EPHEMERAL}; or set spec.checkpoint.ephemeral if losing all steps is meant")
+    if f.observed.clusters or f.all_pods:
+        going = f.cluster is None or f.cluster.deleting
+        return no("Stopping", "waiting for the pods to go" if going else "the driver finishes its step and saves")
     return yes("UserRequested", "spec.suspend is true: nothing is held")
 
 
 def _degraded(f: Facts) -> Verdict:
+    if f.record.result:
+        return no("Healthy", "nothing is amiss")
     for pod in f.pods:
-        if not f.record.result and pod.ray and pod.ray.failures and not pod.ray_ready:
+        if pod.deleting_since and not f.stopping:
+            saves = f.driver_runs and pod.role != ROLLOUT
+            return yes("PodEnding", f"pod {pod.name} is being deleted{': the driver saves' if saves else ''}")
+        if pod.ray and pod.ray.failures and not pod.ray_ready:
             return yes("WorkerRestarting", f"Ray in pod {pod.name} restarts")
-    if not f.record.result and f.progress and f.progress.degraded and f.driver_runs:
+    if f.progress and f.progress.degraded and f.driver_runs:
         return yes("EngineRestarting", f.progress.degraded)
     return no("Healthy", "nothing is amiss")
 
 
 def _resources_released(f: Facts) -> Verdict:
-    if not f.observed.clusters and not f.observed.pods:
+    if not f.observed.clusters and not f.all_pods:
         return yes("PodsGone", "the job holds no pods")
-    if f.record.result and kept(f):
-        return no("RetainedByPolicy", f"runPolicy.cleanup keeps RayCluster {f.cluster.name if f.cluster else ''}")
-    if f.record.result or f.spec.suspend:
+    if f.record.result and kept(f) and f.cluster:
+        return no("RetainedByPolicy", f"runPolicy.cleanup keeps RayCluster {f.cluster.name}")
+    if f.record.result or f.stopping:
         return no("Terminating", "waiting for the pods to go")
     return no("InUse", "the job holds its pods")
-
-
-def kept(f: Facts) -> bool:
-    cleanup = f.spec.run_policy.cleanup
-    return (cleanup.on_success if f.record.result == "Complete" else cleanup.on_failure) == "Keep"
 
 
 def _complete(f: Facts) -> Verdict | None:

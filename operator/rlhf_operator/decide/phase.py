@@ -3,22 +3,24 @@
 from collections.abc import Mapping
 
 from rlhf_api.status import ConditionType, Phase
+from rlhf_operator.decide.classes import RESTARTING
 from rlhf_operator.decide.verdict import Verdict
 
-RESTARTING = ("AppFailed", "OOMKilled", "HeadLost", "NodeLost", "Preempted", "Stalled")
+ENDING = ("Stopping", "FinalSave")
 NOTHING = Verdict("Unknown", "", "")
 
 
-def phase_of(told: Mapping[ConditionType, Verdict]) -> tuple[Phase, ConditionType]:
+def phase_of(verdicts: Mapping[ConditionType, Verdict]) -> tuple[Phase, ConditionType]:
     """The phase and the condition whose reason and message explain it. First match wins."""
-    is_true = {kind for kind, verdict in told.items() if verdict.status == "True"}
-    running, ready, suspended = (told.get(k, NOTHING) for k in (ConditionType.RUNNING, ConditionType.CLUSTER_READY, ConditionType.SUSPENDED))
-    quota = told.get(ConditionType.QUOTA_RESERVED)
+    is_true = {kind for kind, verdict in verdicts.items() if verdict.status == "True"}
+    explained = (ConditionType.RUNNING, ConditionType.CLUSTER_READY, ConditionType.SUSPENDED)
+    running, ready, suspended = (verdicts.get(kind, NOTHING) for kind in explained)
+    quota = verdicts.get(ConditionType.QUOTA_RESERVED)
     ladder = (
         (ConditionType.COMPLETE in is_true, Phase.SUCCEEDED, ConditionType.COMPLETE),
         (ConditionType.FAILED in is_true, Phase.FAILED, ConditionType.FAILED),
         (ConditionType.SUSPENDED in is_true, Phase.SUSPENDED, ConditionType.SUSPENDED),
-        (suspended.reason == "Stopping", Phase.SUSPENDING, ConditionType.SUSPENDED),
+        (suspended.reason in ENDING, Phase.SUSPENDING, ConditionType.SUSPENDED),
         (ConditionType.RUNNING in is_true, Phase.RUNNING, ConditionType.PROGRESSING),
         (ConditionType.ACCEPTED not in is_true and ready.reason in ("", "NotCreated"), Phase.PENDING, ConditionType.ACCEPTED),
         (quota is not None and quota.status != "True" and ready.reason == "Suspended", Phase.QUEUED, ConditionType.QUOTA_RESERVED),

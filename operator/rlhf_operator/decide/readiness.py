@@ -1,6 +1,6 @@
 """Why the cluster is not ready: the worst that its pods, its RayCluster and the Events about them tell."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from rlhf_operator.decide.facts import Facts
 from rlhf_operator.decide.verdict import Verdict, no, yes
@@ -29,10 +29,17 @@ def explain(f: Facts) -> Verdict:
 
 def _absent(f: Facts) -> Verdict:
     if f.old_clusters or f.old_pods:
-        return no("WaitingForOldPods", f"{len(f.old_pods)} pods of an earlier RayCluster are still there")
+        return no("WaitingForOldPods", f"{len(f.old_pods)} pods of an earlier RayCluster are still there: {names(f.old_pods)}")
     if f.record.result:
         return no("Deleted", "the job has ended and holds no RayCluster")
     return no("NotCreated", "there is no RayCluster")
+
+
+def names(pods: Iterable[Pod]) -> str:
+    """Of a few; the rest is counted."""
+    all_names = sorted(p.name for p in pods)
+    rest = f" and {len(all_names) - 3} more" if len(all_names) > 3 else ""
+    return ", ".join(all_names[:3]) + rest
 
 
 def _containers(f: Facts) -> Iterator[tuple[Pod, Container]]:
@@ -97,7 +104,7 @@ def _head(f: Facts) -> Verdict | None:
 def _workers(f: Facts) -> Verdict | None:
     if f.head is None or not f.head.ray_ready:
         return None
-    lacking = [f"{group.pods - f.missing(group)} of {group.pods} {group.name}" for group in f.placement.groups if f.missing(group) > 0]
+    lacking = [f"{group.pods - f.missing(group)} of {group.pods} {group.name}" for group in f.groups if f.missing(group) > 0]
     return no("WorkersMissing", f"ready worker pods: {', '.join(lacking)}") if lacking else None
 
 

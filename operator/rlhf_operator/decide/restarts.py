@@ -5,58 +5,52 @@ is the *cause* of the driver's end. `record.charged` says what is charged alread
 and, as container "pod", that the pod itself is lost (or condemned: see `want.py`).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+import re
+from dataclasses import replace
 
 from rlhf_api.progress import EXIT_BAD_DATA, EXIT_BAD_SPEC
-from rlhf_api.status import Failure, FailureClass, PodSeen, Record
-from rlhf_operator.clock import stamp
-from rlhf_operator.decide import deadlines
+from rlhf_api.status import Failure, FailureClass, Loss, PodSeen, Record
+from rlhf_operator.clock import moment, stamp
+from rlhf_operator.decide import deadlines, losses
+from rlhf_operator.decide.classes import MEANINGS
 from rlhf_operator.decide.facts import Facts
+from rlhf_operator.decide.memory import Memory
+from rlhf_operator.decide.words import how_it_ended, last_words
 from rlhf_operator.names import DRIVER_CONTAINER, HEAD
 from rlhf_operator.observed import Pod, Termination
 
 POD = "pod"
-CLUSTER_DELETED = "ClusterDeleted"
-WORDS_MAX = 4096
+WORDS_MAX = 1024
 # The job ends with these: no restart, so no charge.
 FINAL_EXITS = (EXIT_BAD_SPEC, EXIT_BAD_DATA)
-# A container's end and its consequence carry the kubelet's whole seconds, in either order.
-SLACK = timedelta(seconds=5)
-# Reasons of the DisruptionTarget condition that mean that the node, not the scheduler, ended the pod.
-NODE_REASONS = ("DeletionByTaintManager", "DeletionByPodGC")
-COUNTERS = {
-    FailureClass.APP: "app", FailureClass.OOM: "oom", FailureClass.HEAD_LOST: "head_lost", FailureClass.NODE_LOST: "node_lost",
-    FailureClass.PREEMPTED: "preempted", FailureClass.STALLED: "stalled",
-}
+# A driver that ends because it has not got what Kubernetes, or this operator, is to give it.
+WAITED_IN_VAIN = re.compile(r"^(PlacementFailed|NotNumbered)\b", re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True)
-class Cause:
-    failure_class: FailureClass
-    reason: str
-    message: str
-    pod: str
-    time: datetime
-
-
-def charge(f: Facts) -> Record:
-    """Every loss that is not charged yet, charged. A job that is being suspended or has succeeded loses nothing."""
-    if f.spec.suspend or f.cluster is None or f.cluster.deleting or f.succeeded:
-        return f.record
+def charge(f: Facts) -> Memory:
+    """Every loss that is not charged yet, charged."""
+    if f.cluster is None or f.cluster.deleting or f.succeeded:
+        return f.memory
     if f.cluster.suspended:
-        return _evicted(f) if f.record.admitted_at else f.record
-    record = _vanished_heads(f)
+        return _evicted(f)
+    memory = _vanished_heads(f)
     for head in f.heads:
-        record = _head(f.knowing(record), head)
-    return _stalled(f.knowing(record))
+        memory = _head(f.remembering(memory), head)
+    return _stalled(f.remembering(memory))
 
 
-def lose_cluster(f: Facts) -> Record:
+def lose_cluster(f: Facts) -> Memory:
     """The RayCluster itself is gone, and nobody asked us."""
-    failure = Failure(failure_class=FailureClass.HEAD_LOST, reason=CLUSTER_DELETED, message="the RayCluster was deleted", time=stamp(f.now))
-    return _add(f, failure)
+    head = next((p.name for p in f.all_pods if p.role == HEAD and p.cluster_uid == f.record.cluster_uid), None)
+    return _add(f, _failure(f, FailureClass.HEAD_LOST, "ClusterDeleted", "the RayCluster was deleted", head))
+
+
+def overheard(f: Facts) -> Memory:
+    """The last words of drivers whose pods were given up before they had ended."""
+    memory = f.memory
+    for head in (p for p in f.all_pods if p.role == HEAD):
+        memory = _complete(f.remembering(memory), head)
+    return memory
 
 
 def charged(record: Record, uid: str, container: str) -> int | None:
@@ -64,128 +58,143 @@ def charged(record: Record, uid: str, container: str) -> int | None:
     return next((seen.restart_count for seen in record.charged if (seen.uid, seen.container) == (uid, container)), None)
 
 
-def _evicted(f: Facts) -> Record:
-    failure = Failure(failure_class=FailureClass.PREEMPTED, reason="Evicted", message="the queue took the job's quota back", time=stamp(f.now))
-    record = _add(f, failure)
-    for head in f.heads:
-        record = _mark(record, head.uid, POD, 1)
-    return record.model_copy(update={"admitted_at": None, "ready_at": None})
+def condemned(f: Facts) -> bool:
+    """The head pod is given up, though it may still be there."""
+    return f.head is not None and bool(charged(f.record, f.head.uid, POD))
 
 
-def _vanished_heads(f: Facts) -> Record:
+def _evicted(f: Facts) -> Memory:
+    """The queue took back what it had given: once for all head pods that there were."""
+    held = [uid for uid in dict.fromkeys(seen.uid for seen in f.record.charged) if not charged(f.record, uid, POD)]
+    if not held and not f.record.admitted_at:
+        return f.memory
+    name = f.heads[-1].name if f.heads else None
+    memory = _add(f, _failure(f, FailureClass.PREEMPTED, "Evicted", "the queue took the job's quota back", name))
+    for uid in dict.fromkeys([*held, *(p.uid for p in f.heads)]):
+        memory = _mark(memory, uid, POD, 1)
+    return memory.noting(admitted_at=None)
+
+
+def _vanished_heads(f: Facts) -> Memory:
     """Head pods that we knew and that are gone: charged unless they were, then forgotten, for they cannot come back."""
-    record, present = f.record, {p.uid for p in f.heads}
-    for uid in dict.fromkeys(seen.uid for seen in record.charged if seen.uid not in present):
-        if charged(record, uid, POD) is None:
-            failure = Failure(failure_class=FailureClass.HEAD_LOST, reason="PodGone", message="the head pod is gone", time=stamp(f.now))
-            record = _add(f.knowing(record), failure)
-    return record.model_copy(update={"charged": [seen for seen in record.charged if seen.uid in present]})
+    memory, present = f.memory, {p.uid for p in f.heads}
+    for uid in dict.fromkeys(seen.uid for seen in f.record.charged if seen.uid not in present):
+        if charged(f.record, uid, POD) is None:
+            memory = _add(f.remembering(memory), _failure(f, FailureClass.HEAD_LOST, "PodGone", "the head pod is gone", None))
+    return memory.noting(charged=[seen for seen in memory.record.charged if seen.uid in present])
 
 
-def _head(f: Facts, head: Pod) -> Record:
-    record = f.record
-    if charged(record, head.uid, DRIVER_CONTAINER) is None:
-        record = _mark(record, head.uid, DRIVER_CONTAINER, 0)
-    if charged(record, head.uid, POD):
-        return record
-    if lost := pod_lost(head, f.now):
-        record = _add(f.knowing(record), _failure(lost))
-        return _mark(record, head.uid, POD, 1)
-    return _driver_runs(f.knowing(record), head)
+def _head(f: Facts, head: Pod) -> Memory:
+    memory = f.memory
+    if charged(f.record, head.uid, DRIVER_CONTAINER) is None:
+        memory = _mark(memory, head.uid, DRIVER_CONTAINER, 0)
+    if charged(f.record, head.uid, POD):
+        return memory
+    lost = losses.of_pod(f, head)
+    if lost is None:
+        return _driver_runs(f.remembering(memory), head)
+    if not _ended_of(head, lost):
+        memory = _driver_runs(f.remembering(memory), head)
+    words = _run_of(head) if _ended_of(head, lost) else None
+    memory = _add(f.remembering(memory), _of_loss(f, lost, head, words))
+    return _mark(memory, head.uid, POD, 1)
 
 
-def _driver_runs(f: Facts, head: Pod) -> Record:
+def _run_of(head: Pod) -> Termination | None:
+    return head.driver.last if head.driver else None
+
+
+def _ended_of(head: Pod, lost: Loss) -> bool:
+    """The driver's newest end came with the pod's, not before it."""
+    run, began = _run_of(head), moment(lost.began)
+    return bool(run and run.exit_code and run.finished_at and began and run.finished_at + losses.SLACK >= began)
+
+
+def _driver_runs(f: Facts, head: Pod) -> Memory:
     """Of several runs that ended unseen only the last one's end is known: all are charged to it."""
     driver, before = head.driver, charged(f.record, head.uid, DRIVER_CONTAINER) or 0
     if driver is None or driver.last is None or driver.failures <= before:
-        return f.record
-    failure = _failure_of(f, head, driver.last)
-    if driver.last.exit_code in FINAL_EXITS:
-        record = f.record.model_copy(update={"last_failure": failure})
-    else:
-        record = _add(f, failure, driver.failures - before)
-    return _mark(record, head.uid, DRIVER_CONTAINER, driver.failures)
+        return f.memory
+    count = 0 if driver.last.exit_code in FINAL_EXITS else driver.failures - before
+    memory = _add(f, _of_run(f, head, driver.last), count) if not _in_vain(f, driver.last) else f.memory.failed(_waited(f, head, driver.last))
+    return _mark(memory, head.uid, DRIVER_CONTAINER, driver.failures)
 
 
-def _stalled(f: Facts) -> Record:
-    deadline, head = deadlines.stall(f), f.head
-    if head is None or not deadlines.passed(deadline, f.now) or charged(f.record, head.uid, POD):
-        return f.record
-    limit = f.spec.run_policy.stall_timeout_seconds
+def _in_vain(f: Facts, run: Termination) -> bool:
+    found = WAITED_IN_VAIN.search(run.message)
+    return found is not None and (found[1] == "NotNumbered" or not (f.ready and f.record.ready_at))
+
+
+def _waited(f: Facts, head: Pod, run: Termination) -> Failure:
+    return _failure(f, FailureClass.NODE_LOST, "PodsMissing", "the driver waited in vain for pods: costs nothing", head.name, run)
+
+
+def _stalled(f: Facts) -> Memory:
+    head = f.head
+    if head is None or f.stopping or not deadlines.passed(deadlines.stall(f), f.now) or charged(f.record, head.uid, POD):
+        return f.memory
+    limit = f.job.run_policy.stall_timeout_seconds
+    words = f"the run did not get further for {limit} s (runPolicy.stallTimeoutSeconds): the head pod is replaced"
+    return _mark(_add(f, _failure(f, FailureClass.STALLED, "Stalled", words, head.name)), head.uid, POD, 1)
+
+
+def _of_run(f: Facts, head: Pod, run: Termination) -> Failure:
+    """A run's end with its cause: what broke under it, else its own doing."""
+    if run.reason == "OOMKilled":
+        return _failure(f, FailureClass.OOM, run.reason, f"{how_it_ended(run)}, out of memory", head.name, run)
+    if lost := losses.cause(f, run):
+        return _of_loss(f, lost, head, run)
+    return _failure(f, FailureClass.APP, run.reason or "Error", how_it_ended(run), head.name, run)
+
+
+def _of_loss(f: Facts, lost: Loss, head: Pod, run: Termination | None) -> Failure:
+    failure = _failure(f, lost.failure_class, lost.reason, f"{lost.pod}: {lost.message}", head.name, run)
+    return failure if run else failure.model_copy(update={"time": lost.began})
+
+
+def _failure(f: Facts, class_: FailureClass, reason: str, message: str, pod: str | None, run: Termination | None = None) -> Failure:
+    ended = run.finished_at if run and run.finished_at else f.now
     failure = Failure(
-        failure_class=FailureClass.STALLED, reason="Stalled", pod=head.name, time=stamp(f.now),
-        message=f"no step finished for {limit} s (runPolicy.stallTimeoutSeconds): the head pod is replaced",
-    )
-    return _mark(_add(f, failure), head.uid, POD, 1)
+        failure_class=class_, reason=reason, message=message[:WORDS_MAX], pod=pod, time=stamp(ended),
+        step=f.reported.step if f.reported else 0, attempt=f.record.attempt.number if f.record.attempt else None,
+    )  # fmt: skip
+    return _with_words(failure, run) if run else failure
 
 
-def pod_lost(pod: Pod, now: datetime) -> Cause | None:
-    """The pod is going or gone, and by whom, as far as it is told."""
-    if pod.deleting_since is None and pod.phase != "Failed" and not pod.disruption:
-        return None
-    time = pod.disrupted_at or pod.deleting_since or now
-    if pod.disruption:
-        lost = FailureClass.NODE_LOST if pod.disruption in NODE_REASONS else FailureClass.PREEMPTED
-        return Cause(lost, pod.disruption, pod.disruption_message or f"pod {pod.name} was disrupted", pod.name, time)
-    lost = FailureClass.HEAD_LOST if pod.role == HEAD else FailureClass.NODE_LOST
-    return Cause(lost, pod.reason or "PodDeleted", pod.message or f"pod {pod.name} was deleted", pod.name, time)
+def _with_words(failure: Failure, run: Termination) -> Failure:
+    return failure.model_copy(update={"words": last_words(run), "exit_code": run.exit_code, "signal": run.signal})
 
 
-def _failure_of(f: Facts, head: Pod, run: Termination) -> Failure:
-    """A run's end with its cause: what broke under it while it ran, else its own doing."""
-    if run.reason != "OOMKilled" and (cause := _cause(f, head, run)):
-        return _failure(cause, run)
-    own = FailureClass.OOM if run.reason == "OOMKilled" else FailureClass.APP
-    words = run.message[-WORDS_MAX:] or f"the driver ended with exit code {run.exit_code} and said nothing"
-    return Failure(failure_class=own, reason=run.reason or "Error", message=words, exit_code=run.exit_code, pod=head.name, time=stamp(run.finished_at or f.now))
+def _complete(f: Facts, head: Pod) -> Memory:
+    """The newest failure of this pod gets the driver's end, unless that end has a failure of its own."""
+    run, told = _run_of(head), f.memory.failures
+    if run is None or not run.exit_code or run.finished_at is None:
+        return f.memory
+    if any(one.pod == head.name and one.exit_code is not None and one.time == stamp(run.finished_at) for one in told):
+        return f.memory
+    at = next((i for i, one in enumerate(told) if one.pod == head.name and one.exit_code is None), None)
+    began = moment(told[at].time) if at is not None else None
+    if at is None or began is None or run.finished_at + losses.SLACK < began:
+        return f.memory
+    return replace(f.memory, failures=(*told[:at], _with_words(told[at], run), *told[at + 1 :]))
 
 
-def _cause(f: Facts, head: Pod, run: Termination) -> Cause | None:
-    start, end = run.started_at, run.finished_at
-    if start is None or end is None:
-        return None
-    during = [c for c in (*_ray_ends(head), *_worker_losses(f)) if start <= c.time <= end + SLACK]
-    return min(during, key=lambda c: c.time, default=None)
-
-
-def _ray_ends(pod: Pod) -> Iterator[Cause]:
-    last = pod.ray.last if pod.ray else None
-    if last is None or last.finished_at is None:
-        return
-    lost = FailureClass.HEAD_LOST if pod.role == HEAD else FailureClass.NODE_LOST
-    kind = FailureClass.OOM if last.reason == "OOMKilled" else lost
-    words = f"Ray in pod {pod.name} ended with exit code {last.exit_code} ({last.reason or 'no reason given'})"
-    yield Cause(kind, last.reason or "Error", words, pod.name, last.finished_at)
-
-
-def _worker_losses(f: Facts) -> Iterator[Cause]:
-    for pod in f.workers:
-        if lost := pod_lost(pod, f.now):
-            yield lost
-        yield from _ray_ends(pod)
-
-
-def _failure(cause: Cause, run: Termination | None = None) -> Failure:
-    return Failure(
-        failure_class=cause.failure_class, reason=cause.reason, message=cause.message[:WORDS_MAX], pod=cause.pod,
-        exit_code=run.exit_code if run else None, time=stamp(run.finished_at if run and run.finished_at else cause.time),
+def _add(f: Facts, failure: Failure, count: int = 1) -> Memory:
+    """A run that is to save and end loses nothing by ending: its failure is told, and not counted."""
+    memory = f.memory.failed(failure)
+    if f.stopping or not count:
+        return memory
+    meaning = MEANINGS[failure.failure_class]
+    before = getattr(memory.restarts, meaning.counter)
+    restarts = memory.restarts.model_copy(update={"total": memory.restarts.total + count, meaning.counter: before + count})
+    step = f.reported.step if f.reported else 0
+    return replace(memory, restarts=restarts).noting(
+        restarting=True,
+        restarts_since_progress=f.record.restarts_since_progress + meaning.cost * count,
+        progress_step=max(f.record.progress_step, step),
     )
 
 
-def _add(f: Facts, failure: Failure, count: int = 1) -> Record:
-    """Preemption is counted and free: it takes nothing from `backoffLimit`."""
-    record, counter = f.record, COUNTERS[failure.failure_class]
-    restarts = record.restarts.model_copy(update={
-        "total": record.restarts.total + count, counter: getattr(record.restarts, counter) + count,
-    })
-    cost = 0 if failure.failure_class is FailureClass.PREEMPTED else count
-    step = f.job.status.progress.step if f.job.status.progress else 0
-    return record.model_copy(update={
-        "restarts": restarts, "last_failure": failure, "restarts_since_progress": record.restarts_since_progress + cost,
-        "progress_step": max(record.progress_step, step),
-    })
-
-
-def _mark(record: Record, uid: str, container: str, count: int) -> Record:
-    others = [seen for seen in record.charged if (seen.uid, seen.container) != (uid, container)]
-    return record.model_copy(update={"charged": [*others, PodSeen(uid=uid, container=container, restart_count=count)]})
+def _mark(memory: Memory, uid: str, container: str, count: int) -> Memory:
+    others = [seen for seen in memory.record.charged if (seen.uid, seen.container) != (uid, container)]
+    return memory.noting(charged=[*others, PodSeen(uid=uid, container=container, restart_count=count)])
