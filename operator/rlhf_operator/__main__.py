@@ -1,7 +1,8 @@
 """python -m rlhf_operator: connect, keep a store of what there is, win the lease, run the queue.
 
-Leader and standby watch alike, so that who takes over knows everything already; only the leader runs the queue. SIGTERM lets the
-passes that run end and gives the lease back at once. Ends with 1 when the lease is lost or a part of it ends by itself.
+Leader and standby watch alike, so that who takes over knows everything already; only the leader runs the queue.
+SIGTERM lets the passes that run end and gives the lease back at once. Ends with 1 when the lease is lost or a part
+of it ends by itself.
 """
 
 import asyncio
@@ -32,7 +33,8 @@ log = logging.getLogger("rlhf_operator")
 
 
 class Operator:
-    """The parts of one process, put together, in a running event loop. `run` ends when it is told to stop, or when one of them can go on no longer."""
+    """The parts of one process, put together, in a running event loop. `run` ends when it is told to stop, or when
+    one of them can go on no longer."""
 
     def __init__(self, settings: Settings, connection: Connection, api: KubernetesApi) -> None:
         self.settings, self.api = settings, api
@@ -46,7 +48,7 @@ class Operator:
         self.health = Health(self.queue, self.store, ages)
         self.refresher = Refresher(api, self.store, settings.namespace, lambda kind: self._came())
         watch = functools.partial(registry, self.store, connection, self.refresher.suspect, ages)
-        self.informer = Informer(watch, settings.namespace)
+        self.informer = Informer(watch, settings.namespace, self.refresher.suspect_all)
         self.leadership = Leadership(api.client, settings.lease_namespace) if settings.lease_namespace else None
         if self.leadership:
             api.may_write = self.leadership.holds
@@ -58,7 +60,10 @@ class Operator:
             log.info("waiting for the lease %s/%s", self.leadership.lock.namespace, self.leadership.lock.name)
         self.informer.start()
         parts = [_task(self.refresher.run(), "refresher"), _task(self._serve(), "queue")]
-        ends = [_task(self.stopped.wait(), "stop"), *([_task(self.leadership.lost.wait(), "lease lost")] if self.leadership else [])]
+        ends = [
+            _task(self.stopped.wait(), "stop"),
+            *([_task(self.leadership.lost.wait(), "lease lost")] if self.leadership else []),
+        ]
         try:
             done, _ = await asyncio.wait({*parts, *ends}, return_when=asyncio.FIRST_COMPLETED)
             return 0 if self.stopped.is_set() and not done & {*parts} else _failed(done)
@@ -111,7 +116,9 @@ def _task(part: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
 def _failed(done: set[asyncio.Task[Any]]) -> int:
     for task in done:
         error = task.exception()
-        log.error("ended: %s%s", task.get_name(), f" by {type(error).__name__}: {error}" if error else "", exc_info=error)
+        log.error(
+            "ended: %s%s", task.get_name(), f" by {type(error).__name__}: {error}" if error else "", exc_info=error
+        )
     return 1
 
 

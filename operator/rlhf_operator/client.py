@@ -1,7 +1,8 @@
 """The connection to the API server: seven calls over the transport of `kubernetes.aio`.
 
-Paths are built from `kinds.py` instead of being discovered: discovery reads every API group at start, and an absent CRD is an
-answer here, not an error. Bodies go straight to the transport: the dynamic client copies each of them twice on the way.
+Paths are built from `kinds.py` instead of being discovered: discovery reads every API group at start, and an absent
+CRD is an answer here, not an error. Bodies go straight to the transport: the dynamic client copies each of them
+twice on the way.
 """
 
 import json
@@ -47,7 +48,8 @@ class Page:
 
 
 class Api(Protocol):
-    """What the operator needs of an API server; tests have one in memory. All raise ApiError, and answer with what is there now."""
+    """What the operator needs of an API server; tests have one in memory. All raise ApiError, and answer with what
+    is there now."""
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Raw | None:
         """None when there is no such object."""
@@ -59,19 +61,23 @@ class Api(Protocol):
         """With fieldValidation=Strict: an unknown field is an error in words."""
 
     async def apply(self, kind: Kind, namespace: str, body: Raw, *, status: bool = False) -> Raw:
-        """Server-side apply by our field manager; with `status`, to the status subresource, where an older CRD may know fewer
-        fields than we do."""
+        """Server-side apply by our field manager; with `status`, to the status subresource, where an older CRD may
+        know fewer fields than we do."""
 
     async def merge(self, kind: Kind, namespace: str, name: str, body: Raw) -> Raw:
         """JSON merge patch."""
 
-    async def delete(self, kind: Kind, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> Raw | None:
-        """Of this very object: one that is gone, or has another uid, is no error. The object while it is still there, else None."""
+    async def delete(
+        self, kind: Kind, namespace: str, name: str, uid: str, grace_seconds: int | None = None
+    ) -> Raw | None:
+        """Of this very object: one that is gone, or has another uid, is no error. The object while it is still
+        there, else None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Where the API server is: a kubeconfig's path, or None for the usual places (in a cluster, KUBECONFIG, ~/.kube)."""
+    """Where the API server is: a kubeconfig's path, or None for the usual places (in a cluster, KUBECONFIG,
+    ~/.kube)."""
 
     kubeconfig: str | None = None
 
@@ -128,9 +134,13 @@ class KubernetesApi:
         return await self._call("PATCH", kind, namespace, name, body=body, query=query, tail=tail, content=APPLY)
 
     async def merge(self, kind: Kind, namespace: str, name: str, body: Raw) -> Raw:
-        return await self._call("PATCH", kind, namespace, name, body=body, query={"fieldManager": FIELD_MANAGER}, content=MERGE)
+        return await self._call(
+            "PATCH", kind, namespace, name, body=body, query={"fieldManager": FIELD_MANAGER}, content=MERGE
+        )
 
-    async def delete(self, kind: Kind, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> Raw | None:
+    async def delete(
+        self, kind: Kind, namespace: str, name: str, uid: str, grace_seconds: int | None = None
+    ) -> Raw | None:
         grace = {} if grace_seconds is None else {"gracePeriodSeconds": grace_seconds}
         body = {"preconditions": {"uid": uid}, "propagationPolicy": "Background", **grace}
         try:
@@ -144,8 +154,16 @@ class KubernetesApi:
         return None if answer.get("kind") == "Status" else answer
 
     async def _call(
-        self, verb: str, kind: Kind, namespace: str | None, name: str | None, *,
-        body: Raw | None = None, query: dict[str, str] | None = None, tail: str = "", content: str = JSON,
+        self,
+        verb: str,
+        kind: Kind,
+        namespace: str | None,
+        name: str | None,
+        *,
+        body: Raw | None = None,
+        query: dict[str, str] | None = None,
+        tail: str = "",
+        content: str = JSON,
     ) -> Raw:
         if verb != "GET":
             if not self.may_write():
@@ -153,7 +171,12 @@ class KubernetesApi:
             metrics.API_WRITES.labels(verb=verb.lower(), kind=kind.kind).inc()
         else:
             metrics.API_READS.labels(kind.kind).inc()
-        url = self.client.configuration.host + path(kind, namespace, name) + tail + (f"?{urlencode(query)}" if query else "")
+        url = (
+            self.client.configuration.host
+            + path(kind, namespace, name)
+            + tail
+            + (f"?{urlencode(query)}" if query else "")
+        )
         try:
             status, headers, answer = await self._request(verb, url, body, content)
         except (ClientError, TimeoutError, OSError) as error:
@@ -175,7 +198,9 @@ class KubernetesApi:
     async def _send(self, verb: str, url: str, body: Raw | None, content: str) -> Any:
         token = await self.client.configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
         headers = {"Accept": JSON, "Content-Type": content, **({"Authorization": token} if token else {})}
-        return await self.client.rest_client.request(verb, url, headers=headers, body=body, _request_timeout=TIMEOUT_SECONDS)
+        return await self.client.rest_client.request(
+            verb, url, headers=headers, body=body, _request_timeout=TIMEOUT_SECONDS
+        )
 
 
 def path(kind: Kind, namespace: str | None, name: str | None) -> str:

@@ -1,7 +1,7 @@
 """The only cluster I/O of a pass: look (into the store), act (`perform`), tell (`write_status`, `write_events`).
 
-A pass makes no read. What a write answers goes into the store at once, so that the next pass sees what this one did, whenever
-the watch comes to tell it.
+A pass makes no read. What a write answers goes into the store at once, so that the next pass sees what this one did,
+whenever the watch comes to tell it.
 """
 
 import hashlib
@@ -32,8 +32,9 @@ REFUSALS = (400, 403, 409, 422)
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why the API server did not take a planned object, as a reason of the condition Accepted and in its own words. InvalidSpec
-    waits for an edit; NameConflict and Refused (rights, quotas) may end without one, and are tried again at a slow pace."""
+    """Why the API server did not take a planned object, as a reason of the condition Accepted and in its own words.
+    InvalidSpec waits for an edit; NameConflict and Refused (rights, quotas) may end without one, and are tried again
+    at a slow pace."""
 
     reason: str
     message: str
@@ -44,7 +45,8 @@ class InTheWay(Exception):
 
 
 class Stale(Exception):
-    """The job changed between our look and our write, which the API server therefore refused. Look again; it is no error."""
+    """The job changed between our look and our write, which the API server therefore refused. Look again; it is no
+    error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class ClusterIO:
     def __init__(self, api: Api, store: Store) -> None:
         self.api, self.store = api, store
         self._sent: dict[Key, _Sent] = {}
-        # uid of a job -> the version that a pass has seen, and the one that its own patch made of it.
+        # uid of a job -> the version that its pass has seen, and the one that the pass's own patch made of it.
         self._patched: dict[str, tuple[str, str]] = {}
 
     def job(self, key: Key) -> Job | None:
@@ -70,6 +72,8 @@ class ClusterIO:
         job = self.store.job(key)
         if job is None:
             self._sent.pop(key, None)
+        else:
+            self._patched.pop(job.meta.uid, None)
         return job
 
     def observe(self, job: Job) -> Observed:
@@ -86,7 +90,8 @@ class ClusterIO:
             self.store.put(JOBS, raw)
 
     async def perform(self, job: Job, plan: Plan) -> Refusal | None:
-        """Every step may have been done before. The first refusal ends it; other errors are raised, InTheWay and Stale among them.
+        """Every step may have been done before. The first refusal ends it; other errors are raised, InTheWay and Stale
+        among them.
 
         The finalizer goes on before anything is made, and off after everything was deleted."""
         if plan.finalizer:
@@ -108,7 +113,11 @@ class ClusterIO:
         """One server-side apply of everything but `progress`, and only if it says something new. True when written."""
         new, key = _told(status.to_dict()), (job.meta.namespace, job.meta.name)
         digest = _digest(new)
-        if digest == _digest(_told(job.status.to_dict())) or not self.store.holds(JOBS, job.meta.uid) or self._was_sent(job, key, digest):
+        if (
+            digest == _digest(_told(job.status.to_dict()))
+            or not self.store.holds(JOBS, job.meta.uid)
+            or self._was_sent(job, key, digest)
+        ):
             return False
         meta = {"name": key[1], "namespace": key[0], "uid": job.meta.uid, **self._seen(job)}
         body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": meta, "status": new}
@@ -120,12 +129,15 @@ class ClusterIO:
         return True
 
     async def write_events(self, job: Job, notes: Sequence[Note], now: datetime) -> None:
-        """After the status, so that no Event tells what was not stored. One that is refused is only logged: it is no state."""
+        """After the status, so that no Event tells what was not stored. One that is refused is only logged: it is no
+        state."""
         for note in notes:
             try:
                 await self.api.create(EVENTS, job.meta.namespace, _event(job, note, now))
             except ApiError as error:
-                log.warning("%s/%s: Event %s was not written: %s", job.meta.namespace, job.meta.name, note.reason, error)
+                log.warning(
+                    "%s/%s: Event %s was not written: %s", job.meta.namespace, job.meta.name, note.reason, error
+                )
 
     def _was_sent(self, job: Job, key: Key, digest: bytes) -> bool:
         """And nobody changed the status since."""
@@ -136,7 +148,8 @@ class ClusterIO:
         return there is not None and _digest(_told(there.get("status") or {})) == sent.kept
 
     def _seen(self, job: Job) -> dict[str, str]:
-        """The version that this pass decided on, or what its own patch made of that: the precondition of its next write."""
+        """The version that this pass decided on, or what its own patch made of that: the precondition of its next
+        write."""
         seen, patched = self._patched.get(job.meta.uid, ("", ""))
         version = patched if seen == job.meta.resource_version else job.meta.resource_version
         return {"resourceVersion": version} if version else {}
@@ -165,8 +178,9 @@ class ClusterIO:
         answer = await self._answered(job, self.api.merge(JOBS, job.meta.namespace, job.meta.name, patch))
         if answer is None:
             return
-        self._patched = {job.meta.uid: (job.meta.resource_version, answer["metadata"].get("resourceVersion", ""))}
+        self._patched[job.meta.uid] = (job.meta.resource_version, answer["metadata"].get("resourceVersion", ""))
         if job.meta.deletion_timestamp and not wanted:
+            self._patched.pop(job.meta.uid, None)
             self.store.drop(JOBS, job.meta.uid)
 
     async def _delete(self, namespace: str, deletion: Deletion) -> None:
@@ -203,7 +217,8 @@ class ClusterIO:
 
 
 def _check_owner(there: Raw, body: Raw) -> None:
-    """Raises InTheWay for what a job of the same name left behind and is about to go, and NameConflict for a stranger's."""
+    """Raises InTheWay for what a job of the same name left behind and is about to go, and NameConflict for a
+    stranger's."""
     meta, job = there["metadata"], body["metadata"]["labels"][JOB_LABEL]
     owner = next((o for o in meta.get("ownerReferences") or [] if o.get("controller")), None)
     labelled = (meta.get("labels") or {}).get(JOB_LABEL) == job
@@ -228,8 +243,11 @@ def _covers(there: Any, wanted: Any) -> bool:
 
 
 def _refusal(body: Raw, error: ApiError) -> Refusal:
-    """400 and 422 are about what the user wrote (a misspelt field in spec.pods, say); the rest is about rights and quotas."""
-    reason = "NameConflict" if error.reason == "NameConflict" else "InvalidSpec" if error.status in (400, 422) else "Refused"
+    """400 and 422 are about what the user wrote (a misspelt field in spec.pods, say); the rest is about rights and
+    quotas."""
+    reason = (
+        "NameConflict" if error.reason == "NameConflict" else "InvalidSpec" if error.status in (400, 422) else "Refused"
+    )
     return Refusal(reason, f"{body['kind']} {body['metadata']['name']}: {error.message}")
 
 
@@ -246,8 +264,16 @@ def _event(job: Job, note: Note, now: datetime) -> Raw:
     meta = job.meta
     about = {"apiVersion": API_VERSION, "kind": KIND, "name": meta.name, "namespace": meta.namespace, "uid": meta.uid}
     return {
-        "apiVersion": "v1", "kind": "Event", "metadata": {"name": f"{meta.name}.{uuid.uuid4().hex[:16]}", "namespace": meta.namespace},
-        "involvedObject": about, "type": "Warning" if note.warning else "Normal", "reason": note.reason, "message": note.message[:1024],
-        "source": {"component": FIELD_MANAGER}, "reportingComponent": FIELD_MANAGER, "count": 1,
-        "firstTimestamp": stamp(now), "lastTimestamp": stamp(now),
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"name": f"{meta.name}.{uuid.uuid4().hex[:16]}", "namespace": meta.namespace},
+        "involvedObject": about,
+        "type": "Warning" if note.warning else "Normal",
+        "reason": note.reason,
+        "message": note.message[:1024],
+        "source": {"component": FIELD_MANAGER},
+        "reportingComponent": FIELD_MANAGER,
+        "count": 1,
+        "firstTimestamp": stamp(now),
+        "lastTimestamp": stamp(now),
     }

@@ -21,8 +21,8 @@ Suspect = Callable[[Kind], None]
 
 
 def registry(store: Store, connection: Connection, suspect: Suspect, ages: metrics.WatchAges) -> kopf.OperatorRegistry:
-    """`suspect` is told of a kind that kopf lists although the store holds it already: its watch was broken, and what was deleted
-    meanwhile is told by nobody."""
+    """`suspect` is told of a kind that kopf lists although the store holds it already: its watch was broken, and
+    what was deleted meanwhile is told by nobody."""
     found = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=found)
@@ -30,7 +30,9 @@ def registry(store: Store, connection: Connection, suspect: Suspect, ages: metri
         return await credentials(connection)
 
     for kind in WATCHED:
-        kopf.on.event(kind.group, kind.version, kind.plural, registry=found, id=kind.plural)(_seen(kind, store, suspect, ages))
+        kopf.on.event(kind.group, kind.version, kind.plural, registry=found, id=kind.plural)(
+            _seen(kind, store, suspect, ages)
+        )
     return found
 
 
@@ -53,17 +55,27 @@ async def credentials(connection: Connection) -> kopf.ConnectionInfo:
     config = await connection.configuration()
     token = (config.api_key.get("BearerToken") or "").partition(" ")[2] or None
     return kopf.ConnectionInfo(
-        server=config.host, ca_path=config.ssl_ca_cert, insecure=not config.verify_ssl, token=token, scheme="Bearer" if token else None,
-        certificate_path=config.cert_file, private_key_path=config.key_file, proxy_url=config.proxy,
+        server=config.host,
+        ca_path=config.ssl_ca_cert,
+        insecure=not config.verify_ssl,
+        token=token,
+        scheme="Bearer" if token else None,
+        certificate_path=config.cert_file,
+        private_key_path=config.key_file,
+        proxy_url=config.proxy,
     )
 
 
 class Informer:
-    """kopf in a thread of its own, and begun anew when it ends: an answer that it takes for fatal (a CRD that goes, an error in the
-    middle of a watch) ends no pass and no lease. In our own event loop it would cancel every task younger than itself at its end."""
+    """kopf in a thread of its own, and begun anew when it ends: an answer that it takes for fatal (a CRD that goes,
+    an error in the middle of a watch) ends no pass and no lease. In our own event loop it would cancel every task
+    younger than itself at its end."""
 
-    def __init__(self, make: Callable[[], kopf.OperatorRegistry], namespace: str | None) -> None:
-        self._make, self._namespace = make, namespace
+    def __init__(
+        self, make: Callable[[], kopf.OperatorRegistry], namespace: str | None, broken: Callable[[], None]
+    ) -> None:
+        """`broken` is called when all watches were broken off."""
+        self._make, self._namespace, self._broken = make, namespace, broken
         self._stopping = threading.Event()
         self._stop_kopf: Callable[[], Any] = lambda: None
         self._thread = threading.Thread(target=self._run, name="kopf", daemon=True)
@@ -93,6 +105,7 @@ class Informer:
                 log.warning("the watches ended by %s: %s", type(error).__name__, error)
             if not self._stopping.is_set():
                 metrics.WATCH_RESTARTS.inc()
+                self._broken()
                 self._stopping.wait(random.uniform(0.2, 1.0) * RESTART_SECONDS)
 
     async def _watch(self) -> None:
@@ -102,8 +115,12 @@ class Informer:
             return
         try:
             await kopf.operator(
-                registry=self._make(), settings=kopf_settings(self._namespace), standalone=True, stop_flag=stop,
-                clusterwide=self._namespace is None, namespaces=[self._namespace] if self._namespace else [],
+                registry=self._make(),
+                settings=kopf_settings(self._namespace),
+                standalone=True,
+                stop_flag=stop,
+                clusterwide=self._namespace is None,
+                namespaces=[self._namespace] if self._namespace else [],
             )
         finally:
             self._stop_kopf = lambda: None

@@ -16,7 +16,8 @@ DEAD_AFTER_SECONDS = 12 * HEARTBEAT_SECONDS
 
 
 class Health:
-    """Dead is a leader whose queue no longer turns. Quiet is not dead: a cluster where nothing happens sends no event."""
+    """Dead is a leader whose queue no longer turns. Quiet is not dead: a cluster where nothing happens sends no
+    event."""
 
     def __init__(self, queue: Queue, store: Store, ages: metrics.WatchAges) -> None:
         self.queue, self.store, self.ages, self.serving = queue, store, ages, False
@@ -26,7 +27,9 @@ class Health:
     async def start(self, port: int) -> web.AppRunner:
         """Raises OSError where the port is taken."""
         app = web.Application()
-        app.add_routes([web.get("/livez", self.livez), web.get("/readyz", self.readyz), web.get("/metrics", self.metrics)])
+        app.add_routes(
+            [web.get("/livez", self.livez), web.get("/readyz", self.readyz), web.get("/metrics", self.metrics)]
+        )
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, port=port).start()
@@ -36,14 +39,24 @@ class Health:
     async def livez(self, _: web.Request) -> web.Response:
         beat = time.monotonic() - self.queue.beat if self.serving else 0.0
         told = {
-            "leader": self.serving, "listed": self.store.ready, "queueBeatAge": round(beat, 1),
-            "lastWatchEventAge": self.ages.least, "watchEventAges": self.ages.of(), "lastReconcileAge": _age(metrics.LAST_RECONCILE),
+            "leader": self.serving,
+            "listed": self.store.ready,
+            "queueBeatAge": round(beat, 1),
+            "lastWatchEventAge": self.ages.least,
+            "watchEventAges": self.ages.of(),
+            "lastReconcileAge": _age(metrics.LAST_RECONCILE),
         }
-        return web.Response(status=200 if beat < DEAD_AFTER_SECONDS else 503, text=json.dumps(told), content_type="application/json")
+        return web.Response(
+            status=200 if beat < DEAD_AFTER_SECONDS else 503, text=json.dumps(told), content_type="application/json"
+        )
 
     async def readyz(self, _: web.Request) -> web.Response:
         """A standby is ready once it holds what a leader needs: it is ready to take over."""
-        return web.Response(status=200, text="ok") if self.store.ready else web.Response(status=503, text="not everything was listed yet")
+        return (
+            web.Response(status=200, text="ok")
+            if self.store.ready
+            else web.Response(status=503, text="not everything was listed yet")
+        )
 
     async def metrics(self, _: web.Request) -> web.Response:
         told = generate_latest(REGISTRY) + generate_latest(self._of_store)

@@ -1,4 +1,5 @@
-"""The kinds that the operator touches, each with the verbs it uses. `client.py` makes URLs from it, `rbac.py` the ClusterRole."""
+"""The kinds that the operator touches, each with the verbs it uses. `client.py` makes URLs from it, `rbac.py` the
+ClusterRole."""
 
 from dataclasses import dataclass
 
@@ -21,8 +22,8 @@ class Kind:
         return f"{self.group}/{self.version}" if self.group else self.version
 
 
-# list and watch fill the store, the client by itself and through kopf; `get` is for what stands in the way of a write. `get` and `patch` on the status are also what the driver's
-# Role grants: nobody may grant what he does not hold.
+# list and watch fill the store, the client by itself and through kopf; `get` is for what stands in the way of a write.
+# `get` and `patch` on the status are also what the driver's Role grants: nobody may grant what he does not hold.
 JOBS = Kind(GROUP, VERSION, PLURAL, KIND, ("get", "list", "watch", "patch", "delete"), ("get", "patch"))
 RAYCLUSTERS = Kind("ray.io", "v1", "rayclusters", "RayCluster", ("get", "list", "watch", "create", "delete"))
 PODS = Kind("", "v1", "pods", "Pod", ("list", "watch", "delete"))
@@ -39,6 +40,7 @@ LEASES = Kind("coordination.k8s.io", "v1", "leases", "Lease", ("get", "create", 
 CRDS = Kind("apiextensions.k8s.io", "v1", "customresourcedefinitions", "CustomResourceDefinition", ("list", "watch"))
 
 NAMESPACED = (
-    JOBS, RAYCLUSTERS, PODS, CONFIG_MAPS, SERVICE_ACCOUNTS, ROLES, ROLE_BINDINGS, NETWORK_POLICIES, CLAIMS, EVENTS, LOCAL_QUEUES, WORKLOADS,
+    JOBS, RAYCLUSTERS, PODS, CONFIG_MAPS, SERVICE_ACCOUNTS, ROLES, ROLE_BINDINGS, NETWORK_POLICIES, CLAIMS, EVENTS,
+    LOCAL_QUEUES, WORKLOADS,
 )
 OF_KIND = {kind.kind: kind for kind in (*NAMESPACED, LEASES)}

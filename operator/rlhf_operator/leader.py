@@ -1,7 +1,8 @@
 """One operator at a time, by a Lease. A process that loses it ends: a new one starts with nothing in its hands.
 
-The lease is held for 10 s from when its last renewal was sent; the holder stops acting after 8 of them, by a clock that no one sets
-and that goes on while the process is stopped. Others wait for the whole of it, counted from when they saw the renewal.
+The lease is held for 10 s from when its last renewal was sent; the holder stops acting after 8 of them, by a clock
+that no one sets and that goes on while the process is stopped. Others wait for the whole of it, counted from when
+they saw the renewal.
 """
 
 import asyncio
@@ -30,9 +31,12 @@ T = TypeVar("T")
 
 
 class Lock(LeaseLock):  # type: ignore[misc]  # the library is not typed
-    """The library's lock ends the election on a network error and may wait minutes for an answer; here both are a failed try."""
+    """The library's lock ends the election on a network error and may wait minutes for an answer; here both are a
+    failed try."""
 
-    def __init__(self, name: str, namespace: str, identity: str, client: ApiClient, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, name: str, namespace: str, identity: str, client: ApiClient, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         super().__init__(name, namespace, identity, client)
         self.clock = clock
         self.renewed = float("-inf")
@@ -45,7 +49,9 @@ class Lock(LeaseLock):  # type: ignore[misc]  # the library is not typed
     async def create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
         """Not the library's: that passes a `pretty` which its own API object refuses (kubernetes 37.0.2)."""
         lease, sent = V1Lease(metadata=V1ObjectMeta(name=name), spec=self.update_lease(election_record)), self.clock()
-        return self._renewed(await _tried(self.api_instance.create_namespaced_lease(namespace, lease), lambda _: None) is not None, sent)
+        return self._renewed(
+            await _tried(self.api_instance.create_namespaced_lease(namespace, lease), lambda _: None) is not None, sent
+        )
 
     async def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
         sent = self.clock()
@@ -79,7 +85,8 @@ async def _tried(call: Awaitable[T], otherwise: Any) -> T:
 
 
 def identity() -> str:
-    """In a cluster the pod's name: a container that restarts takes its own lease over at once. Elsewhere a host may run two."""
+    """In a cluster the pod's name: a container that restarts takes its own lease over at once. Elsewhere a host may
+    run two."""
     return socket.gethostname() if own_namespace() else f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
 
 
@@ -89,9 +96,12 @@ class Leadership:
     def __init__(self, client: ApiClient, namespace: str) -> None:
         self.won, self.lost = asyncio.Event(), asyncio.Event()
         self.lock = Lock(NAME, namespace, identity(), client)
-        election = LeaderElection(Config(self.lock, LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS, self._started, self._stopped))
+        election = LeaderElection(
+            Config(self.lock, LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS, self._started, self._stopped)
+        )
         self._tasks = [
-            asyncio.create_task(election.run(), name="election"), asyncio.create_task(self._watch(), name="lease watch"),
+            asyncio.create_task(election.run(), name="election"),
+            asyncio.create_task(self._watch(), name="lease watch"),
         ]
         self._tasks[0].add_done_callback(self._ended)
 

@@ -15,19 +15,29 @@ from rlhf_operator.store import Store
 WAITS = (1, 5, 15, 60, 300, 900, 3600, 14400, 86400)
 
 RECONCILES = Counter("rlhf_operator_reconciles", "Passes over a job.", ["outcome"])
-RECONCILE_SECONDS = Histogram("rlhf_operator_reconcile_seconds", "Time of one pass.", buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30))
+RECONCILE_SECONDS = Histogram(
+    "rlhf_operator_reconcile_seconds", "Time of one pass.", buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
+)
 API_WRITES = Counter("rlhf_operator_api_writes", "Requests that may change something.", ["verb", "kind"])
-API_READS = Counter("rlhf_operator_api_reads", "Lists that fill the store, and reads of what stood in the way of a write.", ["kind"])
+API_READS = Counter(
+    "rlhf_operator_api_reads", "Lists that fill the store, and reads of what stood in the way of a write.", ["kind"]
+)
 QUEUE_DEPTH = Gauge("rlhf_operator_queue_depth", "Jobs that have a next pass, due now or later.")
 ACTIVE = Gauge("rlhf_operator_active_passes", "Passes under way.")
 LAST_RECONCILE = Gauge("rlhf_operator_last_reconcile_timestamp_seconds", "When a pass last ended, well or not.")
 LEADER = Gauge("rlhf_operator_leader", "1 while this process holds the lease.")
 WATCH_EVENTS = Counter("rlhf_operator_watch_events", "Events of the watches, by what they are about.", ["kind"])
 WATCH_RESTARTS = Counter("rlhf_operator_watch_restarts", "Times that all watches were begun anew after an error.")
-RESTARTS = Counter("rlhf_operator_job_restarts", "Restarts of drivers and clusters that this process charged.", ["class"])
-QUEUE_SECONDS = Histogram("rlhf_operator_job_queue_seconds", "From a RayCluster's creation to its admission by the queue.", buckets=WAITS)
+RESTARTS = Counter(
+    "rlhf_operator_job_restarts", "Restarts of drivers and clusters that this process charged.", ["class"]
+)
+QUEUE_SECONDS = Histogram(
+    "rlhf_operator_job_queue_seconds", "From a RayCluster's creation to its admission by the queue.", buckets=WAITS
+)
 PROVISIONING_SECONDS = Histogram(
-    "rlhf_operator_job_provisioning_seconds", "From a RayCluster's creation or admission to all of its pods ready.", buckets=WAITS
+    "rlhf_operator_job_provisioning_seconds",
+    "From a RayCluster's creation or admission to all of its pods ready.",
+    buckets=WAITS,
 )
 ENDED = Counter("rlhf_operator_jobs_ended", "Jobs that ended while this process served them.", ["result"])
 
@@ -86,11 +96,23 @@ class StoreCollector(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         phases = {phase.value: 0 for phase in Phase} | self.store.phases()
         yield _family("rlhf_operator_jobs", "Jobs by phase.", ["phase"], (([name], n) for name, n in phases.items()))
-        yield _family("rlhf_operator_store_objects", "Objects held in memory.", ["kind"], (([k], n) for k, n in self.store.sizes().items()))
+        yield _family(
+            "rlhf_operator_store_objects",
+            "Objects held in memory.",
+            ["kind"],
+            (([k], n) for k, n in self.store.sizes().items()),
+        )
         ages = (([kind], age) for kind, age in self.ages.of().items())
-        yield _family("rlhf_operator_watch_age_seconds", "Since the watch of a kind last told of something.", ["kind"], ages)
+        yield _family(
+            "rlhf_operator_watch_age_seconds", "Since the watch of a kind last told of something.", ["kind"], ages
+        )
         goodput = (([*key], share) for key, share in self.store.goodputs())
-        yield _family("rlhf_operator_job_goodput", "Share of the held time that went into steps that were kept.", ["namespace", "name"], goodput)
+        yield _family(
+            "rlhf_operator_job_goodput",
+            "Share of the held time that went into steps that were kept.",
+            ["namespace", "name"],
+            goodput,
+        )
 
 
 def _family(name: str, text: str, labels: list[str], samples: Iterable[tuple[list[str], float]]) -> GaugeMetricFamily:

@@ -42,8 +42,8 @@ class Failing:
 
 @dataclass(slots=True)
 class Schedule:
-    """Which key is due when. Times are seconds of any one clock. All of it is O(log n): the heap may hold what is no longer so
-    (a key that became due earlier, or has a worker), which is passed over when it comes to the top."""
+    """Which key is due when. Times are seconds of any one clock. All of it is O(log n): the heap may hold what is no
+    longer so (a key that became due earlier, or has a worker), which is passed over when it comes to the top."""
 
     due: dict[Key, float] = field(default_factory=dict)
     active: set[Key] = field(default_factory=set)
@@ -111,7 +111,9 @@ class Schedule:
 class Queue:
     """`work` handles one key and says when to come back; `restless` are the keys that the resync visits."""
 
-    def __init__(self, work: Callable[[Key], Awaitable[datetime | None]], restless: Callable[[], Iterable[Key]]) -> None:
+    def __init__(
+        self, work: Callable[[Key], Awaitable[datetime | None]], restless: Callable[[], Iterable[Key]]
+    ) -> None:
         self._work, self._restless = work, restless
         self._schedule, self._changed = Schedule(), asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -151,7 +153,9 @@ class Queue:
     async def _wait(self) -> None:
         due = self._schedule.next_due()
         free = len(self._tasks) < WORKERS
-        pause = min(HEARTBEAT_SECONDS, max(0.0, due - time.monotonic())) if due is not None and free else HEARTBEAT_SECONDS
+        pause = (
+            min(HEARTBEAT_SECONDS, max(0.0, due - time.monotonic())) if due is not None and free else HEARTBEAT_SECONDS
+        )
         try:
             async with asyncio.timeout(pause):
                 await self._changed.wait()
@@ -166,7 +170,9 @@ class Queue:
         except Exception as error:
             delay = self._schedule.failed(key, time.monotonic(), getattr(error, "retry_after", None) or 0.0)
             metrics.RECONCILES.labels(outcome="error").inc()
-            log.warning("%s: %s: next try in %.1f s", "/".join(key), error, delay, exc_info=not isinstance(error, EXPECTED))
+            log.warning(
+                "%s: %s: next try in %.1f s", "/".join(key), error, delay, exc_info=not isinstance(error, EXPECTED)
+            )
         else:
             metrics.RECONCILES.labels(outcome="ok").inc()
             self._schedule.done(key, _monotonic(wake_at))

@@ -6,9 +6,9 @@
     4. apply     create, delete          cluster.py
     5. write     the status, once, then Events
 
-A pass knows nothing of the event that caused it and remembers nothing but `status.record`. An action follows only from a record
-that is already stored; so a pass either writes down what it means to do, or does what is written down, and may die anywhere.
-What goes wrong between 1 and 5, whatever it is, is told in the status.
+A pass knows nothing of the event that caused it and remembers nothing but `status.record`. An action follows only
+from a record that is already stored; so a pass either writes down what it means to do, or does what is written down,
+and may die anywhere. What goes wrong between 1 and 5, whatever it is, is told in the status.
 """
 
 import logging
@@ -34,8 +34,8 @@ def utc_now() -> datetime:
 
 
 async def reconcile(cluster: ClusterIO, key: Key, clock: Clock = utc_now, home: str = "default") -> datetime | None:
-    """When to look again unless something happens before; None for never. Raises what went wrong after the status told of it.
-    `home` is the operator's own namespace."""
+    """When to look again unless something happens before; None for never. Raises what went wrong after the status
+    told of it. `home` is the operator's own namespace."""
     job = cluster.job(key)
     if job is None:
         return None

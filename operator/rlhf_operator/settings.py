@@ -49,7 +49,8 @@ def own_namespace() -> str | None:
 
 
 class Backoffs:
-    """Seconds between the tries of one request, without end: an API server may be away for long. A 429 may ask for more."""
+    """Seconds between the tries of one request, without end: an API server may be away for long. A 429 may ask for
+    more."""
 
     def __iter__(self) -> Iterator[float]:
         yield from (0.5, 1.0, 2.0)
@@ -90,10 +91,12 @@ class NoProgress(kopf.ProgressStorage):
 
 
 def kopf_settings(namespace: str | None) -> kopf.OperatorSettings:
-    """An informer and nothing else: no Events from logs, no peering, only labelled pods and RayClusters, only Warning Events.
+    """An informer and nothing else: no Events from logs, no peering, only labelled pods and RayClusters, only Warning
+    Events.
 
-    A watch that is silent for 70 s is begun anew: the API server sends a bookmark every minute. Server errors, 403 and 429 are tried
-    again without end, 410 lists anew; what else kopf takes for fatal ends it, and `handlers.Informer` begins it anew."""
+    A watch that is silent for 70 s is begun anew: the API server sends a bookmark every minute. Server errors, 403
+    and 429 are tried again without end, 410 lists anew; what else kopf takes for fatal ends it, and
+    `handlers.Informer` begins it anew."""
     settings = kopf.OperatorSettings()
     # A Role cannot grant the lists of CRDs and namespaces; asking all the same holds every watch back for a minute.
     settings.scanning.disabled = namespace is not None

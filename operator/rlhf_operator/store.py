@@ -1,12 +1,14 @@
-"""What the API server holds, as far as it concerns jobs: watches, lists and the answers to our own writes fill it, passes read it.
+"""What the API server holds, as far as it concerns jobs: watches, lists and the answers to our own writes fill it,
+passes read it.
 
-No I/O and no clock of its own. A watch may lose, repeat or reorder what it tells: of two versions of an object the newer counts,
-what was once gone stays gone, and a list removes what it lacks. Kept are projections, by job, so that a pass costs what the job
-has and not what the cluster has. Threads may use it at once: kopf has one of its own.
+No I/O and no clock of its own. A watch may lose, repeat or reorder what it tells: of two versions of an object the
+newer counts, what was once gone stays gone, and a list removes what it lacks. Kept are projections, by job, so that
+a pass costs what the job has and not what the cluster has. Threads may use it at once: kopf has one of its own.
 """
 
 import hashlib
 import json
+import logging
 import marshal
 import threading
 import time
@@ -34,6 +36,7 @@ from rlhf_operator.observed import (
     read_pod,
 )
 
+log = logging.getLogger(__name__)
 Raw = dict[str, Any]
 Key = tuple[str, str]
 Wake = Callable[[Key], None]
@@ -66,7 +69,8 @@ class Held(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class JobFacts:
-    """A job as bytes, and the little that is asked of all jobs at once. `heeded` tells whether a change is worth a pass."""
+    """A job as bytes, and the little that is asked of all jobs at once. `heeded` tells whether a change is worth a
+    pass."""
 
     packed: bytes
     heeded: bytes
@@ -140,7 +144,8 @@ class _Warning:
 
 
 class Complaints:
-    """The newest telling Warning Event about an object, by its uid; about strangers, which may become ours, for a short time."""
+    """The newest telling Warning Event about an object, by its uid; about strangers, which may become ours, for a
+    short time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -194,7 +199,11 @@ class Store:
         self.queues: Shelf[None] = Shelf()
         self.complaints = Complaints(clock)
         self._shelves: dict[Kind, Shelf[Any]] = {
-            JOBS: self.jobs, RAYCLUSTERS: self.clusters, PODS: self.pods, WORKLOADS: self.workloads, LOCAL_QUEUES: self.queues,
+            JOBS: self.jobs,
+            RAYCLUSTERS: self.clusters,
+            PODS: self.pods,
+            WORKLOADS: self.workloads,
+            LOCAL_QUEUES: self.queues,
         }
         self._gone: OrderedDict[str, None] = OrderedDict()
         self._known: dict[Kind, bool] = {}
@@ -202,15 +211,22 @@ class Store:
     # what fills it
 
     def put(self, kind: Kind, raw: Raw, *, own: bool = False) -> None:
-        """As it is or was. `own`: the answer to a write of ours, which tells the operator nothing new of a job."""
+        """As it is or was. `own`: the answer to a write of ours, which tells the operator nothing new of a job. Never
+        raises: one object that nobody can read must not keep the others from being told of."""
         with self._lock:
-            if kind is EVENTS:
-                self._complain(raw)
-            elif kind in self._shelves:
-                self._put(kind, raw, own)
+            try:
+                if kind is EVENTS:
+                    self._complain(raw)
+                elif kind in self._shelves:
+                    self._put(kind, raw, own)
+            except Exception:
+                name = raw.get("metadata", {}).get("name")
+                log.exception("%s %s cannot be read: what was known of it stays", kind.kind, name)
 
     def drop(self, kind: Kind, uid: str) -> None:
         """It is gone for good, whatever is told of it later."""
+        if kind is EVENTS:
+            return
         with self._lock:
             self._gone[uid] = None
             if len(self._gone) > GONE_MAX:
@@ -222,7 +238,11 @@ class Store:
         """A whole list was put, which is as of `version`: what is not newer and not in it has gone unseen."""
         with self._lock:
             self._exists(kind, True)
-            lost = [held.uid for held in self._shelves[kind].by_uid.values() if held.version <= version and held.uid not in uids]
+            lost = [
+                held.uid
+                for held in self._shelves[kind].by_uid.values()
+                if held.version <= version and held.uid not in uids
+            ]
             for uid in lost:
                 self.drop(kind, uid)
 
@@ -268,7 +288,9 @@ class Store:
                 return Observed(kuberay=False)
             clusters = tuple(held.facts for held in self.clusters.of(key) if held.owner == job.meta.uid)
             pods = tuple(held.facts for held in self.pods.of(key))
-            return Observed(clusters, pods, queue=self._queue(job, clusters), complaints=self._complaints(clusters, pods))
+            return Observed(
+                clusters, pods, queue=self._queue(job, clusters), complaints=self._complaints(clusters, pods)
+            )
 
     def job_keys(self, *, at_rest: bool = True) -> list[Key]:
         """Of all jobs, or of those for which something is left to do."""
@@ -285,10 +307,14 @@ class Store:
 
     def goodputs(self) -> list[tuple[Key, float]]:
         with self._lock:
-            return [(held.name, held.facts.goodput) for held in self.jobs.by_uid.values() if held.facts.goodput is not None]
+            return [
+                (held.name, held.facts.goodput) for held in self.jobs.by_uid.values() if held.facts.goodput is not None
+            ]
 
     def sizes(self) -> dict[str, int]:
-        return {kind.plural: len(shelf) for kind, shelf in self._shelves.items()} | {EVENTS.plural: len(self.complaints)}
+        return {kind.plural: len(shelf) for kind, shelf in self._shelves.items()} | {
+            EVENTS.plural: len(self.complaints)
+        }
 
     # inside
 
@@ -410,7 +436,10 @@ def _job_facts(raw: Raw) -> JobFacts:
 
 def _slim(raw: Raw) -> Raw:
     """Of who manages which field only who and when is read."""
-    managers = [{k: v for k, v in m.items() if k in ("manager", "time", "subresource")} for m in raw["metadata"].get("managedFields") or ()]
+    managers = [
+        {k: v for k, v in m.items() if k in ("manager", "time", "subresource")}
+        for m in raw["metadata"].get("managedFields") or ()
+    ]
     return {**raw, "metadata": {**raw["metadata"], "managedFields": managers}}
 
 
@@ -427,7 +456,11 @@ def _number(text: Any) -> float | None:
 
 
 def _silent(pod: Pod) -> bool:
-    waiting = [c.waiting_reason for c in (*pod.init_containers, *pod.containers) if c.running_since is None and not c.terminated]
+    waiting = [
+        c.waiting_reason
+        for c in (*pod.init_containers, *pod.containers)
+        if c.running_since is None and not c.terminated
+    ]
     return all(reason in SILENT_WAITS for reason in waiting)
 
 

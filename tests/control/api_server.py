@@ -1,5 +1,5 @@
-"""A small API server over real HTTP: lists in pages, watches with bookmarks, applies, patches, deletes, leases. And its bad days:
-away, an error or a 410 in the middle of a watch, watches that fall silent, answers of 429 and 500."""
+"""A small API server over real HTTP: lists in pages, watches with bookmarks, applies, patches, deletes, leases. And
+its bad days: away, an error or a 410 in the middle of a watch, watches that fall silent, answers of 429 and 500."""
 
 import asyncio
 import copy
@@ -25,8 +25,9 @@ BOOKMARK_SECONDS = 0.2
 
 @dataclass
 class ApiServer:
-    """`down`: every request gets a 503 and every watch is cut. `silent`: watches tell nothing and stay open. `answers`: what the next
-    requests of a method get instead, as (status, headers). `who` counts writes by the token of the one who writes."""
+    """`down`: every request gets a 503 and every watch is cut. `silent`: watches tell nothing and stay open.
+    `answers`: what the next requests of a method get instead, as (status, headers). `who` counts writes by the token
+    of the one who writes."""
 
     absent: set[str] = field(default_factory=set)
     objects: dict[Place, Raw] = field(default_factory=dict)
@@ -75,11 +76,18 @@ class ApiServer:
 
     def kubeconfig(self, folder: Path, token: str) -> str:
         path = folder / f"{token}.yaml"
-        path.write_text(yaml.safe_dump({
-            "apiVersion": "v1", "kind": "Config", "current-context": "c",
-            "clusters": [{"name": "c", "cluster": {"server": self.url}}], "users": [{"name": "u", "user": {"token": token}}],
-            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-        }))
+        path.write_text(
+            yaml.safe_dump(
+                {
+                    "apiVersion": "v1",
+                    "kind": "Config",
+                    "current-context": "c",
+                    "clusters": [{"name": "c", "cluster": {"server": self.url}}],
+                    "users": [{"name": "u", "user": {"token": token}}],
+                    "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+                }
+            )
+        )
         return str(path)
 
     # HTTP
@@ -87,13 +95,24 @@ class ApiServer:
     @asynccontextmanager
     async def running(self, port: int = 0) -> AsyncIterator["ApiServer"]:
         app = web.Application(middlewares=[self._moods])
-        app.add_routes([
-            web.get("/api", self._versions), web.get("/apis", self._groups), web.get("/api/v1", self._resources),
-            web.get("/apis/{group}/{version}", self._resources),
-            *(web.route("*", root + tail, self._serve) for root in ("/api/{version}", "/apis/{group}/{version}") for tail in (
-                "/{plural}", "/namespaces/{ns}/{plural}", "/namespaces/{ns}/{plural}/{name}", "/namespaces/{ns}/{plural}/{name}/{sub}"
-            )),
-        ])
+        app.add_routes(
+            [
+                web.get("/api", self._versions),
+                web.get("/apis", self._groups),
+                web.get("/api/v1", self._resources),
+                web.get("/apis/{group}/{version}", self._resources),
+                *(
+                    web.route("*", root + tail, self._serve)
+                    for root in ("/api/{version}", "/apis/{group}/{version}")
+                    for tail in (
+                        "/{plural}",
+                        "/namespaces/{ns}/{plural}",
+                        "/namespaces/{ns}/{plural}/{name}",
+                        "/namespaces/{ns}/{plural}/{name}/{sub}",
+                    )
+                ),
+            ]
+        )
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", port)
@@ -106,11 +125,15 @@ class ApiServer:
             await runner.cleanup()
 
     @web.middleware
-    async def _moods(self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
-        self.requests.append((request.method, request.path, request.headers.get("Authorization", "").removeprefix("Bearer ")))
+    async def _moods(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        self.requests.append(
+            (request.method, request.path, request.headers.get("Authorization", "").removeprefix("Bearer "))
+        )
         if self.down:
             return _status(503, "ServiceUnavailable")
-        if request.method in self.answers and self.answers[request.method]:
+        if self.answers.get(request.method):
             status, headers = self.answers[request.method].pop(0)
             return _status(status, "Told", headers)
         return await handler(request)
@@ -120,17 +143,36 @@ class ApiServer:
 
     async def _groups(self, _: web.Request) -> web.Response:
         there = {(k.group, k.version) for k in OF_PLURAL.values() if k.group and k.plural not in self.absent}
-        return web.json_response({"groups": [
-            {"name": g, "preferredVersion": {"version": v}, "versions": [{"version": v}]} for g, v in sorted(there)
-        ]})
+        return web.json_response(
+            {
+                "groups": [
+                    {"name": g, "preferredVersion": {"version": v}, "versions": [{"version": v}]}
+                    for g, v in sorted(there)
+                ]
+            }
+        )
 
     async def _resources(self, request: web.Request) -> web.Response:
         group, version = request.match_info.get("group", ""), request.match_info.get("version", "v1")
-        kinds = [k for k in (*OF_PLURAL.values(), NAMESPACES) if (k.group, k.version) == (group, version) and k.plural not in self.absent]
-        return web.json_response({"resources": [
-            {"name": k.plural, "kind": k.kind, "singularName": k.kind.lower(), "namespaced": k not in (CRDS, NAMESPACES),
-             "verbs": ["get", "list", "watch", "create", "patch", "delete"]} for k in kinds
-        ]})
+        kinds = [
+            k
+            for k in (*OF_PLURAL.values(), NAMESPACES)
+            if (k.group, k.version) == (group, version) and k.plural not in self.absent
+        ]
+        return web.json_response(
+            {
+                "resources": [
+                    {
+                        "name": k.plural,
+                        "kind": k.kind,
+                        "singularName": k.kind.lower(),
+                        "namespaced": k not in (CRDS, NAMESPACES),
+                        "verbs": ["get", "list", "watch", "create", "patch", "delete"],
+                    }
+                    for k in kinds
+                ]
+            }
+        )
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         plural, name = request.match_info["plural"], request.match_info.get("name")
@@ -147,7 +189,9 @@ class ApiServer:
         begin = int(request.query.get("continue") or 0)
         end = begin + int(request.query.get("limit") or len(found) or 1)
         more = str(end) if end < len(found) else ""
-        return web.json_response({"metadata": {"resourceVersion": str(self.version), "continue": more}, "items": found[begin:end]})
+        return web.json_response(
+            {"metadata": {"resourceVersion": str(self.version), "continue": more}, "items": found[begin:end]}
+        )
 
     async def _watch(self, request: web.Request, plural: str) -> web.StreamResponse:
         self.watches[plural] += 1
@@ -161,7 +205,9 @@ class ApiServer:
         self._cuts.append(cuts)
         try:
             while True:
-                while not self.silent and (news := [h for h in self.history if h[0] > since and h[1] == plural and _selected(request, h[2])]):
+                while not self.silent and (
+                    news := [h for h in self.history if h[0] > since and h[1] == plural and _selected(request, h[2])]
+                ):
                     since = news[0][0]
                     await _line(stream, news[0][3], news[0][2])
                 try:
@@ -182,7 +228,11 @@ class ApiServer:
         if method == "POST":
             if there is not None:
                 return _status(409, "AlreadyExists")
-            body["metadata"].update(namespace=place[1], uid=f"{place[0]}-{place[2]}-{self.version}", creationTimestamp="2026-01-01T00:00:00Z")
+            body["metadata"].update(
+                namespace=place[1],
+                uid=f"{place[0]}-{place[2]}-{self.version}",
+                creationTimestamp="2026-01-01T00:00:00Z",
+            )
             return self._answer(201, self._tell("ADDED", place, body))
         if there is None:
             return _status(404, "NotFound")
@@ -198,7 +248,10 @@ class ApiServer:
             return _status(409, "Conflict")
         new = copy.deepcopy(there)
         if request.match_info.get("sub") == "status":
-            new["status"] = {**body["status"], **{k: v for k, v in (there.get("status") or {}).items() if k == "progress"}}
+            new["status"] = {
+                **body["status"],
+                **{k: v for k, v in (there.get("status") or {}).items() if k == "progress"},
+            }
         else:
             _merge(new, {k: v for k, v in body.items() if k not in ("apiVersion", "kind")})
         return self._answer(200, there if new == there else self._tell("MODIFIED", place, new))
@@ -219,7 +272,9 @@ async def _line(stream: web.StreamResponse, event: str, raw: Raw) -> None:
 
 
 def _status(code: int, reason: str, headers: dict[str, str] | None = None) -> web.Response:
-    return web.json_response({"kind": "Status", "code": code, "reason": reason, "message": reason}, status=code, headers=headers)
+    return web.json_response(
+        {"kind": "Status", "code": code, "reason": reason, "message": reason}, status=code, headers=headers
+    )
 
 
 def _selected(request: web.Request, raw: Raw) -> bool:

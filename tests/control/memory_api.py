@@ -1,5 +1,5 @@
-"""An API server in memory: just what the operator uses of one, a watch that fills its store, and a switch that kills the caller
-between two writes."""
+"""An API server in memory: just what the operator uses of one, a watch that fills its store, and a switch that kills
+the caller between two writes."""
 
 import pickle
 from collections import Counter
@@ -32,19 +32,23 @@ class WatchEvent:
 
 
 class MemoryApi:
-    """`writes` tells what was changed, in order. `kill_at` n: the caller dies right after its n-th write, counted from 0.
+    """`writes` tells what was changed, in order. `kill_at` n: the caller dies right after its n-th write, counted from
+    0.
 
-    `store` is the operator's, filled by a watch. Objects may be changed in place: whoever asks for the store, and every call, first
-    finds out what changed and gives it a resourceVersion. While `live`, the store is told of it at once; else the events wait in
-    `pending`, which a test may deliver, drop, repeat and reorder. `woken` are the jobs that the store has woken."""
+    `store` is the operator's, filled by a watch. Objects may be changed in place: whoever asks for the store, and
+    every call, first finds out what changed and gives it a resourceVersion. While `live`, the store is told of it at
+    once; else the events wait in `pending`, which a test may deliver, drop, repeat and reorder. `woken` are the jobs
+    that the store has woken."""
 
     def __init__(self, now: datetime) -> None:
         self.now = now
         self.objects: dict[Id, Raw] = {}
         self.absent: set[str] = {"localqueues", "workloads"}
         self.refuse: dict[str, ApiError] = {}
+        self.refuse_lists: ApiError | None = None
         self.writes: list[str] = []
         self.used: set[tuple[str, Kind]] = set()
+        self.calls: list[str] = []
         self.kill_at: int | None = None
         self.dead = False
         self.live = True
@@ -142,8 +146,12 @@ class MemoryApi:
 
     async def list(self, kind: Kind, namespace: str | None, *, labels: str = "", more: str = "") -> Page:
         self._check("list", kind)
-        found = [raw for (plural, ns, _), raw in self.objects.items() if plural == kind.plural and namespace in (None, ns)]
-        return Page([_copy(raw) for raw in found if labels in ("", *(raw["metadata"].get("labels") or {}))], self.version)
+        if self.refuse_lists:
+            raise self.refuse_lists
+        everywhere = [(ns, raw) for (plural, ns, _), raw in self.objects.items() if plural == kind.plural]
+        served = [raw for ns, raw in everywhere if namespace in (None, ns)]
+        found = [raw for raw in served if labels in ("", *(raw["metadata"].get("labels") or {}))]
+        return Page([_copy(raw) for raw in found], self.version)
 
     async def create(self, kind: Kind, namespace: str, body: Raw) -> Raw:
         self._before("create", kind)
@@ -185,7 +193,9 @@ class MemoryApi:
         answer: Raw = _copy(there)
         return answer
 
-    async def delete(self, kind: Kind, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> Raw | None:
+    async def delete(
+        self, kind: Kind, namespace: str, name: str, uid: str, grace_seconds: int | None = None
+    ) -> Raw | None:
         self._before("delete", kind)
         there = self.objects.get((kind.plural, namespace, name))
         if there is None or there["metadata"]["uid"] != uid:
@@ -199,8 +209,8 @@ class MemoryApi:
         return answer
 
     def vanish(self, kind: Kind, raw: Raw) -> None:
-        """As somebody else deletes it. Pods go when their grace period ends, what has finalizers when they are off; everything else
-        goes at once, and what it owns after it."""
+        """As somebody else deletes it. Pods go when their grace period ends, what has finalizers when they are off;
+        everything else goes at once, and what it owns after it."""
         if kind is PODS or raw["metadata"].get("finalizers"):
             raw["metadata"].setdefault("deletionTimestamp", stamp(self.now))
             return
@@ -211,6 +221,7 @@ class MemoryApi:
 
     def _check(self, verb: str, kind: Kind) -> None:
         self.used.add((verb, kind))
+        self.calls.append(f"{verb} {kind.kind}")
         if self.dead:
             raise Killed
         self.commit()
@@ -239,4 +250,4 @@ def _precondition(there: Raw, body: Raw) -> None:
     """A write that names a version is about that version."""
     for field in ("uid", "resourceVersion"):
         if body["metadata"].get(field, there["metadata"].get(field)) != there["metadata"].get(field):
-            raise ApiError(409, "Conflict", "the object has been modified; please apply your changes to the latest version")
+            raise ApiError(409, "Conflict", "the object has been modified: apply your changes to the latest version")

@@ -2,19 +2,22 @@
 
 import asyncio
 import operator
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
+from rlhf_api.status import RLHFJobStatus
 from rlhf_operator.client import Connection, KindMissing, path, refused
 from rlhf_operator.handlers import registry
 from rlhf_operator.kinds import PODS, RAYCLUSTERS, Kind
 from rlhf_operator.leader import _tried
-from rlhf_operator.metrics import WatchAges
-from rlhf_operator.settings import kopf_settings, parse
+from rlhf_operator.metrics import StoreCollector, WatchAges, told
+from rlhf_operator.settings import Backoffs, kopf_settings, parse
 from rlhf_operator.store import WATCHED, Store
 from tests.control.world import running
 
@@ -56,7 +59,9 @@ def test_kopf_only_watches() -> None:
 
 def test_every_event_goes_into_the_store() -> None:
     """Those of a running job, through kopf's handlers, into a store that wakes it; and out of it again."""
-    world, woken, suspected = running(), [], []
+    world = running()
+    woken: list[tuple[str, str]] = []
+    suspected: list[Kind] = []
     store = Store(woken.append)
     by_id = {handler.id: handler.fn for handler in handlers_of(store, suspected)._watching.get_all_handlers()}
 
@@ -108,7 +113,8 @@ def test_paths() -> None:
 
 
 def test_the_backoff_of_watches_has_no_end() -> None:
-    pauses = iter(kopf_settings(None).networking.error_backoffs)
+    pauses = iter(Backoffs())
+    assert isinstance(kopf_settings(None).networking.error_backoffs, Backoffs)
     assert all(0 < next(pauses) <= 5 for _ in range(1000))
 
 
@@ -124,3 +130,26 @@ def test_the_imports_fit_the_operators_memory() -> None:
     script = "import rlhf_operator.__main__, re; print(re.search(r'VmRSS:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     assert int(out) / 1024 < 100
+
+
+def test_the_documented_metrics_are_those_that_there_are() -> None:
+    text = (ROOT / "docs/telemetry.md").read_text()
+    documented = set(re.findall(r"`(rlhf_operator_\w+)`", text))
+    families = (REGISTRY.collect(), StoreCollector(Store(), WatchAges()).collect())
+    there = {family.name + ("_total" if family.type == "counter" else "") for found in families for family in found}
+    assert documented == {name for name in there if name.startswith("rlhf_operator_")}
+
+
+def test_what_a_status_tells_for_the_first_time_is_counted() -> None:
+    before = RLHFJobStatus.model_validate({"record": {"clusterCreatedAt": "2026-01-01T12:00:00Z"}})
+    record = {"clusterCreatedAt": "2026-01-01T12:00:00Z", "admittedAt": "2026-01-01T12:01:00Z", "readyAt": "2026-01-01T12:03:00Z"}
+    after = RLHFJobStatus.model_validate({"record": {**record, "restarts": {"total": 2, "app": 2}, "result": "Failed"}})
+    names = {
+        "rlhf_operator_job_queue_seconds_sum": 60.0, "rlhf_operator_job_provisioning_seconds_sum": 120.0,
+        "rlhf_operator_job_restarts_total": 2.0, "rlhf_operator_jobs_ended_total": 1.0,
+    }
+    labels = {"rlhf_operator_job_restarts_total": {"class": "app"}, "rlhf_operator_jobs_ended_total": {"result": "Failed"}}
+    was = {name: REGISTRY.get_sample_value(name, labels.get(name, {})) or 0.0 for name in names}
+    told(before, after)
+    told(after, after)
+    assert {name: (REGISTRY.get_sample_value(name, labels.get(name, {})) or 0.0) - was[name] for name in names} == names

@@ -105,7 +105,12 @@ def test_a_resync_reaches_also_a_key_that_backs_off() -> None:
     assert schedule.take(0.1) == A
 
 
-@given(st.lists(st.tuples(st.sampled_from("add at take done fail".split()), st.integers(0, 3), st.integers(0, 50)), max_size=60))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["add", "at", "take", "done", "fail"]), st.integers(0, 3), st.integers(0, 50)),
+        max_size=60,
+    )
+)
 def test_the_schedule_is_what_a_plain_table_would_be(steps: list[tuple[str, int, int]]) -> None:
     """The heap holds leftovers; none of them may show."""
     schedule, now = Schedule(), 0.0

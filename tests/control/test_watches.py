@@ -1,4 +1,5 @@
-"""The whole process against a real HTTP server: it serves, survives the API server's bad days, and hands over to another."""
+"""The whole process against a real HTTP server: it serves, survives the API server's bad days, and hands over to
+another."""
 
 import asyncio
 import time
@@ -12,6 +13,7 @@ from rlhf_operator import handlers, leader, refresh, settings
 from rlhf_operator.__main__ import Operator
 from rlhf_operator.client import ApiError, Connection, KubernetesApi
 from rlhf_operator.kinds import CONFIG_MAPS, CRDS, EVENTS, JOBS, LEASES, PODS, RAYCLUSTERS
+from rlhf_operator.leader import Leadership
 from rlhf_operator.names import JOB_LABEL
 from rlhf_operator.settings import Settings
 from tests.api.specs import a_job
@@ -43,7 +45,9 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @asynccontextmanager
-async def operator(server: ApiServer, folder: Path, name: str = "one", lease: str | None = None) -> AsyncIterator[Operator]:
+async def operator(
+    server: ApiServer, folder: Path, name: str = "one", lease: str | None = None
+) -> AsyncIterator[Operator]:
     connection = Connection(server.kubeconfig(folder, name))
     api = await KubernetesApi.connect(connection)
     made = Operator(Settings(None, connection.kubeconfig, 0, lease, False), connection, api)
@@ -54,6 +58,11 @@ async def operator(server: ApiServer, folder: Path, name: str = "one", lease: st
         made.stopped.set()
         await asyncio.wait_for(task, 15)
         await api.close()
+
+
+def led(operator: Operator) -> Leadership:
+    assert operator.leadership is not None
+    return operator.leadership
 
 
 def phase(server: ApiServer, name: str = "sample") -> str:
@@ -72,7 +81,9 @@ async def test_a_job_is_served(tmp_path: Path) -> None:
         await until(lambda: it.store.ready)
         server.put(JOBS, job())
         await until(lambda: server.of(RAYCLUSTERS) and phase(server) == "Provisioning")
-        server.put(PODS, {"metadata": {"name": "head", "labels": {JOB_LABEL: "sample"}}, "status": {"phase": "Pending"}})
+        server.put(
+            PODS, {"metadata": {"name": "head", "labels": {JOB_LABEL: "sample"}}, "status": {"phase": "Pending"}}
+        )
         await until(lambda: it.store.sizes()["pods"] == 1)
 
 
@@ -87,9 +98,15 @@ async def test_only_labelled_pods_and_warnings_are_asked_for(tmp_path: Path) -> 
         await until(lambda: it.store.complaints.of("head"))
 
 
-@pytest.mark.parametrize("error", [
-    {"kind": "Status", "code": 410, "reason": "Expired"}, {"kind": "Status", "code": 500, "reason": "InternalError"}, None,
-], ids=["410", "500", "closed"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"kind": "Status", "code": 410, "reason": "Expired"},
+        {"kind": "Status", "code": 500, "reason": "InternalError"},
+        None,
+    ],
+    ids=["410", "500", "closed"],
+)
 async def test_what_went_while_a_watch_was_broken_is_found(tmp_path: Path, error: dict[str, object] | None) -> None:
     """kopf lists anew and tells of what there is; that something is gone is told by our own list."""
     async with ApiServer().running() as server, operator(server, tmp_path) as it:
@@ -154,27 +171,30 @@ async def test_too_many_requests_are_left_alone_for_as_long_as_asked(tmp_path: P
         await api.close()
 
 
-async def test_a_standby_takes_over_at_once_when_the_leader_is_told_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_standby_takes_over_at_once_when_the_leader_is_told_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And does not wait for the lease to run out, which it would not do here."""
     monkeypatch.setattr(leader, "LEASE_SECONDS", 600)
-    async with ApiServer().running() as server:
-        async with operator(server, tmp_path, "first", "default") as first:
-            await until(lambda: first.leading)
-            async with operator(server, tmp_path, "second", "default") as second:
-                await until(lambda: second.store.ready)
-                server.put(JOBS, job())
-                await until(lambda: server.of(RAYCLUSTERS))
-                assert server.writes("second") == 0 and not second.leading
-                await until(lambda: second.store.sizes()["rlhfjobs"] == 1)
-                first.stopped.set()
-                await until(lambda: second.leading)
-                written = server.writes("first")
-                server.put(JOBS, job("other"))
-                await until(lambda: len(server.of(RAYCLUSTERS)) == 2)
-                assert server.writes("first") == written and server.writes("second") > 0
+    async with ApiServer().running() as server, operator(server, tmp_path, "first", "default") as first:
+        await until(lambda: first.leading)
+        async with operator(server, tmp_path, "second", "default") as second:
+            await until(lambda: second.store.ready)
+            server.put(JOBS, job())
+            await until(lambda: server.of(RAYCLUSTERS))
+            assert server.writes("second") == 0 and not second.leading
+            await until(lambda: second.store.sizes()["rlhfjobs"] == 1)
+            first.stopped.set()
+            await until(lambda: second.leading)
+            written = server.writes("first")
+            server.put(JOBS, job("other"))
+            await until(lambda: len(server.of(RAYCLUSTERS)) == 2)
+            assert server.writes("first") == written and server.writes("second") > 0
 
 
-async def test_a_leader_that_cannot_renew_stops_before_another_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_leader_that_cannot_renew_stops_before_another_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with ApiServer().running() as server, operator(server, tmp_path, "first", "default") as first:
         await until(lambda: first.leading)
 
@@ -186,9 +206,9 @@ async def test_a_leader_that_cannot_renew_stops_before_another_starts(tmp_path: 
             await until(lambda: second.store.ready)
             (lease,) = server.of(LEASES)
             for name in ("get", "update"):
-                monkeypatch.setattr(first.leadership.lock, name, lost)
-            await until(lambda: not first.leadership.holds())
-            assert lease["spec"]["holderIdentity"] == first.leadership.lock.identity
+                monkeypatch.setattr(led(first).lock, name, lost)
+            await until(lambda: not led(first).holds())
+            assert lease["spec"]["holderIdentity"] == led(first).lock.identity
             assert not second.leading
             with pytest.raises(ApiError, match="NotLeader"):
                 await first.api.create(CONFIG_MAPS, "default", {"metadata": {"name": "late"}})
@@ -202,7 +222,7 @@ async def test_a_standby_outlives_an_api_server_that_is_away(tmp_path: Path) -> 
             await until(lambda: second.store.ready)
             server.down = True
             server.cut()
-            await until(lambda: first.leadership.lost.is_set())
+            await until(lambda: led(first).lost.is_set())
             await asyncio.sleep(1.0)
             server.down = False
             await until(lambda: second.leading)
