@@ -23,6 +23,8 @@ from rlhf_operator.store import Key
 
 log = logging.getLogger(__name__)
 Clock = Callable[[], datetime]
+# A job that changes under our hands is looked at again at once: in the queue's order it would be late again.
+LOOKS, LATE = 3, timedelta(seconds=1)
 # A predecessor's objects go within seconds of it.
 IN_THE_WAY = timedelta(seconds=2)
 # The API server keeps only a part of the status (its CRD is older): what the record lacks cannot be waited for.
@@ -36,15 +38,16 @@ def utc_now() -> datetime:
 async def reconcile(cluster: ClusterIO, key: Key, clock: Clock = utc_now, home: str = "default") -> datetime | None:
     """When to look again unless something happens before; None for never. Raises what went wrong after the status
     told of it. `home` is the operator's own namespace."""
-    job = cluster.job(key)
-    if job is None:
-        return None
-    try:
-        return await _pass(cluster, job, clock, home)
-    except Stale as late:
-        log.debug("%s: %s", "/".join(key), late)
-        await cluster.catch_up(job)
-        return clock()
+    for _ in range(LOOKS):
+        job = cluster.job(key)
+        if job is None:
+            return None
+        try:
+            return await _pass(cluster, job, clock, home)
+        except Stale as late:
+            log.debug("%s: %s", "/".join(key), late)
+            await cluster.catch_up(job)
+    return clock() + LATE
 
 
 async def _pass(cluster: ClusterIO, job: Job, clock: Clock, home: str) -> datetime | None:

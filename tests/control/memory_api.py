@@ -204,7 +204,7 @@ class MemoryApi:
             self.remove(kind, name, namespace)
         else:
             self.vanish(kind, there)
-        self._after(f"delete {kind.kind} {name}")
+        self._after(f"{'kill' if grace_seconds == 0 else 'delete'} {kind.kind} {name}")
         answer: Raw | None = _copy(self.objects.get((kind.plural, namespace, name)))
         return answer
 
