@@ -392,7 +392,7 @@ class RLHFJobSpec(Model):
     telemetry: TelemetrySpec = Field(default_factory=TelemetrySpec, description="Where metrics and samples go.")
     run_policy: RunPolicySpec = Field(default_factory=RunPolicySpec, description="Retries, deadlines, cleanup.")
     queue: QueueSpec | None = Field(None, description="Queue that admits the job.")
-    suspend: bool = Field(False, description="Save, then release every pod. Set back to false to resume.")
+    suspend: bool = Field(False, description="Save, then release every pod. Set back to false to resume. While it is true most of the spec may be changed.")
     network_policy: NetworkPolicySpec = Field(default_factory=NetworkPolicySpec, description="Who may reach the job's pods.")
     pods: PodsSpec = Field(default_factory=PodsSpec, description="Additions to the pods. Changes take effect when the RayCluster is next created.")
 

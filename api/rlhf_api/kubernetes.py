@@ -21,7 +21,11 @@ ANNOTATIONS_MAX = 262_144
 
 
 def text(length: int = 1024, pattern: str | None = None, least: int = 0) -> Schema:
-    return {"type": "string", "maxLength": length} | ({"pattern": pattern} if pattern else {}) | ({"minLength": least} if least else {})
+    return (
+        {"type": "string", "maxLength": length}
+        | ({"pattern": pattern} if pattern else {})
+        | ({"minLength": least} if least else {})
+    )
 
 
 def choice(*values: str) -> Schema:
@@ -51,7 +55,11 @@ def outline(schema: Schema, levels: int = 1) -> Schema:
         return {**schema, "items": outline(schema["items"], levels)}
     if "properties" not in schema:
         return schema
-    inner = {"properties": {name: outline(child, levels - 1) for name, child in schema["properties"].items()}} if levels else {}
+    inner = (
+        {"properties": {name: outline(child, levels - 1) for name, child in schema["properties"].items()}}
+        if levels
+        else {}
+    )
     return {key: value for key, value in schema.items() if key != "properties"} | {OPEN: True} | inner
 
 
@@ -70,14 +78,27 @@ ENV_VAR = obj(
     "name", name=text(1024, ENV_NAME), value=text(ENV_VALUE_MAX),
     valueFrom=obj(configMapKeyRef=KEY_OF, secretKeyRef=KEY_OF, fieldRef=FIELD, resourceFieldRef=RESOURCE_FIELD, fileKeyRef=obj()),
 )  # fmt: skip
-ENV_FROM = obj(prefix=text(1024), configMapRef=obj("name", name=NAME, optional=BOOL), secretRef=obj("name", name=NAME, optional=BOOL))
+ENV_FROM = obj(
+    prefix=text(1024),
+    configMapRef=obj("name", name=NAME, optional=BOOL),
+    secretRef=obj("name", name=NAME, optional=BOOL),
+)
 
 FILES = items(obj("key path", key=NAME, path=STRING, mode=ID))
 FROM_FIELDS = items(obj("path", path=STRING, mode=ID, fieldRef=FIELD, resourceFieldRef=RESOURCE_FIELD))
 CONFIG_MAP = obj(name=NAME, items=FILES, defaultMode=ID, optional=BOOL)
 SECRET = obj(secretName=NAME, items=FILES, defaultMode=ID, optional=BOOL)
-PROJECTED = obj(defaultMode=ID, sources=items(obj(configMap=obj(), secret=obj(), downwardAPI=obj(), serviceAccountToken=obj())))
-CSI = obj("driver", driver=NAME, fsType=NAME, readOnly=BOOL, volumeAttributes=mapping(text()), nodePublishSecretRef=obj(name=NAME))
+PROJECTED = obj(
+    defaultMode=ID, sources=items(obj(configMap=obj(), secret=obj(), downwardAPI=obj(), serviceAccountToken=obj()))
+)
+CSI = obj(
+    "driver",
+    driver=NAME,
+    fsType=NAME,
+    readOnly=BOOL,
+    volumeAttributes=mapping(text()),
+    nodePublishSecretRef=obj(name=NAME),
+)
 VOLUME = obj(
     "name", name=text(63, DNS_LABEL), emptyDir=obj(medium=NAME, sizeLimit=AMOUNT), hostPath=obj("path", path=STRING, type=NAME),
     persistentVolumeClaim=obj("claimName", claimName=NAME, readOnly=BOOL), configMap=CONFIG_MAP, secret=SECRET,
@@ -89,11 +110,20 @@ VOLUME_MOUNT = obj(
     "mountPath name", name=text(63, DNS_LABEL), mountPath=text(4096, "^/[^:]*$"), readOnly=BOOL, subPath=STRING, subPathExpr=STRING,
     mountPropagation=choice("None", "HostToContainer", "Bidirectional"), recursiveReadOnly=choice("Disabled", "IfPossible", "Enabled"),
 )  # fmt: skip
-RESOURCES = obj(requests=mapping(AMOUNT, 64), limits=mapping(AMOUNT, 64), claims=items(obj("name", name=NAME, request=NAME), 16))
+RESOURCES = obj(
+    requests=mapping(AMOUNT, 64), limits=mapping(AMOUNT, 64), claims=items(obj("name", name=NAME, request=NAME), 16)
+)
 
 PROFILE = obj("type", type=NAME, localhostProfile=STRING)
 SE_LINUX = obj(level=NAME, role=NAME, type=NAME, user=NAME)
-WHO: dict[str, Any] = {"runAsUser": ID, "runAsGroup": ID, "runAsNonRoot": BOOL, "seccompProfile": PROFILE, "appArmorProfile": PROFILE, "seLinuxOptions": SE_LINUX}
+WHO: dict[str, Any] = {
+    "runAsUser": ID,
+    "runAsGroup": ID,
+    "runAsNonRoot": BOOL,
+    "seccompProfile": PROFILE,
+    "appArmorProfile": PROFILE,
+    "seLinuxOptions": SE_LINUX,
+}
 CONTAINER_SECURITY = obj(
     **WHO, privileged=BOOL, readOnlyRootFilesystem=BOOL, allowPrivilegeEscalation=BOOL, procMount=NAME,
     capabilities=obj(add=items(NAME, 64), drop=items(NAME, 64)), windowsOptions=obj(),
@@ -103,13 +133,25 @@ POD_SECURITY = obj(
     sysctls=items(obj("name value", name=NAME, value=STRING), 64), windowsOptions=obj(),
 )  # fmt: skip
 
-EXPRESSION = closed("key operator", key=text(317, LABEL_KEY), operator=choice("In", "NotIn", "Exists", "DoesNotExist"), values=items(text(63, LABEL_VALUE)))
+EXPRESSION = closed(
+    "key operator",
+    key=text(317, LABEL_KEY),
+    operator=choice("In", "NotIn", "Exists", "DoesNotExist"),
+    values=items(text(63, LABEL_VALUE)),
+)
 SELECTOR = closed(matchLabels=LABELS, matchExpressions=items(EXPRESSION, 64))
 # Closed, for a misspelt field of a peer would let in more than was meant.
-NETWORK_PEER = closed(podSelector=SELECTOR, namespaceSelector=SELECTOR, ipBlock=closed("cidr", cidr=NAME, **{"except": items(NAME, 64)}))
+NETWORK_PEER = closed(
+    podSelector=SELECTOR, namespaceSelector=SELECTOR, ipBlock=closed("cidr", cidr=NAME, **{"except": items(NAME, 64)})
+)
 
 TOLERATION = obj(key=NAME, operator=NAME, value=NAME, effect=NAME, tolerationSeconds=integer(-(2**53) + 1))
-SPREAD = obj("maxSkew topologyKey whenUnsatisfiable", maxSkew=integer(1, 2**31 - 1), topologyKey=NAME, whenUnsatisfiable=choice("DoNotSchedule", "ScheduleAnyway"))
+SPREAD = obj(
+    "maxSkew topologyKey whenUnsatisfiable",
+    maxSkew=integer(1, 2**31 - 1),
+    topologyKey=NAME,
+    whenUnsatisfiable=choice("DoNotSchedule", "ScheduleAnyway"),
+)
 CONTAINER = obj(
     "name image", name=text(63, DNS_LABEL), image=text(1024, least=1), command=items(text(ENV_VALUE_MAX)), args=items(text(ENV_VALUE_MAX)), workingDir=STRING,
     env=items(ENV_VAR), envFrom=items(ENV_FROM), volumeMounts=items(VOLUME_MOUNT), resources=RESOURCES, securityContext=CONTAINER_SECURITY,
@@ -131,7 +173,13 @@ POD_SPEC = obj(
 )  # fmt: skip
 
 TYPES: dict[str, type] = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int}
-WORDS = {"object": "a mapping", "array": "a list", "string": "a text (put it in quotes)", "boolean": "true or false", "integer": "a whole number"}
+WORDS = {
+    "object": "a mapping",
+    "array": "a list",
+    "string": "a text (put it in quotes)",
+    "boolean": "true or false",
+    "integer": "a whole number",
+}
 
 
 def misfits(schema: Schema, value: Any, path: str) -> Iterator[str]:

@@ -11,7 +11,10 @@ Raw = dict[str, Any]
 STANDARD = re.compile(r"cpu|memory|ephemeral-storage|hugepages-[0-9A-Za-z]+")
 EXTENDED = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 # What no container can want: Kubernetes takes it, and the pod never runs.
-SENSIBLE = {"cpu": (Decimal("0.001"), Decimal(100_000), "cores, such as 4 or 500m"), "memory": (Decimal(1 << 20), Decimal(1 << 60), "bytes, such as 16Gi")}
+SENSIBLE = {
+    "cpu": (Decimal("0.001"), Decimal(100_000), "cores, such as 4 or 500m"),
+    "memory": (Decimal(1 << 20), Decimal(1 << 60), "bytes, such as 16Gi"),
+}
 
 
 def resource_problems(resources: Raw, path: str) -> Iterator[str]:

@@ -93,7 +93,11 @@ def value(rng: Random, node: Schema) -> Any:
 def _object(rng: Random, node: Schema) -> Any:
     if "properties" not in node:
         values = node.get("additionalProperties")
-        return {rng.choice(TEXTS): value(rng, values) for _ in range(rng.randrange(4))} if values else free(rng, rng.choice((1, 2, 4, 40)))
+        return (
+            {rng.choice(TEXTS): value(rng, values) for _ in range(rng.randrange(4))}
+            if values
+            else free(rng, rng.choice((1, 2, 4, 40)))
+        )
     required = node.get("required", ())
     kept = [name for name in node["properties"] if rng.random() < (0.99 if name in required else 0.25)]
     made = {name: value(rng, node["properties"][name]) for name in kept}
@@ -140,11 +144,27 @@ def free(rng: Random, depth: int) -> Any:
         for _ in range(rng.choice((20, 31, 40, 200))):
             deep = {"a": deep} if rng.random() < 0.5 else {"a": [deep]}
         return deep
-    return {rng.choice((*TEXTS, *HOSTILE_TEXTS)): free(rng, depth - 1) if depth > 1 and rng.random() < 0.5 else hostile(rng) for _ in range(rng.randrange(4))}
+    return {
+        rng.choice((*TEXTS, *HOSTILE_TEXTS)): free(rng, depth - 1) if depth > 1 and rng.random() < 0.5 else hostile(rng)
+        for _ in range(rng.randrange(4))
+    }
 
 
 def hostile(rng: Random) -> Any:
-    return rng.choice((None, True, [], {}, [None], {"": None}, [[]] * 1000, {"name": {}}, rng.choice(NUMBERS), rng.choice(HOSTILE_TEXTS)))
+    return rng.choice(
+        (
+            None,
+            True,
+            [],
+            {},
+            [None],
+            {"": None},
+            [[]] * 1000,
+            {"name": {}},
+            rng.choice(NUMBERS),
+            rng.choice(HOSTILE_TEXTS),
+        )
+    )
 
 
 def outcome(raw: Object) -> str:
@@ -155,7 +175,11 @@ def outcome(raw: Object) -> str:
     if any(not problem for problem in read.problems):
         raise AssertionError("an empty problem")
     if read.problems:
-        return "refused: a rule's" if any(not one.startswith(("spec.pods", "spec.networkPolicy")) for one in read.problems) else "refused: an override's"
+        return (
+            "refused: a rule's"
+            if any(not one.startswith(("spec.pods", "spec.networkPolicy")) for one in read.problems)
+            else "refused: an override's"
+        )
     planned(read.job)
     return "planned"
 
@@ -180,7 +204,10 @@ def main() -> int:
             ends[outcome(raw)] += 1
         except Exception:  # each is a finding
             ends["RAISED"] += 1
-            print(f"--- number {number} of seed {given.seed}: {json.dumps(raw)[:2000]}\n{traceback.format_exc()[-1500:]}", file=sys.stderr)
+            print(
+                f"--- number {number} of seed {given.seed}: {json.dumps(raw)[:2000]}\n{traceback.format_exc()[-1500:]}",
+                file=sys.stderr,
+            )
     print("\n".join(f"{count:6d}  {end}" for end, count in ends.most_common()))
     return 1 if ends["RAISED"] else 0
 

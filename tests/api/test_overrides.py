@@ -190,6 +190,7 @@ PLACES: list[tuple[dict[str, Any], bool]] = [
     (on({"emptyDir": {}}), True),
     (on({"ephemeral": {"volumeClaimTemplate": {}}}), True),
     (on({"configMap": {"name": "c"}}), True),
+    (on_trainer(volumes=[{"name": "d", "nfs": {}}], volumeMounts=[{"name": "d"}, {"name": "d", "mountPath": None}]), True),
 ]  # fmt: skip
 
 
