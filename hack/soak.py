@@ -61,6 +61,7 @@ from hack.kubectl import Kube, kube
 
 Object = dict[str, Any]
 NAMESPACE = "soak"
+STEPS_A_FAULT = 16  # of a job's length: some faults do not stop the training
 STEPS_BETWEEN = 3  # finished steps before a fault, after the recovery from the one before
 _POLL_SECONDS = 0.2
 _MOMENT_SECONDS = 60.0
@@ -224,8 +225,10 @@ def _caught(job: Job, moment: Moment) -> str:
 
 
 def _watch(job: Job, before: Object, outcome: Outcome, start: float, *, idle: bool) -> None:
-    """Fill in when the status said so and when a step finished again. What was suspended is resumed after a while."""
-    floor, seen = step_of(before), list[Object]()
+    """Fill in when the status said so and when a step finished again. What was suspended is resumed after a while; what
+    its status says then is of the suspension.
+    """
+    floor, seen, tells = step_of(before), list[Object](), not idle
     while (passed := time.monotonic() - start) < _RECOVERY_SECONDS:
         time.sleep(_POLL_SECONDS)
         now = job.status()
@@ -234,7 +237,7 @@ def _watch(job: Job, before: Object, outcome: Outcome, start: float, *, idle: bo
         if not now:
             continue
         seen.append(now)
-        if outcome.detected is None and (told := sign(before, now)):
+        if tells and outcome.detected is None and (told := sign(before, now)):
             outcome.detected, outcome.told, floor = round(passed, 1), told, step_of(now)
         if ended(now) or goes_on(now, floor, told=outcome.detected is not None):
             outcome.recovered, outcome.lost = round(passed, 1), steps_lost(before, now)
@@ -264,7 +267,7 @@ class Soak:
 
     def job(self, name: str, faults: list[Fault], deadline: float) -> None:
         """One job with as many of the faults as it lives to see, which are taken from the list."""
-        steps = round_up(STEPS_BETWEEN * (len(faults) + 1) * 2 + 8, PROMPTS // PROMPTS_PER_STEP)
+        steps = round_up(STEPS_A_FAULT * len(faults) + 8, PROMPTS // PROMPTS_PER_STEP)
         job = Job(self.kube, self.cfg, name, steps)
         job.start()
         while faults and time.monotonic() < deadline:
