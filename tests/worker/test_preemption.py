@@ -144,7 +144,9 @@ def notice(port: int, line: bytes) -> bytes:
             return b""
 
 
-def test_a_trainers_pod_that_goes_costs_no_finished_step(server: Server, start: Callable[[int], Driver]) -> None:
+def test_a_trainers_pod_that_goes_costs_no_finished_step(
+    tmp_path: Path, server: Server, start: Callable[[int], Driver]
+) -> None:
     port = free_port()
     first = start(port)
     first.until(lambda: server.progress.get("step", 0) >= 3)
@@ -170,3 +172,6 @@ def test_a_trainers_pod_that_goes_costs_no_finished_step(server: Server, start: 
     server.job["status"]["conditions"] = [{"type": "Failed", "status": "True", "reason": "DeadlineExceeded"}]
     code, output = second.ended()
     assert code == 0 and "ended: RLHFJob tiny is Failed (DeadlineExceeded)" in output, output
+
+    kept = "".join(part.read_text() for part in sorted((tmp_path / "out" / "logs" / "attempt-2").iterdir()))
+    assert "trainer pod a is being deleted" in kept and "RLHFJob tiny is Failed" in kept

@@ -7,10 +7,14 @@ import pytest
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from rlhf_api.placement import Placement
 from rlhf_worker import run
 from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded
 from rlhf_worker.local import configure, mapped, volume
+from rlhf_worker.placement import Patience
+from rlhf_worker.progress import Reporter
 from rlhf_worker.stop import Ended, Stop, Terminated
+from tests.worker.configs import run_config
 
 SAMPLES = Path(__file__).parents[2] / "manifests" / "samples"
 
@@ -107,6 +111,32 @@ def test_the_end_of_the_job_interrupts_everything() -> None:
     stop.ask("pod a is being deleted")
     with pytest.raises(Ended):
         stop.check()
+
+
+@pytest.mark.parametrize("missing", [[], ["GPU: asked 1, Ray has 0"] * 2])
+def test_a_driver_that_starts_gives_up_pods_that_are_to_go(monkeypatch: pytest.MonkeyPatch, missing: list[str]) -> None:
+    """At once, and not after the minutes that models take to load; it goes on when the pods stay after all."""
+    reporter, stop, told = Reporter(run_config()), Stop(), list[tuple[str, str]]()
+
+    def update(synced: None = None, **fields: str) -> None:
+        Reporter.update(reporter, synced, **fields)
+        told.append((reporter.progress.state, reporter.progress.detail))
+
+    def reserved(placement: Placement, patience: Patience, name: str, tell: Callable[[str], None]) -> str:
+        reporter.drain = bool(missing)
+        for words in missing:
+            tell(words)
+        return "stage"
+
+    monkeypatch.setattr(reporter, "update", update)
+    monkeypatch.setattr(stop, "wait", lambda seconds: setattr(reporter, "drain", False))
+    monkeypatch.setattr(run, "reserve", reserved)
+    reporter.drain = not missing
+    assert run._reserve(run_config(), reporter, stop) == "stage"  # type: ignore[comparison-overlap]
+    waiting = ("Starting", "waiting for 1 GPUs")
+    gone = ("Drained", "nothing was under way; waiting for the pods to go")
+    lacking = [("Starting", f"waiting for 1 GPUs: {missing[0]}")] if missing else []
+    assert told == [waiting, gone, waiting, *lacking]
 
 
 def test_a_stop_interrupts_only_what_may_be_dropped() -> None:

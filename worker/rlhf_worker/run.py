@@ -101,14 +101,18 @@ def _reserve(config: RunConfig, reporter: Reporter, stop: Stop) -> Stage:
     """Waits for the GPUs as long as the operator does. A run whose pods are to go meanwhile has nothing to save."""
     what = f"waiting for {config.placement.gpus} GPUs"
 
-    def tell(missing: str) -> None:
+    def idle() -> None:
         if reporter.drain:
             drained(reporter, stop, "nothing was under way")
-            reporter.update(state="Starting")
+            reporter.update(state="Starting", detail=what)
+
+    def tell(missing: str) -> None:
+        idle()
         if (words := f"{what}: {missing}") != reporter.progress.detail:
             reporter.update(detail=words)
 
     reporter.update(detail=what)
+    idle()
     patience = Patience(PLACEMENT_DEADLINE_SECONDS, lambda: reporter.pods_ready)
     return reserve(config.placement, patience, f"rlhf-{config.job.name}", tell)
 
