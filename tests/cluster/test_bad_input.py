@@ -32,7 +32,7 @@ def test_a_wrong_input_fails_at_once_and_says_which(
     assert all(word in failed["message"] for word in words), failed["message"]
     ended = status(operator, namespace, name)
     assert ended["phase"] == "Failed"
-    assert ended["lastFailure"]["exitCode"] in (64, 65)
+    assert ended["failures"][0]["exitCode"] in (64, 65)
     assert all(word in operator.run("describe", "rlhfjob", name, "-n", namespace) for word in words)
     wait_for(lambda: released(operator, namespace, name), 60, "pods and RayCluster gone, no GPU held")
 
@@ -90,4 +90,4 @@ def test_a_checkpoint_of_another_model_is_refused(operator: Kube, namespace: str
     operator.apply(other)
     failed = wait_for_condition(operator, namespace, "other", "Failed", 300)
     assert directory in failed["message"]
-    assert status(operator, namespace, "other")["lastFailure"]["exitCode"] == 65
+    assert status(operator, namespace, "other")["failures"][0]["exitCode"] == 65

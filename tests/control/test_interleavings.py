@@ -182,7 +182,7 @@ class Life(RuleBasedStateMachine):
         self.words += 1
         self.world.ends(head, DRIVER_CONTAINER, code, f"{words} ({self.words})")
         near = {loss.charge for loss in self.losses if self.now <= (loss.gone or self.now) + NEAR}
-        self.may.update([*near, *(["app"] if own else [])] if not self.ends_unseen else CLASSES)
+        self.may.update([*near, *(["app"] if own else [])] if not self.ends_unseen else CLASSES * 2)  # all count as the last one
         self.incidents += 1
         self.ends_unseen += 1
 
