@@ -189,6 +189,117 @@ def queued_and_evicted(w: World) -> Iterator[str]:
     yield "step 4 is finished"
 
 
+def worker_preempted(w: World) -> Iterator[str]:
+    yield from _training(w)
+    w.later(5)
+    w.disrupt(w.pods("trainer")[0], "PreemptionByScheduler", "preempted to make room for a pod of higher priority")
+    yield "the scheduler preempts the trainer's pod, which tells the driver"
+    w.later(20)
+    w.driver_ends(143, "Terminated: pod sample-1-trainer-2 goes: saved after step 3")
+    yield "the driver has saved and ends"
+    w.reap()
+    w.kuberay()
+    w.driver_restarts()
+    yield "the pod is gone, KubeRay makes another"
+    w.later(7200)
+    yield "for two hours there is no room"
+    w.start_pods()
+    w.later(5)
+    w.report(step=4, resumedFromStep=3)
+    yield "there is room again; step 4 is finished"
+
+
+def suspend_refused(w: World) -> Iterator[str]:
+    w.edit(checkpoint={"path": "/checkpoints"})
+    yield from _training(w)
+    w.edit(suspend=True)
+    yield "spec.suspend: true, with checkpoints in the trainer's pod"
+    w.later(5)
+    w.report(step=4)
+    yield "the run goes on: step 4 is finished"
+    w.edit(checkpoint={"path": "/checkpoints", "ephemeral": True})
+    yield "spec.checkpoint.ephemeral: true"
+    w.report("Drained", step=4)
+    yield "the driver has drained"
+    w.reap()
+    yield "the pods are gone"
+
+
+def stuck_head(w: World) -> Iterator[str]:
+    yield from _training(w)
+    w.disrupt(w.head(), "DeletionByTaintManager", "the node does not answer")
+    yield "the node is cut off; its pod is to go"
+    w.later(290)
+    yield "no kubelet ends it"
+    w.later(11)
+    yield "it is overdue by five minutes"
+    w.up()
+    w.later(5)
+    w.report(step=4)
+    yield "another head runs; step 4 is finished"
+
+
+def kept_for_a_look(w: World) -> Iterator[str]:
+    w.edit(runPolicy={"backoffLimit": 0, "cleanup": {"onFailure": "Keep"}})
+    yield from _training(w)
+    w.driver_ends(1, "ValueError: advantages are not finite")
+    yield "the driver crashes once too often"
+    w.later(10)
+    w.driver_restarts()
+    yield "the kubelet restarts it"
+    w.later(2)
+    w.driver_ends(0)
+    yield "it reads that the job has failed, and ends with 0"
+    w.later(86400)
+    yield "a day later"
+
+
+def final_save(w: World) -> Iterator[str]:
+    w.edit(runPolicy={"finalSave": True})
+    yield from _training(w)
+    w.delete()
+    yield "kubectl delete"
+    w.later(5)
+    w.report("Draining", step=4)
+    yield "the driver saves"
+    w.later(5)
+    w.report("Drained", step=4)
+    yield "the driver has drained"
+
+
+def unreadable_spec(w: World) -> Iterator[str]:
+    yield from _training(w)
+    w.edit(trainer={"steps": "as many as it takes"})
+    yield "the spec turns into what this operator cannot read"
+    w.later(5)
+    w.driver_ends(1, "ValueError: advantages are not finite")
+    yield "the driver crashes"
+    w.later(10)
+    w.driver_restarts()
+    w.later(5)
+    w.report(step=4)
+    yield "it restarts; step 4 is finished"
+    w.driver_ends(0)
+    yield "it ends with 0"
+    w.reap()
+    yield "the pods are gone"
+
+
+def never_provided_again(w: World) -> Iterator[str]:
+    w.edit(runPolicy={"reprovisioningDeadlineSeconds": 7200})
+    yield from _training(w)
+    w.disrupt(w.head(), "DeletionByTaintManager", "the node does not answer")
+    w.reap()
+    w.kuberay()
+    yield "the head's node is lost"
+    w.later(3601)
+    yield "an hour later there is no other"
+    w.later(3600)
+    yield "another hour later"
+    w.reap()
+    yield "the pods are gone"
+
+
 def never_scheduled(w: World) -> Iterator[str]:
     yield "the job is applied"
     w.kuberay()
@@ -232,6 +343,7 @@ def no_kuberay(w: World) -> Iterator[str]:
 STORIES: dict[str, Story] = {
     story.__name__: story for story in (
         success, driver_crash, head_lost, preempted, stalled, too_many_crashes, refused_by_driver, suspend_and_resume, cluster_deleted,
+        worker_preempted, suspend_refused, stuck_head, kept_for_a_look, final_save, unreadable_spec, never_provided_again,
         queued_and_evicted, never_scheduled, invalid_override, refused_by_api_server, name_conflict, no_kuberay,
     )
 }

@@ -87,6 +87,10 @@ class World:
         self.job_raw["spec"].update(spec)
         self.job_raw["metadata"]["generation"] += 1
 
+    def delete(self) -> None:
+        """The job, as kubectl does: a finalizer holds it."""
+        self.api.vanish(JOBS, self.job_raw)
+
     # KubeRay and the kubelet
 
     def kuberay(self) -> None:
@@ -225,7 +229,8 @@ class World:
         """As the driver does: status.progress and nothing else."""
         now = stamp(self.api.now)
         told = {"state": state, "step": step, "totalSteps": 10, "reportTime": now, **({"stepTime": now} if step else {}), **more}
-        self.job_raw.setdefault("status", {})["progress"] = told
+        whose = {"podUid": self.head()["metadata"]["uid"]} if self.pods("head") else {}
+        self.job_raw.setdefault("status", {})["progress"] = {**whose, **told}
 
     def warn(self, uid: str, reason: str, message: str) -> None:
         name = f"event-{len(self.events())}"

@@ -5,6 +5,7 @@ A message never carries a number that moves at each step: that would be a write 
 """
 
 from collections.abc import Callable
+from datetime import timedelta
 
 from rlhf_api.progress import Progress
 from rlhf_api.status import ConditionType
@@ -18,6 +19,8 @@ from rlhf_operator.decide.words import brief
 from rlhf_operator.names import ROLLOUT
 
 EPHEMERAL = "checkpoints lie in the trainer's pod and go with it: use spec.checkpoint.claim, or a volume that outlives pods"
+# Past the grace period of a pod nothing is saved any more.
+SAVED = timedelta(seconds=5)
 QUOTA_REASONS = ("NoMatchingFlavor", "ExceedsMaxQuota", "TopologyPlacementFailed", "Misconfigured")
 
 
@@ -134,7 +137,7 @@ def _degraded(f: Facts) -> Verdict:
         return no("Healthy", "nothing is amiss")
     for pod in f.pods:
         if pod.deleting_since and not f.stopping:
-            saves = f.driver_runs and pod.role != ROLLOUT
+            saves = f.driver_runs and pod.role != ROLLOUT and not deadlines.passed(pod.deletion_due, f.now - SAVED)
             return yes("PodEnding", f"pod {pod.name} is being deleted{': the driver saves' if saves else ''}")
         if pod.ray and pod.ray.failures and not pod.ray_ready:
             return yes("WorkerRestarting", f"Ray in pod {pod.name} restarts")

@@ -8,6 +8,7 @@ from rlhf_operator.observed import Pod
 
 # How long a deletion may be overdue, and pods without their RayCluster may stay, before we end them ourselves.
 OVERDUE = timedelta(minutes=5)
+BACKED_OFF = timedelta(minutes=10)
 QUEUE_REACTS = timedelta(seconds=60)
 
 
@@ -30,10 +31,17 @@ def active(f: Facts) -> datetime | None:
 def stall(f: Facts) -> datetime | None:
     """From the last that the run did, or from when it could begin. Stands while it waits for pods, and until it is on record that
     they are there: pods that have just come have not been idle."""
-    if f.driver is None or not f.driver_runs or not (f.training or (f.ready and f.record.ready_at)):
+    if f.driver is None or not (f.training or (f.ready and f.record.ready_at)):
         return None
-    began = [m for m in (f.driver.running_since, f.active_at, moment(f.record.ready_at)) if m]
-    return max(began) + timedelta(seconds=f.job.run_policy.stall_timeout_seconds)
+    ended = f.driver.last.finished_at if f.driver.last else None
+    began = [m for m in (f.driver.running_since or ended, f.active_at, moment(f.record.ready_at)) if m]
+    return max(began) + stall_limit(f) if began else None
+
+
+def stall_limit(f: Facts) -> timedelta:
+    """A driver that does not run is given what the kubelet's back-off may take, and more."""
+    limit = timedelta(seconds=f.job.run_policy.stall_timeout_seconds)
+    return limit if f.driver_runs else max(limit, BACKED_OFF)
 
 
 def final_save(f: Facts) -> datetime | None:

@@ -128,8 +128,8 @@ def _ended(f: Facts, end: Outcome) -> Memory:
 
 
 STEPS: tuple[Callable[[Facts], Memory], ...] = (
-    _accept, _adopt, _attempt, _number, _credit, losses.watch, restarts.charge, losses.forget, restarts.overheard,
-    _provision, _activity, _allocate, _finish,
+    _accept, _adopt, _attempt, _credit, losses.watch, restarts.charge, losses.forget, restarts.overheard,
+    _number, _provision, _activity, _allocate, _finish,
 )  # fmt: skip
 # A job that has ended learns no more than what its pods still have to say.
 AFTER_THE_END = (restarts.overheard, _allocate)

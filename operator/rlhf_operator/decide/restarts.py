@@ -133,8 +133,9 @@ def _stalled(f: Facts) -> Memory:
     head = f.head
     if head is None or f.stopping or not deadlines.passed(deadlines.stall(f), f.now) or charged(f.record, head.uid, POD):
         return f.memory
-    limit = f.job.run_policy.stall_timeout_seconds
-    words = f"the run did not get further for {limit} s (runPolicy.stallTimeoutSeconds): the head pod is replaced"
+    seconds = int(deadlines.stall_limit(f).total_seconds())
+    what = "the run did not get further for {} s (runPolicy.stallTimeoutSeconds)" if f.driver_runs else "the driver did not run again for {} s"
+    words = f"{what.format(seconds)}: the head pod is replaced"
     return _mark(_add(f, _failure(f, FailureClass.STALLED, "Stalled", words, head.name)), head.uid, POD, 1)
 
 

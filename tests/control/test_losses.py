@@ -1,0 +1,261 @@
+"""What ended a driver: causes near in time, words that are never lost, costs that are counted once. Each is driven by a world."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rlhf_operator.kinds import PODS
+from tests.control.world import World, running
+
+Change = Callable[[World], Any]
+
+
+def charged(w: World) -> dict[str, int]:
+    return {name: n for name, n in w.status["restarts"].items() if n and name != "total"}
+
+
+def words(w: World) -> list[str]:
+    return [failure.get("words", "") for failure in w.status["failures"]]
+
+
+def trainer(w: World) -> dict[str, Any]:
+    return w.pods("trainer")[0]
+
+
+def an_old_incident(w: World) -> None:
+    """Ray in a worker pod ends and recovers; hours of steps later the driver errs."""
+    w.ends(trainer(w), "ray", 1)
+    w.restarts(trainer(w), "ray")
+    w.settle()
+    w.later(60)
+    w.report(step=5)
+    w.settle()
+    w.later(4 * 3600)
+    w.report(step=99)
+    w.driver_ends(1, "ValueError: x")
+
+
+def a_survived_incident(w: World) -> None:
+    """A minute ago, but a step was finished since."""
+    w.ends(trainer(w), "ray", 1)
+    w.restarts(trainer(w), "ray")
+    w.later(40)
+    w.report(step=5)
+    w.later(20)
+    w.driver_ends(1, "ValueError: x")
+
+
+def a_preempted_worker_that_is_gone(w: World) -> None:
+    """Its pod lives for its whole grace period; the driver ends when it is gone."""
+    w.disrupt(trainer(w), "PreemptionByScheduler", "x")
+    w.settle()
+    w.later(120)
+    w.reap()
+    w.settle()
+    w.later(5)
+    w.driver_ends(1, "ActorDiedError: x")
+
+
+def a_worker_told_the_driver(w: World) -> None:
+    w.disrupt(trainer(w), "EvictionByEvictionAPI", "x")
+    w.settle()
+    w.later(3)
+    w.driver_ends(143, "Terminated: x")
+
+
+def a_worker_that_nobody_saw_go(w: World) -> None:
+    w.later(10)
+    w.api.remove(PODS, trainer(w)["metadata"]["name"])
+    w.later(5)
+    w.driver_ends(1, "ActorDiedError: x")
+    w.later(5)
+    w.kuberay()
+
+
+def a_node_under_pressure(w: World) -> None:
+    w.evict(trainer(w))
+    w.later(5)
+    w.driver_ends(1, "ActorDiedError: x")
+
+
+def the_first_domino(w: World) -> None:
+    w.ends(w.head(), "ray", 137)
+    w.later(51)
+    w.ends(trainer(w), "ray", 1)
+    w.driver_ends(1, "RaySystemError: x")
+
+
+def an_error_before_the_loss(w: World) -> None:
+    w.driver_ends(1, "ValueError: x")
+    w.settle()
+    w.driver_restarts()
+    w.later(60)
+    w.disrupt(trainer(w), "PreemptionByScheduler", "x")
+
+
+def placement_in_vain(w: World) -> None:
+    """Of a driver that has a deadline of its own for what Kubernetes is to give."""
+    a_worker_told_the_driver(w)
+    w.reap()
+    w.kuberay()
+    w.settle()
+    for _ in range(8):
+        w.driver_restarts()
+        w.later(600)
+        w.driver_ends(1, "PlacementFailed: no placement for 1 GPUs after 600 s")
+        w.settle()
+
+
+def head_and_words(w: World) -> None:
+    """The pod is charged while the driver still saves; what it says comes later."""
+    w.disrupt(w.head(), "PreemptionByScheduler", "x")
+    w.settle()
+    w.later(30)
+    w.driver_ends(1, "OSError: disk full: x")
+
+
+INCIDENTS: list[tuple[Change, dict[str, int]]] = [
+    (an_old_incident, {"app": 1}), (a_survived_incident, {"app": 1}), (a_preempted_worker_that_is_gone, {"preempted": 1}),
+    (a_worker_told_the_driver, {"preempted": 1}), (a_worker_that_nobody_saw_go, {"nodeLost": 1}), (a_node_under_pressure, {"nodeLost": 1}),
+    (the_first_domino, {"headLost": 1}), (an_error_before_the_loss, {"app": 1}), (placement_in_vain, {"preempted": 1}),
+    (head_and_words, {"preempted": 1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("incident", "counted"), INCIDENTS, ids=[i[0].__name__ for i in INCIDENTS])
+def test_the_cause_is_near_and_the_words_are_kept(incident: Change, counted: dict[str, int]) -> None:
+    w = running()
+    w.later(5)
+    incident(w)
+    w.settle()
+    assert charged(w) == counted
+    said = [c["state"]["terminated"]["message"] for p in w.pods("head") for c in p["status"]["containerStatuses"] if "terminated" in c["state"]]
+    assert all(one in words(w) for one in said if one)
+
+
+def test_evictions_for_memory_use_up_the_backoff_limit() -> None:
+    w = running(runPolicy={"backoffLimit": 1})
+    for _ in range(2):
+        w.later(5)
+        w.evict(w.head())
+        w.settle()
+        w.api.remove(PODS, w.head()["metadata"]["name"])
+        w.up()
+        w.settle()
+    assert w.condition("Failed") == ("True", "BackoffLimitExceeded")
+
+
+def test_a_driver_that_waits_in_vain_at_the_first_start_costs_nothing() -> None:
+    w = World(runPolicy={"backoffLimit": 0, "provisioningDeadlineSeconds": 86400})
+    w.settle()
+    w.kuberay()
+    w.start(w.head())
+    w.settle()
+    for _ in range(3):
+        w.later(600)
+        w.driver_ends(1, "PlacementFailed: no placement for 1 GPUs after 600 s")
+        w.settle()
+        w.driver_restarts()
+        w.settle()
+    assert (w.status["phase"], charged(w)) == ("Provisioning", {})
+    assert words(w)[0].startswith("PlacementFailed")
+
+
+def test_a_placement_that_fails_though_all_pods_are_there_is_the_drivers_own() -> None:
+    w = running()
+    w.later(5)
+    w.driver_ends(1, "PlacementFailed: trainer and engines are Separated but share 1 GPU")
+    w.settle()
+    assert charged(w) == {"app": 1}
+
+
+def test_five_failures_are_kept_newest_first_with_step_attempt_and_signal() -> None:
+    w = running(runPolicy={"backoffLimit": 20})
+    for n in range(7):
+        w.later(5)
+        w.driver_ends(137 if n == 6 else 1, f"line {n}")
+        w.settle()
+        w.driver_restarts()
+    newest = w.status["failures"][0]
+    assert [one["words"] for one in w.status["failures"]] == ["line 6", "line 5", "line 4", "line 3", "line 2"]
+    assert (newest["signal"], newest["exitCode"], newest["step"], newest["attempt"]) == (9, 137, 3, 1)
+    assert newest["message"] == "the driver was killed by SIGKILL (signal 9)"
+
+
+def test_a_long_text_stands_in_the_status_once() -> None:
+    w = running(runPolicy={"backoffLimit": 0})
+    w.later(5)
+    text = "\n".join(["Traceback (most recent call last):", *(f'  File "loop.py", line {n}, in step' for n in range(100)), "ValueError: no"])
+    w.driver_ends(1, text)
+    w.settle()
+    assert w.condition("Failed") == ("True", "BackoffLimitExceeded")
+    assert json.dumps(w.status).count("line 50, in step") == 1
+    assert w.status["message"].endswith("ValueError: no")
+    assert all(len(c["message"]) <= 1024 for c in w.status["conditions"])
+
+
+def test_last_words_begin_at_the_border_of_a_line() -> None:
+    """Of a log the kubelet keeps the last 2048 bytes."""
+    w = running()
+    log = "\n".join(f"step {n}/100 reward 0.5" for n in range(300))
+    w.later(5)
+    w.driver_ends(137, log[-2048:])
+    w.settle()
+    (said,) = words(w)
+    assert said.startswith("step ")
+    assert said.endswith("step 299/100 reward 0.5")
+
+
+def test_a_report_of_another_head_pods_driver_counts_for_nothing() -> None:
+    w = running()
+    old = w.head()["metadata"]["uid"]
+    w.later(5)
+    w.api.remove(PODS, w.head()["metadata"]["name"])
+    w.settle()
+    w.up()
+    w.later(5)
+    w.report(step=4, podUid=old)
+    w.settle()
+    assert (w.status["phase"], w.status["reason"]) == ("Restarting", "HeadLost")
+    w.report(step=4)
+    w.settle()
+    assert w.status["phase"] == "Running"
+    assert [e for e in w.events() if "Running" in e][1:] == ["Normal StepAdvancing: Running: steps are finishing"]
+
+
+def test_each_head_pod_has_the_next_number() -> None:
+    w = running()
+    first = w.record["attempt"]
+    assert first == {"number": 1, "podUid": w.head()["metadata"]["uid"]}
+    w.later(5)
+    w.driver_ends(1, "ValueError")
+    w.driver_restarts()
+    w.settle()
+    assert w.record["attempt"] == first, "the same pod, the same number: its driver is the one writer"
+    w.delete_cluster()
+    w.settle()
+    w.reap()
+    w.settle()
+    w.up()
+    w.settle()
+    assert w.record["attempt"] == {"number": 2, "podUid": w.head()["metadata"]["uid"]}
+
+
+def test_a_pod_that_is_going_is_told_while_training_goes_on() -> None:
+    w = running()
+    w.disrupt(trainer(w), "EvictionByEvictionAPI", "drained")
+    w.settle()
+    assert w.status["phase"] == "Running"
+    assert w.condition("Degraded") == ("True", "PodEnding")
+
+
+def test_a_crash_while_the_driver_drains_is_told_and_costs_nothing() -> None:
+    w = running()
+    w.edit(suspend=True)
+    w.settle()
+    w.later(5)
+    w.driver_ends(1, "OSError: no space left on device")
+    w.settle()
+    assert (charged(w), words(w)) == ({}, ["OSError: no space left on device"])
