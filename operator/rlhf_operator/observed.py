@@ -181,14 +181,6 @@ class Observed:
     complaints: tuple[Complaint, ...] = field(default=())
 
 
-def heeded(raw: Raw) -> Raw:
-    """What decisions read of a job: everything but what the driver reports and what changes with each report."""
-    changing = ("resourceVersion", "managedFields")
-    meta = {key: value for key, value in raw["metadata"].items() if key not in changing}
-    status = raw.get("status") or {}
-    return {**raw, "metadata": meta, "status": {**status, "progress": (status.get("progress") or {}).get("state")}}
-
-
 def read_job(raw: Raw) -> Job:
     """Never raises for a bad spec: that is a fact, too."""
     read = parse_lenient(raw)

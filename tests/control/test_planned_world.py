@@ -38,7 +38,7 @@ def test_a_policy_is_turned_off_and_on_again_under_pods_that_run() -> None:
 
 @pytest.mark.parametrize(("on_delete", "left"), [("Delete", []), ("Keep", ["sample-checkpoints"])])
 def test_a_kept_claim_outlives_its_job_and_serves_the_next(on_delete: str, left: list[str]) -> None:
-    world = running(checkpoint__claim={"size": "10Gi", "onDelete": on_delete})
+    world = running(checkpoint={"path": "/checkpoints", "claim": {"size": "10Gi", "onDelete": on_delete}})
     world.api.vanish(JOBS, world.job_raw)
     assert [claim["metadata"]["name"] for claim in world.api.of(CLAIMS)] == left
     world.job_raw = world.api.put(JOBS, a_job(checkpoint__claim={"size": "5Gi", "onDelete": on_delete}))

@@ -62,9 +62,9 @@ def cluster(version: int, uid: str = "c", owner: str = "j", **spec: Any) -> Raw:
     return {"metadata": meta | {"ownerReferences": owners}, "spec": spec}
 
 
-def job(version: int, *, uid: str = "j", status: Raw | None = None, **spec: Any) -> Raw:
+def job(version: int, *, uid: str = "j", status: Raw | None = None, generation: int = 1, **spec: Any) -> Raw:
     raw = a_job(name="sample", **spec)
-    raw["metadata"] |= {"namespace": "default", "uid": uid, "resourceVersion": str(version), "generation": 1}
+    raw["metadata"] |= {"namespace": "default", "uid": uid, "resourceVersion": str(version), "generation": generation}
     return raw | {"status": status or {}}
 
 
@@ -184,7 +184,7 @@ def test_our_own_write_wakes_nobody_and_neither_does_its_echo() -> None:
     store.woken.clear()
     store.put(JOBS, job(2, status={"phase": "Pending"}), own=True)
     assert store.wakes(JOBS, job(2, status={"phase": "Pending"})) == []
-    assert store.wakes(JOBS, job(3, status={"phase": "Pending"}, suspend=True)) == [KEY]
+    assert store.wakes(JOBS, job(3, status={"phase": "Pending"}, generation=2, suspend=True)) == [KEY]
 
 
 def test_a_pod_wakes_when_something_of_it_changed_that_is_read() -> None:
