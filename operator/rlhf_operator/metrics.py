@@ -45,8 +45,8 @@ ENDED = Counter("rlhf_operator_jobs_ended", "Jobs that ended while this process 
 def told(before: RLHFJobStatus, after: RLHFJobStatus) -> None:
     """After a status was written: what it tells for the first time."""
     was, now = before.record, after.record
-    for name in type(now.restarts).model_fields:
-        if name != "total" and (more := getattr(now.restarts, name) - getattr(was.restarts, name)) > 0:
+    for name in type(after.restarts).model_fields:
+        if name != "total" and (more := getattr(after.restarts, name) - getattr(before.restarts, name)) > 0:
             RESTARTS.labels(name).inc(more)
     if now.admitted_at and not was.admitted_at:
         _observe(QUEUE_SECONDS, now.cluster_created_at, now.admitted_at)
