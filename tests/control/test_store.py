@@ -184,7 +184,9 @@ def test_our_own_write_wakes_nobody_and_neither_does_its_echo() -> None:
     store.woken.clear()
     store.put(JOBS, job(2, status={"phase": "Pending"}), own=True)
     assert store.wakes(JOBS, job(2, status={"phase": "Pending"})) == []
-    assert store.wakes(JOBS, job(3, status={"phase": "Pending"}, suspend=True)) == [KEY]
+    edited = job(3, status={"phase": "Pending"}, suspend=True)
+    edited["metadata"]["generation"] = 2
+    assert store.wakes(JOBS, edited) == [KEY]
 
 
 def test_a_pod_wakes_when_something_of_it_changed_that_is_read() -> None:
