@@ -254,7 +254,7 @@ for port in map(int, sys.argv[2:]):
 
 def strange(kube: Kube, namespace: str) -> None:
     """A pod that is of no job."""
-    container = {
+    container: Object = {
         "name": "c",
         "image": settings.WORKER_IMAGE,
         "imagePullPolicy": "IfNotPresent",
