@@ -74,12 +74,10 @@ def pods(kube: Kube, namespace: str, name: str) -> list[Object]:
     return found
 
 
-def head_of(kube: Kube, namespace: str, name: str) -> str:
-    return next(
-        str(p["metadata"]["name"])
-        for p in pods(kube, namespace, name)
-        if p["metadata"]["labels"]["rlhf.dev/role"] == "head"
-    )
+def pod_of(kube: Kube, namespace: str, name: str, role: str) -> str:
+    """The name of the job's first pod of this role."""
+    found = pods(kube, namespace, name)
+    return next(str(p["metadata"]["name"]) for p in found if p["metadata"]["labels"]["rlhf.dev/role"] == role)
 
 
 def released(kube: Kube, namespace: str, name: str) -> bool:

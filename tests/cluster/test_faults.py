@@ -17,7 +17,7 @@ from tests.cluster.conftest import make_model, numbers
 from tests.cluster.jobs import (
     Undisturbed,
     condition,
-    head_of,
+    pod_of,
     pods,
     released,
     rewards,
@@ -29,7 +29,7 @@ from tests.cluster.jobs import (
 from tests.cluster.waiting import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
-STEPS = 48
+STEPS, TRAINED = 48, 20
 RESTRICTED = {
     "securityContext": {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
     "container": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
@@ -198,8 +198,13 @@ def test_a_restricted_job_on_a_claim_is_closed_to_strangers_and_resumes_on_two_g
     namespace, name = restricted, "claimed"
     make_model(volumes / "claims" / f"{namespace}-{name}-checkpoints" / "models" / "tiny")
     operator.apply(on_a_claim(name, namespace))
+    strange(operator, namespace)
+    wait_for_condition(operator, namespace, name, "ClusterReady", 120)  # the run still loads models
+    trainer, head = pod_of(operator, namespace, name, "trainer"), pod_of(operator, namespace, name, "head")
+    address = (operator.find("pod", head, "-n", namespace) or {})["status"]["podIP"]
+    wait_for(lambda: reachable(operator, namespace, trainer, address) == list(PORTS), 60, "the job's own pods")
+    assert reachable(operator, namespace, "stranger", address) == []
     wait_for_condition(operator, namespace, name, "Running", 240)
-    assert reachable(operator, namespace, head_address(operator, namespace, name)) == []
     assert condition(operator, namespace, name, "CheckpointAvailable")["reason"] != "Ephemeral"
     wait_for(lambda: step(operator, namespace, name) >= 2, 120, "two steps")
 
@@ -207,7 +212,7 @@ def test_a_restricted_job_on_a_claim_is_closed_to_strangers_and_resumes_on_two_g
     wait_for_condition(operator, namespace, name, "Suspended", 120)
     wait_for(lambda: released(operator, namespace, name), 60, "pods and RayCluster gone")
     saved = step(operator, namespace, name)
-    assert 2 <= saved < 10
+    assert 2 <= saved < TRAINED
     assert saved_of(status(operator, namespace, name)) == saved, "nothing but the running step may be lost"
     patch(operator, namespace, name, '{"spec":{"suspend":false,"trainer":{"gpus":2},"rollout":{"engines":2}}}')
     wait_for_condition(operator, namespace, name, "Complete", 400)
@@ -225,7 +230,7 @@ def on_a_claim(name: str, namespace: str) -> Object:
     """The tiny job without a host path, which a restricted namespace refuses; model and prompts lie on the claim."""
     model = {"path": "/checkpoints/models/tiny", "dtype": "float32"}
     job = sample(
-        "tiny-colocated.yaml", name, namespace, model=model, trainer__steps=10, placement__gpusPerNode=2, pods={}
+        "tiny-colocated.yaml", name, namespace, model=model, trainer__steps=TRAINED, placement__gpusPerNode=2, pods={}
     )
     job["spec"]["data"]["jsonl"]["path"] = "/checkpoints/models/tiny/prompts.jsonl"
     job["spec"]["checkpoint"] = {"path": "/checkpoints", "everySteps": 100, "claim": {"size": "1Gi"}}
@@ -234,10 +239,6 @@ def on_a_claim(name: str, namespace: str) -> Object:
 
 def patch(kube: Kube, namespace: str, name: str, body: str) -> None:
     kube.run("patch", "rlhfjob", name, "-n", namespace, "--type=merge", "-p", body)
-
-
-def head_address(kube: Kube, namespace: str, name: str) -> str:
-    return str((kube.find("pod", head_of(kube, namespace, name), "-n", namespace) or {})["status"]["podIP"])
 
 
 PORTS = (6379, 8265, 10001, 8266)
@@ -251,31 +252,25 @@ for port in map(int, sys.argv[2:]):
 """
 
 
-def reachable(kube: Kube, namespace: str, address: str) -> list[int]:
-    """The head's ports that a pod of no job reaches. The job's own reach them all, or the test would show nothing."""
-    container = {
+def strange(kube: Kube, namespace: str) -> None:
+    """A pod that is of no job."""
+    container: Object = {
         "name": "c",
         "image": settings.WORKER_IMAGE,
         "imagePullPolicy": "IfNotPresent",
         "command": ["sleep", "600"],
     }
-    spec = {
-        "securityContext": RESTRICTED["securityContext"],
-        "containers": [container | {"securityContext": RESTRICTED["container"]}],
-    }
+    container["securityContext"] = RESTRICTED["container"]
+    spec = {"securityContext": RESTRICTED["securityContext"], "containers": [container]}
     kube.apply(
         {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "stranger", "namespace": namespace}, "spec": spec}
     )
     kube.run("wait", "pod/stranger", "-n", namespace, "--for=condition=Ready", "--timeout=60s")
-    ports = list(map(str, PORTS))
-    trainer = next(
-        pod["metadata"]["name"]
-        for pod in pods(kube, namespace, "claimed")
-        if pod["metadata"]["labels"]["rlhf.dev/role"] == "trainer"
-    )
-    inside = kube.run("exec", trainer, "-n", namespace, "--", "python", "-c", TRY, address, *ports)
-    assert inside.split() == ports, "the job's own pods"
+
+
+def reachable(kube: Kube, namespace: str, pod: str, address: str) -> list[int]:
+    """The ports of the head to which a connection from the pod comes about."""
     return [
         int(port)
-        for port in kube.run("exec", "stranger", "-n", namespace, "--", "python", "-c", TRY, address, *ports).split()
+        for port in kube.run("exec", pod, "-n", namespace, "--", "python", "-c", TRY, address, *map(str, PORTS)).split()
     ]
