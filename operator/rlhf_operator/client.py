@@ -1,68 +1,83 @@
-"""The connection to the API server: `kubernetes.aio`'s dynamic client behind five calls.
+"""The connection to the API server: seven calls over the transport of `kubernetes.aio`.
 
-Resources are built from `kinds.py` instead of being discovered: discovery reads every API group at start, and an absent CRD is
-an answer here, not an error.
+Paths are built from `kinds.py` instead of being discovered: discovery reads every API group at start, and an absent
+CRD is an answer here, not an error. Bodies go straight to the transport: the dynamic client copies each of them
+twice on the way.
 """
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
+from urllib.parse import urlencode
 
 from aiohttp import ClientError
 from kubernetes.aio.client import ApiClient, Configuration
-from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
-from kubernetes.aio.dynamic import DynamicClient, Resource
 
 from rlhf_operator import FIELD_MANAGER, metrics
 from rlhf_operator.kinds import Kind
 
 log = logging.getLogger(__name__)
 Raw = dict[str, Any]
-Query = Sequence[tuple[str, str]]
 TIMEOUT_SECONDS = 30
-PAGE = 500
+PAGE = 200
+APPLY, MERGE, JSON = "application/apply-patch+yaml", "application/merge-patch+json", "application/json"
 
 
 class ApiError(Exception):
-    """The API server said no, or nothing (`status` 0)."""
+    """The API server said no, or nothing (`status` 0). `retry_after`: seconds that it asks to be left alone."""
 
-    def __init__(self, status: int, reason: str, message: str) -> None:
+    def __init__(self, status: int, reason: str, message: str, retry_after: float | None = None) -> None:
         super().__init__(f"{reason or status}: {message}")
-        self.status, self.reason, self.message = status, reason, message
+        self.status, self.reason, self.message, self.retry_after = status, reason, message, retry_after
 
 
 class KindMissing(ApiError):
     """The API server does not know the kind: its CRD is not installed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A part of a list, which as a whole is as of `version`. `more` asks for the next part; empty: this is the last."""
+
+    items: list[Raw] = field(default_factory=list)
+    version: int = 0
+    more: str = ""
+
+
 class Api(Protocol):
-    """What `cluster.py` needs of an API server; tests have one in memory. All raise ApiError."""
+    """What the operator needs of an API server; tests have one in memory. All raise ApiError, and answer with what
+    is there now."""
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Raw | None:
         """None when there is no such object."""
 
-    async def list(self, kind: Kind, namespace: str | None, *, labels: str = "", fields: str = "") -> list[Raw]:
+    async def list(self, kind: Kind, namespace: str | None, *, labels: str = "", more: str = "") -> Page:
         """Of all namespaces for None."""
 
     async def create(self, kind: Kind, namespace: str, body: Raw) -> Raw:
         """With fieldValidation=Strict: an unknown field is an error in words."""
 
     async def apply(self, kind: Kind, namespace: str, body: Raw, *, status: bool = False) -> Raw:
-        """Server-side apply by our field manager; with `status`, to the status subresource."""
+        """Server-side apply by our field manager; with `status`, to the status subresource, where an older CRD may
+        know fewer fields than we do."""
 
     async def merge(self, kind: Kind, namespace: str, name: str, body: Raw) -> Raw:
         """JSON merge patch."""
 
-    async def delete(self, kind: Kind, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> None:
-        """Of this very object: one that is gone, or has another uid, is no error."""
+    async def delete(
+        self, kind: Kind, namespace: str, name: str, uid: str, grace_seconds: int | None = None
+    ) -> Raw | None:
+        """Of this very object: one that is gone, or has another uid, is no error. The object while it is still
+        there, else None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """Where the API server is: a kubeconfig's path, or None for the usual places (in a cluster, KUBECONFIG, ~/.kube)."""
+    """Where the API server is: a kubeconfig's path, or None for the usual places (in a cluster, KUBECONFIG,
+    ~/.kube)."""
 
     kubeconfig: str | None = None
 
@@ -79,15 +94,15 @@ class Connection:
         return config
 
 
-class DynamicApi:
-    """Api over the network."""
+class KubernetesApi:
+    """Api over the network. `may_write` is asked before each write: an operator that lost its lease changes nothing."""
 
     def __init__(self, connection: Connection, client: ApiClient) -> None:
         self.connection, self.client = connection, client
-        self._dynamic = DynamicClient(client)
+        self.may_write: Callable[[], bool] = lambda: True
 
     @classmethod
-    async def connect(cls, connection: Connection) -> "DynamicApi":
+    async def connect(cls, connection: Connection) -> "KubernetesApi":
         return cls(connection, ApiClient(configuration=await connection.configuration()))
 
     async def close(self) -> None:
@@ -95,7 +110,7 @@ class DynamicApi:
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Raw | None:
         try:
-            return await self._call("get", kind, namespace, name)
+            return await self._call("GET", kind, namespace, name)
         except KindMissing:
             raise
         except ApiError as error:
@@ -103,79 +118,104 @@ class DynamicApi:
                 return None
             raise
 
-    async def list(self, kind: Kind, namespace: str | None, *, labels: str = "", fields: str = "") -> list[Raw]:
-        found: list[Raw] = []
-        query = [("limit", str(PAGE)), *([("labelSelector", labels)] if labels else []), *([("fieldSelector", fields)] if fields else [])]
-        page: Raw = {"metadata": {"continue": None}}
-        while "continue" in page["metadata"]:
-            more = [("continue", page["metadata"]["continue"])] if page["metadata"]["continue"] else []
-            page = await self._call("get", kind, namespace, None, query=[*query, *more])
-            page["metadata"] = {k: v for k, v in page["metadata"].items() if v}
-            found += page["items"]
-        return found
+    async def list(self, kind: Kind, namespace: str | None, *, labels: str = "", more: str = "") -> Page:
+        query = {"limit": str(PAGE), "labelSelector": labels, "continue": more}
+        answer = await self._call("GET", kind, namespace, None, query={k: v for k, v in query.items() if v})
+        meta = answer["metadata"]
+        return Page(answer["items"], int(meta.get("resourceVersion") or 0), meta.get("continue") or "")
 
     async def create(self, kind: Kind, namespace: str, body: Raw) -> Raw:
-        return await self._call("post", kind, namespace, None, body=body, query=[("fieldValidation", "Strict"), ("fieldManager", FIELD_MANAGER)])
+        query = {"fieldValidation": "Strict", "fieldManager": FIELD_MANAGER}
+        return await self._call("POST", kind, namespace, None, body=body, query=query)
 
     async def apply(self, kind: Kind, namespace: str, body: Raw, *, status: bool = False) -> Raw:
-        query = [("fieldManager", FIELD_MANAGER), ("force", "true"), ("fieldValidation", "Strict")]
-        return await self._call("patch", kind, namespace, body["metadata"]["name"], body=body, query=query, tail="/status" if status else "")
+        query = {"fieldManager": FIELD_MANAGER, "force": "true", "fieldValidation": "Warn" if status else "Strict"}
+        name, tail = body["metadata"]["name"], "/status" if status else ""
+        return await self._call("PATCH", kind, namespace, name, body=body, query=query, tail=tail, content=APPLY)
 
     async def merge(self, kind: Kind, namespace: str, name: str, body: Raw) -> Raw:
-        return await self._call("patch", kind, namespace, name, body=body, content="application/merge-patch+json")
+        return await self._call(
+            "PATCH", kind, namespace, name, body=body, query={"fieldManager": FIELD_MANAGER}, content=MERGE
+        )
 
-    async def delete(self, kind: Kind, namespace: str, name: str, uid: str, grace_seconds: int | None = None) -> None:
+    async def delete(
+        self, kind: Kind, namespace: str, name: str, uid: str, grace_seconds: int | None = None
+    ) -> Raw | None:
         grace = {} if grace_seconds is None else {"gracePeriodSeconds": grace_seconds}
         body = {"preconditions": {"uid": uid}, "propagationPolicy": "Background", **grace}
         try:
-            await self._call("delete", kind, namespace, name, body=body)
+            answer = await self._call("DELETE", kind, namespace, name, body=body)
+        except KindMissing:
+            return None
         except ApiError as error:
-            if error.status not in (404, 409):
+            if error.status != 404 and not (error.status == 409 and "UID in precondition" in error.message):
                 raise
+            return None
+        return None if answer.get("kind") == "Status" else answer
 
     async def _call(
-        self, verb: str, kind: Kind, namespace: str | None, name: str | None, *,
-        body: Raw | None = None, query: Query = (), tail: str = "", content: str = "application/apply-patch+yaml",
+        self,
+        verb: str,
+        kind: Kind,
+        namespace: str | None,
+        name: str | None,
+        *,
+        body: Raw | None = None,
+        query: dict[str, str] | None = None,
+        tail: str = "",
+        content: str = JSON,
     ) -> Raw:
-        path = _resource(kind).path(name=name, namespace=namespace) + tail
-        options: Raw = {"query_params": list(query), "header_params": {}, "_request_timeout": TIMEOUT_SECONDS, "serialize": False}
-        if verb == "patch":
-            options["content_type"] = content
-        if verb != "get":
-            metrics.API_WRITES.labels(verb=verb, kind=kind.kind).inc()
+        if verb != "GET":
+            if not self.may_write():
+                raise ApiError(0, "NotLeader", "another operator leads: this one writes nothing any more")
+            metrics.API_WRITES.labels(verb=verb.lower(), kind=kind.kind).inc()
+        else:
+            metrics.API_READS.labels(kind.kind).inc()
+        url = (
+            self.client.configuration.host
+            + path(kind, namespace, name)
+            + tail
+            + (f"?{urlencode(query)}" if query else "")
+        )
         try:
-            return await self._request(verb, path, body, options)
-        except ApiException as error:
-            raise _translated(kind, error) from None
+            status, headers, answer = await self._request(verb, url, body, content)
         except (ClientError, TimeoutError, OSError) as error:
             raise ApiError(0, "Unreachable", f"{type(error).__name__}: {error}") from error
-
-    async def _request(self, verb: str, path: str, body: Raw | None, options: Raw) -> Raw:
-        """Once more after a 401: tokens of exec plugins and files expire."""
-        try:
-            response = await self._dynamic.request(verb, path, body=body, **dict(options))
-        except ApiException as error:
-            if error.status != 401:
-                raise
-            self.client.configuration.api_key = (await self.connection.configuration()).api_key
-            response = await self._dynamic.request(verb, path, body=body, **dict(options, header_params={}))
-        read: Raw = await response.json()
+        if status >= 400:
+            raise refused(kind, status, answer, headers.get("Retry-After"))
+        read: Raw = json.loads(answer)
         return read
 
+    async def _request(self, verb: str, url: str, body: Raw | None, content: str) -> tuple[int, Any, bytes]:
+        """Once more after a 401: tokens of exec plugins and files expire."""
+        response = await self._send(verb, url, body, content)
+        if response.status == 401:
+            await response.read()
+            self.client.configuration.api_key = (await self.connection.configuration()).api_key
+            response = await self._send(verb, url, body, content)
+        return response.status, response.headers, await response.read()
 
-def _resource(kind: Kind) -> Resource:
-    return Resource(
-        prefix="apis" if kind.group else "api", group=kind.group, api_version=kind.version,
-        kind=kind.kind, name=kind.plural, namespaced=True,
-    )
+    async def _send(self, verb: str, url: str, body: Raw | None, content: str) -> Any:
+        token = await self.client.configuration.get_api_key_with_prefix("BearerToken", alias="authorization")
+        headers = {"Accept": JSON, "Content-Type": content, **({"Authorization": token} if token else {})}
+        return await self.client.rest_client.request(
+            verb, url, headers=headers, body=body, _request_timeout=TIMEOUT_SECONDS
+        )
 
 
-def _translated(kind: Kind, error: ApiException) -> ApiError:
+def path(kind: Kind, namespace: str | None, name: str | None) -> str:
+    """Names are DNS labels, which need no quoting."""
+    root = f"/apis/{kind.group}/{kind.version}" if kind.group else f"/api/{kind.version}"
+    return f"{root}{f'/namespaces/{namespace}' if namespace else ''}/{kind.plural}{f'/{name}' if name else ''}"
+
+
+def refused(kind: Kind, status: int, answer: bytes, retry_after: str | None = None) -> ApiError:
     """A 404 that is no Status object comes from the router: there is no such path, so no such kind."""
+    wait = float(retry_after) if retry_after and retry_after.isdecimal() else None
     try:
-        told = json.loads(error.body or "")
-        return ApiError(error.status or 0, told.get("reason", ""), told.get("message", ""))
+        told = json.loads(answer)
+        return ApiError(status, told.get("reason", ""), told.get("message", ""), wait)
     except (ValueError, AttributeError):
-        if error.status == 404:
+        if status == 404:
             return KindMissing(404, "KindMissing", f"the API server has no {kind.api_version} {kind.kind}")
-        return ApiError(error.status or 0, str(error.reason or ""), str(error.body or "")[:1024])
+        return ApiError(status, "", answer.decode(errors="replace")[:1024], wait)

@@ -1,85 +1,103 @@
-"""The only cluster I/O: look (`observe`), act (`perform`), tell (`write_status`, `write_events`)."""
+"""The only cluster I/O of a pass: look (into the store), act (`perform`), tell (`write_status`, `write_events`).
 
-import asyncio
+A pass makes no read. What a write answers goes into the store at once, so that the next pass sees what this one did,
+whenever the watch comes to tell it.
+"""
+
+import hashlib
+import json
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from rlhf_api import API_VERSION, KIND
 from rlhf_api.status import RLHFJobStatus
-from rlhf_operator import FIELD_MANAGER
+from rlhf_operator import FIELD_MANAGER, metrics
 from rlhf_operator.client import Api, ApiError, KindMissing
 from rlhf_operator.clock import stamp
 from rlhf_operator.decide import Note
-from rlhf_operator.kinds import EVENTS, JOBS, LOCAL_QUEUES, OF_KIND, PODS, RAYCLUSTERS, WORKLOADS
-from rlhf_operator.names import FINALIZER, JOB_LABEL, WORKLOAD_UID_LABEL
-from rlhf_operator.observed import (
-    Cluster,
-    Complaint,
-    Job,
-    Observed,
-    Pod,
-    Queue,
-    owner_uid,
-    read_cluster,
-    read_conditions,
-    read_job,
-    read_pod,
-)
-from rlhf_operator.plan import Plan
+from rlhf_operator.kinds import CLAIMS, EVENTS, JOBS, OF_KIND, Kind
+from rlhf_operator.names import FINALIZER, JOB_LABEL
+from rlhf_operator.observed import Job, Observed, owner_uid
+from rlhf_operator.plan import Deletion, Plan
+from rlhf_operator.store import Key, Store
 
 log = logging.getLogger(__name__)
 Raw = dict[str, Any]
-Key = tuple[str, str]
-# Containers that wait with these reasons may wait for a volume, which only an Event tells.
-SILENT_WAITS = ("ContainerCreating", "PodInitializing", "")
 REFUSALS = (400, 403, 409, 422)
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Why the API server did not take a planned object, as a reason of the condition Accepted and in its own words."""
+    """Why the API server did not take a planned object, as a reason of the condition Accepted and in its own words.
+    InvalidSpec waits for an edit; NameConflict and Refused (rights, quotas) may end without one, and are tried again
+    at a slow pace."""
 
     reason: str
     message: str
 
 
+class InTheWay(Exception):
+    """An object of a predecessor of the same name has not gone yet. Nobody needs to do anything but wait a little."""
+
+
+class Stale(Exception):
+    """The job changed between our look and our write, which the API server therefore refused. Look again; it is no
+    error."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A status that was sent, and what the API server made of it, both as digests."""
+
+    uid: str
+    status: bytes
+    kept: bytes
+
+
 class ClusterIO:
-    def __init__(self, api: Api) -> None:
-        self.api = api
+    """Knows what it last sent for each job: a status of which the API server keeps only a part is not sent for ever."""
 
-    async def job(self, key: Key) -> Job | None:
-        """None when it is gone or going: what it owns goes with it."""
-        raw = await self.api.get(JOBS, *key)
-        if raw is None or (raw["metadata"].get("deletionTimestamp") and FINALIZER not in raw["metadata"].get("finalizers", ())):
-            return None
-        return read_job(raw)
+    def __init__(self, api: Api, store: Store) -> None:
+        self.api, self.store = api, store
+        self._sent: dict[Key, _Sent] = {}
+        # uid of a job -> the version that its pass has seen, and the one that the pass's own patch made of it.
+        self._patched: dict[str, tuple[str, str]] = {}
 
-    async def job_keys(self, namespace: str | None) -> list[Key]:
-        return [(raw["metadata"]["namespace"], raw["metadata"]["name"]) for raw in await self.api.list(JOBS, namespace)]
+    def job(self, key: Key) -> Job | None:
+        """None when it is gone, or going without us: what it owns goes with it."""
+        job = self.store.job(key)
+        if job is None:
+            self._sent.pop(key, None)
+        else:
+            self._patched.pop(job.meta.uid, None)
+        return job
 
-    async def observe(self, job: Job) -> Observed:
-        """Fresh reads, a few a pass; the job's label keeps them small."""
-        namespace, labels = job.meta.namespace, f"{JOB_LABEL}={job.meta.name}"
-        try:
-            raw_clusters = await self.api.list(RAYCLUSTERS, namespace, labels=labels)
-        except KindMissing:
-            return Observed(kuberay=False)
-        clusters = tuple(read_cluster(raw) for raw in raw_clusters if owner_uid(raw) == job.meta.uid)
-        pods = tuple(read_pod(raw) for raw in await self.api.list(PODS, namespace, labels=labels))
-        queue, complaints = await asyncio.gather(self._queue(job, clusters), self._complaints(job, clusters, pods))
-        return Observed(clusters, pods, queue=queue, complaints=complaints)
+    def observe(self, job: Job) -> Observed:
+        return self.store.observe(job)
+
+    async def catch_up(self, job: Job) -> None:
+        """After a write that came too late: the newest version of the job, without waiting for the watch."""
+        raw = await self.api.get(JOBS, job.meta.namespace, job.meta.name)
+        if raw is None:
+            self.store.drop(JOBS, job.meta.uid)
+        elif raw["metadata"].get("resourceVersion") == job.meta.resource_version:
+            raise ApiError(409, "Conflict", "the API server refuses a write to the version that it holds")
+        else:
+            self.store.put(JOBS, raw)
 
     async def perform(self, job: Job, plan: Plan) -> Refusal | None:
-        """Every step may have been done before. The first refusal ends it; other errors are raised."""
+        """Every step may have been done before. The first refusal ends it; other errors are raised, InTheWay and Stale
+        among them.
+
+        The finalizer goes on before anything is made, and off after everything was deleted."""
         if plan.finalizer:
-            await self._finalize(job, [*job.meta.finalizers, FINALIZER])
+            await self._finalize(job, on=True)
         for deletion in plan.delete:
-            log.info("deleting %s %s/%s", deletion.kind, plan.namespace, deletion.name)
-            await self.api.delete(OF_KIND[deletion.kind], plan.namespace, deletion.name, deletion.uid, deletion.grace_seconds)
+            await self._delete(plan.namespace, deletion)
         for body in (*plan.ensure, *plan.create):
             try:
                 await self._make(plan.namespace, body, update=body in plan.ensure)
@@ -88,105 +106,174 @@ class ClusterIO:
                     raise
                 return _refusal(body, error)
         if plan.finalizer is False:
-            await self._finalize(job, [name for name in job.meta.finalizers if name != FINALIZER])
+            await self._finalize(job, on=False)
         return None
-
-    async def _finalize(self, job: Job, finalizers: list[str]) -> None:
-        await self.api.merge(JOBS, job.meta.namespace, job.meta.name, {"metadata": {"finalizers": finalizers}})
 
     async def write_status(self, job: Job, status: RLHFJobStatus) -> bool:
         """One server-side apply of everything but `progress`, and only if it says something new. True when written."""
-        new = _without_progress(status)
-        if new == _without_progress(job.status) and job.status.observed_generation == status.observed_generation:
+        new, key = _told(status.to_dict()), (job.meta.namespace, job.meta.name)
+        digest = _digest(new)
+        if (
+            digest == _digest(_told(job.status.to_dict()))
+            or not self.store.holds(JOBS, job.meta.uid)
+            or self._was_sent(job, key, digest)
+        ):
             return False
-        meta = job.meta
-        body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": meta.name, "namespace": meta.namespace, "uid": meta.uid}, "status": new}
-        await self.api.apply(JOBS, meta.namespace, body, status=True)
+        meta = {"name": key[1], "namespace": key[0], "uid": job.meta.uid, **self._seen(job)}
+        body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": meta, "status": new}
+        answer = await self._answered(job, self.api.apply(JOBS, key[0], body, status=True))
+        if answer is None:
+            return False
+        self._sent[key] = _Sent(job.meta.uid, digest, _digest(_told(answer.get("status") or {})))
+        metrics.told(job.status, status)
         return True
 
     async def write_events(self, job: Job, notes: Sequence[Note], now: datetime) -> None:
-        """After the status, so that no Event tells what was not stored. One that is refused is only logged: it is no state."""
+        """After the status, so that no Event tells what was not stored. One that is refused is only logged: it is no
+        state."""
         for note in notes:
             try:
                 await self.api.create(EVENTS, job.meta.namespace, _event(job, note, now))
             except ApiError as error:
-                log.warning("%s/%s: Event %s was not written: %s", job.meta.namespace, job.meta.name, note.reason, error)
+                log.warning(
+                    "%s/%s: Event %s was not written: %s", job.meta.namespace, job.meta.name, note.reason, error
+                )
+
+    def _was_sent(self, job: Job, key: Key, digest: bytes) -> bool:
+        """And nobody changed the status since."""
+        sent = self._sent.get(key)
+        if sent is None or (sent.uid, sent.status) != (job.meta.uid, digest):
+            return False
+        there = self.store.raw(key)
+        return there is not None and _digest(_told(there.get("status") or {})) == sent.kept
+
+    def _seen(self, job: Job) -> dict[str, str]:
+        """The version that this pass decided on, or what its own patch made of that: the precondition of its next
+        write."""
+        seen, patched = self._patched.get(job.meta.uid, ("", ""))
+        version = patched if seen == job.meta.resource_version else job.meta.resource_version
+        return {"resourceVersion": version} if version else {}
+
+    async def _answered(self, job: Job, write: Awaitable[Raw]) -> Raw | None:
+        """The job after a write to it; None when it is gone. Raises Stale."""
+        try:
+            answer = await write
+        except ApiError as error:
+            if error.status == 409:
+                raise Stale(error.message) from error
+            if error.status != 404 or isinstance(error, KindMissing):
+                raise
+            self.store.drop(JOBS, job.meta.uid)
+            return None
+        self.store.put(JOBS, answer, own=True)
+        return answer
+
+    async def _finalize(self, job: Job, *, on: bool) -> None:
+        """On an object that is being deleted nobody may put one."""
+        there = job.meta.finalizers
+        if (FINALIZER in there) is on or (on and job.meta.deletion_timestamp):
+            return
+        wanted = [*there, FINALIZER] if on else [name for name in there if name != FINALIZER]
+        patch = {"metadata": {"uid": job.meta.uid, **self._seen(job), "finalizers": wanted}}
+        answer = await self._answered(job, self.api.merge(JOBS, job.meta.namespace, job.meta.name, patch))
+        if answer is None:
+            return
+        self._patched[job.meta.uid] = (job.meta.resource_version, answer["metadata"].get("resourceVersion", ""))
+        if job.meta.deletion_timestamp and not wanted:
+            self._patched.pop(job.meta.uid, None)
+            self.store.drop(JOBS, job.meta.uid)
+
+    async def _delete(self, namespace: str, deletion: Deletion) -> None:
+        log.info("deleting %s %s/%s", deletion.kind, namespace, deletion.name)
+        kind = OF_KIND[deletion.kind]
+        there = await self.api.delete(kind, namespace, deletion.name, deletion.uid, deletion.grace_seconds)
+        if there is None:
+            self.store.drop(kind, deletion.uid)
+        else:
+            self.store.put(kind, there)
 
     async def _make(self, namespace: str, body: Raw, *, update: bool) -> None:
         kind, name = OF_KIND[body["kind"]], body["metadata"]["name"]
         try:
-            await self.api.create(kind, namespace, body)
+            self.store.put(kind, await self.api.create(kind, namespace, body))
             log.info("created %s %s/%s", kind.kind, namespace, name)
+        except KindMissing:
+            self.store.missing(kind)
+            raise
         except ApiError as error:
             if error.status != 409 or error.reason != "AlreadyExists":
                 raise
-            await self._check_owner(namespace, body)
-            if update:
-                await self.api.apply(kind, namespace, body)
+            await self._meet(kind, namespace, body, update=update)
 
-    async def _check_owner(self, namespace: str, body: Raw) -> None:
-        """Raises a conflict unless the namesake is ours, or has just gone."""
-        there = await self.api.get(OF_KIND[body["kind"]], namespace, body["metadata"]["name"])
-        if there is not None and owner_uid(there) != owner_uid(body):
-            raise ApiError(409, "NameConflict", "it exists and belongs to something else: rename the job or delete that object")
-
-    async def _queue(self, job: Job, clusters: tuple[Cluster, ...]) -> Queue | None:
-        asked = job.queue
-        if asked is None:
-            return None
-        try:
-            if not clusters:
-                return Queue(found=await self.api.get(LOCAL_QUEUES, job.meta.namespace, asked.name) is not None)
-            waiting = next((c for c in clusters if c.suspended), None)
-            return Queue(workload=await self._workload(job.meta.namespace, waiting) if waiting else None)
-        except KindMissing:
-            return Queue(installed=False)
-
-    async def _workload(self, namespace: str, cluster: Cluster) -> Any:
-        found = await self.api.list(WORKLOADS, namespace, labels=f"{WORKLOAD_UID_LABEL}={cluster.uid}")
-        return read_conditions((found[0].get("status") or {}).get("conditions")) if found else None
-
-    async def _complaints(self, job: Job, clusters: tuple[Cluster, ...], pods: tuple[Pod, ...]) -> tuple[Complaint, ...]:
-        """Events are read only where statuses are silent: a RayCluster without pods, a pod that waits without a reason."""
-        uids = [c.uid for c in clusters if not any(p.cluster_uid == c.uid for p in pods) and not c.suspended]
-        uids += [p.uid for p in pods if p.scheduled and p.phase == "Pending" and _silent(p)][:1]
-        found = await asyncio.gather(*(self.api.list(EVENTS, job.meta.namespace, fields=f"involvedObject.uid={uid}") for uid in uids))
-        return tuple(complaint for events in found if (complaint := _complaint(events)))
+    async def _meet(self, kind: Kind, namespace: str, body: Raw, *, update: bool) -> None:
+        """What stands where `body` shall be: if it is ours, it is brought up to date where it has to be."""
+        there = await self.api.get(kind, namespace, body["metadata"]["name"])
+        if there is None:
+            raise InTheWay(f"{kind.kind} {body['metadata']['name']} has just gone")
+        _check_owner(there, body)
+        if update and not _covers(there, body):
+            there = await self.api.apply(kind, namespace, body)
+        self.store.put(kind, there)
 
 
-def _silent(pod: Pod) -> bool:
-    waiting = [c.waiting_reason for c in (*pod.init_containers, *pod.containers) if c.running_since is None and not c.terminated]
-    return all(reason in SILENT_WAITS for reason in waiting)
+def _check_owner(there: Raw, body: Raw) -> None:
+    """Raises InTheWay for what a job of the same name left behind and is about to go, and NameConflict for a
+    stranger's."""
+    meta, job = there["metadata"], body["metadata"]["labels"][JOB_LABEL]
+    owner = next((o for o in meta.get("ownerReferences") or [] if o.get("controller")), None)
+    labelled = (meta.get("labels") or {}).get(JOB_LABEL) == job
+    going = "deletionTimestamp" in meta
+    if owner is not None and owner["uid"] == owner_uid(body):
+        return
+    if body["kind"] == CLAIMS.kind and labelled and owner is None and not going:
+        return
+    named = f"{body['kind']} {meta['name']}"
+    if labelled and (going or (owner is not None and (owner.get("kind"), owner.get("name")) == (KIND, job))):
+        raise InTheWay(f"{named} of an earlier job of this name has not gone yet")
+    raise ApiError(409, "NameConflict", "it exists and belongs to something else: rename the job or delete that object")
 
 
-def _complaint(events: list[Raw]) -> Complaint | None:
-    """The newest warning that tells of a refusal or of a volume. KubeRay's mere warnings begin with `RayCluster spec warning`."""
-    telling = [
-        e for e in events if e.get("type") == "Warning" and not e.get("message", "").startswith("RayCluster spec warning")
-        and (e.get("reason", "").startswith("InvalidRayCluster") or e.get("reason") in ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox"))
-    ]
-    if not telling:
-        return None
-    newest = max(telling, key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or e["metadata"].get("creationTimestamp") or "")
-    return Complaint(newest["involvedObject"]["uid"], newest["reason"], newest["message"])
+def _covers(there: Any, wanted: Any) -> bool:
+    """Whether everything that is wanted is there; what else is there was added by others."""
+    if isinstance(wanted, dict):
+        return isinstance(there, dict) and all(_covers(there.get(key), value) for key, value in wanted.items())
+    if isinstance(wanted, list):
+        return isinstance(there, list) and len(there) == len(wanted) and all(map(_covers, there, wanted))
+    return bool(there == wanted)
 
 
 def _refusal(body: Raw, error: ApiError) -> Refusal:
-    """400 and 422 are about what the user wrote (a misspelt field in spec.pods, say); the rest is about rights and quotas."""
-    reason = "NameConflict" if error.reason == "NameConflict" else "InvalidSpec" if error.status in (400, 422) else "Refused"
+    """400 and 422 are about what the user wrote (a misspelt field in spec.pods, say); the rest is about rights and
+    quotas."""
+    reason = (
+        "NameConflict" if error.reason == "NameConflict" else "InvalidSpec" if error.status in (400, 422) else "Refused"
+    )
     return Refusal(reason, f"{body['kind']} {body['metadata']['name']}: {error.message}")
 
 
-def _without_progress(status: RLHFJobStatus) -> Raw:
-    return {key: value for key, value in status.to_dict().items() if key != "progress"}
+def _told(status: Raw) -> Raw:
+    """What the operator tells: all but the driver's part."""
+    return {key: value for key, value in status.items() if key != "progress"}
+
+
+def _digest(value: Any) -> bytes:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).digest()
 
 
 def _event(job: Job, note: Note, now: datetime) -> Raw:
     meta = job.meta
     about = {"apiVersion": API_VERSION, "kind": KIND, "name": meta.name, "namespace": meta.namespace, "uid": meta.uid}
     return {
-        "apiVersion": "v1", "kind": "Event", "metadata": {"name": f"{meta.name}.{uuid.uuid4().hex[:16]}", "namespace": meta.namespace},
-        "involvedObject": about, "type": "Warning" if note.warning else "Normal", "reason": note.reason, "message": note.message[:1024],
-        "source": {"component": FIELD_MANAGER}, "reportingComponent": FIELD_MANAGER, "count": 1,
-        "firstTimestamp": stamp(now), "lastTimestamp": stamp(now),
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"name": f"{meta.name}.{uuid.uuid4().hex[:16]}", "namespace": meta.namespace},
+        "involvedObject": about,
+        "type": "Warning" if note.warning else "Normal",
+        "reason": note.reason,
+        "message": note.message[:1024],
+        "source": {"component": FIELD_MANAGER},
+        "reportingComponent": FIELD_MANAGER,
+        "count": 1,
+        "firstTimestamp": stamp(now),
+        "lastTimestamp": stamp(now),
     }

@@ -5,25 +5,31 @@ import logging
 import time
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, Gauge, generate_latest
 
 from rlhf_operator import metrics
 from rlhf_operator.queue import HEARTBEAT_SECONDS, Queue
+from rlhf_operator.store import Store
 
 log = logging.getLogger(__name__)
 DEAD_AFTER_SECONDS = 12 * HEARTBEAT_SECONDS
 
 
 class Health:
-    """Dead is a queue whose loop no longer turns. Quiet is not dead: a cluster where nothing happens sends no event."""
+    """Dead is a leader whose queue no longer turns. Quiet is not dead: a cluster where nothing happens sends no
+    event."""
 
-    def __init__(self, queue: Queue) -> None:
-        self.queue, self.serving = queue, False
+    def __init__(self, queue: Queue, store: Store, ages: metrics.WatchAges) -> None:
+        self.queue, self.store, self.ages, self.serving = queue, store, ages, False
+        self._of_store = CollectorRegistry()
+        self._of_store.register(metrics.StoreCollector(store, ages))
 
     async def start(self, port: int) -> web.AppRunner:
         """Raises OSError where the port is taken."""
         app = web.Application()
-        app.add_routes([web.get("/livez", self.livez), web.get("/readyz", self.readyz), web.get("/metrics", self.metrics)])
+        app.add_routes(
+            [web.get("/livez", self.livez), web.get("/readyz", self.readyz), web.get("/metrics", self.metrics)]
+        )
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, port=port).start()
@@ -32,15 +38,29 @@ class Health:
 
     async def livez(self, _: web.Request) -> web.Response:
         beat = time.monotonic() - self.queue.beat if self.serving else 0.0
-        told = {"leader": self.serving, "heartbeatAge": round(beat, 1), "lastWatchEventAge": _age(metrics.LAST_WATCH_EVENT), "lastReconcileAge": _age(metrics.LAST_RECONCILE)}
-        return web.Response(status=200 if beat < DEAD_AFTER_SECONDS else 503, text=json.dumps(told), content_type="application/json")
+        told = {
+            "leader": self.serving,
+            "listed": self.store.ready,
+            "queueBeatAge": round(beat, 1),
+            "lastWatchEventAge": self.ages.least,
+            "watchEventAges": self.ages.of(),
+            "lastReconcileAge": _age(metrics.LAST_RECONCILE),
+        }
+        return web.Response(
+            status=200 if beat < DEAD_AFTER_SECONDS else 503, text=json.dumps(told), content_type="application/json"
+        )
 
     async def readyz(self, _: web.Request) -> web.Response:
-        """A standby is ready: it is ready to take over."""
-        return web.Response(text="ok")
+        """A standby is ready once it holds what a leader needs: it is ready to take over."""
+        return (
+            web.Response(status=200, text="ok")
+            if self.store.ready
+            else web.Response(status=503, text="not everything was listed yet")
+        )
 
     async def metrics(self, _: web.Request) -> web.Response:
-        return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        told = generate_latest(REGISTRY) + generate_latest(self._of_store)
+        return web.Response(body=told, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
 def _age(gauge: Gauge) -> float | None:

@@ -1,85 +1,120 @@
-"""The keyed queue: every key at most once, one worker a key, backoff a key, a time to wake a key, a slow resync of all keys.
+"""The keyed queue: every key at most once, one worker a key, backoff a key, a time to wake a key, a slow resync.
 
 `Schedule` is the logic, without a clock or a task; `Queue` runs it.
 """
 
 import asyncio
+import heapq
+import itertools
 import logging
+import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from rlhf_operator import metrics
 from rlhf_operator.client import ApiError
-from rlhf_operator.cluster import Key
+from rlhf_operator.store import Key
 
 log = logging.getLogger(__name__)
 # Events come in bursts (ten pods, three changes each): one pass a burst is enough.
 SETTLE_SECONDS = 0.1
 BACKOFF_FIRST, BACKOFF_MOST = 0.5, 60.0
+# An event may bring the next try forward, but a stream of events must not make it a stream of failures.
+BACKOFF_LEAST = 2.0
 RESYNC_SECONDS = 300.0
-WORKERS = 8
+WORKERS = 16
 HEARTBEAT_SECONDS = 5.0
+# How long passes get to end when the operator stops.
+LAST_SECONDS = 3.0
 # Errors that say everything in their message.
 EXPECTED = (ApiError,)
 
 
 @dataclass(slots=True)
+class Failing:
+    """A key that backs off: how often it failed in a row, and when last."""
+
+    times: int
+    last: float
+
+
+@dataclass(slots=True)
 class Schedule:
-    """Which key is due when. Times are seconds of any one clock."""
+    """Which key is due when. Times are seconds of any one clock. All of it is O(log n): the heap may hold what is no
+    longer so (a key that became due earlier, or has a worker), which is passed over when it comes to the top."""
 
     due: dict[Key, float] = field(default_factory=dict)
     active: set[Key] = field(default_factory=set)
-    failures: dict[Key, int] = field(default_factory=dict)
+    failing: dict[Key, Failing] = field(default_factory=dict)
+    _heap: list[tuple[float, int, Key]] = field(default_factory=list)
+    _order: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def add(self, key: Key, now: float) -> None:
-        """An event. It hastens a waiting key, but not one that backs off: our own error reports are events, too."""
-        if key not in self.failures:
-            self._at(key, now + SETTLE_SECONDS)
+        """An event. One that comes while its key has a worker is not lost: the pass may have looked before it."""
+        failing = self.failing.get(key)
+        least = failing.last + BACKOFF_LEAST if failing and key not in self.active else now
+        self._at(key, max(now + SETTLE_SECONDS, least))
 
-    def resync(self, key: Key, now: float) -> None:
-        self._at(key, now)
+    def at(self, key: Key, when: float) -> None:
+        """Not later than that."""
+        self._at(key, when)
 
     def take(self, now: float) -> Key | None:
         """A key that is due and has no worker; it has one now."""
-        ready = [(when, key) for key, when in self.due.items() if when <= now and key not in self.active]
-        if not ready:
+        due = self.next_due()
+        if due is None or due > now:
             return None
-        key = min(ready)[1]
+        key = heapq.heappop(self._heap)[2]
         del self.due[key]
         self.active.add(key)
         return key
 
     def done(self, key: Key, wake_at: float | None) -> None:
-        self.active.discard(key)
-        self.failures.pop(key, None)
+        self.failing.pop(key, None)
+        self._release(key)
         if wake_at is not None:
             self._at(key, wake_at)
 
-    def failed(self, key: Key, now: float) -> float:
-        """Seconds until the next try."""
+    def failed(self, key: Key, now: float, at_least: float = 0.0) -> float:
+        """Seconds until the next try. An event that came meanwhile makes it a short one."""
+        times = self.failing[key].times + 1 if key in self.failing else 1
+        self.failing[key] = Failing(times, now)
+        delay = max(at_least, min(BACKOFF_MOST, BACKOFF_FIRST * 2.0 ** min(times - 1, 16)))
+        if self.due.pop(key, None) is not None:
+            delay = max(at_least, min(delay, BACKOFF_LEAST))
         self.active.discard(key)
-        tries = self.failures[key] = self.failures.get(key, 0) + 1
-        delay = min(BACKOFF_MOST, BACKOFF_FIRST * 2.0 ** min(tries - 1, 16))
-        self.due[key] = now + delay
+        self._at(key, now + delay)
         return delay
 
     def next_due(self) -> float | None:
-        return min((when for key, when in self.due.items() if key not in self.active), default=None)
+        while self._heap and (self._heap[0][2] in self.active or self.due.get(self._heap[0][2]) != self._heap[0][0]):
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
 
-    def waiting(self, now: float) -> int:
-        return sum(when <= now for when in self.due.values())
+    def _release(self, key: Key) -> None:
+        """What became due meanwhile is due now; its place in the heap may have been passed over."""
+        self.active.discard(key)
+        if key in self.due:
+            self._push(key)
 
     def _at(self, key: Key, when: float) -> None:
-        self.due[key] = min(when, self.due.get(key, when))
+        if when < self.due.get(key, float("inf")):
+            self.due[key] = when
+            self._push(key)
+
+    def _push(self, key: Key) -> None:
+        heapq.heappush(self._heap, (self.due[key], next(self._order), key))
 
 
 class Queue:
-    """`work` handles one key and says when to come back; `keys` lists all of them for the resync."""
+    """`work` handles one key and says when to come back; `restless` are the keys that the resync visits."""
 
-    def __init__(self, work: Callable[[Key], Awaitable[datetime | None]], keys: Callable[[], Awaitable[list[Key]]]) -> None:
-        self._work, self._keys = work, keys
+    def __init__(
+        self, work: Callable[[Key], Awaitable[datetime | None]], restless: Callable[[], Iterable[Key]]
+    ) -> None:
+        self._work, self._restless = work, restless
         self._schedule, self._changed = Schedule(), asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self.beat = time.monotonic()
@@ -89,7 +124,7 @@ class Queue:
         self._changed.set()
 
     async def run(self) -> None:
-        """For ever."""
+        """For ever. When cancelled it lets the passes that run come to their end, for a short time."""
         resync = asyncio.create_task(self._resync(), name="resync")
         try:
             while True:
@@ -97,7 +132,10 @@ class Queue:
                 self._start_due()
                 await self._wait()
         finally:
-            for task in (resync, *self._tasks):
+            resync.cancel()
+            if self._tasks:
+                await asyncio.wait(self._tasks, timeout=LAST_SECONDS)
+            for task in self._tasks:
                 task.cancel()
 
     def _start_due(self) -> None:
@@ -105,7 +143,8 @@ class Queue:
             task = asyncio.create_task(self._one(key), name=f"reconcile {'/'.join(key)}")
             self._tasks.add(task)
             task.add_done_callback(self._ended)
-        metrics.QUEUE_DEPTH.set(self._schedule.waiting(time.monotonic()))
+        metrics.QUEUE_DEPTH.set(len(self._schedule.due))
+        metrics.ACTIVE.set(len(self._tasks))
 
     def _ended(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
@@ -114,7 +153,9 @@ class Queue:
     async def _wait(self) -> None:
         due = self._schedule.next_due()
         free = len(self._tasks) < WORKERS
-        pause = min(HEARTBEAT_SECONDS, max(0.0, due - time.monotonic())) if due is not None and free else HEARTBEAT_SECONDS
+        pause = (
+            min(HEARTBEAT_SECONDS, max(0.0, due - time.monotonic())) if due is not None and free else HEARTBEAT_SECONDS
+        )
         try:
             async with asyncio.timeout(pause):
                 await self._changed.wait()
@@ -127,24 +168,24 @@ class Queue:
             with metrics.RECONCILE_SECONDS.time():
                 wake_at = await self._work(key)
         except Exception as error:
-            delay = self._schedule.failed(key, time.monotonic())
+            delay = self._schedule.failed(key, time.monotonic(), getattr(error, "retry_after", None) or 0.0)
             metrics.RECONCILES.labels(outcome="error").inc()
-            log.warning("%s: %s: next try in %.1f s", "/".join(key), error, delay, exc_info=not isinstance(error, EXPECTED))
+            log.warning(
+                "%s: %s: next try in %.1f s", "/".join(key), error, delay, exc_info=not isinstance(error, EXPECTED)
+            )
         else:
             metrics.RECONCILES.labels(outcome="ok").inc()
             self._schedule.done(key, _monotonic(wake_at))
         metrics.LAST_RECONCILE.set_to_current_time()
 
     async def _resync(self) -> None:
-        """Watches may lose an event; a list loses none."""
+        """What is in the store is looked at again now and then, each key at a moment of its own. It costs no call."""
         while True:
-            try:
-                for key in await self._keys():
-                    self._schedule.resync(key, time.monotonic())
-                self._changed.set()
-            except EXPECTED as error:
-                log.warning("resync: %s", error)
             await asyncio.sleep(RESYNC_SECONDS)
+            now = time.monotonic()
+            for key in self._restless():
+                self._schedule.at(key, now + random.uniform(0.0, RESYNC_SECONDS))
+            self._changed.set()
 
 
 def _monotonic(moment: datetime | None) -> float | None:

@@ -1,44 +1,87 @@
 """READ FIRST. The whole path of one job, one pass:
 
-    1. observe   what there is           cluster.py, observed.py
+    1. observe   what there is           store.py, observed.py
     2. decide    what it means           decide/        (pure)
     3. plan      which objects follow    plan/          (pure)
     4. apply     create, delete          cluster.py
     5. write     the status, once, then Events
 
-A pass knows nothing of the event that caused it and remembers nothing but `status.record`. An action follows only from a record
-that is already stored; so a pass either writes down what it means to do, or does what is written down, and may die anywhere.
+A pass knows nothing of the event that caused it and remembers nothing but `status.record`. An action follows only
+from a record that is already stored; so a pass either writes down what it means to do, or does what is written down,
+and may die anywhere. What goes wrong between 1 and 5, whatever it is, is told in the status.
 """
 
+import logging
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
-from rlhf_operator.cluster import ClusterIO, Key
-from rlhf_operator.decide import decide, refused, troubled
+from rlhf_operator.cluster import ClusterIO, InTheWay, Stale
+from rlhf_operator.decide import Decision, broken, decide, refused, troubled
+from rlhf_operator.observed import Job
 from rlhf_operator.plan import plan
+from rlhf_operator.store import Key
 
+log = logging.getLogger(__name__)
 Clock = Callable[[], datetime]
+# A job that changes under our hands is looked at again at once: in the queue's order it would be late again.
+LOOKS, LATE = 3, timedelta(seconds=1)
+# A predecessor's objects go within seconds of it.
+IN_THE_WAY = timedelta(seconds=2)
+# The API server keeps only a part of the status (its CRD is older): what the record lacks cannot be waited for.
+UNKEPT = timedelta(seconds=30)
 
 
 def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-async def reconcile(cluster: ClusterIO, key: Key, clock: Clock = utc_now) -> datetime | None:
-    """When to look again unless something happens before; None for never. Raises ApiError after the status told of it."""
-    job = await cluster.job(key)
-    if job is None:
-        return None
-    observed = await cluster.observe(job)                                  # 1
-    decision = decide(job, observed, clock())                              # 2
-    planned = plan(job, decision.want)                                     # 3
+async def reconcile(cluster: ClusterIO, key: Key, clock: Clock = utc_now, home: str = "default") -> datetime | None:
+    """When to look again unless something happens before; None for never. Raises what went wrong after the status
+    told of it. `home` is the operator's own namespace."""
+    for _ in range(LOOKS):
+        job = cluster.job(key)
+        if job is None:
+            return None
+        try:
+            return await _pass(cluster, job, clock, home)
+        except Stale as late:
+            log.debug("%s: %s", "/".join(key), late)
+            await cluster.catch_up(job)
+    return clock() + LATE
+
+
+async def _pass(cluster: ClusterIO, job: Job, clock: Clock, home: str) -> datetime | None:
+    now = clock()
     try:
-        refusal = await cluster.perform(job, planned)                           # 4
-        decision = refused(decision, refusal.reason, refusal.message) if refusal else decision
+        decision = decide(job, cluster.observe(job), now)                  # 1, 2
     except Exception as error:
-        decision = troubled(decision, f"{type(error).__name__}: {error}")
+        await cluster.write_status(job, broken(job, _words(error), now))
         raise
-    finally:
-        if await cluster.write_status(job, decision.status):               # 5
-            await cluster.write_events(job, decision.notes, clock())
-    return decision.wake_at
+    try:
+        refusal = await cluster.perform(job, plan(job, decision.want, home))  # 3, 4
+    except Stale:
+        raise
+    except InTheWay as wait:
+        log.info("%s/%s waits: %s", job.meta.namespace, job.meta.name, wait)
+        return _sooner(await _tell(cluster, job, decision, clock), now + IN_THE_WAY)
+    except Exception as error:
+        await _tell(cluster, job, troubled(decision, _words(error)), clock)
+        raise
+    return await _tell(cluster, job, refused(decision, refusal.reason, refusal.message) if refusal else decision, clock)
+
+
+async def _tell(cluster: ClusterIO, job: Job, decision: Decision, clock: Clock) -> datetime | None:
+    """5. A decision that wants to look at what it just wrote does so only if it was written."""
+    written = await cluster.write_status(job, decision.status)
+    if written:
+        await cluster.write_events(job, decision.notes, clock())
+    at_once = decision.wake_at is not None and decision.wake_at <= clock()
+    return clock() + UNKEPT if at_once and not written else decision.wake_at
+
+
+def _sooner(one: datetime | None, other: datetime) -> datetime:
+    return min(one, other) if one else other
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

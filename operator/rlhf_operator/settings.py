@@ -2,9 +2,11 @@
 
 import argparse
 import os
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import kopf
 
@@ -46,8 +48,55 @@ def own_namespace() -> str | None:
     return named or (NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else None)
 
 
+class Backoffs:
+    """Seconds between the tries of one request, without end: an API server may be away for long. A 429 may ask for
+    more."""
+
+    def __iter__(self) -> Iterator[float]:
+        yield from (0.5, 1.0, 2.0)
+        while True:
+            yield random.uniform(2.0, 5.0)
+
+
+class NoDiffs(kopf.DiffBaseStorage):
+    """kopf copies each object several times to compare it with what it last handled. It handles nothing here."""
+
+    def build(self, **_: Any) -> Any:
+        return {}
+
+    def fetch(self, **_: Any) -> Any:
+        return None
+
+    def store(self, **_: Any) -> None:
+        """Only handlers of changes have something to store."""
+
+
+class NoProgress(kopf.ProgressStorage):
+    """The same for the progress of handlers."""
+
+    def fetch(self, **_: Any) -> Any:
+        return None
+
+    def store(self, **_: Any) -> None:
+        """Only handlers of changes have progress."""
+
+    def purge(self, **_: Any) -> None:
+        """There is none."""
+
+    def touch(self, **_: Any) -> None:
+        """There is none."""
+
+    def clear(self, *, essence: Any) -> Any:
+        return essence
+
+
 def kopf_settings(namespace: str | None) -> kopf.OperatorSettings:
-    """An informer and nothing else: no Events from logs, no peering, only labelled pods and RayClusters."""
+    """An informer and nothing else: no Events from logs, no peering, only labelled pods and RayClusters, only Warning
+    Events.
+
+    A watch that is silent for 70 s is begun anew: the API server sends a bookmark every minute. Server errors, 403
+    and 429 are tried again without end, 410 lists anew; what else kopf takes for fatal ends it, and
+    `handlers.Informer` begins it anew."""
     settings = kopf.OperatorSettings()
     # A Role cannot grant the lists of CRDs and namespaces; asking all the same holds every watch back for a minute.
     settings.scanning.disabled = namespace is not None
@@ -56,9 +105,16 @@ def kopf_settings(namespace: str | None) -> kopf.OperatorSettings:
     settings.watching.server_timeout = 240
     settings.watching.client_timeout = 300
     settings.watching.connect_timeout = 5
-    settings.watching.chunk_size = 500
+    settings.watching.inactivity_timeout = 70
+    settings.watching.chunk_size = 200
     settings.watching.label_selectors["pods"] = JOB_LABEL
     settings.watching.label_selectors["ray.io", "rayclusters"] = JOB_LABEL
+    settings.watching.field_selectors["events"] = "type=Warning"
     settings.networking.request_timeout = 30
-    settings.process.ultimate_exiting_timeout = 20
+    settings.networking.error_backoffs = Backoffs()
+    settings.persistence.diffbase_storage = NoDiffs()
+    settings.persistence.progress_storage = NoProgress()
+    # A worker that waits for the next event of its object holds the last one in memory.
+    settings.queueing.idle_timeout = 0.05
+    settings.process.ultimate_exiting_timeout = None
     return settings

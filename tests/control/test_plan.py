@@ -34,7 +34,7 @@ Plain.add_representer(str, Plain.represent_str)
 
 def planned(raw: Raw, number: int = 1) -> dict[str, Raw]:
     raw["metadata"] = {"namespace": "default", "uid": "the-uid", **raw["metadata"]}
-    found = plan(read_job(raw), Want(cluster=number))
+    found = plan(read_job(raw), Want(cluster=number), "rlhf-system")
     return {o["kind"]: o for o in (*found.ensure, *found.create)}
 
 
@@ -170,5 +170,5 @@ def test_merging_changes_nothing_in_place() -> None:
 
 
 def test_nothing_is_planned_for_nothing() -> None:
-    found = plan(read_job(a_job()), Want())
+    found = plan(read_job(a_job()), Want(), "rlhf-system")
     assert (found.ensure, found.create, found.delete) == ((), (), ())

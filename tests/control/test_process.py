@@ -1,19 +1,25 @@
 """The process around the decisions: flags, kopf's part, the connection's errors, the lock, the memory."""
 
+import asyncio
 import operator
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kubernetes.aio.client.exceptions import ApiException
+from prometheus_client import REGISTRY
 
-from rlhf_operator.client import Connection, KindMissing, _translated
+from rlhf_api.status import RLHFJobStatus
+from rlhf_operator.client import Connection, KindMissing, path, refused
 from rlhf_operator.handlers import registry
-from rlhf_operator.kinds import RAYCLUSTERS
+from rlhf_operator.kinds import PODS, RAYCLUSTERS, Kind
 from rlhf_operator.leader import _tried
-from rlhf_operator.settings import kopf_settings, parse
+from rlhf_operator.metrics import StoreCollector, WatchAges, told
+from rlhf_operator.settings import Backoffs, kopf_settings, parse
+from rlhf_operator.store import WATCHED, Store
+from tests.control.world import running
 
 ROOT = Path(__file__).parents[2]
 STATUS = '{"kind": "Status", "reason": "NotFound", "message": "rayclusters.ray.io \\"x\\" not found", "code": 404}'
@@ -45,38 +51,71 @@ def test_the_pods_own_namespace_holds_the_lease(monkeypatch: pytest.MonkeyPatch)
 
 def test_kopf_only_watches() -> None:
     """Handlers of any other kind would put a finalizer or an annotation on the jobs."""
-    found: Any = registry(lambda key: None, Connection())
-    assert len(list(found._watching.get_all_handlers())) == 3
+    found = handlers_of(Store(), [])
+    assert len(list(found._watching.get_all_handlers())) == len(WATCHED)
     for kind in (found._changing, found._spawning, found._indexing, found._webhooks):
         assert list(kind.get_all_handlers()) == []
 
 
-async def test_every_event_wakes_its_job() -> None:
+def test_every_event_goes_into_the_store() -> None:
+    """Those of a running job, through kopf's handlers, into a store that wakes it; and out of it again."""
+    world = running()
     woken: list[tuple[str, str]] = []
-    found: Any = registry(woken.append, Connection())
-    for handler in found._watching.get_all_handlers():
-        await handler.fn(namespace="ns", name="a", labels={"rlhf.dev/job": "a"})
-    assert woken == [("ns", "a")] * 3
+    suspected: list[Kind] = []
+    store = Store(woken.append)
+    by_id = {handler.id: handler.fn for handler in handlers_of(store, suspected)._watching.get_all_handlers()}
+
+    def told(kind: Kind, raw: dict[str, Any], event: str | None = None) -> None:
+        asyncio.run(by_id[kind.plural](event={"type": event, "object": raw}))
+
+    world.api.commit()
+    for kind in WATCHED:
+        for raw in world.api.of(kind):
+            told(kind, raw)
+    assert set(woken) == {("default", "sample")}
+    assert {name: n for name, n in store.sizes().items() if n} == {"rlhfjobs": 1, "rayclusters": 1, "pods": 2}
+    assert suspected == []
+    for pod in world.pods():
+        told(PODS, pod)
+        told(PODS, pod, "DELETED")
+    assert set(suspected) == {PODS}, "kopf lists again what is held: its watch was broken"
+    assert store.sizes()["pods"] == 0
+
+
+def handlers_of(store: Store, suspected: list[Kind]) -> Any:
+    return registry(store, Connection(), suspected.append, WatchAges())
 
 
 def test_the_api_server_filters_pods_and_clusters() -> None:
     settings = kopf_settings("team-a")
     assert sorted(settings.watching.label_selectors.values()) == ["rlhf.dev/job", "rlhf.dev/job"]
+    assert list(settings.watching.field_selectors.values()) == ["type=Warning"]
     assert settings.posting.enabled is False
     assert settings.scanning.disabled, "a Role cannot list CRDs"
     assert not kopf_settings(None).scanning.disabled, "KubeRay may be installed later"
 
 
 def test_a_missing_kind_is_told_from_a_missing_object() -> None:
-    assert isinstance(_translated(RAYCLUSTERS, ApiException(status=404, body="404 page not found\n")), KindMissing)
-    error = _translated(RAYCLUSTERS, ApiException(status=404, body=STATUS))
+    assert isinstance(refused(RAYCLUSTERS, 404, b"404 page not found\n"), KindMissing)
+    error = refused(RAYCLUSTERS, 404, STATUS.encode())
     assert not isinstance(error, KindMissing)
     assert (error.status, error.reason) == (404, "NotFound")
 
 
 def test_an_answer_that_is_no_status_keeps_its_words() -> None:
-    error = _translated(RAYCLUSTERS, ApiException(status=502, reason="Bad Gateway", body="<html>proxy</html>"))
+    error = refused(RAYCLUSTERS, 502, b"<html>proxy</html>")
     assert (error.status, error.message) == (502, "<html>proxy</html>")
+
+
+def test_paths() -> None:
+    assert path(PODS, None, None) == "/api/v1/pods"
+    assert path(RAYCLUSTERS, "a", "b") == "/apis/ray.io/v1/namespaces/a/rayclusters/b"
+
+
+def test_the_backoff_of_watches_has_no_end() -> None:
+    pauses = iter(Backoffs())
+    assert isinstance(kopf_settings(None).networking.error_backoffs, Backoffs)
+    assert all(0 < next(pauses) <= 5 for _ in range(1000))
 
 
 async def test_a_network_error_is_a_failed_try_for_the_lease_and_not_its_end() -> None:
@@ -91,3 +130,26 @@ def test_the_imports_fit_the_operators_memory() -> None:
     script = "import rlhf_operator.__main__, re; print(re.search(r'VmRSS:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     assert int(out) / 1024 < 100
+
+
+def test_the_documented_metrics_are_those_that_there_are() -> None:
+    text = (ROOT / "docs/telemetry.md").read_text()
+    documented = set(re.findall(r"`(rlhf_operator_\w+)`", text))
+    families = (REGISTRY.collect(), StoreCollector(Store(), WatchAges()).collect())
+    there = {family.name + ("_total" if family.type == "counter" else "") for found in families for family in found}
+    assert documented == {name for name in there if name.startswith("rlhf_operator_")}
+
+
+def test_what_a_status_tells_for_the_first_time_is_counted() -> None:
+    before = RLHFJobStatus.model_validate({"record": {"clusterCreatedAt": "2026-01-01T12:00:00Z"}})
+    record = {"clusterCreatedAt": "2026-01-01T12:00:00Z", "admittedAt": "2026-01-01T12:01:00Z", "readyAt": "2026-01-01T12:03:00Z"}
+    after = RLHFJobStatus.model_validate({"record": {**record, "restarts": {"total": 2, "app": 2}, "result": "Failed"}})
+    names = {
+        "rlhf_operator_job_queue_seconds_sum": 60.0, "rlhf_operator_job_provisioning_seconds_sum": 120.0,
+        "rlhf_operator_job_restarts_total": 2.0, "rlhf_operator_jobs_ended_total": 1.0,
+    }
+    labels = {"rlhf_operator_job_restarts_total": {"class": "app"}, "rlhf_operator_jobs_ended_total": {"result": "Failed"}}
+    was = {name: REGISTRY.get_sample_value(name, labels.get(name, {})) or 0.0 for name in names}
+    told(before, after)
+    told(after, after)
+    assert {name: (REGISTRY.get_sample_value(name, labels.get(name, {})) or 0.0) - was[name] for name in names} == names

@@ -3,9 +3,14 @@
 import asyncio
 from datetime import UTC, datetime
 
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_operator import queue as queue_module
 from rlhf_operator.client import ApiError
-from rlhf_operator.cluster import Key
-from rlhf_operator.queue import BACKOFF_FIRST, BACKOFF_MOST, SETTLE_SECONDS, WORKERS, Queue, Schedule
+from rlhf_operator.queue import BACKOFF_FIRST, BACKOFF_LEAST, BACKOFF_MOST, SETTLE_SECONDS, WORKERS, Queue, Schedule
+from rlhf_operator.store import Key
 
 A, B = ("ns", "a"), ("ns", "b")
 
@@ -46,26 +51,85 @@ def test_a_wake_time_holds_until_something_happens() -> None:
 
 def test_backoff_doubles_to_a_limit_and_ends_with_success() -> None:
     schedule = Schedule()
-    delays = [schedule.failed(A, 0.0) for _ in range(12)]
+    delays = fails(schedule, 12)
     assert delays[:3] == [BACKOFF_FIRST, 2 * BACKOFF_FIRST, 4 * BACKOFF_FIRST]
     assert delays[-1] == BACKOFF_MOST
     schedule.done(A, None)
     assert schedule.failed(A, 0.0) == BACKOFF_FIRST
 
 
-def test_our_own_error_report_does_not_shorten_the_backoff() -> None:
+def fails(schedule: Schedule, times: int) -> list[float]:
+    """Tries at time 0, each of which fails."""
+    delays = []
+    for _ in range(times):
+        schedule.at(A, 0.0)
+        assert schedule.take(0.0) == A
+        delays.append(schedule.failed(A, 0.0))
+    return delays
+
+
+def test_an_event_brings_the_next_try_forward_but_not_at_once() -> None:
+    schedule = Schedule()
+    fails(schedule, 8)
+    schedule.add(A, 0.5)
+    assert schedule.take(BACKOFF_LEAST - 0.01) is None
+    assert schedule.take(BACKOFF_LEAST) == A
+
+
+def test_an_event_while_the_retry_runs_is_not_lost() -> None:
     schedule = Schedule()
     due = schedule.failed(A, 0.0)
-    schedule.add(A, 0.0)
-    assert schedule.take(due - 0.01) is None
     assert schedule.take(due) == A
+    schedule.add(A, due + 1)
+    schedule.done(A, None)
+    assert schedule.take(due + 1 + SETTLE_SECONDS) == A
+
+
+def test_an_event_while_a_retry_fails_makes_the_next_wait_short() -> None:
+    schedule = Schedule()
+    fails(schedule, 8)
+    assert schedule.take(BACKOFF_MOST) == A
+    schedule.add(A, BACKOFF_MOST)
+    assert schedule.failed(A, BACKOFF_MOST) == BACKOFF_LEAST
+
+
+def test_what_the_api_server_asks_for_is_the_least() -> None:
+    schedule = Schedule()
+    assert schedule.failed(A, 0.0, at_least=30.0) == 30.0
 
 
 def test_a_resync_reaches_also_a_key_that_backs_off() -> None:
     schedule = Schedule()
     schedule.failed(A, 0.0)
-    schedule.resync(A, 0.1)
+    schedule.at(A, 0.1)
     assert schedule.take(0.1) == A
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["add", "at", "take", "done", "fail"]), st.integers(0, 3), st.integers(0, 50)),
+        max_size=60,
+    )
+)
+def test_the_schedule_is_what_a_plain_table_would_be(steps: list[tuple[str, int, int]]) -> None:
+    """The heap holds leftovers; none of them may show."""
+    schedule, now = Schedule(), 0.0
+    for what, number, pause in steps:
+        key, now = ("ns", str(number)), now + pause / 10
+        if what == "add":
+            schedule.add(key, now)
+        elif what == "at":
+            schedule.at(key, now + pause)
+        elif what == "done" and key in schedule.active:
+            schedule.done(key, now + pause if pause % 2 else None)
+        elif what == "fail" and key in schedule.active:
+            schedule.failed(key, now)
+        ready = {k: when for k, when in schedule.due.items() if k not in schedule.active}
+        assert schedule.next_due() == min(ready.values(), default=None)
+        if what == "take":
+            taken = schedule.take(now)
+            assert (taken is None) == (min(ready.values(), default=now + 1) > now)
+            assert taken is None or ready[taken] == min(ready.values())
 
 
 class Worker:
@@ -96,19 +160,18 @@ class Worker:
 
 
 async def drive(worker: Worker, keys: list[Key]) -> None:
-    """A queue over these keys until the worker has what it wanted."""
-
-    async def listed() -> list[Key]:
-        return keys
-
-    task = asyncio.create_task(Queue(worker, listed).run())
+    """A queue that is told of these keys, until the worker has what it wanted."""
+    queue = Queue(worker, list)
+    for key in keys:
+        queue.add(key)
+    task = asyncio.create_task(queue.run())
     try:
-        await asyncio.wait_for(worker.finished.wait(), 10)
+        await asyncio.wait_for(worker.finished.wait(), 60)
     finally:
         task.cancel()
 
 
-async def test_every_key_of_the_list_is_passed_without_an_event() -> None:
+async def test_every_key_is_passed() -> None:
     worker = Worker(2)
     await drive(worker, [A, B])
     assert sorted(worker.ran) == ["a", "b"]
@@ -139,3 +202,29 @@ async def test_workers_are_bounded() -> None:
     worker = Worker(3 * WORKERS, together=WORKERS)
     await drive(worker, [("ns", str(n)) for n in range(3 * WORKERS)])
     assert worker.most == WORKERS
+
+
+async def test_the_resync_visits_what_is_not_at_rest_without_an_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_module, "RESYNC_SECONDS", 0.05)
+    worker = Worker(4)
+    task = asyncio.create_task(Queue(worker, lambda: [A, B]).run())
+    await asyncio.wait_for(worker.finished.wait(), 60)
+    task.cancel()
+    assert set(worker.ran) == {"a", "b"}
+
+
+async def test_a_pass_that_runs_comes_to_its_end_when_the_operator_stops() -> None:
+    ended, begun = asyncio.Event(), asyncio.Event()
+
+    async def work(key: Key) -> None:
+        begun.set()
+        await asyncio.sleep(0.05)
+        ended.set()
+
+    queue = Queue(work, list)
+    queue.add(A)
+    task = asyncio.create_task(queue.run())
+    await asyncio.wait_for(begun.wait(), 60)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert ended.is_set()

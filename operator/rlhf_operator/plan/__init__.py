@@ -36,7 +36,7 @@ class Plan:
     finalizer: bool | None = None
 
 
-def plan(job: Job, want: Want) -> Plan:
+def plan(job: Job, want: Want, home: str) -> Plan:
     delete = (
         *(Deletion("RayCluster", c.name, c.uid) for c in want.delete_clusters),
         *(Deletion("Pod", p.name, p.uid) for p in want.delete_pods),

@@ -1,0 +1,478 @@
+"""What the API server holds, as far as it concerns jobs: watches, lists and the answers to our own writes fill it,
+passes read it.
+
+No I/O and no clock of its own. A watch may lose, repeat or reorder what it tells: of two versions of an object the
+newer counts, what was once gone stays gone, and a list removes what it lacks. Kept are projections, by job, so that
+a pass costs what the job has and not what the cluster has. Threads may use it at once: kopf has one of its own.
+"""
+
+import hashlib
+import json
+import logging
+import marshal
+import threading
+import time
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from rlhf_operator.kinds import EVENTS, JOBS, LOCAL_QUEUES, PODS, RAYCLUSTERS, WORKLOADS, Kind
+from rlhf_operator.names import FINALIZER, JOB_LABEL, WORKLOAD_UID_LABEL
+from rlhf_operator.observed import (
+    Cluster,
+    Complaint,
+    Job,
+    Observed,
+    Pod,
+    Queue,
+    ReportedCondition,
+    heeded,
+    owner_uid,
+    read_cluster,
+    read_conditions,
+    read_job,
+    read_pod,
+)
+
+log = logging.getLogger(__name__)
+Raw = dict[str, Any]
+Key = tuple[str, str]
+Wake = Callable[[Key], None]
+T = TypeVar("T")
+
+WATCHED = (JOBS, RAYCLUSTERS, PODS, WORKLOADS, LOCAL_QUEUES, EVENTS)
+# What a pass cannot do without. Events only explain: kopf's own list of them is enough.
+LISTED = (JOBS, RAYCLUSTERS, PODS, WORKLOADS, LOCAL_QUEUES)
+SELECTORS = {RAYCLUSTERS: JOB_LABEL, PODS: JOB_LABEL}
+GONE_MAX = 20_000
+STRANGERS_MAX, STRANGER_SECONDS = 500, 120.0
+COMPLAINT_SECONDS = 3600.0
+COMPLAINT_WORDS = 2048
+# Containers that wait with these reasons may wait for a volume, which only an Event tells.
+SILENT_WAITS = ("ContainerCreating", "PodInitializing", "")
+TELLING = ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox")
+
+
+@dataclass(frozen=True, slots=True)
+class Held(Generic[T]):
+    """One object. `group` is what it is looked up by, for most kinds the job's key."""
+
+    uid: str
+    version: int
+    name: Key
+    group: Key
+    owner: str
+    facts: T
+
+
+@dataclass(frozen=True, slots=True)
+class JobFacts:
+    """A job as bytes, and the little that is asked of all jobs at once. `heeded` tells whether a change is worth a
+    pass."""
+
+    packed: bytes
+    heeded: bytes
+    queue: str
+    phase: str
+    at_rest: bool
+    goodput: float | None
+
+    def unpack(self) -> Raw:
+        raw: Raw = marshal.loads(zlib.decompress(self.packed))
+        return raw
+
+
+class Shelf(Generic[T]):
+    """The objects of one kind by uid, by name and by group."""
+
+    def __init__(self) -> None:
+        self.by_uid: dict[str, Held[T]] = {}
+        self._by_name: dict[Key, str] = {}
+        self._by_group: dict[Key, dict[str, Held[T]]] = {}
+
+    def put(self, held: Held[T]) -> Held[T] | None:
+        """The namesake that has to have gone before, if its end was never told."""
+        there = self.by_uid.get(self._by_name.get(held.name, ""))
+        before = self.drop(there.uid) if there is not None and there.uid != held.uid else None
+        if (mine := self.by_uid.get(held.uid)) is not None and mine.group != held.group:
+            self.drop(held.uid)
+        self.by_uid[held.uid] = held
+        self._by_name[held.name] = held.uid
+        self._by_group.setdefault(held.group, {})[held.uid] = held
+        return before
+
+    def drop(self, uid: str) -> Held[T] | None:
+        held = self.by_uid.pop(uid, None)
+        if held is None:
+            return None
+        if self._by_name.get(held.name) == uid:
+            del self._by_name[held.name]
+        group = self._by_group[held.group]
+        del group[uid]
+        if not group:
+            del self._by_group[held.group]
+        return held
+
+    def named(self, name: Key) -> Held[T] | None:
+        return self.by_uid.get(self._by_name.get(name, ""))
+
+    def newer(self, uid: str, name: Key, version: int) -> bool:
+        """Whether something at least as new is held of that object, or something newer of that name."""
+        mine, namesake = self.by_uid.get(uid), self.named(name)
+        return (mine is not None and mine.version >= version) or (
+            namesake is not None and namesake.uid != uid and namesake.version > version
+        )
+
+    def of(self, group: Key) -> list[Held[T]]:
+        return sorted(self._by_group.get(group, {}).values(), key=lambda held: held.name)
+
+    def clear(self) -> None:
+        for shelf in (self.by_uid, self._by_name, self._by_group):
+            shelf.clear()
+
+    def __len__(self) -> int:
+        return len(self.by_uid)
+
+
+@dataclass(frozen=True, slots=True)
+class _Warning:
+    complaint: Complaint
+    told: str
+    seen: float
+
+
+class Complaints:
+    """The newest telling Warning Event about an object, by its uid; about strangers, which may become ours, for a
+    short time."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ours: dict[str, _Warning] = {}
+        self._strangers: OrderedDict[str, _Warning] = OrderedDict()
+
+    def put(self, raw: Raw, ours: Collection[str]) -> str | None:
+        """The uid of ours about which it says something new."""
+        uid, told = raw.get("involvedObject", {}).get("uid", ""), _told_at(raw)
+        self._forget_strangers()
+        before = self._ours.get(uid) or self._strangers.get(uid)
+        if not uid or not _telling(raw) or (before is not None and before.told > told):
+            return None
+        complaint = Complaint(uid, raw["reason"], raw.get("message", "")[:COMPLAINT_WORDS])
+        mine = uid in ours
+        (self._ours if mine else self._strangers)[uid] = _Warning(complaint, told, self._clock())
+        return uid if mine and (before is None or before.complaint != complaint) else None
+
+    def adopt(self, uid: str) -> None:
+        """A stranger turned out to be ours."""
+        if (held := self._strangers.pop(uid, None)) is not None:
+            self._ours[uid] = held
+
+    def of(self, uid: str) -> Complaint | None:
+        held = self._ours.get(uid)
+        return held.complaint if held is not None and self._clock() - held.seen < COMPLAINT_SECONDS else None
+
+    def drop(self, uid: str) -> None:
+        self._ours.pop(uid, None)
+
+    def _forget_strangers(self) -> None:
+        """One put at a time, so that the oldest is never more than one too many."""
+        oldest = next(iter(self._strangers.values()), None)
+        while oldest and (len(self._strangers) > STRANGERS_MAX or self._clock() - oldest.seen > STRANGER_SECONDS):
+            self._strangers.popitem(last=False)
+            oldest = next(iter(self._strangers.values()), None)
+
+    def __len__(self) -> int:
+        return len(self._ours) + len(self._strangers)
+
+
+class Store:
+    """`wake` is told of every job that a change concerns. It is called with the lock held: it must not come back."""
+
+    def __init__(self, wake: Wake = lambda key: None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._wake, self._lock = wake, threading.RLock()
+        self.jobs: Shelf[JobFacts] = Shelf()
+        self.clusters: Shelf[Cluster] = Shelf()
+        self.pods: Shelf[Pod] = Shelf()
+        self.workloads: Shelf[tuple[ReportedCondition, ...]] = Shelf()
+        self.queues: Shelf[None] = Shelf()
+        self.complaints = Complaints(clock)
+        self._shelves: dict[Kind, Shelf[Any]] = {
+            JOBS: self.jobs,
+            RAYCLUSTERS: self.clusters,
+            PODS: self.pods,
+            WORKLOADS: self.workloads,
+            LOCAL_QUEUES: self.queues,
+        }
+        self._gone: OrderedDict[str, None] = OrderedDict()
+        self._known: dict[Kind, bool] = {}
+
+    # what fills it
+
+    def put(self, kind: Kind, raw: Raw, *, own: bool = False) -> None:
+        """As it is or was. `own`: the answer to a write of ours, which tells the operator nothing new of a job. Never
+        raises: one object that nobody can read must not keep the others from being told of."""
+        with self._lock:
+            try:
+                if kind is EVENTS:
+                    self._complain(raw)
+                elif kind in self._shelves:
+                    self._put(kind, raw, own)
+            except Exception:
+                name = raw.get("metadata", {}).get("name")
+                log.exception("%s %s cannot be read: what was known of it stays", kind.kind, name)
+
+    def drop(self, kind: Kind, uid: str) -> None:
+        """It is gone for good, whatever is told of it later."""
+        if kind is EVENTS:
+            return
+        with self._lock:
+            self._gone[uid] = None
+            if len(self._gone) > GONE_MAX:
+                self._gone.popitem(last=False)
+            if kind in self._shelves and (held := self._shelves[kind].drop(uid)) is not None:
+                self._left(kind, held)
+
+    def listed(self, kind: Kind, uids: Collection[str], version: int) -> None:
+        """A whole list was put, which is as of `version`: what is not newer and not in it has gone unseen."""
+        with self._lock:
+            self._exists(kind, True)
+            lost = [
+                held.uid
+                for held in self._shelves[kind].by_uid.values()
+                if held.version <= version and held.uid not in uids
+            ]
+            for uid in lost:
+                self.drop(kind, uid)
+
+    def missing(self, kind: Kind) -> None:
+        """The API server does not know the kind."""
+        with self._lock:
+            if kind in self._shelves:
+                self._exists(kind, False)
+                self._shelves[kind].clear()
+
+    # what passes ask
+
+    @property
+    def ready(self) -> bool:
+        """Every kind was listed once, or is not installed."""
+        return all(kind in self._known for kind in LISTED)
+
+    def listed_once(self, kind: Kind) -> bool:
+        return kind in self._known
+
+    def installed(self, kind: Kind) -> bool:
+        return self._known.get(kind, False)
+
+    def holds(self, kind: Kind, uid: str) -> bool:
+        return kind in self._shelves and uid in self._shelves[kind].by_uid
+
+    def raw(self, key: Key) -> Raw | None:
+        """A job as it was last told of."""
+        held = self.jobs.named(key)
+        return held.facts.unpack() if held else None
+
+    def job(self, key: Key) -> Job | None:
+        """None when it is gone, or going without us: what it owns goes with it."""
+        raw = self.raw(key)
+        if raw is None or _leaves(raw["metadata"]):
+            return None
+        return read_job(raw)
+
+    def observe(self, job: Job) -> Observed:
+        key = (job.meta.namespace, job.meta.name)
+        with self._lock:
+            if not self.installed(RAYCLUSTERS):
+                return Observed(kuberay=False)
+            clusters = tuple(held.facts for held in self.clusters.of(key) if held.owner == job.meta.uid)
+            pods = tuple(held.facts for held in self.pods.of(key))
+            return Observed(
+                clusters, pods, queue=self._queue(job, clusters), complaints=self._complaints(clusters, pods)
+            )
+
+    def job_keys(self, *, at_rest: bool = True) -> list[Key]:
+        """Of all jobs, or of those for which something is left to do."""
+        with self._lock:
+            return [held.name for held in self.jobs.by_uid.values() if at_rest or not held.facts.at_rest]
+
+    def wants_queue(self) -> bool:
+        with self._lock:
+            return any(held.facts.queue for held in self.jobs.by_uid.values())
+
+    def phases(self) -> Counter[str]:
+        with self._lock:
+            return Counter(held.facts.phase for held in self.jobs.by_uid.values())
+
+    def goodputs(self) -> list[tuple[Key, float]]:
+        with self._lock:
+            return [
+                (held.name, held.facts.goodput) for held in self.jobs.by_uid.values() if held.facts.goodput is not None
+            ]
+
+    def sizes(self) -> dict[str, int]:
+        return {kind.plural: len(shelf) for kind, shelf in self._shelves.items()} | {
+            EVENTS.plural: len(self.complaints)
+        }
+
+    # inside
+
+    def _put(self, kind: Kind, raw: Raw, own: bool) -> None:
+        meta, shelf = raw["metadata"], self._shelves[kind]
+        name, version = (meta.get("namespace", ""), meta["name"]), _version(meta)
+        if meta["uid"] in self._gone or shelf.newer(meta["uid"], name, version):
+            return
+        group = _group(kind, raw)
+        if group is None:
+            self.drop(kind, meta["uid"])
+            return
+        self._exists(kind, True, listed=False)
+        before = shelf.by_uid.get(meta["uid"])
+        held = Held(meta["uid"], version, name, group, owner_uid(raw), self._read(kind, raw))
+        if (replaced := shelf.put(held)) is not None:
+            self._gone[replaced.uid] = None
+            self._left(kind, replaced)
+        self.complaints.adopt(held.uid)
+        if not (own and kind is JOBS) and (before is None or _news(before.facts, held.facts)):
+            self._changed(kind, held, new=before is None)
+
+    def _read(self, kind: Kind, raw: Raw) -> Any:
+        if kind is JOBS:
+            return _job_facts(raw)
+        if kind is WORKLOADS:
+            return read_conditions((raw.get("status") or {}).get("conditions"))
+        return read_cluster(raw) if kind is RAYCLUSTERS else read_pod(raw) if kind is PODS else None
+
+    def _left(self, kind: Kind, held: Held[Any]) -> None:
+        self.complaints.drop(held.uid)
+        self._changed(kind, held, new=True)
+
+    def _changed(self, kind: Kind, held: Held[Any], *, new: bool) -> None:
+        """Wakes those that it concerns. Of a queue only its coming and going counts."""
+        if kind is LOCAL_QUEUES:
+            for job in self.jobs.by_uid.values() if new else ():
+                if (job.name[0], job.facts.queue) == held.name:
+                    self._wake(job.name)
+        elif kind is WORKLOADS:
+            if (cluster := self.clusters.by_uid.get(held.group[1])) is not None:
+                self._wake(cluster.group)
+        else:
+            self._wake(held.group)
+
+    def _complain(self, raw: Raw) -> None:
+        uid = raw.get("involvedObject", {}).get("uid", "")
+        about = self.pods.by_uid.get(uid) or self.clusters.by_uid.get(uid)
+        if self.complaints.put(raw, ours=(uid,) if about else ()) and about:
+            self._wake(about.group)
+
+    def _exists(self, kind: Kind, installed: bool, *, listed: bool = True) -> None:
+        """An event shows that the kind exists, but only a list that all of it is held."""
+        if not listed and (kind not in self._known or self._known[kind] is installed):
+            return
+        before, self._known[kind] = self._known.get(kind), installed
+        if before is not None and before is not installed:
+            for held in self.jobs.by_uid.values():
+                self._wake(held.name)
+
+    def _queue(self, job: Job, clusters: tuple[Cluster, ...]) -> Queue | None:
+        asked = job.queue
+        if asked is None:
+            return None
+        if not (self.installed(LOCAL_QUEUES) and self.installed(WORKLOADS)):
+            return Queue(installed=False)
+        if not clusters:
+            return Queue(found=self.queues.named((job.meta.namespace, asked.name)) is not None)
+        waiting = next((c for c in clusters if c.suspended), None)
+        found = self.workloads.of((job.meta.namespace, waiting.uid)) if waiting else []
+        return Queue(workload=found[0].facts if found else None)
+
+    def _complaints(self, clusters: tuple[Cluster, ...], pods: tuple[Pod, ...]) -> tuple[Complaint, ...]:
+        """Only where statuses are silent: of a RayCluster without pods, of a pod that waits without a reason."""
+        uids = [c.uid for c in clusters if not any(p.cluster_uid == c.uid for p in pods) and not c.suspended]
+        uids += [p.uid for p in pods if p.scheduled and p.phase == "Pending" and _silent(p)]
+        return tuple(complaint for uid in uids if (complaint := self.complaints.of(uid)) is not None)
+
+
+def _version(meta: Raw) -> int:
+    """Of one kind they compare as integers (Kubernetes 1.35 and later promise it, etcd always did)."""
+    version = str(meta.get("resourceVersion", ""))
+    return int(version) if version.isdecimal() else 0
+
+
+def _group(kind: Kind, raw: Raw) -> Key | None:
+    """None for what is nobody's: a pod that lost its label, a Workload of something else than a RayCluster."""
+    meta = raw["metadata"]
+    namespace, labels = meta.get("namespace", ""), meta.get("labels") or {}
+    if kind in (RAYCLUSTERS, PODS):
+        return (namespace, labels[JOB_LABEL]) if JOB_LABEL in labels else None
+    if kind is WORKLOADS:
+        return (namespace, labels[WORKLOAD_UID_LABEL]) if WORKLOAD_UID_LABEL in labels else None
+    return namespace, meta["name"]
+
+
+def _leaves(meta: Raw) -> bool:
+    return "deletionTimestamp" in meta and FINALIZER not in (meta.get("finalizers") or ())
+
+
+def _news(before: Any, after: Any) -> bool:
+    if isinstance(before, JobFacts) and isinstance(after, JobFacts):
+        return before.heeded != after.heeded
+    return bool(before != after)
+
+
+def _job_facts(raw: Raw) -> JobFacts:
+    slim = _slim(raw)
+    status, queue = raw.get("status") or {}, (raw.get("spec") or {}).get("queue")
+    return JobFacts(
+        packed=zlib.compress(marshal.dumps(slim), 1),
+        heeded=hashlib.blake2b(json.dumps(heeded(slim), sort_keys=True, default=str).encode(), digest_size=12).digest(),
+        queue=str(queue.get("name", "")) if isinstance(queue, dict) else "",
+        phase=str(status.get("phase") or "Pending"),
+        at_rest=_at_rest(status),
+        goodput=_number(status.get("goodput")),
+    )
+
+
+def _slim(raw: Raw) -> Raw:
+    """Of who manages which field only who and when is read."""
+    managers = [
+        {k: v for k, v in m.items() if k in ("manager", "time", "subresource")}
+        for m in raw["metadata"].get("managedFields") or ()
+    ]
+    return {**raw, "metadata": {**raw["metadata"], "managedFields": managers}}
+
+
+def _at_rest(status: Raw) -> bool:
+    true = {c.get("type") for c in status.get("conditions") or () if c.get("status") == "True"}
+    return "ResourcesReleased" in true and bool(true & {"Complete", "Failed"})
+
+
+def _number(text: Any) -> float | None:
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def _silent(pod: Pod) -> bool:
+    waiting = [
+        c.waiting_reason
+        for c in (*pod.init_containers, *pod.containers)
+        if c.running_since is None and not c.terminated
+    ]
+    return all(reason in SILENT_WAITS for reason in waiting)
+
+
+def _telling(event: Raw) -> bool:
+    """A refusal, or a volume that does not come. KubeRay's mere warnings begin with `RayCluster spec warning`."""
+    reason, warns = event.get("reason", ""), event.get("type") == "Warning"
+    return warns and (reason in TELLING or reason.startswith("InvalidRayCluster")) and not _mere(event)
+
+
+def _mere(event: Raw) -> bool:
+    return str(event.get("message", "")).startswith("RayCluster spec warning")
+
+
+def _told_at(event: Raw) -> str:
+    return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp") or "")
