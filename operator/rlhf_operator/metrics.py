@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from datetime import datetime
 
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -36,7 +35,7 @@ QUEUE_SECONDS = Histogram(
 )
 PROVISIONING_SECONDS = Histogram(
     "rlhf_operator_job_provisioning_seconds",
-    "From a RayCluster's creation or admission to all of its pods ready.",
+    "From a RayCluster's creation, its admission, or the loss of a pod to all of its pods ready.",
     buckets=WAITS,
 )
 ENDED = Counter("rlhf_operator_jobs_ended", "Jobs that ended while this process served them.", ["result"])
@@ -51,8 +50,7 @@ def told(before: RLHFJobStatus, after: RLHFJobStatus) -> None:
     if now.admitted_at and not was.admitted_at:
         _observe(QUEUE_SECONDS, now.cluster_created_at, now.admitted_at)
     if now.ready_at and not was.ready_at:
-        began = max(filter(None, (now.cluster_created_at, now.admitted_at)), key=_seconds, default=None)
-        _observe(PROVISIONING_SECONDS, began, now.ready_at)
+        _observe(PROVISIONING_SECONDS, was.awaited_since, now.ready_at)
     if now.result and not was.result:
         ENDED.labels(now.result).inc()
 
@@ -61,11 +59,6 @@ def _observe(histogram: Histogram, began: str | None, ended: str) -> None:
     since, until = moment(began), moment(ended)
     if since and until:
         histogram.observe(max(0.0, (until - since).total_seconds()))
-
-
-def _seconds(stamped: str) -> float:
-    read: datetime | None = moment(stamped)
-    return read.timestamp() if read else 0.0
 
 
 class WatchAges:

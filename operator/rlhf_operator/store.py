@@ -376,7 +376,7 @@ class Store:
                 self._wake(held.name)
 
     def _queue(self, job: Job, clusters: tuple[Cluster, ...]) -> Queue | None:
-        asked = job.parsed.spec.queue if job.parsed else None
+        asked = job.queue
         if asked is None:
             return None
         if not (self.installed(LOCAL_QUEUES) and self.installed(WORKLOADS)):

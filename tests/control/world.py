@@ -38,8 +38,7 @@ class World:
         for _ in range(MOST_PASSES):
             before = len(self.api.writes)
             try:
-                cluster = ClusterIO(self.api, self.api.store)
-                wake = self.wake = RUNNER.run(reconcile(cluster, ("default", "sample"), lambda: self.api.now))
+                wake = self.wake = RUNNER.run(reconcile(ClusterIO(self.api, self.api.store), ("default", "sample"), lambda: self.api.now))
             except Killed:
                 self.api.dead, self.api.kill_at = False, None
                 continue
