@@ -166,8 +166,8 @@ class Fleet:
         for number, engine in enumerate(self._engines):
             if can_restart(engine, self._limits) and not self._asleep and not self._closing.is_set():
                 ray.kill(self.actors[number])
-                self._note(number, Event.RESTARTED)
                 self.actors[number], call = self._spawn(number)
+                self._note(number, Event.RESTARTED)  # only now: who waits for the old one may tell of its death until then
                 self._starting[number] = (call, time.monotonic() + START_SECONDS)
         for number, (call, end) in list(self._starting.items()):
             late = time.monotonic() > end
