@@ -299,6 +299,7 @@ def _name(job: RLHFJob) -> Iterator[str]:
 COLOCATED = "self.placement.mode != 'Colocated' || "
 EACH_TRAINER_GPUS = ", ".join(["self.trainer.gpus", *(f"has(self.{role}) && has(self.{role}.gpus) ? self.{role}.gpus : 0" for role in ("critic", "reference"))])
 TRAINER_GPUS = f"[{EACH_TRAINER_GPUS}].sum() + self.rewards.map(r, has(r.gpus) ? r.gpus : 0).sum()"
+# A rule on an object whose default is {} is tried on that very {}, before the inner defaults are filled in: hence `has` of fields with defaults.
 RULES = (
     Rule("", f"self.metadata.name.size() <= {NAME_MAX} && self.metadata.name.matches('{NAME_PATTERN}')",
          f"must start with a letter and have at most {NAME_MAX} characters of a-z, 0-9 and -: names of pods and Services are made from it", "metadata.name", _name),
@@ -369,16 +370,17 @@ RULES = (
          "target needs a coefficient to begin with, and horizon a target: set them, or remove it", "algorithm.kl.target", _algorithm(_adapts_nothing)),
     Rule("spec", f"[{TRAINER_GPUS}].all(gpus, gpus + (self.placement.mode == 'Separated' ? self.rollout.engines * self.rollout.tensorParallelSize : 0) <= {MOST_GPUS})",
          f"a run has at most {MOST_GPUS} GPUs: lower trainer.gpus, rollout.engines or the gpus of critic, reference and rewards", "trainer.gpus", _all_gpus),
-    Rule("spec.placement", f"self.resourceName.matches('{RESOURCE_PATTERN}') && !self.resourceName.contains('kubernetes.io/') && !self.resourceName.startsWith('requests.')",
+    Rule("spec.placement", f"!has(self.resourceName) || self.resourceName.matches('{RESOURCE_PATTERN}')"
+         " && !self.resourceName.contains('kubernetes.io/') && !self.resourceName.startsWith('requests.')",
          "must be an extended resource of a device plugin, such as nvidia.com/gpu: cpu, memory and what else Kubernetes counts itself are no GPUs", "placement.resourceName", _resource_name),
-    Rule("spec.checkpoint", f"self.path.matches('{URL_PATTERN}') && !self.path.startsWith('file:')"
+    Rule("spec.checkpoint", f"!has(self.path) || self.path.matches('{URL_PATTERN}') && !self.path.startsWith('file:')"
          f" || self.path.matches('{DIRECTORY_PATTERN}') && !self.path.matches('{NO_DIRECTORY_PATTERN}')",
          "a directory is absolute, not the root, and has no .. and no colon: correct it", "checkpoint.path", _path),
     Rule("spec.checkpoint", "!has(self.claim) || self.path.startsWith('/') || self.path.startsWith('file:')",
          "a claim is mounted, and a URL is no directory: remove claim, or make path a directory", "checkpoint.claim", _claimed_path),
     Rule("spec", f"!has(self.checkpoint.claim) || self.checkpoint.claim.accessMode == 'ReadWriteMany' || [{TRAINER_GPUS}].all(gpus, gpus <= self.placement.gpusPerNode)",
          "several trainer pods save, and each must mount the claim: set accessMode to ReadWriteMany, or lower trainer.gpus to one pod's", "checkpoint.claim.accessMode", _shared_claim),
-    Rule("spec.checkpoint", "!self.ephemeral || !has(self.claim) && (self.path.startsWith('/') || self.path.startsWith('file:'))",
+    Rule("spec.checkpoint", "!has(self.ephemeral) || !self.ephemeral || !has(self.claim) && (self.path.startsWith('/') || self.path.startsWith('file:'))",
          "it says that the checkpoints die with the trainer's pod, and here they do not: remove it, or the claim or URL", "checkpoint.ephemeral", _lasting),
     Rule("spec", "!self.runPolicy.finalSave || !has(self.checkpoint.claim) || self.checkpoint.claim.onDelete == 'Keep'",
          "a deletion would wait for a save and then delete it: set checkpoint.claim.onDelete to Keep, or finalSave to false", "runPolicy.finalSave", _saved_for_nothing),

@@ -7,8 +7,11 @@ twice on the way.
 
 import json
 import logging
+import re
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Protocol
 from urllib.parse import urlencode
 
@@ -23,6 +26,9 @@ log = logging.getLogger(__name__)
 Raw = dict[str, Any]
 TIMEOUT_SECONDS = 30
 PAGE = 200
+# An apply with a field that the CRD lacks is refused as a whole (as a 500, in Kubernetes 1.36), and names one at a time.
+UNDECLARED = re.compile(r"(\.\S+): field not declared in schema")
+UNDECLARED_SECONDS = 300.0
 APPLY, MERGE, JSON = "application/apply-patch+yaml", "application/merge-patch+json", "application/json"
 
 
@@ -100,6 +106,7 @@ class KubernetesApi:
     def __init__(self, connection: Connection, client: ApiClient) -> None:
         self.connection, self.client = connection, client
         self.may_write: Callable[[], bool] = lambda: True
+        self._undeclared: dict[tuple[str, ...], float] = {}  # fields of the status that the CRD lacks, and since when
 
     @classmethod
     async def connect(cls, connection: Connection) -> "KubernetesApi":
@@ -129,9 +136,22 @@ class KubernetesApi:
         return await self._call("POST", kind, namespace, None, body=body, query=query)
 
     async def apply(self, kind: Kind, namespace: str, body: Raw, *, status: bool = False) -> Raw:
-        query = {"fieldManager": FIELD_MANAGER, "force": "true", "fieldValidation": "Warn" if status else "Strict"}
+        query = {"fieldManager": FIELD_MANAGER, "force": "true", "fieldValidation": "Strict"}
         name, tail = body["metadata"]["name"], "/status" if status else ""
-        return await self._call("PATCH", kind, namespace, name, body=body, query=query, tail=tail, content=APPLY)
+        while True:
+            sent = reduce(without, self._left_out(), body) if status else body
+            try:
+                return await self._call("PATCH", kind, namespace, name, body=sent, query=query, tail=tail, content=APPLY)
+            except ApiError as error:
+                unknown = UNDECLARED.search(error.message) if status else None
+                if unknown is None or (field := field_path(unknown[1])) in self._left_out():
+                    raise
+                log.warning("the CRD is older than this operator and lacks %s: left out until it is upgraded", unknown[1])
+                self._undeclared[field] = time.monotonic()
+
+    def _left_out(self) -> list[tuple[str, ...]]:
+        """For some minutes each: the CRD may be upgraded after the operator."""
+        return [field for field, since in self._undeclared.items() if time.monotonic() - since < UNDECLARED_SECONDS]
 
     async def merge(self, kind: Kind, namespace: str, name: str, body: Raw) -> Raw:
         return await self._call(
@@ -201,6 +221,22 @@ class KubernetesApi:
         return await self.client.rest_client.request(
             verb, url, headers=headers, body=body, _request_timeout=TIMEOUT_SECONDS
         )
+
+
+def field_path(told: str) -> tuple[str, ...]:
+    """`.status.failures[0].words`, as the API server names it, without what tells items of a list apart."""
+    return tuple(re.sub(r"\[[^]]*\]", "", told).strip(".").split("."))
+
+
+def without(node: Any, field: tuple[str, ...]) -> Any:
+    """A copy of the object that lacks the field, in every item of a list on the way."""
+    if isinstance(node, list):
+        return [without(item, field) for item in node]
+    if not isinstance(node, dict) or field[0] not in node:
+        return node
+    if len(field) == 1:
+        return {key: value for key, value in node.items() if key != field[0]}
+    return {**node, field[0]: without(node[field[0]], field[1:])}
 
 
 def path(kind: Kind, namespace: str | None, name: str | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.conftest import CLONE
+from hack.generate import ROOT as CLONE
 
 pytestmark = pytest.mark.cluster
 

@@ -36,7 +36,7 @@ class Recorder(ConsoleReporter):
         super().__init__(config)
         self.rewards: list[float] = []
 
-    def stepped(self, step: int, values: Mapping[str, float], *, eta_seconds: int, synced: Synced) -> None:
+    def stepped(self, step: int, values: Mapping[str, float], *, eta_seconds: int, synced: Synced | None) -> None:
         super().stepped(step, values, eta_seconds=eta_seconds, synced=synced)
         self.rewards.append(values["reward/mean"])
 
