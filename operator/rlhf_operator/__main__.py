@@ -27,7 +27,8 @@ from rlhf_operator.queue import Queue
 from rlhf_operator.reconcile import reconcile, utc_now
 from rlhf_operator.refresh import Refresher
 from rlhf_operator.settings import Settings, own_namespace, parse
-from rlhf_operator.store import Key, Store
+from rlhf_operator.shelf import Key
+from rlhf_operator.store import Store
 
 log = logging.getLogger("rlhf_operator")
 

@@ -10,7 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any, Protocol
 from urllib.parse import urlencode
@@ -144,10 +144,10 @@ class KubernetesApi:
                 return await self._call("PATCH", kind, namespace, name, body=sent, query=query, tail=tail, content=APPLY)
             except ApiError as error:
                 unknown = UNDECLARED.search(error.message) if status else None
-                if unknown is None or (field := field_path(unknown[1])) in self._left_out():
+                if unknown is None or (lacking := field_path(unknown[1])) in self._left_out():
                     raise
                 log.warning("the CRD is older than this operator and lacks %s: left out until it is upgraded", unknown[1])
-                self._undeclared[field] = time.monotonic()
+                self._undeclared[lacking] = time.monotonic()
 
     def _left_out(self) -> list[tuple[str, ...]]:
         """For some minutes each: the CRD may be upgraded after the operator."""

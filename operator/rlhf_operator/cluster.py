@@ -23,7 +23,8 @@ from rlhf_operator.kinds import CLAIMS, EVENTS, JOBS, OF_KIND, Kind
 from rlhf_operator.names import FINALIZER, JOB_LABEL
 from rlhf_operator.observed import Job, Observed, owner_uid
 from rlhf_operator.plan import Deletion, Plan
-from rlhf_operator.store import Key, Store
+from rlhf_operator.shelf import Key
+from rlhf_operator.store import Store
 
 log = logging.getLogger(__name__)
 Raw = dict[str, Any]

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 
 from rlhf_operator import metrics
 from rlhf_operator.client import ApiError
-from rlhf_operator.store import Key
+from rlhf_operator.shelf import Key
 
 log = logging.getLogger(__name__)
 # Events come in bursts (ten pods, three changes each): one pass a burst is enough.

@@ -19,7 +19,7 @@ from rlhf_operator.cluster import ClusterIO, InTheWay, Stale
 from rlhf_operator.decide import Decision, broken, decide, refused, troubled
 from rlhf_operator.observed import Job
 from rlhf_operator.plan import plan
-from rlhf_operator.store import Key
+from rlhf_operator.shelf import Key
 
 log = logging.getLogger(__name__)
 Clock = Callable[[], datetime]

@@ -16,8 +16,9 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
+from rlhf_operator.complaints import Complaints
 from rlhf_operator.kinds import EVENTS, JOBS, LOCAL_QUEUES, PODS, RAYCLUSTERS, WORKLOADS, Kind
 from rlhf_operator.names import FINALIZER, JOB_LABEL, WORKLOAD_UID_LABEL
 from rlhf_operator.observed import (
@@ -35,36 +36,19 @@ from rlhf_operator.observed import (
     read_job,
     read_pod,
 )
+from rlhf_operator.shelf import Held, Key, Shelf
 
 log = logging.getLogger(__name__)
 Raw = dict[str, Any]
-Key = tuple[str, str]
 Wake = Callable[[Key], None]
-T = TypeVar("T")
 
 WATCHED = (JOBS, RAYCLUSTERS, PODS, WORKLOADS, LOCAL_QUEUES, EVENTS)
 # What a pass cannot do without. Events only explain: kopf's own list of them is enough.
 LISTED = (JOBS, RAYCLUSTERS, PODS, WORKLOADS, LOCAL_QUEUES)
 SELECTORS = {RAYCLUSTERS: JOB_LABEL, PODS: JOB_LABEL}
 GONE_MAX = 20_000
-STRANGERS_MAX, STRANGER_SECONDS = 500, 120.0
-COMPLAINT_SECONDS = 3600.0
-COMPLAINT_WORDS = 2048
 # Containers that wait with these reasons may wait for a volume, which only an Event tells.
 SILENT_WAITS = ("ContainerCreating", "PodInitializing", "")
-TELLING = ("FailedMount", "FailedAttachVolume", "FailedCreatePodSandBox")
-
-
-@dataclass(frozen=True, slots=True)
-class Held(Generic[T]):
-    """One object. `group` is what it is looked up by, for most kinds the job's key."""
-
-    uid: str
-    version: int
-    name: Key
-    group: Key
-    owner: str
-    facts: T
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,109 +66,6 @@ class JobFacts:
     def unpack(self) -> Raw:
         raw: Raw = marshal.loads(zlib.decompress(self.packed))
         return raw
-
-
-class Shelf(Generic[T]):
-    """The objects of one kind by uid, by name and by group."""
-
-    def __init__(self) -> None:
-        self.by_uid: dict[str, Held[T]] = {}
-        self._by_name: dict[Key, str] = {}
-        self._by_group: dict[Key, dict[str, Held[T]]] = {}
-
-    def put(self, held: Held[T]) -> Held[T] | None:
-        """The namesake that has to have gone before, if its end was never told."""
-        there = self.by_uid.get(self._by_name.get(held.name, ""))
-        before = self.drop(there.uid) if there is not None and there.uid != held.uid else None
-        if (mine := self.by_uid.get(held.uid)) is not None and mine.group != held.group:
-            self.drop(held.uid)
-        self.by_uid[held.uid] = held
-        self._by_name[held.name] = held.uid
-        self._by_group.setdefault(held.group, {})[held.uid] = held
-        return before
-
-    def drop(self, uid: str) -> Held[T] | None:
-        held = self.by_uid.pop(uid, None)
-        if held is None:
-            return None
-        if self._by_name.get(held.name) == uid:
-            del self._by_name[held.name]
-        group = self._by_group[held.group]
-        del group[uid]
-        if not group:
-            del self._by_group[held.group]
-        return held
-
-    def named(self, name: Key) -> Held[T] | None:
-        return self.by_uid.get(self._by_name.get(name, ""))
-
-    def newer(self, uid: str, name: Key, version: int) -> bool:
-        """Whether something at least as new is held of that object, or something newer of that name."""
-        mine, namesake = self.by_uid.get(uid), self.named(name)
-        return (mine is not None and mine.version >= version) or (
-            namesake is not None and namesake.uid != uid and namesake.version > version
-        )
-
-    def of(self, group: Key) -> list[Held[T]]:
-        return sorted(self._by_group.get(group, {}).values(), key=lambda held: held.name)
-
-    def clear(self) -> None:
-        for shelf in (self.by_uid, self._by_name, self._by_group):
-            shelf.clear()
-
-    def __len__(self) -> int:
-        return len(self.by_uid)
-
-
-@dataclass(frozen=True, slots=True)
-class _Warning:
-    complaint: Complaint
-    told: str
-    seen: float
-
-
-class Complaints:
-    """The newest telling Warning Event about an object, by its uid; about strangers, which may become ours, for a
-    short time."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._ours: dict[str, _Warning] = {}
-        self._strangers: OrderedDict[str, _Warning] = OrderedDict()
-
-    def put(self, raw: Raw, ours: Collection[str]) -> str | None:
-        """The uid of ours about which it says something new."""
-        uid, told = raw.get("involvedObject", {}).get("uid", ""), _told_at(raw)
-        self._forget_strangers()
-        before = self._ours.get(uid) or self._strangers.get(uid)
-        if not uid or not _telling(raw) or (before is not None and before.told > told):
-            return None
-        complaint = Complaint(uid, raw["reason"], raw.get("message", "")[:COMPLAINT_WORDS])
-        mine = uid in ours
-        (self._ours if mine else self._strangers)[uid] = _Warning(complaint, told, self._clock())
-        return uid if mine and (before is None or before.complaint != complaint) else None
-
-    def adopt(self, uid: str) -> None:
-        """A stranger turned out to be ours."""
-        if (held := self._strangers.pop(uid, None)) is not None:
-            self._ours[uid] = held
-
-    def of(self, uid: str) -> Complaint | None:
-        held = self._ours.get(uid)
-        return held.complaint if held is not None and self._clock() - held.seen < COMPLAINT_SECONDS else None
-
-    def drop(self, uid: str) -> None:
-        self._ours.pop(uid, None)
-
-    def _forget_strangers(self) -> None:
-        """One put at a time, so that the oldest is never more than one too many."""
-        oldest = next(iter(self._strangers.values()), None)
-        while oldest and (len(self._strangers) > STRANGERS_MAX or self._clock() - oldest.seen > STRANGER_SECONDS):
-            self._strangers.popitem(last=False)
-            oldest = next(iter(self._strangers.values()), None)
-
-    def __len__(self) -> int:
-        return len(self._ours) + len(self._strangers)
 
 
 class Store:
@@ -462,17 +343,3 @@ def _silent(pod: Pod) -> bool:
         if c.running_since is None and not c.terminated
     ]
     return all(reason in SILENT_WAITS for reason in waiting)
-
-
-def _telling(event: Raw) -> bool:
-    """A refusal, or a volume that does not come. KubeRay's mere warnings begin with `RayCluster spec warning`."""
-    reason, warns = event.get("reason", ""), event.get("type") == "Warning"
-    return warns and (reason in TELLING or reason.startswith("InvalidRayCluster")) and not _mere(event)
-
-
-def _mere(event: Raw) -> bool:
-    return str(event.get("message", "")).startswith("RayCluster spec warning")
-
-
-def _told_at(event: Raw) -> str:
-    return str(event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp") or "")

@@ -11,7 +11,8 @@ from rlhf_operator.client import ApiError, KindMissing, Page
 from rlhf_operator.clock import stamp
 from rlhf_operator.kinds import NAMESPACED, PODS, Kind
 from rlhf_operator.observed import owner_uid
-from rlhf_operator.store import LISTED, SELECTORS, Key, Store
+from rlhf_operator.shelf import Key
+from rlhf_operator.store import LISTED, SELECTORS, Store
 
 Raw = dict[str, Any]
 Id = tuple[str, str, str]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rlhf_operator import queue as queue_module
 from rlhf_operator.client import ApiError
 from rlhf_operator.queue import BACKOFF_FIRST, BACKOFF_LEAST, BACKOFF_MOST, SETTLE_SECONDS, WORKERS, Queue, Schedule
-from rlhf_operator.store import Key
+from rlhf_operator.shelf import Key
 
 A, B = ("ns", "a"), ("ns", "b")
 

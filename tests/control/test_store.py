@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from rlhf_operator.client import ApiError
+from rlhf_operator.complaints import COMPLAINT_SECONDS, STRANGER_SECONDS, STRANGERS_MAX
 from rlhf_operator.kinds import EVENTS, JOBS, LOCAL_QUEUES, PODS, RAYCLUSTERS, WORKLOADS, Kind
 from rlhf_operator.names import FINALIZER, JOB_LABEL, WORKLOAD_UID_LABEL
 from rlhf_operator.refresh import ABSENT_SECONDS, RETRY_SECONDS, SUSPECT_SECONDS, Refresher
-from rlhf_operator.store import COMPLAINT_SECONDS, LISTED, STRANGER_SECONDS, STRANGERS_MAX, Key, Store
+from rlhf_operator.shelf import Key
+from rlhf_operator.store import LISTED, Store
 from tests.api.specs import a_job
 from tests.control.memory_api import MemoryApi
 
