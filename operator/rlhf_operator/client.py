@@ -149,9 +149,10 @@ class KubernetesApi:
                 log.warning("the CRD is older than this operator and lacks %s: left out until it is upgraded", unknown[1])
                 self._undeclared[lacking] = time.monotonic()
 
-    def _left_out(self) -> list[tuple[str, ...]]:
+    def _left_out(self) -> set[tuple[str, ...]]:
         """For some minutes each: the CRD may be upgraded after the operator."""
-        return [field for field, since in self._undeclared.items() if time.monotonic() - since < UNDECLARED_SECONDS]
+        now = time.monotonic()
+        return {lacking for lacking, since in self._undeclared.items() if now - since < UNDECLARED_SECONDS}
 
     async def merge(self, kind: Kind, namespace: str, name: str, body: Raw) -> Raw:
         return await self._call(

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 )
 
 from rlhf_operator.client import ApiError
-from rlhf_operator.store import Key
+from rlhf_operator.shelf import Key
 from rlhf_operator.kinds import PODS, RAYCLUSTERS
 from rlhf_operator.names import DRIVER_CONTAINER, JOB_LABEL, RAY_CONTAINER, ROLE_LABEL
 from rlhf_operator.queue import Schedule
