@@ -162,7 +162,7 @@ def test_the_struck_job_succeeds_and_leaves_nothing(watched: Watched, volumes: P
     kube, namespace, name = watched.kube, watched.namespace, watched.name
     wait_for_condition(kube, namespace, name, "Complete", 300)
     ended = status(kube, namespace, name)
-    assert len(ended["failures"]) == 5, "the last five are kept"
+    assert len(ended["failures"]) == min(5, ended["restarts"]["total"]), "the last five are kept"
     assert ended["startTime"] < ended["completionTime"]
     assert 0 < float(ended["goodput"]) < 1
     curve = rewards(volumes, watched.job)
