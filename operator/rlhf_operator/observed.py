@@ -226,6 +226,7 @@ def heeded(raw: Raw) -> Raw:
     meta, status = raw["metadata"], raw.get("status") or {}
     return {
         **{key: meta.get(key) for key in ("uid", "generation", "deletionTimestamp", "finalizers")},
+        "spec": raw.get("spec"),
         "status": {key: value for key, value in status.items() if key != "progress"},
         "progress": _heeded_progress(status.get("progress") or {}, status.get("record") or {}),
     }

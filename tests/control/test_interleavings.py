@@ -29,13 +29,15 @@ from rlhf_operator.cluster import Key
 from rlhf_operator.kinds import PODS, RAYCLUSTERS
 from rlhf_operator.names import DRIVER_CONTAINER, JOB_LABEL, RAY_CONTAINER, ROLE_LABEL
 from rlhf_operator.queue import Schedule
-from tests.control.world import World
+from tests.control.world import START, World
 
 Raw = dict[str, Any]
 LIVES, SEED = int(os.environ.get("RLHF_LIVES", "60")), int(os.environ.get("RLHF_SEED", "11"))
 STALL_SECONDS, PROVISION_SECONDS, REPROVISION_SECONDS = 300, 3600, 86400
 # A loss explains a driver's end from its beginning to this long after it is over, and no longer once a step was finished that late.
 NEAR, SURVIVED = timedelta(seconds=200), timedelta(seconds=60)
+# Watches that say nothing for longer are begun anew.
+BEHIND = timedelta(seconds=60)
 ANY = st.integers(0, 7)
 KEYS = st.sampled_from([("default", "a"), ("default", "b")])
 BREAKS = ["ray", "memory", "force", "deleted", "cluster", "PreemptionByScheduler", "EvictionByEvictionAPI", "DeletionByTaintManager"]
@@ -61,9 +63,10 @@ class Life(RuleBasedStateMachine):
         self.ends_unseen = 0
         self.words = 0
         self.step_made_in = ""
+        self.behind_since = START
 
-    @initialize(runs=st.booleans(), lasting=st.booleans(), keep=st.booleans(), separated=st.booleans())
-    def is_applied(self, runs: bool, lasting: bool, keep: bool, separated: bool) -> None:
+    @initialize(up=st.sampled_from(("none", "head", "all")), lasting=st.booleans(), keep=st.booleans(), separated=st.booleans())
+    def is_applied(self, up: str, lasting: bool, keep: bool, separated: bool) -> None:
         policy = {
             "stallTimeoutSeconds": STALL_SECONDS, "provisioningDeadlineSeconds": PROVISION_SECONDS, "backoffLimit": 3,
             "reprovisioningDeadlineSeconds": REPROVISION_SECONDS, "cleanup": {"onFailure": "Keep" if keep else "Delete"},
@@ -75,7 +78,11 @@ class Life(RuleBasedStateMachine):
         self.awaited = self.active = self.world.api.now
         self.ready = self.was_ready = False
         self.world.settle()
-        if runs:
+        if up == "head":
+            self.world.kuberay()
+            self.world.start(self.world.head())
+            self.world.settle()
+        if up == "all":
             self.world.up()
             self._look()
             self.world.settle()
@@ -300,8 +307,10 @@ class Life(RuleBasedStateMachine):
         if self.ready:
             self.awaited = self.now + timedelta(seconds=seconds)
         self.world.later(seconds)
+        if not self.world.api.live and self.now > self.behind_since + BEHIND:
+            self.the_watches_catch_up()
 
-    @rule(seconds=st.sampled_from((290, 1000, 4000)))
+    @rule(seconds=st.sampled_from((310, 1000, 4000)))
     def long_time_passes(self, seconds: int) -> None:
         self.time_passes(seconds)
 
@@ -330,6 +339,30 @@ class Life(RuleBasedStateMachine):
         finally:
             del self.world.api.refuse[kind]
 
+    # the operator's watches
+
+    @rule()
+    def the_watches_fall_behind(self) -> None:
+        if self.world.api.live:
+            self.world.api.live, self.behind_since = False, self.now
+
+    @precondition(lambda self: self.world.api.pending)
+    @rule(how=st.sampled_from(("late", "lost", "twice")), which=ANY)
+    def an_event_comes(self, how: str, which: int) -> None:
+        """In any order, more than once, or never."""
+        event = self.world.api.pending[which % len(self.world.api.pending)]
+        if how != "lost":
+            self.world.api.tell(event)
+        if how != "twice":
+            self.world.api.pending.remove(event)
+
+    @rule()
+    def the_watches_catch_up(self) -> None:
+        """A list finds what they lost."""
+        self.world.api.pending.clear()
+        self.world.api.relist()
+        self.world.api.live = True
+
     def _pass(self) -> None:
         ended = bool(self.world.record.get("result"))
         stalled = self.world.status.get("restarts", {}).get("stalled", 0)
@@ -340,7 +373,7 @@ class Life(RuleBasedStateMachine):
         self.ends_unseen = 0
         if self.world.status["phase"] in ("Suspending", "Suspended"):
             self.awaited = self.now
-        for check in CHECKS:
+        for check in CHECKS if self.world.api.live else [charges_have_causes]:
             check(self, Seen(ended, stalled, said))
 
     def _said(self) -> list[str]:
@@ -352,6 +385,7 @@ class Life(RuleBasedStateMachine):
         """Nobody but the clock and the operator moves any more."""
         if not hasattr(self, "world"):
             return
+        self.the_watches_catch_up()
         for _ in range(60):
             self.world.settle()
             if self.world.wake is None:
