@@ -40,6 +40,7 @@ STALL_SECONDS, PROVISION_SECONDS, REPROVISION_SECONDS = 300, 3600, 86400
 # A loss explains a driver's end from its beginning to this long after it is over, and no longer once a step was
 # finished that late.
 NEAR, SURVIVED = timedelta(seconds=200), timedelta(seconds=60)
+SAME_TIME = timedelta(seconds=5)
 # Watches that say nothing for longer are begun anew.
 BEHIND = timedelta(seconds=60)
 ANY = st.integers(0, 7)
@@ -77,6 +78,7 @@ class Life(RuleBasedStateMachine):
         self.words = 0
         self.step_made_in = ""
         self.behind_since = START
+        self.ended_at = START - SAME_TIME * 2
 
     @initialize(
         up=st.sampled_from(("none", "head", "all")), lasting=st.booleans(), keep=st.booleans(), separated=st.booleans()
@@ -219,6 +221,7 @@ class Life(RuleBasedStateMachine):
         )  # all count as the last one
         self.incidents += 1
         self.ends_unseen += 1
+        self.ended_at = self.now
 
     @precondition(
         lambda self: (
@@ -288,7 +291,13 @@ class Life(RuleBasedStateMachine):
             self.world.disrupt(pod, how, "it has to go")
             self._lost(pod, "nodeLost" if how == "DeletionByTaintManager" else "preempted")
 
+    def _may_explain(self, charge: str) -> None:
+        """An end that came in the same seconds, in whatever order."""
+        if self.now <= self.ended_at + SAME_TIME:
+            self.may[charge] += 1
+
     def _lost(self, pod: Raw, charge: str) -> None:
+        self._may_explain(charge)
         self.losses.append(Loss(pod["metadata"]["uid"], charge, self.now))
         if pod["metadata"]["labels"][ROLE_LABEL] == "head":
             self.may[charge] += 1
@@ -301,7 +310,9 @@ class Life(RuleBasedStateMachine):
     def _lose_ray(self, pod: Raw, is_head: bool) -> None:
         if self._ray_runs(pod):
             self.world.ends(pod, RAY_CONTAINER, 1, "the raylet is gone")
-            self.losses.append(Loss("", "headLost" if is_head else "nodeLost", self.now, self.now))
+            charge = "headLost" if is_head else "nodeLost"
+            self.losses.append(Loss("", charge, self.now, self.now))
+            self._may_explain(charge)
             self._look()
 
     @precondition(
