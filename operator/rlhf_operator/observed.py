@@ -19,16 +19,19 @@ from rlhf_operator.salvage import salvage
 Raw = dict[str, Any]
 # Ray colours its errors for terminals.
 COLOUR = re.compile("\x1b\\[[0-9;]*m")
-# Of a log the kubelet keeps the last 2048 bytes, wherever in a line they begin; bytes that are no UTF-8 there grow to three each.
+# Of a log the kubelet keeps the last 2048 bytes, wherever in a line they begin; bytes that are no UTF-8 there grow to
+# three each.
 LOG_TAIL_BYTES = range(2048, 2048 + 3 * 2 + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the user asks, and what we remember. `parsed` is None exactly when the spec cannot be read; what a job that runs already
+    """What the user asks, and what we remember. `parsed` is None exactly when the spec cannot be read; what a job
+    that runs already
     needs of its spec is known all the same, as far as it can be.
 
-    `ephemeral`: its checkpoints die with the trainer's pod; `loss_meant`: and that is meant. `driver_lag`: what the API server's clock
+    `ephemeral`: its checkpoints die with the trainer's pod; `loss_meant`: and that is meant. `driver_lag`: what the
+    API server's clock
     is ahead of the driver's."""
 
     meta: ObjectMeta
@@ -79,7 +82,8 @@ class Container:
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """`cluster_uid` is empty for a pod that is no RayCluster's: a stranger's, whatever its labels. `deletion_due`: when its grace
+    """`cluster_uid` is empty for a pod that is no RayCluster's: a stranger's, whatever its labels. `deletion_due`:
+    when its grace
     period ends, after which only a kubelet that is gone, or a finalizer, can hold it."""
 
     name: str
@@ -154,7 +158,8 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """Kueue, as far as the job sees it. `workload` are the conditions of the RayCluster's Workload; None: there is none."""
+    """Kueue, as far as the job sees it. `workload` are the conditions of the RayCluster's Workload; None: there is
+    none."""
 
     installed: bool = True
     found: bool = True
@@ -172,7 +177,8 @@ class Complaint:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """The world as far as it concerns one job. `clusters` are those that this job owns; `kuberay`: the CRD is installed."""
+    """The world as far as it concerns one job. `clusters` are those that this job owns; `kuberay`: the CRD is
+    installed."""
 
     clusters: tuple[Cluster, ...] = ()
     pods: tuple[Pod, ...] = ()
@@ -221,11 +227,13 @@ def _driver_lag(meta: Raw, status: RLHFJobStatus) -> timedelta:
 
 
 def heeded(raw: Raw) -> Raw:
-    """What decisions read of a job, but for times and numbers that only the clock brings to bear: where nothing of this changed,
+    """What decisions read of a job, but for times and numbers that only the clock brings to bear: where nothing of
+    this changed,
     there is nothing to decide. A heartbeat changes none of it, nor does a step after which everything is as before."""
     meta, status = raw["metadata"], raw.get("status") or {}
     return {
         **{key: meta.get(key) for key in ("uid", "generation", "deletionTimestamp", "finalizers")},
+        "spec": raw.get("spec"),
         "status": {key: value for key, value in status.items() if key != "progress"},
         "progress": _heeded_progress(status.get("progress") or {}, status.get("record") or {}),
     }
@@ -251,13 +259,18 @@ def read_cluster(raw: Raw) -> Cluster:
         deleting="deletionTimestamp" in meta,
         suspended=bool(raw.get("spec", {}).get("suspend")),
         service=(status.get("head") or {}).get("serviceName", ""),
-        groups=tuple(Group(g.get("groupName", ""), g.get("replicas") or 0) for g in raw.get("spec", {}).get("workerGroupSpecs") or []),
+        groups=tuple(
+            Group(g.get("groupName", ""), g.get("replicas") or 0)
+            for g in raw.get("spec", {}).get("workerGroupSpecs") or []
+        ),
         conditions=read_conditions(status.get("conditions")),
     )
 
 
 def read_conditions(raw: list[Raw] | None) -> tuple[ReportedCondition, ...]:
-    return tuple(ReportedCondition(c["type"], c["status"], c.get("reason", ""), c.get("message", "")) for c in raw or [])
+    return tuple(
+        ReportedCondition(c["type"], c["status"], c.get("reason", ""), c.get("message", "")) for c in raw or []
+    )
 
 
 def read_pod(raw: Raw) -> Pod:
@@ -302,7 +315,9 @@ def owner_uid(raw: Raw) -> str:
 
 
 def _owning_cluster(meta: Raw) -> Raw:
-    owners: list[Raw] = [o for o in meta.get("ownerReferences") or [] if o.get("controller") and o.get("kind") == "RayCluster"]
+    owners: list[Raw] = [
+        o for o in meta.get("ownerReferences") or [] if o.get("controller") and o.get("kind") == "RayCluster"
+    ]
     return owners[0] if owners else {}
 
 

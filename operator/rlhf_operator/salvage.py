@@ -1,4 +1,5 @@
-"""As much of a raw object as a model can read: what another version wrote is passed over, the rest must not be lost with it."""
+"""As much of a raw object as a model can read: what another version wrote is passed over, the rest must not be lost
+with it."""
 
 from typing import Any, TypeVar
 
@@ -33,4 +34,6 @@ def _without(node: Any, loc: Loc) -> Any:
 
 
 def _holds(node: Any, key: int | str) -> bool:
-    return (isinstance(node, dict) and key in node) or (isinstance(node, list) and isinstance(key, int) and key < len(node))
+    return (isinstance(node, dict) and key in node) or (
+        isinstance(node, list) and isinstance(key, int) and key < len(node)
+    )

@@ -1,7 +1,10 @@
-"""A job's life in any order. KubeRay, kubelet, driver, scheduler, garbage collector, user, clock and API server each move by
-themselves, and the operator looks when it happens to. What really was is kept beside it, and the status is held against that.
+"""A job's life in any order. KubeRay, kubelet, driver, scheduler, garbage collector, user, clock and API server each
+move by
+themselves, and the operator looks when it happens to. What really was is kept beside it, and the status is held
+against that.
 
-CI takes some dozens of lives, with a fixed seed; `RLHF_LIVES=5000 RLHF_SEED=7` takes other and more ones. Hypothesis prints the
+CI takes some dozens of lives, with a fixed seed; `RLHF_LIVES=5000 RLHF_SEED=7` takes other and more ones. Hypothesis
+prints the
 shortest life that breaks a promise, as a program.
 """
 
@@ -25,20 +28,33 @@ from hypothesis.stateful import (
 )
 
 from rlhf_operator.client import ApiError
-from rlhf_operator.shelf import Key
 from rlhf_operator.kinds import PODS, RAYCLUSTERS
 from rlhf_operator.names import DRIVER_CONTAINER, JOB_LABEL, RAY_CONTAINER, ROLE_LABEL
 from rlhf_operator.queue import Schedule
-from tests.control.world import World
+from rlhf_operator.store import Key
+from tests.control.world import START, World
 
 Raw = dict[str, Any]
 LIVES, SEED = int(os.environ.get("RLHF_LIVES", "60")), int(os.environ.get("RLHF_SEED", "11"))
 STALL_SECONDS, PROVISION_SECONDS, REPROVISION_SECONDS = 300, 3600, 86400
-# A loss explains a driver's end from its beginning to this long after it is over, and no longer once a step was finished that late.
+# A loss explains a driver's end from its beginning to this long after it is over, and no longer once a step was
+# finished that late.
 NEAR, SURVIVED = timedelta(seconds=200), timedelta(seconds=60)
+SAME_TIME = timedelta(seconds=5)
+# Watches that say nothing for longer are begun anew.
+BEHIND = timedelta(seconds=60)
 ANY = st.integers(0, 7)
 KEYS = st.sampled_from([("default", "a"), ("default", "b")])
-BREAKS = ["ray", "memory", "force", "deleted", "cluster", "PreemptionByScheduler", "EvictionByEvictionAPI", "DeletionByTaintManager"]
+BREAKS = [
+    "ray",
+    "memory",
+    "force",
+    "deleted",
+    "cluster",
+    "PreemptionByScheduler",
+    "EvictionByEvictionAPI",
+    "DeletionByTaintManager",
+]
 CLASSES = ("app", "oom", "headLost", "nodeLost", "preempted", "stalled")
 
 
@@ -61,9 +77,13 @@ class Life(RuleBasedStateMachine):
         self.ends_unseen = 0
         self.words = 0
         self.step_made_in = ""
+        self.behind_since = START
+        self.ended_at = START - SAME_TIME * 2
 
-    @initialize(runs=st.booleans(), lasting=st.booleans(), keep=st.booleans(), separated=st.booleans())
-    def is_applied(self, runs: bool, lasting: bool, keep: bool, separated: bool) -> None:
+    @initialize(
+        up=st.sampled_from(("none", "head", "all")), lasting=st.booleans(), keep=st.booleans(), separated=st.booleans()
+    )
+    def is_applied(self, up: str, lasting: bool, keep: bool, separated: bool) -> None:
         policy = {
             "stallTimeoutSeconds": STALL_SECONDS, "provisioningDeadlineSeconds": PROVISION_SECONDS, "backoffLimit": 3,
             "reprovisioningDeadlineSeconds": REPROVISION_SECONDS, "cleanup": {"onFailure": "Keep" if keep else "Delete"},
@@ -75,7 +95,11 @@ class Life(RuleBasedStateMachine):
         self.awaited = self.active = self.world.api.now
         self.ready = self.was_ready = False
         self.world.settle()
-        if runs:
+        if up == "head":
+            self.world.kuberay()
+            self.world.start(self.world.head())
+            self.world.settle()
+        if up == "all":
             self.world.up()
             self._look()
             self.world.settle()
@@ -116,7 +140,11 @@ class Life(RuleBasedStateMachine):
         """As far as Ray goes, of the pods that stay."""
         roles = Counter(p["metadata"]["labels"][ROLE_LABEL] for p in self.pods(going=False) if self._ray_runs(p))
         clusters = self.world.api.of(RAYCLUSTERS)
-        return bool(clusters) and roles["head"] >= 1 and all(roles[g["groupName"]] >= g["replicas"] for g in clusters[-1]["spec"]["workerGroupSpecs"])
+        return (
+            bool(clusters)
+            and roles["head"] >= 1
+            and all(roles[g["groupName"]] >= g["replicas"] for g in clusters[-1]["spec"]["workerGroupSpecs"])
+        )
 
     def _ray_runs(self, pod: Raw) -> bool:
         return pod["status"]["phase"] == "Running" and "running" in self.world.container(pod, RAY_CONTAINER)["state"]
@@ -159,8 +187,14 @@ class Life(RuleBasedStateMachine):
         """A report that it gets further, without a step."""
         self.active, head = self.now, self.any_driver
         assert head is not None
-        told = {k: v for k, v in self.world.status.get("progress", {}).items() if k in ("state", "step", "checkpoint", "stepTime")}
-        self.world.report(**{"state": "Starting", **told, "podUid": head["metadata"]["uid"], "activityTime": self._stamp()})
+        told = {
+            k: v
+            for k, v in self.world.status.get("progress", {}).items()
+            if k in ("state", "step", "checkpoint", "stepTime")
+        }
+        self.world.report(
+            **{"state": "Starting", **told, "podUid": head["metadata"]["uid"], "activityTime": self._stamp()}
+        )
 
     @precondition(lambda self: self.driver_runs())
     @rule()
@@ -182,11 +216,18 @@ class Life(RuleBasedStateMachine):
         self.words += 1
         self.world.ends(head, DRIVER_CONTAINER, code, f"{words} ({self.words})")
         near = {loss.charge for loss in self.losses if self.now <= (loss.gone or self.now) + NEAR}
-        self.may.update([*near, *(["app"] if own else [])] if not self.ends_unseen else CLASSES * 2)  # all count as the last one
+        self.may.update(
+            [*near, *(["app"] if own else [])] if not self.ends_unseen else CLASSES * 2
+        )  # all count as the last one
         self.incidents += 1
         self.ends_unseen += 1
+        self.ended_at = self.now
 
-    @precondition(lambda self: self.head is not None and "terminated" in self.world.container(self.head, DRIVER_CONTAINER)["state"])
+    @precondition(
+        lambda self: (
+            self.head is not None and "terminated" in self.world.container(self.head, DRIVER_CONTAINER)["state"]
+        )
+    )
     @rule()
     def the_driver_restarts(self) -> None:
         head = self.head
@@ -250,7 +291,13 @@ class Life(RuleBasedStateMachine):
             self.world.disrupt(pod, how, "it has to go")
             self._lost(pod, "nodeLost" if how == "DeletionByTaintManager" else "preempted")
 
+    def _may_explain(self, charge: str) -> None:
+        """An end that came in the same seconds, in whatever order."""
+        if self.now <= self.ended_at + SAME_TIME:
+            self.may[charge] += 1
+
     def _lost(self, pod: Raw, charge: str) -> None:
+        self._may_explain(charge)
         self.losses.append(Loss(pod["metadata"]["uid"], charge, self.now))
         if pod["metadata"]["labels"][ROLE_LABEL] == "head":
             self.may[charge] += 1
@@ -263,14 +310,23 @@ class Life(RuleBasedStateMachine):
     def _lose_ray(self, pod: Raw, is_head: bool) -> None:
         if self._ray_runs(pod):
             self.world.ends(pod, RAY_CONTAINER, 1, "the raylet is gone")
-            self.losses.append(Loss("", "headLost" if is_head else "nodeLost", self.now, self.now))
+            charge = "headLost" if is_head else "nodeLost"
+            self.losses.append(Loss("", charge, self.now, self.now))
+            self._may_explain(charge)
             self._look()
 
-    @precondition(lambda self: any("terminated" in self.world.container(p, RAY_CONTAINER)["state"] for p in self.pods(going=False)))
+    @precondition(
+        lambda self: any(
+            "terminated" in self.world.container(p, RAY_CONTAINER)["state"] for p in self.pods(going=False)
+        )
+    )
     @rule()
     def ray_restarts(self) -> None:
         for pod in self.pods(going=False):
-            if pod["status"]["phase"] == "Running" and "terminated" in self.world.container(pod, RAY_CONTAINER)["state"]:
+            if (
+                pod["status"]["phase"] == "Running"
+                and "terminated" in self.world.container(pod, RAY_CONTAINER)["state"]
+            ):
                 self.world.restarts(pod, RAY_CONTAINER)
         self._look()
 
@@ -287,7 +343,9 @@ class Life(RuleBasedStateMachine):
     def a_stranger_uses_our_label(self) -> None:
         if not any(p["metadata"]["name"] == "tensorboard" for p in self.world.pods()):
             labels = {JOB_LABEL: "sample", ROLE_LABEL: "tensorboard"}
-            self.world.api.put(PODS, {"metadata": {"name": "tensorboard", "labels": labels}, "status": {"phase": "Running"}})
+            self.world.api.put(
+                PODS, {"metadata": {"name": "tensorboard", "labels": labels}, "status": {"phase": "Running"}}
+            )
 
     # user and clock
 
@@ -300,8 +358,10 @@ class Life(RuleBasedStateMachine):
         if self.ready:
             self.awaited = self.now + timedelta(seconds=seconds)
         self.world.later(seconds)
+        if not self.world.api.live and self.now > self.behind_since + BEHIND:
+            self.the_watches_catch_up()
 
-    @rule(seconds=st.sampled_from((290, 1000, 4000)))
+    @rule(seconds=st.sampled_from((310, 1000, 4000)))
     def long_time_passes(self, seconds: int) -> None:
         self.time_passes(seconds)
 
@@ -330,6 +390,30 @@ class Life(RuleBasedStateMachine):
         finally:
             del self.world.api.refuse[kind]
 
+    # the operator's watches
+
+    @rule()
+    def the_watches_fall_behind(self) -> None:
+        if self.world.api.live:
+            self.world.api.live, self.behind_since = False, self.now
+
+    @precondition(lambda self: self.world.api.pending)
+    @rule(how=st.sampled_from(("late", "lost", "twice")), which=ANY)
+    def an_event_comes(self, how: str, which: int) -> None:
+        """In any order, more than once, or never."""
+        event = self.world.api.pending[which % len(self.world.api.pending)]
+        if how != "lost":
+            self.world.api.tell(event)
+        if how != "twice":
+            self.world.api.pending.remove(event)
+
+    @rule()
+    def the_watches_catch_up(self) -> None:
+        """A list finds what they lost."""
+        self.world.api.pending.clear()
+        self.world.api.relist()
+        self.world.api.live = True
+
     def _pass(self) -> None:
         ended = bool(self.world.record.get("result"))
         stalled = self.world.status.get("restarts", {}).get("stalled", 0)
@@ -340,18 +424,23 @@ class Life(RuleBasedStateMachine):
         self.ends_unseen = 0
         if self.world.status["phase"] in ("Suspending", "Suspended"):
             self.awaited = self.now
-        for check in CHECKS:
+        for check in CHECKS if self.world.api.live else [charges_have_causes]:
             check(self, Seen(ended, stalled, said))
 
     def _said(self) -> list[str]:
         """Last words of the drivers whose pods can be seen."""
-        return [c["terminated"]["message"] for p in self.heads() for c in [self.world.container(p, DRIVER_CONTAINER)["state"]]
-                if c.get("terminated", {}).get("exitCode")]
+        return [
+            c["terminated"]["message"]
+            for p in self.heads()
+            for c in [self.world.container(p, DRIVER_CONTAINER)["state"]]
+            if c.get("terminated", {}).get("exitCode")
+        ]
 
     def teardown(self) -> None:
         """Nobody but the clock and the operator moves any more."""
         if not hasattr(self, "world"):
             return
+        self.the_watches_catch_up()
         for _ in range(60):
             self.world.settle()
             if self.world.wake is None:
@@ -381,7 +470,9 @@ def charges_have_causes(life: Life, seen: Seen) -> None:
     charged = life.world.status["restarts"]
     for name in CLASSES:
         if name != "stalled":
-            assert charged.get(name, 0) <= life.may[name], f"{charged} has more of {name} than happened: {dict(life.may)}"
+            assert charged.get(name, 0) <= life.may[name], (
+                f"{charged} has more of {name} than happened: {dict(life.may)}"
+            )
     others = charged.get("total", 0) - charged.get("stalled", 0)
     assert others <= life.incidents, f"{charged} is more than the {life.incidents} incidents that there were"
 
@@ -389,14 +480,18 @@ def charges_have_causes(life: Life, seen: Seen) -> None:
 def stalled_only_when_idle(life: Life, seen: Seen) -> None:
     if life.world.status["restarts"].get("stalled", 0) > seen.stalled:
         idle = life.now - life.active
-        assert idle >= timedelta(seconds=STALL_SECONDS), f"called stalled though it got further {idle.total_seconds():g} s ago"
+        assert idle >= timedelta(seconds=STALL_SECONDS), (
+            f"called stalled though it got further {idle.total_seconds():g} s ago"
+        )
 
 
 def deadlines_are_waited_for(life: Life, seen: Seen) -> None:
     if "rovisioningDeadline" in (life.world.record.get("resultReason") or "") and not seen.ended:
         limit = REPROVISION_SECONDS if life.was_ready else PROVISION_SECONDS
         waited = life.now - life.awaited
-        assert waited >= timedelta(seconds=limit), f"failed after {waited.total_seconds():g} s without pods, {limit} were allowed"
+        assert waited >= timedelta(seconds=limit), (
+            f"failed after {waited.total_seconds():g} s without pods, {limit} were allowed"
+        )
 
 
 def saved_can_be_read_again(life: Life, seen: Seen) -> None:
@@ -407,17 +502,26 @@ def saved_can_be_read_again(life: Life, seen: Seen) -> None:
 
 def every_wait_has_an_end(life: Life) -> None:
     told = life.world.status
-    assert told["phase"] in ("Succeeded", "Failed", "Suspended"), f"waits for ever as {told['phase']}/{told['reason']}: {told['message']}"
+    assert told["phase"] in ("Succeeded", "Failed", "Suspended"), (
+        f"waits for ever as {told['phase']}/{told['reason']}: {told['message']}"
+    )
 
 
 def nothing_is_held_after_the_end(life: Life) -> None:
-    keep = life.world.job_raw["spec"]["runPolicy"]["cleanup"]["onFailure"] == "Keep" and life.world.record.get("result") == "Failed"
+    keep = (
+        life.world.job_raw["spec"]["runPolicy"]["cleanup"]["onFailure"] == "Keep"
+        and life.world.record.get("result") == "Failed"
+    )
     held = [p["metadata"]["name"] for p in life.pods(going=False)]
     assert keep or not held, f"{held} are held after the end"
 
 
 CHECKS: list[Callable[[Life, Seen], None]] = [
-    last_words_are_told, charges_have_causes, stalled_only_when_idle, deadlines_are_waited_for, saved_can_be_read_again,
+    last_words_are_told,
+    charges_have_causes,
+    stalled_only_when_idle,
+    deadlines_are_waited_for,
+    saved_can_be_read_again,
 ]
 LAST_CHECKS: list[Callable[[Life], None]] = [every_wait_has_an_end, nothing_is_held_after_the_end]
 

@@ -79,7 +79,11 @@ def test_time_to_live_deletes_a_job_that_never_could_be_read() -> None:
 
 NEWER: list[tuple[str, dict[str, Any], str]] = [
     ("field", {"record": {"clusters": 3, "moods": ["good"]}}, "clusters"),
-    ("class of failure", {"failures": [{"class": "Bored", "reason": "x", "message": "x", "time": "x"}], "record": {"clusters": 3}}, "clusters"),
+    (
+        "class of failure",
+        {"failures": [{"class": "Bored", "reason": "x", "message": "x", "time": "x"}], "record": {"clusters": 3}},
+        "clusters",
+    ),
     ("condition", {"conditions": [{"type": "Mood", "status": "True"}], "record": {"clusters": 3}}, "clusters"),
     ("type of a field", {"record": {"clusters": 3, "readyAt": {"a": 1}}}, "clusters"),
     ("list", {"record": {"clusters": 3, "charged": [{"uid": 1}, {"uid": "u", "container": "pod"}]}}, "clusters"),

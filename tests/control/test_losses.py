@@ -1,4 +1,5 @@
-"""What ended a driver: causes near in time, words that are never lost, costs that are counted once. Each is driven by a world."""
+"""What ended a driver: causes near in time, words that are never lost, costs that are counted once. Each is driven by
+a world."""
 
 import json
 from collections.abc import Callable
@@ -131,7 +132,12 @@ def test_the_cause_is_near_and_the_words_are_kept(incident: Change, counted: dic
     incident(w)
     w.settle()
     assert charged(w) == counted
-    said = [c["state"]["terminated"]["message"] for p in w.pods("head") for c in p["status"]["containerStatuses"] if "terminated" in c["state"]]
+    said = [
+        c["state"]["terminated"]["message"]
+        for p in w.pods("head")
+        for c in p["status"]["containerStatuses"]
+        if "terminated" in c["state"]
+    ]
     assert all(one in words(w) for one in said if one)
 
 
@@ -187,7 +193,13 @@ def test_five_failures_are_kept_newest_first_with_step_attempt_and_signal() -> N
 def test_a_long_text_stands_in_the_status_once() -> None:
     w = running(runPolicy={"backoffLimit": 0})
     w.later(5)
-    text = "\n".join(["Traceback (most recent call last):", *(f'  File "loop.py", line {n}, in step' for n in range(100)), "ValueError: no"])
+    text = "\n".join(
+        [
+            "Traceback (most recent call last):",
+            *(f'  File "loop.py", line {n}, in step' for n in range(100)),
+            "ValueError: no",
+        ]
+    )
     w.driver_ends(1, text)
     w.settle()
     assert w.condition("Failed") == ("True", "BackoffLimitExceeded")

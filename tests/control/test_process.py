@@ -141,9 +141,8 @@ def test_the_documented_metrics_are_those_that_there_are() -> None:
 
 
 def test_what_a_status_tells_for_the_first_time_is_counted() -> None:
-    before = RLHFJobStatus.model_validate(
-        {"record": {"clusterCreatedAt": "2026-01-01T12:00:00Z", "awaitedSince": "2026-01-01T12:01:00Z"}}
-    )
+    waits = {"clusterCreatedAt": "2026-01-01T12:00:00Z", "awaitedSince": "2026-01-01T12:01:00Z"}
+    before = RLHFJobStatus.model_validate({"record": waits})
     record = {"clusterCreatedAt": "2026-01-01T12:00:00Z", "admittedAt": "2026-01-01T12:01:00Z", "readyAt": "2026-01-01T12:03:00Z"}
     after = RLHFJobStatus.model_validate({"restarts": {"total": 2, "app": 2}, "record": {**record, "result": "Failed"}})
     names = {

@@ -115,7 +115,13 @@ def test_a_drivers_clock_that_is_behind_does_not_count_against_it() -> None:
 
 def stranger(w: World) -> None:
     labels = {JOB_LABEL: "sample", ROLE_LABEL: "tensorboard"}
-    w.api.put(PODS, {"metadata": {"name": "tensorboard", "labels": labels}, "status": {"phase": "Running", "containerStatuses": []}})
+    w.api.put(
+        PODS,
+        {
+            "metadata": {"name": "tensorboard", "labels": labels},
+            "status": {"phase": "Running", "containerStatuses": []},
+        },
+    )
 
 
 def test_a_strangers_pod_with_our_label_is_none_of_the_jobs() -> None:

@@ -1,4 +1,5 @@
-"""decide(job, observed, now) -> Decision. Pure: what should exist, what the status says, which Events tell of it, when to look again."""
+"""decide(job, observed, now) -> Decision. Pure: what should exist, what the status says, which Events tell of it,
+when to look again."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -130,7 +131,8 @@ def _goodput(f: Facts) -> str | None:
 
 
 def _condition(f: Facts, kind: ConditionType, verdict: Verdict) -> Condition:
-    """A condition keeps its time while its status stays, as everywhere in Kubernetes; and its generation while the spec cannot be
+    """A condition keeps its time while its status stays, as everywhere in Kubernetes; and its generation while the
+    spec cannot be
     read, but for the one that says so."""
     was = next((c for c in f.job.status.conditions if c.type is kind), None)
     since = was.last_transition_time if was and was.status == verdict.status else stamp(f.now)
@@ -157,7 +159,11 @@ def _restart_note(was: RLHFJobStatus, status: RLHFJobStatus) -> Note | None:
 
 def _refused_suspend(f: Facts) -> Note | None:
     said = any(c.type is ConditionType.SUSPENDED and c.reason == "WouldLoseCheckpoint" for c in f.job.status.conditions)
-    return Note(True, "WouldLoseCheckpoint", "spec.suspend is refused: the checkpoints would go with the pods") if f.would_lose and not said else None
+    return (
+        Note(True, "WouldLoseCheckpoint", "spec.suspend is refused: the checkpoints would go with the pods")
+        if f.would_lose and not said
+        else None
+    )
 
 
 def _phase_note(was: RLHFJobStatus, status: RLHFJobStatus) -> Note | None:

@@ -41,4 +41,6 @@ def _ignored(f: Facts) -> Verdict | None:
     """Of a CRD that is newer than this operator."""
     if not f.job.ignored:
         return None
-    return yes("UnknownFieldsIgnored", f"this operator does not know, and leaves out: {', '.join(f.job.ignored)}"[:WORDS_MAX])
+    return yes(
+        "UnknownFieldsIgnored", f"this operator does not know, and leaves out: {', '.join(f.job.ignored)}"[:WORDS_MAX]
+    )

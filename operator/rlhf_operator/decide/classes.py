@@ -1,4 +1,5 @@
-"""What each class of failure means: its counter in `status.restarts`, the reason of Running while it lasts, and what it costs."""
+"""What each class of failure means: its counter in `status.restarts`, the reason of Running while it lasts, and what
+it costs."""
 
 from dataclasses import dataclass
 

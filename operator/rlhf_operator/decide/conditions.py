@@ -18,7 +18,9 @@ from rlhf_operator.decide.want import kept
 from rlhf_operator.decide.words import brief
 from rlhf_operator.names import ROLLOUT
 
-EPHEMERAL = "checkpoints lie in the trainer's pod and go with it: use spec.checkpoint.claim, or a volume that outlives pods"
+EPHEMERAL = (
+    "checkpoints lie in the trainer's pod and go with it: use spec.checkpoint.claim, or a volume that outlives pods"
+)
 # Past the grace period of a pod nothing is saved any more.
 SAVED = timedelta(seconds=5)
 QUOTA_REASONS = ("NoMatchingFlavor", "ExceedsMaxQuota", "TopologyPlacementFailed", "Misconfigured")
@@ -54,7 +56,9 @@ def _waiting_in_queue(f: Facts) -> Verdict:
 def _no_workload(f: Facts) -> Verdict:
     if not deadlines.passed(deadlines.queue_silence(f), f.now):
         return no("WaitingForQuota", "waiting for Kueue")
-    return unknown("KueueNotReacting", "Kueue has made no Workload for the RayCluster: is its RayCluster integration enabled?")
+    return unknown(
+        "KueueNotReacting", "Kueue has made no Workload for the RayCluster: is its RayCluster integration enabled?"
+    )
 
 
 def _running(f: Facts) -> Verdict:
@@ -115,8 +119,16 @@ def _checkpoint_available(f: Facts) -> Verdict:
     if f.job.ephemeral:
         return no("Ephemeral", f"{error}; {EPHEMERAL}" if error else EPHEMERAL)
     if error:
-        return yes("LastSaveFailed", f"status.progress.checkpoint is the newest; {error}") if saved else no("SaveFailed", error)
-    return yes("Saved", "status.progress.checkpoint is the newest") if saved else no("NoneYet", "no checkpoint was saved yet")
+        return (
+            yes("LastSaveFailed", f"status.progress.checkpoint is the newest; {error}")
+            if saved
+            else no("SaveFailed", error)
+        )
+    return (
+        yes("Saved", "status.progress.checkpoint is the newest")
+        if saved
+        else no("NoneYet", "no checkpoint was saved yet")
+    )
 
 
 def _suspended(f: Facts) -> Verdict:
@@ -125,7 +137,10 @@ def _suspended(f: Facts) -> Verdict:
     if not f.job.suspend or f.record.result:
         return no("NotSuspended", "the job has ended" if f.job.suspend else "spec.suspend is false")
     if f.would_lose:
-        return no("WouldLoseCheckpoint", f"the run goes on: {EPHEMERAL}; or set spec.checkpoint.ephemeral if losing all steps is meant")
+        return no(
+            "WouldLoseCheckpoint",
+            f"the run goes on: {EPHEMERAL}; or set spec.checkpoint.ephemeral if losing all steps is meant",
+        )
     if f.observed.clusters or f.all_pods:
         going = f.cluster is None or f.cluster.deleting
         return no("Stopping", "waiting for the pods to go" if going else "the driver finishes its step and saves")

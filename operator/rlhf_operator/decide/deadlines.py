@@ -13,7 +13,8 @@ QUEUE_REACTS = timedelta(seconds=60)
 
 
 def provisioning(f: Facts) -> datetime | None:
-    """`awaited_since` stands while queued, suspended, or training all the same: what a run makes of a lost engine is its own affair."""
+    """`awaited_since` stands while queued, suspended, or training all the same: what a run makes of a lost engine is
+    its own affair."""
     return f.after(f.record.awaited_since, provisioning_seconds(f))
 
 
@@ -29,7 +30,8 @@ def active(f: Facts) -> datetime | None:
 
 
 def stall(f: Facts) -> datetime | None:
-    """From the last that the run did, or from when it could begin. Stands while it waits for pods, and until it is on record that
+    """From the last that the run did, or from when it could begin. Stands while it waits for pods, and until it is on
+    record that
     they are there: pods that have just come have not been idle."""
     if f.driver is None or not (f.training or (f.ready and f.record.ready_at)):
         return None
@@ -66,7 +68,12 @@ def orphaned(f: Facts) -> datetime | None:
 def queue_silence(f: Facts) -> datetime | None:
     """When a queue that has not reacted to the RayCluster is said not to."""
     made = moment(f.record.cluster_created_at)
-    waits = f.cluster is not None and f.cluster.suspended and f.observed.queue is not None and f.observed.queue.workload is None
+    waits = (
+        f.cluster is not None
+        and f.cluster.suspended
+        and f.observed.queue is not None
+        and f.observed.queue.workload is None
+    )
     return made + QUEUE_REACTS if made and waits else None
 
 

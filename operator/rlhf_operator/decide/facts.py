@@ -1,4 +1,5 @@
-"""What the policies ask of the world. Facts are Observed seen through the memory: which cluster is the present one, which pods are
+"""What the policies ask of the world. Facts are Observed seen through the memory: which cluster is the present one,
+which pods are
 its own, whether the driver's report is of this run."""
 
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ from rlhf_operator.observed import Cluster, Container, Group, Job, Observed, Pod
 
 @dataclass(frozen=True)
 class Facts:
-    """`memory` is what the API server holds when actions are chosen, and what will be written when conditions are made."""
+    """`memory` is what the API server holds when actions are chosen, and what will be written when conditions are
+    made."""
 
     job: Job
     observed: Observed
@@ -45,7 +47,14 @@ class Facts:
         """Finished steps go with the pods, and nobody said that this is meant."""
         steps = self.reported.step if self.reported else 0
         held = self.cluster is not None and not self.cluster.deleting and not self.cluster.suspended
-        return self.job.suspend and not self.deleted and self.job.ephemeral and not self.job.loss_meant and held and steps > 0
+        return (
+            self.job.suspend
+            and not self.deleted
+            and self.job.ephemeral
+            and not self.job.loss_meant
+            and held
+            and steps > 0
+        )
 
     @property
     def stopping(self) -> bool:
@@ -143,7 +152,8 @@ class Facts:
 
     @cached_property
     def progress(self) -> Progress | None:
-        """The report of the driver's present or last run. One of another pod, or of an earlier run, tells nothing of this one."""
+        """The report of the driver's present or last run. One of another pod, or of an earlier run, tells nothing of
+        this one."""
         last, driver, head = self.reported, self.driver, self.head
         if last is None or driver is None or head is None or last.pod_uid not in (None, head.uid):
             return None
@@ -163,7 +173,8 @@ class Facts:
 
     @property
     def active_at(self) -> datetime | None:
-        """When this run last got further, by its own account. Drivers that do not say so: the last step, or any report before one."""
+        """When this run last got further, by its own account. Drivers that do not say so: the last step, or any
+        report before one."""
         told = self.progress
         if told is None:
             return None

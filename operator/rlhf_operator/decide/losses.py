@@ -1,6 +1,8 @@
-"""What broke under the driver. A loss is written down when it is seen, because a pod takes its history with it; so a cause is a look-up.
+"""What broke under the driver. A loss is written down when it is seen, because a pod takes its history with it; so a
+cause is a look-up.
 
-A cause is near its effect: the driver's end lies between the loss's beginning and shortly after the pod is gone or Ray's container
+A cause is near its effect: the driver's end lies between the loss's beginning and shortly after the pod is gone or
+Ray's container
 has ended. A loss that a later finished step survived is none. Among those left, the first domino.
 """
 
@@ -44,7 +46,9 @@ def known(f: Facts) -> tuple[Loss, ...]:
     """Each once. What is on record counts, but for its end."""
     seen = {_key(loss): loss for loss in _visible(f)}
     there = {p.uid for p in f.pods}
-    written = [loss if loss.gone else _ended(f, loss, seen.get(_key(loss)), loss.uid in there) for loss in f.record.losses]
+    written = [
+        loss if loss.gone else _ended(f, loss, seen.get(_key(loss)), loss.uid in there) for loss in f.record.losses
+    ]
     unseen = [] if any(loss.uid not in there for loss in written) else _unseen(f)
     found = {_key(loss): loss for loss in (*unseen, *seen.values()) if not _over(f, loss)}
     return tuple({**found, **{_key(loss): loss for loss in written}}.values())
@@ -64,7 +68,9 @@ def cause(f: Facts, run: Termination) -> Loss | None:
     if run.finished_at is None:
         return None
     end = run.finished_at
-    near = [loss for loss in known(f) if _began(loss) <= end + SLACK and _near(loss, end) and not _survived(f, loss, end)]
+    near = [
+        loss for loss in known(f) if _began(loss) <= end + SLACK and _near(loss, end) and not _survived(f, loss, end)
+    ]
     return min(near, key=_began, default=None)
 
 
@@ -135,7 +141,9 @@ def _unseen(f: Facts) -> Iterator[Loss]:
         young = [p for p in mine if p.created_at and p.created_at > ready + SLACK]
         for pod in young:
             began = max(ready, pod.created_at - NEAR) if pod.created_at else ready
-            yield _loss(pod, FailureClass.NODE_LOST, "PodReplaced", "it takes the place of one that went", began, pod.created_at)
+            yield _loss(
+                pod, FailureClass.NODE_LOST, "PodReplaced", "it takes the place of one that went", began, pod.created_at
+            )
         if len(mine) < group.pods:
             yield Loss(
                 uid=f"{group.name}-gone", pod=group.name, failure_class=FailureClass.NODE_LOST, reason="PodGone",
@@ -147,7 +155,9 @@ def _class_of(pod: Pod) -> FailureClass:
     return FailureClass.HEAD_LOST if pod.role == HEAD else FailureClass.NODE_LOST
 
 
-def _loss(pod: Pod, class_: FailureClass, reason: str, words: str, began: datetime, gone: datetime | None = None) -> Loss:
+def _loss(
+    pod: Pod, class_: FailureClass, reason: str, words: str, began: datetime, gone: datetime | None = None
+) -> Loss:
     return Loss(
         uid=pod.uid, pod=pod.name, failure_class=class_, reason=reason, message=words[:WORDS_MAX], began=stamp(began),
         gone=stamp(gone) if gone else None,

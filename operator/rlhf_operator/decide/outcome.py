@@ -1,4 +1,5 @@
-"""Whether the job has ended, and how. First match wins; success comes first, so that an operator that looks late never turns a
+"""Whether the job has ended, and how. First match wins; success comes first, so that an operator that looks late
+never turns a
 finished job into one that missed its deadline."""
 
 from collections.abc import Callable
@@ -44,8 +45,14 @@ def _backoff(f: Facts) -> Outcome | None:
     if f.record.restarts_since_progress <= limit or not failures:
         return None
     last = failures[0]
-    spent = f"{f.record.restarts_since_progress} failed runs without a finished step (runPolicy.backoffLimit is {limit})"
-    return Outcome("Failed", "BackoffLimitExceeded", f"{spent}; the last one, {last.failure_class.value}: {brief(last.message, last.words)}")
+    spent = (
+        f"{f.record.restarts_since_progress} failed runs without a finished step (runPolicy.backoffLimit is {limit})"
+    )
+    return Outcome(
+        "Failed",
+        "BackoffLimitExceeded",
+        f"{spent}; the last one, {last.failure_class.value}: {brief(last.message, last.words)}",
+    )
 
 
 def _active_deadline(f: Facts) -> Outcome | None:
@@ -65,4 +72,10 @@ def _provisioning_deadline(f: Facts) -> Outcome | None:
     return Outcome("Failed", reason, f"{lacking} after {limit} s ({name}): {why.reason}: {why.message}")
 
 
-LADDER: tuple[Callable[[Facts], Outcome | None], ...] = (_success, _final_exit, _backoff, _active_deadline, _provisioning_deadline)
+LADDER: tuple[Callable[[Facts], Outcome | None], ...] = (
+    _success,
+    _final_exit,
+    _backoff,
+    _active_deadline,
+    _provisioning_deadline,
+)

@@ -22,8 +22,16 @@ def phase_of(verdicts: Mapping[ConditionType, Verdict]) -> tuple[Phase, Conditio
         (ConditionType.SUSPENDED in is_true, Phase.SUSPENDED, ConditionType.SUSPENDED),
         (suspended.reason in ENDING, Phase.SUSPENDING, ConditionType.SUSPENDED),
         (ConditionType.RUNNING in is_true, Phase.RUNNING, ConditionType.PROGRESSING),
-        (ConditionType.ACCEPTED not in is_true and ready.reason in ("", "NotCreated"), Phase.PENDING, ConditionType.ACCEPTED),
-        (quota is not None and quota.status != "True" and ready.reason == "Suspended", Phase.QUEUED, ConditionType.QUOTA_RESERVED),
+        (
+            ConditionType.ACCEPTED not in is_true and ready.reason in ("", "NotCreated"),
+            Phase.PENDING,
+            ConditionType.ACCEPTED,
+        ),
+        (
+            quota is not None and quota.status != "True" and ready.reason == "Suspended",
+            Phase.QUEUED,
+            ConditionType.QUOTA_RESERVED,
+        ),
         (running.reason in RESTARTING, Phase.RESTARTING, ConditionType.RUNNING),
         (ready.reason in ("NotCreated", "WaitingForOldPods"), Phase.PENDING, ConditionType.CLUSTER_READY),
         (ConditionType.CLUSTER_READY not in is_true, Phase.PROVISIONING, ConditionType.CLUSTER_READY),

@@ -7,7 +7,14 @@ from rlhf_operator.decide.verdict import Verdict, no, yes
 from rlhf_operator.names import DRIVER_CONTAINER
 from rlhf_operator.observed import Container, Pod
 
-IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError", "RegistryUnavailable")
+IMAGE_REASONS = (
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "InvalidImageName",
+    "ErrImageNeverPull",
+    "ImageInspectError",
+    "RegistryUnavailable",
+)
 CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError", "PreCreateHookError")
 CRASH_REASONS = ("CrashLoopBackOff",)
 WORDS_MAX = 1024
@@ -24,12 +31,16 @@ def explain(f: Facts) -> Verdict:
         return no("Suspended", f"the queue holds RayCluster {cluster.name} back")
     if f.ready:
         return yes("AllPodsReady", "the head and every worker pod are ready")
-    return next((found for rule in LADDER if (found := rule(f))), None) or no("Creating", f"waiting for the pods of RayCluster {cluster.name}")
+    return next((found for rule in LADDER if (found := rule(f))), None) or no(
+        "Creating", f"waiting for the pods of RayCluster {cluster.name}"
+    )
 
 
 def _absent(f: Facts) -> Verdict:
     if f.old_clusters or f.old_pods:
-        return no("WaitingForOldPods", f"{len(f.old_pods)} pods of an earlier RayCluster are still there: {names(f.old_pods)}")
+        return no(
+            "WaitingForOldPods", f"{len(f.old_pods)} pods of an earlier RayCluster are still there: {names(f.old_pods)}"
+        )
     if f.record.result:
         return no("Deleted", "the job has ended and holds no RayCluster")
     return no("NotCreated", "there is no RayCluster")
@@ -69,14 +80,21 @@ def _words(container: Container) -> str:
 def _refused(f: Facts) -> Verdict | None:
     """KubeRay tells a spec it will not take by an Event alone."""
     complaint = next((c for c in f.observed.complaints if f.cluster and c.uid == f.cluster.uid), None)
-    return no("InvalidRayCluster", f"KubeRay refuses the RayCluster: {complaint.message}"[:WORDS_MAX]) if complaint else None
+    return (
+        no("InvalidRayCluster", f"KubeRay refuses the RayCluster: {complaint.message}"[:WORDS_MAX])
+        if complaint
+        else None
+    )
 
 
 def _replica_failure(f: Facts) -> Verdict | None:
     told = f.cluster.condition("ReplicaFailure") if f.cluster else None
     if told is None or told.status != "True":
         return None
-    return no("QuotaExceeded" if "exceeded quota" in told.message else "ReplicaFailure", f"{told.reason}: {told.message}"[:WORDS_MAX])
+    return no(
+        "QuotaExceeded" if "exceeded quota" in told.message else "ReplicaFailure",
+        f"{told.reason}: {told.message}"[:WORDS_MAX],
+    )
 
 
 def _unschedulable(f: Facts) -> Verdict | None:
@@ -104,11 +122,20 @@ def _head(f: Facts) -> Verdict | None:
 def _workers(f: Facts) -> Verdict | None:
     if f.head is None or not f.head.ray_ready:
         return None
-    lacking = [f"{group.pods - f.missing(group)} of {group.pods} {group.name}" for group in f.groups if f.missing(group) > 0]
+    lacking = [
+        f"{group.pods - f.missing(group)} of {group.pods} {group.name}" for group in f.groups if f.missing(group) > 0
+    ]
     return no("WorkersMissing", f"ready worker pods: {', '.join(lacking)}") if lacking else None
 
 
 LADDER: tuple[Callable[[Facts], Verdict | None], ...] = (
-    _waiting(IMAGE_REASONS, "ImagePullFailed"), _waiting(CONFIG_REASONS, "ContainerConfigFailed"), _waiting(CRASH_REASONS, "ContainerCrashing"),
-    _refused, _replica_failure, _unschedulable, _mount, _head, _workers,
+    _waiting(IMAGE_REASONS, "ImagePullFailed"),
+    _waiting(CONFIG_REASONS, "ContainerConfigFailed"),
+    _waiting(CRASH_REASONS, "ContainerCrashing"),
+    _refused,
+    _replica_failure,
+    _unschedulable,
+    _mount,
+    _head,
+    _workers,
 )

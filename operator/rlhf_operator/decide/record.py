@@ -1,4 +1,5 @@
-"""The memory after this look at the world: facts that would vanish with the children. Each step takes Facts and gives the next
+"""The memory after this look at the world: facts that would vanish with the children. Each step takes Facts and gives
+the next
 memory; the order matters and is the order of `STEPS`."""
 
 from collections.abc import Callable
@@ -40,7 +41,8 @@ def _attempt(f: Facts) -> Memory:
 
 
 def _number(f: Facts) -> Memory:
-    """The number of the cluster that should be. Raising it condemns the one before: intent is written before it is acted on."""
+    """The number of the cluster that should be. Raising it condemns the one before: intent is written before it is
+    acted on."""
     if f.deleted:
         return f.memory
     if f.record.clusters == 0:
@@ -54,7 +56,8 @@ def _number(f: Facts) -> Memory:
 
 
 def drained(f: Facts) -> bool:
-    """Nothing would be lost with the pods: the driver has saved, has not begun, does not run, or does not come to an end."""
+    """Nothing would be lost with the pods: the driver has saved, has not begun, does not run, or does not come to an
+    end."""
     if not f.training or f.progress is None:
         return True
     return f.progress.state == "Drained" or deadlines.passed(deadlines.stall(f), f.now)
@@ -74,7 +77,8 @@ def _stop_clock(f: Facts) -> Memory:
 
 
 def _credit(f: Facts) -> Memory:
-    """A step that was never finished before pays every restart back. Steps are not written otherwise: they change too often."""
+    """A step that was never finished before pays every restart back. Steps are not written otherwise: they change too
+    often."""
     step = f.reported.step if f.reported else 0
     paid = f.record.restarts_since_progress and step > f.record.progress_step
     return f.memory.noting(restarts_since_progress=0, progress_step=step) if paid else f.memory
@@ -83,7 +87,9 @@ def _credit(f: Facts) -> Memory:
 def _provision(f: Facts) -> Memory:
     """Since when all pods are there, or are awaited."""
     stepped = f.reported is not None and f.reported.step > 0
-    known = f.memory.noting(first_ready_at=f.record.first_ready_at or (stamp(f.now) if f.ready or f.training or stepped else None))
+    known = f.memory.noting(
+        first_ready_at=f.record.first_ready_at or (stamp(f.now) if f.ready or f.training or stepped else None)
+    )
     if not f.record.clusters or f.stopping or _held_back(f):
         return known.noting(awaited_since=None, ready_at=f.record.ready_at if f.usable else None)
     if f.ready:
@@ -102,7 +108,9 @@ def _activity(f: Facts) -> Memory:
     if not f.training:
         return f.memory
     begun = replace(f.memory, start_time=f.memory.start_time or stamp(f.now))
-    return begun.noting(started_at=f.record.started_at or stamp(f.now), restarting=f.record.restarting and restarts.condemned(f))
+    return begun.noting(
+        started_at=f.record.started_at or stamp(f.now), restarting=f.record.restarting and restarts.condemned(f)
+    )
 
 
 def _allocate(f: Facts) -> Memory:
@@ -114,7 +122,8 @@ def _allocate(f: Facts) -> Memory:
 
 
 def _finish(f: Facts) -> Memory:
-    """First match wins. A spec that cannot be right, of a job that was never accepted, ends it: no change from outside can heal it."""
+    """First match wins. A spec that cannot be right, of a job that was never accepted, ends it: no change from
+    outside can heal it."""
     if not f.record.clusters and not f.record.accepted and acceptance.hopeless(f.job):
         return _ended(f, Outcome("Failed", "InvalidSpec", acceptance.accepted(f).message))
     end = outcome(f)

@@ -1,7 +1,9 @@
 """Which driver runs ended without success, why, and what that costs.
 
-The unit is one run of the driver, so that an incident is charged once however many containers it broke: a lost head or node
-is the *cause* of the driver's end. `record.charged` says what is charged already: per head pod the failed runs of its driver,
+The unit is one run of the driver, so that an incident is charged once however many containers it broke: a lost head
+or node
+is the *cause* of the driver's end. `record.charged` says what is charged already: per head pod the failed runs of its
+driver,
 and, as container "pod", that the pod itself is lost (or condemned: see `want.py`).
 """
 
@@ -80,7 +82,9 @@ def _vanished_heads(f: Facts) -> Memory:
     memory, present = f.memory, {p.uid for p in f.heads}
     for uid in dict.fromkeys(seen.uid for seen in f.record.charged if seen.uid not in present):
         if charged(f.record, uid, POD) is None:
-            memory = _add(f.remembering(memory), _failure(f, FailureClass.HEAD_LOST, "PodGone", "the head pod is gone", None))
+            memory = _add(
+                f.remembering(memory), _failure(f, FailureClass.HEAD_LOST, "PodGone", "the head pod is gone", None)
+            )
     return memory.noting(charged=[seen for seen in memory.record.charged if seen.uid in present])
 
 
@@ -116,7 +120,11 @@ def _driver_runs(f: Facts, head: Pod) -> Memory:
     if driver is None or driver.last is None or driver.failures <= before:
         return f.memory
     count = 0 if driver.last.exit_code in FINAL_EXITS else driver.failures - before
-    memory = _add(f, _of_run(f, head, driver.last), count) if not _in_vain(f, driver.last) else f.memory.failed(_waited(f, head, driver.last))
+    memory = (
+        _add(f, _of_run(f, head, driver.last), count)
+        if not _in_vain(f, driver.last)
+        else f.memory.failed(_waited(f, head, driver.last))
+    )
     return _mark(memory, head.uid, DRIVER_CONTAINER, driver.failures)
 
 
@@ -126,15 +134,26 @@ def _in_vain(f: Facts, run: Termination) -> bool:
 
 
 def _waited(f: Facts, head: Pod, run: Termination) -> Failure:
-    return _failure(f, FailureClass.NODE_LOST, "PodsMissing", "the driver waited in vain for pods: costs nothing", head.name, run)
+    return _failure(
+        f, FailureClass.NODE_LOST, "PodsMissing", "the driver waited in vain for pods: costs nothing", head.name, run
+    )
 
 
 def _stalled(f: Facts) -> Memory:
     head = f.head
-    if head is None or f.stopping or not deadlines.passed(deadlines.stall(f), f.now) or charged(f.record, head.uid, POD):
+    if (
+        head is None
+        or f.stopping
+        or not deadlines.passed(deadlines.stall(f), f.now)
+        or charged(f.record, head.uid, POD)
+    ):
         return f.memory
     seconds = int(deadlines.stall_limit(f).total_seconds())
-    what = "the run did not get further for {} s (runPolicy.stallTimeoutSeconds)" if f.driver_runs else "the driver did not run again for {} s"
+    what = (
+        "the run did not get further for {} s (runPolicy.stallTimeoutSeconds)"
+        if f.driver_runs
+        else "the driver did not run again for {} s"
+    )
     words = f"{what.format(seconds)}: the head pod is replaced"
     return _mark(_add(f, _failure(f, FailureClass.STALLED, "Stalled", words, head.name)), head.uid, POD, 1)
 
@@ -153,7 +172,9 @@ def _of_loss(f: Facts, lost: Loss, head: Pod, run: Termination | None) -> Failur
     return failure if run else failure.model_copy(update={"time": lost.began})
 
 
-def _failure(f: Facts, class_: FailureClass, reason: str, message: str, pod: str | None, run: Termination | None = None) -> Failure:
+def _failure(
+    f: Facts, class_: FailureClass, reason: str, message: str, pod: str | None, run: Termination | None = None
+) -> Failure:
     ended = run.finished_at if run and run.finished_at else f.now
     failure = Failure(
         failure_class=class_, reason=reason, message=message[:WORDS_MAX], pod=pod, time=stamp(ended),
@@ -187,7 +208,9 @@ def _add(f: Facts, failure: Failure, count: int = 1) -> Memory:
         return memory
     meaning = MEANINGS[failure.failure_class]
     before = getattr(memory.restarts, meaning.counter)
-    restarts = memory.restarts.model_copy(update={"total": memory.restarts.total + count, meaning.counter: before + count})
+    restarts = memory.restarts.model_copy(
+        update={"total": memory.restarts.total + count, meaning.counter: before + count}
+    )
     step = f.reported.step if f.reported else 0
     return replace(memory, restarts=restarts).noting(
         restarting=True,

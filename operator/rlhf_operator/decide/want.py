@@ -1,7 +1,9 @@
-"""What should exist. Chosen from the record that the API server holds, never from the one that this pass is about to write:
+"""What should exist. Chosen from the record that the API server holds, never from the one that this pass is about to
+write:
 so every action has its intent on record before it happens, and a crash between the two loses nothing.
 
-Raising `record.clusters` or setting `record.result` condemns clusters; marking a head pod's `pod` in `record.charged` condemns
+Raising `record.clusters` or setting `record.result` condemns clusters; marking a head pod's `pod` in `record.charged`
+condemns
 that pod. The next pass, seeing that on record, acts.
 """
 
@@ -17,7 +19,8 @@ from rlhf_operator.observed import Cluster, Pod
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """`cluster` is the number of the RayCluster to create, None for none: either it exists or it shall not. `kill_pods` are overdue:
+    """`cluster` is the number of the RayCluster to create, None for none: either it exists or it shall not.
+    `kill_pods` are overdue:
     no kubelet ends them. `finalizer`: True puts it on the RLHFJob, False takes it off."""
 
     cluster: int | None = None
@@ -70,7 +73,8 @@ def _finished(f: Facts) -> Want:
 
 
 def _finalizer(f: Facts) -> bool | None:
-    """On from the first cluster to the end; off before that when the deletion need not wait: nothing is lost, or it waited enough."""
+    """On from the first cluster to the end; off before that when the deletion need not wait: nothing is lost, or it
+    waited enough."""
     on = FINALIZER in f.job.meta.finalizers
     if f.deleted:
         done = f.record.result or drained(f) or deadlines.passed(deadlines.final_save(f), f.now)
