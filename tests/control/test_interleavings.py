@@ -31,7 +31,7 @@ from rlhf_operator.client import ApiError
 from rlhf_operator.kinds import PODS, RAYCLUSTERS
 from rlhf_operator.names import DRIVER_CONTAINER, JOB_LABEL, RAY_CONTAINER, ROLE_LABEL
 from rlhf_operator.queue import Schedule
-from rlhf_operator.store import Key
+from rlhf_operator.shelf import Key
 from tests.control.world import START, World
 
 Raw = dict[str, Any]
