@@ -81,6 +81,13 @@ def a_node_under_pressure(w: World) -> None:
     w.driver_ends(1, "ActorDiedError: x")
 
 
+def an_end_seen_long_after(w: World) -> None:
+    w.disrupt(trainer(w), "PreemptionByScheduler", "x")
+    w.later(3)
+    w.driver_ends(143, "Terminated: x")
+    w.later(1000)
+
+
 def the_first_domino(w: World) -> None:
     w.ends(w.head(), "ray", 137)
     w.later(51)
@@ -120,6 +127,7 @@ def head_and_words(w: World) -> None:
 INCIDENTS: list[tuple[Change, dict[str, int]]] = [
     (an_old_incident, {"app": 1}), (a_survived_incident, {"app": 1}), (a_preempted_worker_that_is_gone, {"preempted": 1}),
     (a_worker_told_the_driver, {"preempted": 1}), (a_worker_that_nobody_saw_go, {"nodeLost": 1}), (a_node_under_pressure, {"nodeLost": 1}),
+    (an_end_seen_long_after, {"preempted": 1}),
     (the_first_domino, {"headLost": 1}), (an_error_before_the_loss, {"app": 1}), (placement_in_vain, {"preempted": 1}),
     (head_and_words, {"preempted": 1}),
 ]  # fmt: skip

@@ -34,7 +34,7 @@ DISRUPTIONS = {
 
 def watch(f: Facts) -> Memory:
     """Losses that are seen now beside those that were."""
-    return f.memory.noting(losses=list(known(f))[-KEPT:])
+    return f.memory.noting(losses=[loss for loss in known(f) if loss in f.record.losses or not _over(f, loss)][-KEPT:])
 
 
 def forget(f: Facts) -> Memory:
@@ -43,14 +43,14 @@ def forget(f: Facts) -> Memory:
 
 
 def known(f: Facts) -> tuple[Loss, ...]:
-    """Each once. What is on record counts, but for its end."""
+    """Each once, however long ago: an end that nobody saw may be as old. What is on record counts, but for its end."""
     seen = {_key(loss): loss for loss in _visible(f)}
     there = {p.uid for p in f.pods}
     written = [
         loss if loss.gone else _ended(f, loss, seen.get(_key(loss)), loss.uid in there) for loss in f.record.losses
     ]
     unseen = [] if any(loss.uid not in there for loss in written) else _unseen(f)
-    found = {_key(loss): loss for loss in (*unseen, *seen.values()) if not _over(f, loss)}
+    found = {_key(loss): loss for loss in (*unseen, *seen.values())}
     return tuple({**found, **{_key(loss): loss for loss in written}}.values())
 
 
