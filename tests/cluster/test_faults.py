@@ -106,7 +106,7 @@ def test_a_killed_driver_says_its_signal_and_resumes_in_its_pods_on_the_same_cur
     uids = {pod["metadata"]["uid"] for pod in pods(watched.kube, watched.namespace, watched.name)}
     watched.strike(How.KILL, Target.DRIVER)
     newest = watched.charged("App")
-    assert (newest["exitCode"], newest["signal"]) == (137, "SIGKILL"), newest
+    assert (newest["exitCode"], newest["signal"]) == (137, 9), newest
     after = watched.until_trained(180)
     assert {pod["metadata"]["uid"] for pod in pods(watched.kube, watched.namespace, watched.name)} == uids, (
         "no pod is new"
