@@ -15,6 +15,8 @@ from rlhf_api.rules import violations
 Raw = dict[str, Any]
 Loc = tuple[int | str, ...]
 KEYS = ("apiVersion", "kind", "metadata", "spec", "status")
+# No field needs more. The API server takes 10,000 levels, which neither python nor what is made of a job can carry.
+LEVELS_MAX = 64
 
 
 class InvalidJob(Exception):
@@ -47,7 +49,36 @@ def parse_lenient(raw: object) -> Lenient:
     """Never raises. Unknown fields, which a newer CRD may have brought, are left out and named by their paths."""
     if not isinstance(raw, dict):
         return Lenient(None, [], ["an RLHFJob is a mapping with apiVersion, kind, metadata and spec"])
+    if deep := too_deep(raw.get("spec")):
+        return Lenient(None, [], [f"spec.{name}: it is nested more than {LEVELS_MAX} levels deep" for name in deep])
     return _read({key: raw[key] for key in KEYS if key in raw}, [])
+
+
+def too_deep(spec: object) -> list[str]:
+    """The fields of a spec that nest too deep. Without recursion: that is what they would break."""
+    fields = spec.items() if isinstance(spec, dict) else ()
+    return [str(name) for name, value in fields if _layer([value], LEVELS_MAX)]
+
+
+def shallow(node: Any, levels: int = LEVELS_MAX) -> Any:
+    """A copy that is cut where it becomes too deep, and so still is."""
+    if isinstance(node, dict):
+        return {key: shallow(value, levels - 1) for key, value in node.items()} if levels else {}
+    if isinstance(node, list):
+        return [shallow(value, levels - 1) for value in node] if levels else []
+    return node
+
+
+def _layer(nodes: list[Any], depth: int) -> list[Any]:
+    """What lies so many levels below."""
+    for _ in range(depth):
+        nodes = [
+            child
+            for node in nodes
+            if isinstance(node, dict | list)
+            for child in (node.values() if isinstance(node, dict) else node)
+        ]
+    return nodes
 
 
 def _read(raw: Raw, ignored: list[str]) -> Lenient:

@@ -26,7 +26,7 @@ from rlhf_operator.leader import Leadership
 from rlhf_operator.queue import Queue
 from rlhf_operator.reconcile import reconcile, utc_now
 from rlhf_operator.refresh import Refresher
-from rlhf_operator.settings import Settings, own_namespace, parse
+from rlhf_operator.settings import LEVELS_MAX, Settings, own_namespace, parse
 from rlhf_operator.shelf import Key
 from rlhf_operator.store import Store
 
@@ -38,6 +38,7 @@ class Operator:
     one of them can go on no longer."""
 
     def __init__(self, settings: Settings, connection: Connection, api: KubernetesApi) -> None:
+        sys.setrecursionlimit(max(sys.getrecursionlimit(), LEVELS_MAX))
         self.settings, self.api = settings, api
         self.leading, self.stopped = False, asyncio.Event()
         self._loop = asyncio.get_running_loop()

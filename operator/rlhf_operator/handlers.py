@@ -12,7 +12,7 @@ import kopf
 from rlhf_operator import metrics
 from rlhf_operator.client import Connection
 from rlhf_operator.kinds import Kind
-from rlhf_operator.settings import kopf_settings
+from rlhf_operator.settings import STACK_BYTES, kopf_settings
 from rlhf_operator.store import WATCHED, Store
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,9 @@ class Informer:
         self._thread = threading.Thread(target=self._run, name="kopf", daemon=True)
 
     def start(self) -> None:
+        before = threading.stack_size(STACK_BYTES)
         self._thread.start()
+        threading.stack_size(before)
 
     @property
     def alive(self) -> bool:

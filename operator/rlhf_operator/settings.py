@@ -26,6 +26,11 @@ class Settings:
     verbose: bool
 
 
+# An object may be nested 10,000 levels deep, as far as the API server cares; a watch event wraps it. python counts each
+# level that its json reads as a call, and needs some hundreds of bytes of stack for it.
+LEVELS_MAX, STACK_BYTES = 12_000, 64 * 2**20
+
+
 def parse(argv: Sequence[str]) -> Settings:
     """Raises SystemExit with a message, as argparse does."""
     parser = argparse.ArgumentParser(prog="rlhf_operator", description="Runs RLHFJobs on KubeRay.")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_api.parse import shallow, too_deep
 from rlhf_operator.complaints import Complaints
 from rlhf_operator.kinds import EVENTS, JOBS, LOCAL_QUEUES, PODS, RAYCLUSTERS, WORKLOADS, Kind
 from rlhf_operator.names import FINALIZER, JOB_LABEL, WORKLOAD_UID_LABEL
@@ -316,12 +317,15 @@ def _job_facts(raw: Raw) -> JobFacts:
 
 
 def _slim(raw: Raw) -> Raw:
-    """Of who manages which field only who and when is read."""
+    """Of who manages which field only who and when is read; of what nests too deep, only that it does."""
     managers = [
         {k: v for k, v in m.items() if k in ("manager", "time", "subresource")}
         for m in raw["metadata"].get("managedFields") or ()
     ]
-    return {**raw, "metadata": {**raw["metadata"], "managedFields": managers}}
+    slim = {**raw, "metadata": {**raw["metadata"], "managedFields": managers}}
+    if deep := too_deep(raw.get("spec")):
+        slim["spec"] = {**raw["spec"], **{name: shallow(raw["spec"][name]) for name in deep}}
+    return slim
 
 
 def _at_rest(status: Raw) -> bool:

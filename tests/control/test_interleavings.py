@@ -225,11 +225,14 @@ class Life(RuleBasedStateMachine):
 
     @precondition(
         lambda self: (
-            self.head is not None and "terminated" in self.world.container(self.head, DRIVER_CONTAINER)["state"]
+            self.head is not None
+            and self.head["status"]["phase"] == "Running"
+            and "terminated" in self.world.container(self.head, DRIVER_CONTAINER)["state"]
         )
     )
     @rule()
     def the_driver_restarts(self) -> None:
+        """A pod that has failed runs nothing again."""
         head = self.head
         assert head is not None
         if self.world.container(head, DRIVER_CONTAINER)["state"]["terminated"]["exitCode"]:

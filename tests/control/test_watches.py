@@ -5,7 +5,9 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,7 +72,12 @@ def phase(server: ApiServer, name: str = "sample") -> str:
     return str((raw.get("status") or {}).get("phase"))
 
 
-def job(name: str = "sample") -> dict[str, object]:
+def accepted(server: ApiServer, name: str) -> dict[str, str]:
+    conditions = (server.objects[("rlhfjobs", "default", name)].get("status") or {}).get("conditions") or []
+    return next((c for c in conditions if c["type"] == "Accepted"), {"status": "Unknown"})
+
+
+def job(name: str = "sample") -> dict[str, Any]:
     raw = a_job(name=name)
     raw["metadata"]["generation"] = 1
     return raw
@@ -85,6 +92,24 @@ async def test_a_job_is_served(tmp_path: Path) -> None:
             PODS, {"metadata": {"name": "head", "labels": {JOB_LABEL: "sample"}}, "status": {"phase": "Pending"}}
         )
         await until(lambda: it.store.sizes()["pods"] == 1)
+
+
+async def test_a_spec_that_nests_as_deep_as_the_api_server_takes_harms_nobody_else(tmp_path: Path) -> None:
+    """By a watch and by a list. It is refused by its field."""
+    deep = job("deep")
+    deep["spec"]["pods"] = {"trainer": {"affinity": reduce(lambda inner, _: {"a": inner}, range(9_990), {})}}
+    async with ApiServer(absent={"workloads", "localqueues"}).running() as server:
+        async with operator(server, tmp_path) as it:
+            await until(lambda: server.watches["rlhfjobs"])
+            server.put(JOBS, deep)
+            server.put(JOBS, job())
+            await until(lambda: phase(server) == "Provisioning" and accepted(server, "deep")["status"] == "False")
+            assert accepted(server, "deep")["message"] == "spec.pods: it is nested more than 64 levels deep"
+            assert it.informer.alive and not server.watches["rlhfjobs"] > 1
+        async with operator(server, tmp_path) as it:
+            server.put(JOBS, job("other"))
+            await until(lambda: phase(server, "other") == "Provisioning")
+            assert it.store.sizes()["rlhfjobs"] == 3
 
 
 async def test_only_labelled_pods_and_warnings_are_asked_for(tmp_path: Path) -> None:
