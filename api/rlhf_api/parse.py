@@ -15,8 +15,7 @@ from rlhf_api.rules import violations
 Raw = dict[str, Any]
 Loc = tuple[int | str, ...]
 KEYS = ("apiVersion", "kind", "metadata", "spec", "status")
-# No field needs more. The API server takes 10,000 levels, which neither python nor what is made of a job can carry.
-LEVELS_MAX = 64
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 
 class InvalidJob(Exception):
@@ -49,36 +48,7 @@ def parse_lenient(raw: object) -> Lenient:
     """Never raises. Unknown fields, which a newer CRD may have brought, are left out and named by their paths."""
     if not isinstance(raw, dict):
         return Lenient(None, [], ["an RLHFJob is a mapping with apiVersion, kind, metadata and spec"])
-    if deep := too_deep(raw.get("spec")):
-        return Lenient(None, [], [f"spec.{name}: it is nested more than {LEVELS_MAX} levels deep" for name in deep])
     return _read({key: raw[key] for key in KEYS if key in raw}, [])
-
-
-def too_deep(spec: object) -> list[str]:
-    """The fields of a spec that nest too deep. Without recursion: that is what they would break."""
-    fields = spec.items() if isinstance(spec, dict) else ()
-    return [str(name) for name, value in fields if _layer([value], LEVELS_MAX)]
-
-
-def shallow(node: Any, levels: int = LEVELS_MAX) -> Any:
-    """A copy that is cut where it becomes too deep, and so still is."""
-    if isinstance(node, dict):
-        return {key: shallow(value, levels - 1) for key, value in node.items()} if levels else {}
-    if isinstance(node, list):
-        return [shallow(value, levels - 1) for value in node] if levels else []
-    return node
-
-
-def _layer(nodes: list[Any], depth: int) -> list[Any]:
-    """What lies so many levels below."""
-    for _ in range(depth):
-        nodes = [
-            child
-            for node in nodes
-            if isinstance(node, dict | list)
-            for child in (node.values() if isinstance(node, dict) else node)
-        ]
-    return nodes
 
 
 def _read(raw: Raw, ignored: list[str]) -> Lenient:
@@ -89,7 +59,14 @@ def _read(raw: Raw, ignored: list[str]) -> Lenient:
         if unknown := [one["loc"] for one in errors if one["type"] == "extra_forbidden"]:
             return _read(reduce(_without, unknown, raw), [*ignored, *map(_path, unknown)])
         return Lenient(None, ignored, [f"{_path(one['loc'])}: {one['msg']}" for one in errors])
-    return Lenient(job, ignored, [*violations(job), *override_problems(job.spec)])
+    return Lenient(job, ignored, [*violations(job), *override_problems(job.spec), *_queue_label(job)])
+
+
+def _queue_label(job: RLHFJob) -> list[str]:
+    """A RayCluster gets the job's labels: Kueue would queue it, and the job would not know that it waits."""
+    if job.spec.queue is not None or QUEUE_LABEL not in job.metadata.labels:
+        return []
+    return [f"metadata.labels: remove {QUEUE_LABEL}: the queue of an RLHFJob is spec.queue"]
 
 
 def _without(node: Any, loc: Loc) -> Any:

@@ -55,7 +55,7 @@ class Health:
         return (
             web.Response(status=200, text="ok")
             if self.store.ready
-            else web.Response(status=503, text="not everything was listed yet")
+            else web.Response(status=503, text=f"not listed yet: {', '.join(self.store.unlisted)}")
         )
 
     async def metrics(self, _: web.Request) -> web.Response:

@@ -1,10 +1,10 @@
 """Names, labels and paths that the operator gives to things; the worker, the chart and the tests rely on them."""
 
 from rlhf_api import GROUP
+from rlhf_api.parse import QUEUE_LABEL
 
 JOB_LABEL = f"{GROUP}/job"
 ROLE_LABEL = f"{GROUP}/role"
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 WORKLOAD_UID_LABEL = "kueue.x-k8s.io/job-uid"
 RAY_GROUP_LABEL = "ray.io/group"
 FINALIZER = f"{GROUP}/final-save"

@@ -13,7 +13,7 @@ from rlhf_api.parse import parse_lenient
 from rlhf_api.progress import DRIVER_FIELD_MANAGER
 from rlhf_api.status import RLHFJobStatus
 from rlhf_operator.clock import moment
-from rlhf_operator.names import DRIVER_CONTAINER, HEAD, RAY_GROUP_LABEL, ROLE_LABEL
+from rlhf_operator.names import DRIVER_CONTAINER, HEAD, QUEUE_LABEL, RAY_GROUP_LABEL, ROLE_LABEL
 from rlhf_operator.salvage import salvage
 
 Raw = dict[str, Any]
@@ -234,6 +234,7 @@ def heeded(raw: Raw) -> Raw:
     return {
         **{key: meta.get(key) for key in ("uid", "generation", "deletionTimestamp", "finalizers")},
         "spec": raw.get("spec"),
+        "queue": (meta.get("labels") or {}).get(QUEUE_LABEL),
         "status": {key: value for key, value in status.items() if key != "progress"},
         "progress": _heeded_progress(status.get("progress") or {}, status.get("record") or {}),
     }

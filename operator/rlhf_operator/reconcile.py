@@ -15,8 +15,9 @@ import logging
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
+from rlhf_operator.clock import moment
 from rlhf_operator.cluster import ClusterIO, InTheWay, Stale
-from rlhf_operator.decide import Decision, broken, decide, refused, troubled
+from rlhf_operator.decide import Decision, broken, decide, held_up, refused, troubled
 from rlhf_operator.observed import Job
 from rlhf_operator.plan import plan
 from rlhf_operator.shelf import Key
@@ -25,8 +26,9 @@ log = logging.getLogger(__name__)
 Clock = Callable[[], datetime]
 # A job that changes under our hands is looked at again at once: in the queue's order it would be late again.
 LOOKS, LATE = 3, timedelta(seconds=1)
-# A predecessor's objects go within seconds of it.
-IN_THE_WAY = timedelta(seconds=2)
+# A predecessor's objects go within seconds of it. What does not go then is held by somebody, and nothing tells when it
+# is gone.
+IN_THE_WAY, IN_THE_WAY_LONG, LONG = timedelta(seconds=2), timedelta(seconds=30), timedelta(seconds=60)
 # The API server keeps only a part of the status (its CRD is older): what the record lacks cannot be waited for.
 UNKEPT = timedelta(seconds=30)
 
@@ -63,7 +65,7 @@ async def _pass(cluster: ClusterIO, job: Job, clock: Clock, home: str) -> dateti
         raise
     except InTheWay as wait:
         log.info("%s/%s waits: %s", job.meta.namespace, job.meta.name, wait)
-        return _sooner(await _tell(cluster, job, decision, clock), now + IN_THE_WAY)
+        return _sooner(await _tell(cluster, job, held_up(decision, str(wait)), clock), now + _patience(job, now))
     except Exception as error:
         await _tell(cluster, job, troubled(decision, _words(error)), clock)
         raise
@@ -77,6 +79,11 @@ async def _tell(cluster: ClusterIO, job: Job, decision: Decision, clock: Clock) 
         await cluster.write_events(job, decision.notes, clock())
     at_once = decision.wake_at is not None and decision.wake_at <= clock()
     return clock() + UNKEPT if at_once and not written else decision.wake_at
+
+
+def _patience(job: Job, now: datetime) -> timedelta:
+    since = moment(job.status.record.released_at or job.meta.creation_timestamp)
+    return IN_THE_WAY_LONG if since is not None and now > since + LONG else IN_THE_WAY
 
 
 def _sooner(one: datetime | None, other: datetime) -> datetime:

@@ -84,7 +84,8 @@ class Refresher:
             pause = self._missing(kind)
         except ApiError as error:
             log.warning("the list of %s failed: %s", kind.plural, error)
-            pause = max(RETRY_SECONDS, error.retry_after or 0.0)
+            least = ABSENT_SECONDS if error.status == 403 else RETRY_SECONDS  # a right is given by hand
+            pause = max(least, error.retry_after or 0.0)
         self._due[kind] = min(self._due[kind], self.clock() + pause)
         if self.store.ready:
             self.listed.set()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_api.parse import shallow, too_deep
+from rlhf_api.job import DEEPEST
 from rlhf_operator.complaints import Complaints
 from rlhf_operator.kinds import EVENTS, JOBS, LOCAL_QUEUES, PODS, RAYCLUSTERS, WORKLOADS, Kind
 from rlhf_operator.names import FINALIZER, JOB_LABEL, WORKLOAD_UID_LABEL
@@ -48,6 +48,7 @@ WATCHED = (JOBS, RAYCLUSTERS, PODS, WORKLOADS, LOCAL_QUEUES, EVENTS)
 LISTED = (JOBS, RAYCLUSTERS, PODS, WORKLOADS, LOCAL_QUEUES)
 SELECTORS = {RAYCLUSTERS: JOB_LABEL, PODS: JOB_LABEL}
 GONE_MAX = 20_000
+LEVELS_KEPT = 2 * DEEPEST
 # Containers that wait with these reasons may wait for a volume, which only an Event tells.
 SILENT_WAITS = ("ContainerCreating", "PodInitializing", "")
 
@@ -140,7 +141,11 @@ class Store:
     @property
     def ready(self) -> bool:
         """Every kind was listed once, or is not installed."""
-        return all(kind in self._known for kind in LISTED)
+        return not self.unlisted
+
+    @property
+    def unlisted(self) -> list[str]:
+        return [kind.plural for kind in LISTED if kind not in self._known]
 
     def listed_once(self, kind: Kind) -> bool:
         return kind in self._known
@@ -307,7 +312,7 @@ def _job_facts(raw: Raw) -> JobFacts:
     slim = _slim(raw)
     status, queue = raw.get("status") or {}, (raw.get("spec") or {}).get("queue")
     return JobFacts(
-        packed=zlib.compress(marshal.dumps(slim), 1),
+        packed=zlib.compress(_packed(slim), 1),
         heeded=hashlib.blake2b(json.dumps(heeded(slim), sort_keys=True, default=str).encode(), digest_size=12).digest(),
         queue=str(queue.get("name", "")) if isinstance(queue, dict) else "",
         phase=str(status.get("phase") or "Pending"),
@@ -317,15 +322,29 @@ def _job_facts(raw: Raw) -> JobFacts:
 
 
 def _slim(raw: Raw) -> Raw:
-    """Of who manages which field only who and when is read; of what nests too deep, only that it does."""
+    """Of who manages which field only who and when is read."""
     managers = [
         {k: v for k, v in m.items() if k in ("manager", "time", "subresource")}
         for m in raw["metadata"].get("managedFields") or ()
     ]
-    slim = {**raw, "metadata": {**raw["metadata"], "managedFields": managers}}
-    if deep := too_deep(raw.get("spec")):
-        slim["spec"] = {**raw["spec"], **{name: shallow(raw["spec"][name]) for name in deep}}
-    return slim
+    return {**raw, "metadata": {**raw["metadata"], "managedFields": managers}}
+
+
+def _packed(slim: Raw) -> bytes:
+    """marshal takes 2,000 levels, the API server 10,000: of a spec that nests without end only that it does is kept,
+    for which it is refused."""
+    try:
+        return marshal.dumps(slim)
+    except ValueError:
+        return marshal.dumps({**slim, "spec": _cut(slim["spec"], LEVELS_KEPT)})
+
+
+def _cut(node: Any, levels: int) -> Any:
+    if isinstance(node, dict):
+        return {key: _cut(value, levels - 1) for key, value in node.items()} if levels else {}
+    if isinstance(node, list):
+        return [_cut(value, levels - 1) for value in node] if levels else []
+    return node
 
 
 def _at_rest(status: Raw) -> bool:

@@ -219,6 +219,13 @@ def test_what_a_predecessor_left_is_waited_for(kind: str, name: str) -> None:
     assert not [event for event in world.events() if event.startswith("Warning")]
     wake = asyncio.run(reconcile(ClusterIO(world.api, world.api.store), ("default", "sample"), lambda: world.api.now))
     assert wake is not None and wake - world.api.now <= timedelta(seconds=5)
+    assert (world.status["phase"], world.status["reason"]) == ("Pending", "WaitingForOldObjects")
+    assert f"{kind} {name}" in world.status["message"]
+    world.later(300)
+    writes = len(world.api.writes)
+    world.settle()
+    assert world.wake is not None and world.wake - world.api.now >= timedelta(seconds=20), "somebody holds it"
+    assert len(world.api.writes) == writes
     world.api.remove(OF_KIND[kind], name)
     world.settle()
     assert world.clusters() == ["sample-1"]

@@ -10,6 +10,7 @@ from rlhf_operator.client import ApiError
 from rlhf_operator.decide.phase import phase_of
 from rlhf_operator.decide.verdict import Verdict, no, unknown, yes
 from rlhf_operator.kinds import JOBS, RAYCLUSTERS
+from rlhf_operator.observed import heeded
 from tests.control.world import World, running
 
 Change = Callable[[World], Any]
@@ -353,6 +354,20 @@ def test_an_invalid_immutable_field_ends_the_job_with_field_and_fix() -> None:
     assert world.condition("Accepted") == ("False", "InvalidSpec")
     assert "trainer.gpus" in world.status["message"]
     assert world.api.writes == ["apply RLHFJob sample", "create Event " + world.api.writes[1].split()[-1]]
+
+
+def test_a_queue_that_only_a_label_names_is_refused_until_the_label_goes() -> None:
+    """Kueue would hold the RayCluster back unseen. An edit of labels raises no generation, and is heeded."""
+    w = World()
+    w.job_raw["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "team-a"}
+    w.settle()
+    assert (w.status["phase"], w.status["reason"], w.clusters()) == ("Pending", "InvalidSpec", [])
+    assert "spec.queue" in w.status["message"]
+    before = heeded(w.job_raw)
+    w.job_raw["metadata"]["labels"] = {}
+    assert heeded(w.job_raw) != before
+    w.settle()
+    assert w.clusters() == ["sample-1"]
 
 
 def test_a_running_job_whose_override_turns_bad_runs_on() -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_operator.client import ApiError
 from rlhf_operator.kinds import CLAIMS, JOBS, NETWORK_POLICIES, PODS
 from tests.api.specs import a_job
 from tests.control.world import World, running
@@ -34,6 +35,43 @@ def test_a_policy_is_turned_off_and_on_again_under_pods_that_run() -> None:
     assert all(selects(world, pod) for pod in world.pods())
     assert PROMETHEUS in policy(world)["ingress"][0]["from"]
     assert world.errors == []
+
+
+@pytest.mark.parametrize("status", [500, 403])
+def test_an_edit_that_could_not_be_acted_on_is_not_forgotten(status: int) -> None:
+    """The run goes on; whom its policy lets in must not depend on one request's luck."""
+    world = running()
+    world.api.refuse["NetworkPolicy"] = ApiError(status, "Told", "not now")
+    world.edit(networkPolicy={"allowFrom": [PROMETHEUS]})
+    world.settle()
+    assert world.status["observedGeneration"] == 1, "nothing was done about it"
+    world.settle()
+    assert (world.condition("Degraded")[0] == "True") is (status == 500)
+    assert (world.condition("Accepted") == ("False", "Refused")) is (status == 403), "and stays so"
+    del world.api.refuse["NetworkPolicy"]
+    world.settle()
+    assert PROMETHEUS in policy(world)["ingress"][0]["from"]
+    assert world.status["observedGeneration"] == 2
+    assert world.condition("Accepted") == ("True", "Accepted")
+
+
+def test_who_is_named_no_longer_is_let_in_no_longer() -> None:
+    """Whatever is taken away: a peer, or a part of what a peer must be."""
+    both = {**PROMETHEUS, "podSelector": {"matchLabels": {"app": "prometheus"}}}
+    for before, after in (([both], [PROMETHEUS]), ([PROMETHEUS], [both]), ([PROMETHEUS, both], [both]), ([both], [])):
+        world = running(networkPolicy={"allowFrom": before})
+        world.edit(networkPolicy={"allowFrom": after})
+        world.settle()
+        assert policy(world)["ingress"][0]["from"][2:] == after
+
+
+def test_a_policy_waits_for_a_spec_without_problems() -> None:
+    world = running()
+    world.edit(networkPolicy={"allowFrom": [{}]})
+    world.settle()
+    assert world.condition("Accepted") == ("False", "InvalidSpec")
+    assert len(policy(world)["ingress"][0]["from"]) == 2
+    assert world.status["phase"] == "Running"
 
 
 @pytest.mark.parametrize(("on_delete", "left"), [("Delete", []), ("Keep", ["sample-checkpoints"])])

@@ -6,11 +6,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
 from rlhf_operator.client import ApiError
 from rlhf_operator.complaints import COMPLAINT_SECONDS, STRANGER_SECONDS, STRANGERS_MAX
+from rlhf_operator.health import Health
 from rlhf_operator.kinds import EVENTS, JOBS, LOCAL_QUEUES, PODS, RAYCLUSTERS, WORKLOADS, Kind
+from rlhf_operator.metrics import WatchAges
 from rlhf_operator.names import FINALIZER, JOB_LABEL, WORKLOAD_UID_LABEL
+from rlhf_operator.queue import Queue
 from rlhf_operator.refresh import ABSENT_SECONDS, RETRY_SECONDS, SUSPECT_SECONDS, Refresher
 from rlhf_operator.shelf import Key
 from rlhf_operator.store import LISTED, Store
@@ -328,6 +332,26 @@ def test_a_failed_list_is_tried_again_and_takes_nothing_away() -> None:
     it.api.refuse_lists = None
     it.later(RETRY_SECONDS)
     assert it.store.ready
+
+
+def test_a_kind_that_may_not_be_listed_is_named_and_asked_for_at_a_slow_pace() -> None:
+    """Another process, an upgrade's roles: what is lacking stands in the answer to the readiness probe."""
+    it = Listing()
+    it.api.refuse_lists = ApiError(403, "Forbidden", "no")
+    it.later(0)
+    calls = len(it.api.calls)
+    it.later(RETRY_SECONDS)
+    assert len(it.api.calls) == calls
+    health = Health(Queue(no_work, list), it.store, WatchAges())
+    answer = asyncio.run(health.readyz(make_mocked_request("GET", "/readyz")))
+    assert (answer.status, answer.text) == (503, "not listed yet: rlhfjobs, rayclusters, pods")
+    it.api.refuse_lists = None
+    it.later(ABSENT_SECONDS)
+    assert it.store.ready
+
+
+async def no_work(_: tuple[str, str]) -> None:
+    """There is none."""
 
 
 def test_one_answer_that_a_kind_is_not_there_throws_nothing_away() -> None:

@@ -55,12 +55,21 @@ def decide(job: Job, observed: Observed, now: datetime) -> Decision:
 
 def refused(decision: Decision, reason: str, message: str) -> Decision:
     """The API server did not take what was planned: told as Accepted=False, and tried again later."""
-    return _decision(decision.facts, decision.want, {**decision.verdicts, ConditionType.ACCEPTED: no(reason, message)})
+    verdicts = {**decision.verdicts, ConditionType.ACCEPTED: no(reason, message)}
+    return _decision(decision.facts, decision.want, verdicts, done=decision.want.cluster is not None)
 
 
 def troubled(decision: Decision, message: str) -> Decision:
     """This pass failed half-way: the status is written all the same, with the error in it."""
-    return _decision(decision.facts, decision.want, {**decision.verdicts, ConditionType.DEGRADED: _error(message)})
+    verdicts = {**decision.verdicts, ConditionType.DEGRADED: _error(message)}
+    return _decision(decision.facts, decision.want, verdicts, done=False)
+
+
+def held_up(decision: Decision, message: str) -> Decision:
+    """Something of an earlier job of this name has not gone yet."""
+    waits = no("WaitingForOldObjects", message) if decision.want.cluster is not None else None
+    verdicts = {**decision.verdicts, **({ConditionType.CLUSTER_READY: waits} if waits else {})}
+    return _decision(decision.facts, decision.want, verdicts, done=False)
 
 
 def broken(job: Job, message: str, now: datetime) -> RLHFJobStatus:
@@ -75,8 +84,10 @@ def _error(message: str) -> Verdict:
     return yes("ReconcileError", message)
 
 
-def _decision(facts: Facts, wanted: Want, verdicts: dict[ConditionType, Verdict]) -> Decision:
-    status = _status(facts, verdicts)
+def _decision(facts: Facts, wanted: Want, verdicts: dict[ConditionType, Verdict], *, done: bool = True) -> Decision:
+    """`done` False: an edit of the spec is still to be acted on, and so is not called observed."""
+    seen = facts.job.meta.generation if done else facts.job.status.observed_generation
+    status = _status(facts, verdicts, seen)
     return Decision(wanted, status, _notes(facts, status), _wake_at(facts, verdicts), verdicts, facts)
 
 
@@ -94,18 +105,18 @@ def _retry(f: Facts, accepted: Verdict) -> datetime | None:
     return f.now + RETRY.get(accepted.reason, RETRY_REFUSED)
 
 
-def _status(f: Facts, verdicts: dict[ConditionType, Verdict]) -> RLHFJobStatus:
+def _status(f: Facts, verdicts: dict[ConditionType, Verdict], generation: int) -> RLHFJobStatus:
     """Goodput moves with the clock: it is written along with news, and is none."""
-    status = _news(f, verdicts)
+    status = _news(f, verdicts, generation)
     as_it_was = status.model_copy(update={"goodput": f.job.status.goodput})
     return as_it_was if as_it_was == f.job.status.model_copy(update={"progress": None}) else status
 
 
-def _news(f: Facts, verdicts: dict[ConditionType, Verdict]) -> RLHFJobStatus:
+def _news(f: Facts, verdicts: dict[ConditionType, Verdict], generation: int) -> RLHFJobStatus:
     phase, why = phase_of(verdicts)
     cluster = f.cluster
     return RLHFJobStatus(
-        observed_generation=f.job.meta.generation,
+        observed_generation=generation,
         phase=phase,
         reason=verdicts[why].reason,
         message=verdicts[why].message[:HEAD_MAX],
@@ -181,4 +192,4 @@ def _cluster_note(f: Facts, was: RLHFJobStatus, status: RLHFJobStatus) -> Note |
     return Note(False, "NewCluster", f"RayCluster {name} takes the place of the one before")
 
 
-__all__ = ["Decision", "Note", "Want", "broken", "decide", "refused", "troubled"]
+__all__ = ["Decision", "Note", "Want", "broken", "decide", "held_up", "refused", "troubled"]

@@ -19,6 +19,7 @@ def accepted(f: Facts) -> Verdict:
 def hopeless(job: Job) -> bool:
     """Some problem lies in a field that the job, as it is, cannot change."""
     mutable, never = (tuple(f"spec.{name}" for name in names) for names in (MUTABLE, NEVER))
+    mutable = (*mutable, "metadata.labels")
     if job.suspend:
         return any(problem.startswith(never) for problem in job.problems)
     return any(not problem.startswith(mutable) for problem in job.problems)

@@ -47,7 +47,7 @@ class Plan:
 def plan(job: Job, want: Want, home: str) -> Plan:
     """`home` is the operator's namespace."""
     found = Plan(job.meta.namespace, delete=_deletions(job, want), finalizer=want.finalizer)
-    if job.parsed is None:
+    if job.parsed is None or job.problems:
         return found
     metadata = owned_metadata(job.parsed)
     policy = network_policy(job.parsed, metadata, home)
