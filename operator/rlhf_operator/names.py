@@ -1,7 +1,6 @@
 """Names, labels and paths that the operator gives to things; the worker, the chart and the tests rely on them."""
 
 from rlhf_api import GROUP
-from rlhf_api.parse import QUEUE_LABEL
 
 JOB_LABEL = f"{GROUP}/job"
 ROLE_LABEL = f"{GROUP}/role"

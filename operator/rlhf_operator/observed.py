@@ -9,11 +9,11 @@ from pydantic import ValidationError
 
 from rlhf_api.job import CheckpointSpec, ObjectMeta, PodsSpec, QueueSpec, RLHFJob, RLHFJobSpec, RunPolicySpec
 from rlhf_api.overrides import ephemeral
-from rlhf_api.parse import parse_lenient
+from rlhf_api.parse import QUEUE_LABEL, parse_lenient
 from rlhf_api.progress import DRIVER_FIELD_MANAGER
 from rlhf_api.status import RLHFJobStatus
 from rlhf_operator.clock import moment
-from rlhf_operator.names import DRIVER_CONTAINER, HEAD, QUEUE_LABEL, RAY_GROUP_LABEL, ROLE_LABEL
+from rlhf_operator.names import DRIVER_CONTAINER, HEAD, RAY_GROUP_LABEL, ROLE_LABEL
 from rlhf_operator.salvage import salvage
 
 Raw = dict[str, Any]

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,10 @@ async def test_a_job_is_served(tmp_path: Path) -> None:
 async def test_a_spec_that_nests_as_deep_as_the_api_server_takes_harms_nobody_else(tmp_path: Path) -> None:
     """By a watch and by a list. It is refused by its field."""
     deep = job("deep")
-    deep["spec"]["pods"] = {"trainer": {"affinity": reduce(lambda inner, _: {"a": inner}, range(9_990), {})}}
+    without_end: dict[str, Any] = {}
+    for _ in range(9_990):
+        without_end = {"a": without_end}
+    deep["spec"]["pods"] = {"trainer": {"affinity": without_end}}
     async with ApiServer(absent={"workloads", "localqueues"}).running() as server:
         async with operator(server, tmp_path) as it:
             await until(lambda: server.watches["rlhfjobs"])

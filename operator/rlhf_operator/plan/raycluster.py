@@ -5,8 +5,9 @@ as well.
 from typing import Any
 
 from rlhf_api.job import RLHFJob
+from rlhf_api.parse import QUEUE_LABEL
 from rlhf_api.placement import PodGroup, plan_placement
-from rlhf_operator.names import QUEUE_LABEL, cluster_name
+from rlhf_operator.names import cluster_name
 from rlhf_operator.plan.labels import passed_on
 from rlhf_operator.plan.pods import head_start_params, head_template, worker_start_params, worker_template
 
