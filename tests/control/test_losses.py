@@ -149,6 +149,27 @@ def test_the_cause_is_near_and_the_words_are_kept(incident: Change, counted: dic
     assert all(one in words(w) for one in said if one)
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_head_pod_that_was_replaced_is_no_cause_of_its_successors_errors(gone: bool) -> None:
+    """Whether it is still there, on a dead node, or has gone."""
+    w = running(runPolicy={"stallTimeoutSeconds": 300})
+    w.later(1000)
+    w.settle()
+    assert w.status["restarts"]["stalled"] == 1
+    former = w.head()
+    assert "deletionTimestamp" in former["metadata"]
+    w.kuberay()
+    w.later(5)
+    if gone:
+        w.api.remove(PODS, former["metadata"]["name"])
+    w.start_pods()
+    w.settle()
+    w.later(20)
+    w.driver_ends(1, "ValueError: advantages are not finite")
+    w.settle()
+    assert w.status["restarts"] | {"total": 0, "stalled": 0} == {**dict.fromkeys(w.status["restarts"], 0), "app": 1}
+
+
 def test_evictions_for_memory_use_up_the_backoff_limit() -> None:
     w = running(runPolicy={"backoffLimit": 1})
     for _ in range(2):

@@ -64,12 +64,15 @@ def of_pod(f: Facts, pod: Pod) -> Loss | None:
     return next((loss for loss in f.record.losses if lost and _key(loss) == _key(lost)), lost)
 
 
-def cause(f: Facts, run: Termination) -> Loss | None:
+def cause(f: Facts, run: Termination, head: Pod) -> Loss | None:
+    """Another head pod is none: it took its own driver along, and nobody else's."""
     if run.finished_at is None:
         return None
-    end = run.finished_at
+    end, others = run.finished_at, {p.uid for p in f.heads if p.uid != head.uid}
     near = [
-        loss for loss in known(f) if _began(loss) <= end + SLACK and _near(loss, end) and not _survived(f, loss, end)
+        loss
+        for loss in known(f)
+        if loss.uid not in others and _began(loss) <= end + SLACK and _near(loss, end) and not _survived(f, loss, end)
     ]
     return min(near, key=_began, default=None)
 

@@ -85,7 +85,11 @@ def _vanished_heads(f: Facts) -> Memory:
             memory = _add(
                 f.remembering(memory), _failure(f, FailureClass.HEAD_LOST, "PodGone", "the head pod is gone", None)
             )
-    return memory.noting(charged=[seen for seen in memory.record.charged if seen.uid in present])
+    gone = {seen.uid for seen in memory.record.charged} - present
+    return memory.noting(
+        charged=[seen for seen in memory.record.charged if seen.uid in present],
+        losses=[loss for loss in memory.record.losses if loss.uid not in gone],
+    )
 
 
 def _head(f: Facts, head: Pod) -> Memory:
@@ -162,7 +166,7 @@ def _of_run(f: Facts, head: Pod, run: Termination) -> Failure:
     """A run's end with its cause: what broke under it, else its own doing."""
     if run.reason == "OOMKilled":
         return _failure(f, FailureClass.OOM, run.reason, f"{how_it_ended(run)}, out of memory", head.name, run)
-    if lost := losses.cause(f, run):
+    if lost := losses.cause(f, run, head):
         return _of_loss(f, lost, head, run)
     return _failure(f, FailureClass.APP, run.reason or "Error", how_it_ended(run), head.name, run)
 
