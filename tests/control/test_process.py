@@ -12,9 +12,10 @@ import pytest
 from prometheus_client import REGISTRY
 
 from rlhf_api.status import RLHFJobStatus
-from rlhf_operator.client import Connection, KindMissing, path, refused
+from rlhf_operator import client
+from rlhf_operator.client import ApiError, Connection, KindMissing, KubernetesApi, path, refused
 from rlhf_operator.handlers import registry
-from rlhf_operator.kinds import PODS, RAYCLUSTERS, Kind
+from rlhf_operator.kinds import JOBS, PODS, RAYCLUSTERS, Kind
 from rlhf_operator.leader import _tried
 from rlhf_operator.metrics import StoreCollector, WatchAges, told
 from rlhf_operator.settings import Backoffs, kopf_settings, parse
@@ -154,3 +155,28 @@ def test_what_a_status_tells_for_the_first_time_is_counted() -> None:
     told(before, after)
     told(after, after)
     assert {name: (REGISTRY.get_sample_value(name, labels.get(name, {})) or 0.0) - was[name] for name in names} == names
+
+
+async def test_a_status_of_which_the_crd_lacks_fields_is_written_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names one at a time. After some minutes they are tried again: the CRD may have been upgraded."""
+    lacking, sent = {".status.goodput", ".status.failures[0].words"}, list[Any]()
+
+    async def call(*_: Any, body: dict[str, Any], **__: Any) -> Any:
+        sent.append(body["status"])
+        there = {".status.goodput": "goodput" in body["status"], ".status.failures[0].words": "words" in body["status"]["failures"][0]}
+        for field in sorted(lacking):
+            if there[field]:
+                raise ApiError(500, "", f"failed to create typed patch object: {field}: field not declared in schema")
+        return {"status": body["status"]}
+
+    monkeypatch.setattr(KubernetesApi, "_call", call)
+    api = KubernetesApi(Connection(), None)
+    body = {"metadata": {"name": "a"}, "status": {"phase": "Running", "goodput": "0.9", "failures": [{"words": "x", "step": 3}]}}
+    kept = {"phase": "Running", "failures": [{"step": 3}]}
+    assert (await api.apply(JOBS, "default", body, status=True))["status"] == kept
+    assert len(sent) == 3
+    assert (await api.apply(JOBS, "default", body, status=True))["status"] == kept
+    assert len(sent) == 4, "it is remembered"
+    lacking.clear()
+    monkeypatch.setattr(client, "UNDECLARED_SECONDS", 0.0)
+    assert (await api.apply(JOBS, "default", body, status=True))["status"] == body["status"]

@@ -1,9 +1,11 @@
 """Every wait has an end, and no clock ends what is well: provisioning, stuck deletions, stalls. Driven by worlds."""
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
+from rlhf_operator.client import ApiError
 from rlhf_operator.clock import stamp
 from rlhf_operator.kinds import PODS, RAYCLUSTERS
 from rlhf_operator.names import JOB_LABEL, ROLE_LABEL
@@ -163,6 +165,26 @@ def test_pods_that_the_garbage_collector_forgot_are_deleted() -> None:
     w.later(1)
     w.settle()
     assert all("deletionTimestamp" in p["metadata"] for p in w.pods())
+
+
+def test_a_refused_job_waits_for_an_edit_and_costs_no_call() -> None:
+    """What an admin may end without an edit is looked at again, at a slow pace."""
+    w = World(pods={"head": {"nodeName": "here"}})
+    w.settle()
+    assert (w.condition("Accepted"), w.wake) == (("False", "InvalidSpec"), None)
+    calls = len(w.api.calls)
+    w.later(3600)
+    w.settle()
+    assert len(w.api.calls) == calls
+    w.edit(pods={})
+    w.api.refuse["RayCluster"] = ApiError(403, "Forbidden", "exceeded quota: count/rayclusters.ray.io")
+    w.settle()
+    assert w.condition("Accepted") == ("False", "Refused")
+    assert w.wake is not None and timedelta(seconds=30) <= w.wake - w.api.now <= timedelta(seconds=120)
+    del w.api.refuse["RayCluster"]
+    w.api.now = w.wake
+    w.settle()
+    assert w.clusters() == ["sample-1"]
 
 
 def test_every_wait_wakes_the_operator_by_itself() -> None:
