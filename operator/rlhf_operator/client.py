@@ -204,8 +204,7 @@ class KubernetesApi:
             raise ApiError(0, "Unreachable", f"{type(error).__name__}: {error}") from error
         if status >= 400:
             raise refused(kind, status, answer, headers.get("Retry-After"))
-        read: Raw = json.loads(answer)
-        return read
+        return read_object(answer)
 
     async def _request(self, verb: str, url: str, body: Raw | None, content: str) -> tuple[int, Any, bytes]:
         """Once more after a 401: tokens of exec plugins and files expire."""
@@ -222,6 +221,17 @@ class KubernetesApi:
         return await self.client.rest_client.request(
             verb, url, headers=headers, body=body, _request_timeout=TIMEOUT_SECONDS
         )
+
+
+def read_object(answer: bytes) -> Raw:
+    """Of a proxy in between, an answer may be anything."""
+    try:
+        read = json.loads(answer)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(0, "Unreadable", f"the answer is no JSON: {type(error).__name__}: {error}") from error
+    if not isinstance(read, dict):
+        raise ApiError(0, "Unreadable", f"the answer is no object: {answer[:64]!r}")
+    return read
 
 
 def field_path(told: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from prometheus_client import REGISTRY
 
 from rlhf_api.status import RLHFJobStatus
 from rlhf_operator import client
-from rlhf_operator.client import ApiError, Connection, KindMissing, KubernetesApi, path, refused
+from rlhf_operator.client import ApiError, Connection, KindMissing, KubernetesApi, path, read_object, refused
 from rlhf_operator.handlers import registry
 from rlhf_operator.kinds import JOBS, PODS, RAYCLUSTERS, Kind
 from rlhf_operator.leader import _tried
@@ -106,6 +106,12 @@ def test_a_missing_kind_is_told_from_a_missing_object() -> None:
 def test_an_answer_that_is_no_status_keeps_its_words() -> None:
     error = refused(RAYCLUSTERS, 502, b"<html>proxy</html>")
     assert (error.status, error.message) == (502, "<html>proxy</html>")
+
+
+@pytest.mark.parametrize("answer", [b"<html>", b'{"items": [', b"[" * 50_000, b"null", b"\xff"])
+def test_an_answer_that_cannot_be_read_is_a_failed_try(answer: bytes) -> None:
+    with pytest.raises(ApiError, match="Unreadable"):
+        read_object(answer)
 
 
 def test_paths() -> None:

@@ -14,9 +14,11 @@ import pytest
 from rlhf_operator import handlers, leader, refresh, settings
 from rlhf_operator.__main__ import Operator
 from rlhf_operator.client import ApiError, Connection, KubernetesApi
+from rlhf_operator.clock import stamp
 from rlhf_operator.kinds import CONFIG_MAPS, CRDS, EVENTS, JOBS, LEASES, PODS, RAYCLUSTERS
 from rlhf_operator.leader import Leadership
 from rlhf_operator.names import JOB_LABEL
+from rlhf_operator.reconcile import utc_now
 from rlhf_operator.settings import Settings
 from tests.api.specs import a_job
 from tests.control.api_server import ApiServer
@@ -94,6 +96,24 @@ async def test_a_job_is_served(tmp_path: Path) -> None:
             PODS, {"metadata": {"name": "head", "labels": {JOB_LABEL: "sample"}}, "status": {"phase": "Pending"}}
         )
         await until(lambda: it.store.sizes()["pods"] == 1)
+
+
+async def test_a_finished_job_goes_at_its_time_though_the_operator_was_replaced(tmp_path: Path) -> None:
+    """The resync passes it over: its clock starts with the process."""
+    done = job()
+    done["spec"]["runPolicy"] = {"ttlSecondsAfterFinished": 2}
+    true = {"status": "True", "reason": "X", "message": "x", "lastTransitionTime": stamp(utc_now())}
+    done["status"] = {
+        "phase": "Succeeded",
+        "conditions": [{"type": kind, **true} for kind in ("Complete", "ResourcesReleased")],
+        "record": {"clusters": 1, "result": "Complete", "resultReason": "JobSucceeded", "finishedAt": stamp(utc_now())},
+    }
+    async with ApiServer(absent={"workloads", "localqueues"}).running() as server:
+        server.put(JOBS, done)
+        async with operator(server, tmp_path) as it:
+            await until(lambda: it.store.ready)
+            assert server.of(JOBS) and it.store.job_keys(at_rest=False) == []
+            await until(lambda: not server.of(JOBS))
 
 
 async def test_a_spec_that_nests_as_deep_as_the_api_server_takes_harms_nobody_else(tmp_path: Path) -> None:
