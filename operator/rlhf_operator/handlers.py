@@ -13,7 +13,7 @@ from rlhf_operator import metrics
 from rlhf_operator.client import Connection
 from rlhf_operator.kinds import Kind
 from rlhf_operator.settings import STACK_BYTES, kopf_settings
-from rlhf_operator.store import WATCHED, Store
+from rlhf_operator.store import WATCHED, Store, version_of
 
 log = logging.getLogger(__name__)
 RESTART_SECONDS = 5.0
@@ -41,7 +41,7 @@ def _seen(kind: Kind, store: Store, suspect: Suspect, ages: metrics.WatchAges) -
         raw, uid = event["object"], event["object"]["metadata"].get("uid", "")
         ages.told(kind.plural)
         if event["type"] == "DELETED":
-            store.drop(kind, uid)
+            store.drop(kind, uid, version_of(raw["metadata"]))
             return
         if event["type"] is None and store.holds(kind, uid):
             suspect(kind)

@@ -88,7 +88,7 @@ class Store:
             WORKLOADS: self.workloads,
             LOCAL_QUEUES: self.queues,
         }
-        self._gone: OrderedDict[str, None] = OrderedDict()
+        self._gone: OrderedDict[str, float] = OrderedDict()
         self._known: dict[Kind, bool] = {}
 
     # what fills it
@@ -106,12 +106,16 @@ class Store:
                 name = raw.get("metadata", {}).get("name")
                 log.exception("%s %s cannot be read: what was known of it stays", kind.kind, name)
 
-    def drop(self, kind: Kind, uid: str) -> None:
-        """It is gone for good, whatever is told of it later."""
+    def drop(self, kind: Kind, uid: str, version: float = float("inf")) -> None:
+        """It is gone, whatever is told later of what it was up to that version. One that only left our sight, with its
+        label, comes back with a newer one."""
         if kind is EVENTS:
             return
         with self._lock:
-            self._gone[uid] = None
+            held = self._shelves[kind].by_uid.get(uid) if kind in self._shelves else None
+            if held is not None and held.version > version:
+                return
+            self._gone[uid] = max(version, self._gone.get(uid, 0.0))
             if len(self._gone) > GONE_MAX:
                 self._gone.popitem(last=False)
             if kind in self._shelves and (held := self._shelves[kind].drop(uid)) is not None:
@@ -127,7 +131,7 @@ class Store:
                 if held.version <= version and held.uid not in uids
             ]
             for uid in lost:
-                self.drop(kind, uid)
+                self.drop(kind, uid, version)
 
     def missing(self, kind: Kind) -> None:
         """The API server does not know the kind."""
@@ -207,18 +211,18 @@ class Store:
 
     def _put(self, kind: Kind, raw: Raw, own: bool) -> None:
         meta, shelf = raw["metadata"], self._shelves[kind]
-        name, version = (meta.get("namespace", ""), meta["name"]), _version(meta)
-        if meta["uid"] in self._gone or shelf.newer(meta["uid"], name, version):
+        name, version = (meta.get("namespace", ""), meta["name"]), version_of(meta)
+        if version <= self._gone.get(meta["uid"], -1.0) or shelf.newer(meta["uid"], name, version):
             return
         group = _group(kind, raw)
         if group is None:
-            self.drop(kind, meta["uid"])
+            self.drop(kind, meta["uid"], version)
             return
         self._exists(kind, True, listed=False)
         before = shelf.by_uid.get(meta["uid"])
         held = Held(meta["uid"], version, name, group, owner_uid(raw), self._read(kind, raw))
         if (replaced := shelf.put(held)) is not None:
-            self._gone[replaced.uid] = None
+            self._gone[replaced.uid] = float("inf")
             self._left(kind, replaced)
         self.complaints.adopt(held.uid)
         if not (own and kind is JOBS) and (before is None or _news(before.facts, held.facts)):
@@ -281,7 +285,7 @@ class Store:
         return tuple(complaint for uid in uids if (complaint := self.complaints.of(uid)) is not None)
 
 
-def _version(meta: Raw) -> int:
+def version_of(meta: Raw) -> int:
     """Of one kind they compare as integers (Kubernetes 1.35 and later promise it, etcd always did)."""
     version = str(meta.get("resourceVersion", ""))
     return int(version) if version.isdecimal() else 0

@@ -12,7 +12,7 @@ from rlhf_operator.clock import stamp
 from rlhf_operator.kinds import NAMESPACED, PODS, Kind
 from rlhf_operator.observed import owner_uid
 from rlhf_operator.shelf import Key
-from rlhf_operator.store import LISTED, SELECTORS, Store
+from rlhf_operator.store import LISTED, SELECTORS, Store, version_of
 
 Raw = dict[str, Any]
 Id = tuple[str, str, str]
@@ -92,7 +92,7 @@ class MemoryApi:
     def tell(self, event: WatchEvent) -> None:
         labels = event.raw["metadata"].get("labels") or {}
         if event.type == "DELETED":
-            self._store.drop(event.kind, event.raw["metadata"]["uid"])
+            self._store.drop(event.kind, event.raw["metadata"]["uid"], version_of(event.raw["metadata"]))
         elif SELECTORS.get(event.kind, "") in ("", *labels):
             self._store.put(event.kind, _copy(event.raw))
 

@@ -148,6 +148,23 @@ def test_a_pod_that_lost_its_label_is_nobodys() -> None:
     assert store.sizes()["pods"] == 0
 
 
+def test_what_comes_back_into_sight_is_seen_again() -> None:
+    """A watch by a label tells of its loss as of a deletion."""
+    store = Told()
+    store.put(PODS, pod(5))
+    store.drop(PODS, "p", 6)
+    store.put(PODS, pod(5))
+    assert store.sizes()["pods"] == 0, "that was before"
+    store.put(PODS, pod(7))
+    assert store.sizes()["pods"] == 1
+    store.drop(PODS, "p", 6)
+    assert store.sizes()["pods"] == 1, "that was before, too"
+    store.drop(PODS, "p", 8)
+    store.drop(PODS, "p", 6)
+    store.put(PODS, pod(8))
+    assert store.sizes()["pods"] == 0
+
+
 def test_an_object_that_nobody_can_read_stops_nothing() -> None:
     store = Told()
     store.put(PODS, pod(5, "Running"))
