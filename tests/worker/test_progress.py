@@ -219,6 +219,17 @@ def test_an_api_server_that_does_not_serve_the_kind_yet_says_nothing_of_the_job(
     stop.check()
 
 
+def test_an_answer_that_is_no_job_costs_a_report_and_not_the_reporter(
+    server: Server, reporter: StatusReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([[7], "a proxy's page", {"status": {"conditions": [7]}}])
+    monkeypatch.setattr(reporter._own, "apply", lambda body, apply=reporter._own.apply: next(answers, 0) or apply(body))
+    reporter.update(detail="training")
+    until(lambda: bool(server.applied), 10)
+    assert server.told["detail"] == "training"
+    reporter.close()
+
+
 def test_a_hung_step_is_not_active_and_what_has_a_deadline_of_its_own_is(
     server: Server, reporter: StatusReporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

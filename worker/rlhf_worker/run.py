@@ -93,6 +93,8 @@ def _drive(config: RunConfig, reporter: Reporter, stop: Stop, pod: InCluster | N
     with stop.abandonable(), reporter.bounded():
         export = _export(config, crew, reporter)
     reporter.update(state="Done", detail="finished")
+    if pod:
+        pod.log.close()  # while the feed still takes it
     close(crew)
     return Result(loop.step, export, seats)
 
