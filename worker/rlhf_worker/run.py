@@ -24,17 +24,18 @@ from yaml import YAMLError
 
 from rlhf_api.progress import EXIT_BAD_DATA, EXIT_BAD_SPEC, EXIT_OK
 from rlhf_api.run import RunConfig
-from rlhf_worker import attempt
 from rlhf_worker.advice import advice
 from rlhf_worker.calls import call, call_all, root_cause
 from rlhf_worker.crew import Crew, close, start
 from rlhf_worker.engines.arguments import check_engine_args
 from rlhf_worker.errors import BadData, BadSpec
-from rlhf_worker.job import POD_UID, OwnJob, in_cluster_client
-from rlhf_worker.kept_log import KeptLog
-from rlhf_worker.notices import Notices, listening
 from rlhf_worker.placement import Patience, Stage, reserve
-from rlhf_worker.progress import Reporter, StatusReporter, drained
+from rlhf_worker.pod import attempt
+from rlhf_worker.pod.job import POD_UID, OwnJob, in_cluster_client
+from rlhf_worker.pod.kept_log import KeptLog
+from rlhf_worker.pod.notices import Notices, listening
+from rlhf_worker.pod.reports import StatusReporter
+from rlhf_worker.progress import Reporter, drained
 from rlhf_worker.stop import EXIT_TERMINATED, Ended, Stop, Terminated
 from rlhf_worker.words import first_lines, last_lines, printable
 
