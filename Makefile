@@ -2,7 +2,7 @@
 SHELL := bash
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup lock fmt lint types contracts generate verify test test-fast test-cluster cluster-up cluster-down demo bench clean
+.PHONY: help setup lock fmt lint types contracts generate verify test test-fast test-cluster cluster-up cluster-down demo bench soak clean
 
 help: ## print this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -49,8 +49,11 @@ cluster-down: ## and away with it
 demo: setup ## from nothing to Succeeded: SmolLM2 learns arithmetic, watched live
 	$(PY) -m hack.demo
 
-bench: setup ## the figures of docs/benchmarks.md
+bench: setup ## what the operator costs; hack.bench.scale, .heartbeats, .handover and others: docs/benchmarks.md
 	$(PY) -m hack.bench
+
+soak: setup ## faults at random over tiny jobs on the running cluster (ARGS="--faults 200 --seed 1")
+	$(PY) -m hack.soak $(ARGS)
 
 clean: cluster-down ## remove the environment too
 	rm -rf .venv .venv-uv

@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 
 from rlhf_api.run import RunConfig
-from rlhf_worker import job, run
-from rlhf_worker.kept_log import kept_log
+from rlhf_worker import run
 from rlhf_worker.local import local_ray
-from rlhf_worker.notices import Notices
+from rlhf_worker.pod import job
+from rlhf_worker.pod.kept_log import kept_log
+from rlhf_worker.pod.notices import Notices
 
 
 def main(path: Path, api: str, account: Path, port: int) -> int:

@@ -7,9 +7,9 @@ import httpx
 import pytest
 
 from rlhf_api.run import JobRef
-from rlhf_worker import attempt
 from rlhf_worker.errors import NotNumbered
-from rlhf_worker.job import OwnJob
+from rlhf_worker.pod import attempt
+from rlhf_worker.pod.job import OwnJob
 from rlhf_worker.stop import Ended, Stop, Terminated
 
 REF = JobRef(name="tiny", namespace="default", uid="u-1")

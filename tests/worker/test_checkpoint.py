@@ -98,7 +98,8 @@ def test_two_n_steps_equal_n_and_a_resume_and_n_bit_for_bit(root: str) -> None:
         train(held, 3)
     assert its.finished(wait=True) == [checkpoint.Outcome(step=3, path=f"{root}/{named(3)}", error=None)]
     resumed = {"policy": made(1), "critic": made(2)}
-    assert saver(root, expected=("policy", "critic")).restore(MODEL, resumed) == Restored(state(3), [])
+    restored = saver(root, expected=("policy", "critic")).restore(MODEL, resumed)
+    assert restored == Restored(state(3), [], f"{root}/{named(3)}")
     for held in resumed.values():
         train(held, 3)
     assert all(same(weights(roles[name]), weights(resumed[name])) for name in roles)

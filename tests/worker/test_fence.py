@@ -277,13 +277,15 @@ def standing_still(root: str, keep: int, attempts: list[int], saves: int = 3) ->
         for driver in drivers:
             driver.start()
             driver.stands.acquire()
-        yield drivers, log
-        for driver in drivers:
-            while not driver.over:
-                driver.go()
-            driver.join()
-            driver.saver.thread.shutdown()
-            assert driver.failed is None, driver.failed
+        try:
+            yield drivers, log
+        finally:  # whatever hypothesis draws or gives up: a thread that stands still keeps the process from ending
+            for driver in drivers:
+                while not driver.over:
+                    driver.go()
+                driver.join()
+                driver.saver.thread.shutdown()
+        assert [driver.failed for driver in drivers] == [None] * len(drivers)
     Driver(root, keep, max(attempts) + 1, "the last", log)._live()
     _check(log)
 
@@ -306,6 +308,18 @@ def test_what_an_earlier_driver_publishes_late_never_counts(root: str, dies: boo
         assert any(name.startswith("step-2.attempt-1") for name in whole(Store(root)))  # too late to be kept from it
         assert [(event.what, event.number, event.step) for event in log] == [("restored", 1, 0), ("saved", 1, 1), ("restored", 2, 1)]
     assert [(event.by, event.step) for event in log if event.what == "restored"][-1] == ((1, 1) if dies else (2, 4))
+
+
+@pytest.mark.usefixtures("group")
+def test_who_finds_its_own_removed_by_a_later_driver_is_fenced(tmp_path: Path) -> None:
+    """And is not told of a disk that has room."""
+    with standing_still(str(tmp_path), 1, [1, 2]) as ((early, late), log):
+        early.until("rename")
+        while not late.over:
+            late.go()
+        while not early.over:
+            early.go()
+    assert [(event.number, event.step) for event in log if event.what == "saved"][:3] == [(2, 1), (2, 2), (2, 3)]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

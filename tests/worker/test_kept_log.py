@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import ray
 
-from rlhf_worker import kept_log as module
-from rlhf_worker.kept_log import kept_log
+from rlhf_worker.pod import kept_log as module
+from rlhf_worker.pod.kept_log import kept_log
 from tests.worker.waiting import kill, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]

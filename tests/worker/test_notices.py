@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from rlhf_worker import notices as module
 from rlhf_worker.errors import PortTaken
-from rlhf_worker.notices import Notices, listening
+from rlhf_worker.pod import notices as module
+from rlhf_worker.pod.notices import Notices, listening
 from tests.worker.waiting import until
 
 

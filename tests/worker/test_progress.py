@@ -8,9 +8,11 @@ from typing import Any
 import httpx
 import pytest
 
-from rlhf_worker import job, progress
-from rlhf_worker.job import OwnJob
-from rlhf_worker.progress import StatusReporter, in_words
+from rlhf_worker import progress
+from rlhf_worker.pod import job, reports
+from rlhf_worker.pod.job import OwnJob
+from rlhf_worker.pod.reports import StatusReporter
+from rlhf_worker.progress import in_words
 from rlhf_worker.stop import Ended, Stop
 from rlhf_worker.weights.sync import Proof, Synced
 from tests.worker.configs import run_config
@@ -71,7 +73,7 @@ def make(server: Server, stop: Stop, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """A reporter that saw the job so when it started."""
     (tmp_path / "token").write_text("secret\n")
     monkeypatch.setattr(job, "ACCOUNT", tmp_path)
-    monkeypatch.setattr(progress, "LEAST_SECONDS", 0.01)
+    monkeypatch.setattr(reports, "LEAST_SECONDS", 0.01)
     client = httpx.Client(base_url="https://api", transport=httpx.MockTransport(server))
     config = run_config(steps=10)
     return lambda **seen: StatusReporter(config, OwnJob(config.job, client), seen, stop, "pod-1")
@@ -195,8 +197,8 @@ def test_a_job_that_has_ended_ends_the_driver_whatever_it_does(
 ) -> None:
     """And a driver that does not end by itself, hard."""
     ends: list[str] = []
-    monkeypatch.setattr(progress, "END_SECONDS", 0.01)
-    monkeypatch.setattr(progress, "_end_hard", ends.append)
+    monkeypatch.setattr(reports, "END_SECONDS", 0.01)
+    monkeypatch.setattr(reports, "_end_hard", ends.append)
     reporter = make()
     stop.interrupt()
     server.job = found
@@ -219,12 +221,23 @@ def test_an_api_server_that_does_not_serve_the_kind_yet_says_nothing_of_the_job(
     stop.check()
 
 
+def test_an_answer_that_is_no_job_costs_a_report_and_not_the_reporter(
+    server: Server, reporter: StatusReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([[7], "a proxy's page", {"status": {"conditions": [7]}}])
+    monkeypatch.setattr(reporter._own, "apply", lambda body, apply=reporter._own.apply: next(answers, 0) or apply(body))
+    reporter.update(detail="training")
+    until(lambda: bool(server.applied), 10)
+    assert server.told["detail"] == "training"
+    reporter.close()
+
+
 def test_a_hung_step_is_not_active_and_what_has_a_deadline_of_its_own_is(
     server: Server, reporter: StatusReporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(f"t{n}" for n in range(10_000))
     monkeypatch.setattr(progress, "now", lambda: next(clock))
-    monkeypatch.setattr(progress, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(reports, "HEARTBEAT_SECONDS", 0.01)
     until_told(server, 3, reporter)
     assert len({one["status"]["progress"]["activityTime"] for one in server.applied}) == 1
     with reporter.bounded():

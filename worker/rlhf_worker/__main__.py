@@ -42,7 +42,7 @@ def _dispatch(given: argparse.Namespace) -> int:
     from rlhf_worker.run import guarded, run
 
     if given.command == "run":
-        from rlhf_worker.kept_log import kept_log
+        from rlhf_worker.pod.kept_log import kept_log
 
         with kept_log() as log:
             return guarded(lambda: run(given.config, log))

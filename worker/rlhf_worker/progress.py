@@ -1,30 +1,19 @@
-"""What the driver tells of the run: to `status.progress` of its own RLHFJob, or to the terminal.
+"""What the driver tells of the run: on the terminal, and in a pod (`pod/reports.py`) in `status.progress` of its RLHFJob."""
 
-Reports are sent by a thread of their own: an API server that is away costs a report and never a step.
-"""
-
-import os
-import sys
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
-import httpx
 from annotated_types import MaxLen
 
-from rlhf_api.progress import EXIT_OK, HEARTBEAT_SECONDS, Progress, Saved, Sync
+from rlhf_api.progress import Progress, Saved, Sync
 from rlhf_api.run import RunConfig
-from rlhf_worker.job import OwnJob, Raw, drains, ended, last_progress, pods_ready
 from rlhf_worker.stop import Stop
 from rlhf_worker.weights.sync import Synced
 from rlhf_worker.words import printable
 
-LEAST_SECONDS = 1.0  # between two reports, however short the steps are
-LAST_REPORT_SECONDS = 15.0
-END_SECONDS = 30.0  # from the end of the job to that of a driver that hangs
 # What a restart changes nothing of. The rest of a report is about the driver that made it.
 STAYS = (
     "step", "step_time", "reward", "kl", "mismatch", "tokens_per_second", "eta_seconds", "eta", "checkpoint",
@@ -146,79 +135,6 @@ def drained(reporter: Reporter, stop: Stop, how: str) -> None:
         while reporter.drain:
             stop.check()
             stop.wait(1.0)
-
-
-class StatusReporter(Reporter):
-    """Server-side apply of the progress: at each step end, every HEARTBEAT_SECONDS, at most once in LEAST_SECONDS.
-
-    The answer to each report says whether the job still wants this driver. One that does not end by itself is ended.
-    """
-
-    def __init__(self, config: RunConfig, own: OwnJob, seen: Raw, stop: Stop, pod_uid: str) -> None:
-        """seen: the job as it was when the driver started."""
-        super().__init__(config, last_progress(seen))
-        self.progress = self.progress.model_copy(update={"pod_uid": pod_uid or None})
-        self._own, self._stop, self._over = own, stop, False
-        self._look_at(seen)
-        self._news, self._closing = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._work, name="progress", daemon=True)
-        self._thread.start()
-
-    def update(self, synced: Synced | None = None, **fields: Any) -> None:
-        super().update(synced, **fields)
-        self._news.set()
-
-    def close(self) -> None:
-        """Deliver the last report, or give up after LAST_REPORT_SECONDS."""
-        self._closing.set()
-        self._news.set()
-        self._thread.join(LAST_REPORT_SECONDS)
-
-    def _work(self) -> None:
-        failures = 0
-        while True:
-            self._news.wait(HEARTBEAT_SECONDS)
-            closing = self._closing.is_set()
-            self._news.clear()
-            failures = 0 if self._send() else failures + 1
-            if closing and (not failures or failures > 2):
-                return
-            if failures:
-                self._news.set()
-            self._closing.wait(LEAST_SECONDS * min(10, 2**failures)) if not closing else time.sleep(LEAST_SECONDS)
-
-    def _send(self) -> bool:
-        if self._bounded:
-            self.active()
-        body = {"progress": {**self.progress.to_dict(), "reportTime": now()}}
-        try:
-            self._look_at(self._own.apply(body))
-        except (httpx.HTTPError, OSError, ValueError) as error:
-            print(f"progress could not be reported: {error}", file=sys.stderr, flush=True)
-            return False
-        return True
-
-    def _look_at(self, answer: Raw | None) -> None:
-        if (why := ended(answer, self._own.job)) or answer is None:
-            self._end(str(why))
-            return
-        self.drain, self.pods_ready = drains(answer), pods_ready(answer)
-
-    def _end(self, why: str) -> None:
-        """Nothing that this process still makes is wanted: a main thread that hangs is not waited for."""
-        if self._over:
-            return
-        self._over, self.drain = True, False
-        self._stop.end(why)
-        ender = threading.Timer(END_SECONDS, _end_hard, [why])
-        ender.daemon = True
-        ender.start()
-
-
-def _end_hard(why: str) -> None:
-    words = f"what the driver did at that time did not end in {END_SECONDS:g} s"
-    print(f"ended: {why}; {words}", file=sys.stderr, flush=True)
-    os._exit(EXIT_OK)
 
 
 def line(progress: Progress, values: Mapping[str, float]) -> str:

@@ -24,17 +24,18 @@ from yaml import YAMLError
 
 from rlhf_api.progress import EXIT_BAD_DATA, EXIT_BAD_SPEC, EXIT_OK
 from rlhf_api.run import RunConfig
-from rlhf_worker import attempt
 from rlhf_worker.advice import advice
 from rlhf_worker.calls import call, call_all, root_cause
 from rlhf_worker.crew import Crew, close, start
 from rlhf_worker.engines.arguments import check_engine_args
 from rlhf_worker.errors import BadData, BadSpec
-from rlhf_worker.job import POD_UID, OwnJob, in_cluster_client
-from rlhf_worker.kept_log import KeptLog
-from rlhf_worker.notices import Notices, listening
 from rlhf_worker.placement import Patience, Stage, reserve
-from rlhf_worker.progress import Reporter, StatusReporter, drained
+from rlhf_worker.pod import attempt, head
+from rlhf_worker.pod.job import POD_UID, OwnJob, in_cluster_client
+from rlhf_worker.pod.kept_log import KeptLog
+from rlhf_worker.pod.notices import Notices, listening
+from rlhf_worker.pod.reports import StatusReporter
+from rlhf_worker.progress import Reporter, drained
 from rlhf_worker.stop import EXIT_TERMINATED, Ended, Stop, Terminated
 from rlhf_worker.words import first_lines, last_lines, printable
 
@@ -93,6 +94,8 @@ def _drive(config: RunConfig, reporter: Reporter, stop: Stop, pod: InCluster | N
     with stop.abandonable(), reporter.bounded():
         export = _export(config, crew, reporter)
     reporter.update(state="Done", detail="finished")
+    if pod:
+        pod.log.close()  # while the feed still takes it
     close(crew)
     return Result(loop.step, export, seats)
 
@@ -187,13 +190,21 @@ def _connect(config: RunConfig, reporter: Reporter, stop: Stop) -> None:
     patience = Patience(RAY_DEADLINE_SECONDS, lambda: reporter.pods_ready)
     while True:
         try:
-            ray.init(address="auto", namespace=config.job.name, log_to_driver=True)
+            context = ray.init(address="auto", namespace=config.job.name, log_to_driver=True)
+            head.watch(Path(context.address_info["session_dir"]), _head_lost)
             return
         except ConnectionError:
             if patience.over:
                 raise
         stop.check()
         stop.wait(0.5)
+
+
+def _head_lost(why: str) -> None:
+    """At once: every actor went with the head, so nothing can be saved, and the main thread may wait for what never comes."""
+    print(why, file=sys.stderr, flush=True)
+    _tell_kubelet(why)
+    os._exit(EXIT_FAILED)
 
 
 class Heard:

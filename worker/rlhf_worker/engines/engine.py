@@ -19,6 +19,7 @@ from rlhf_api.run import RunConfig
 from rlhf_worker.engines.adapters import Adapters, adapter_args, version_of
 from rlhf_worker.engines.arguments import check_attention, check_context, check_engine_args, check_known, needed_context, refused
 from rlhf_worker.engines.pulse import Pulse, stopped
+from rlhf_worker.engines.watcher import watched
 from rlhf_worker.errors import DeadlineExceeded, EngineFailed
 from rlhf_worker.placement import Seat
 from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, require_path
@@ -72,6 +73,7 @@ class Engine:
 
     async def start(self, backend: str) -> str:
         """Load the model into vLLM. Returns vLLM's version. Raises BadSpec."""
+        self._watcher = watched()
         await self.prepare(backend)
         import vllm
         from vllm.usage.usage_lib import UsageContext

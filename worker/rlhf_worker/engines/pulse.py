@@ -1,7 +1,7 @@
 """Whether vLLM's core still works. It is a process of its own: the engine's actor answers also when that one hangs.
 
 A core answers between its steps, so one that is busy is late and one that hangs is silent. A process that was
-stopped is known at once.
+stopped is known at once; that of the actor itself is `watcher`'s.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
-STOPPED = "T"  # of /proc/<pid>/stat: by a signal, not by a tracer
+from rlhf_worker.engines.watcher import STOPPED, state
 
 
 class Pulse:
@@ -49,7 +49,7 @@ class Pulse:
 
 def stopped(pid: int) -> list[int]:
     """Of the processes under this one, those that a signal stopped."""
-    return [child for child in _below(pid) if _state(child) == STOPPED]
+    return [child for child in _below(pid) if state(child) == STOPPED]
 
 
 def _below(pid: int) -> Iterator[int]:
@@ -61,10 +61,6 @@ def _below(pid: int) -> Iterator[int]:
         for child in map(int, _text(thread / "children").split()):
             yield child
             yield from _below(child)
-
-
-def _state(pid: int) -> str:
-    return _text(Path(f"/proc/{pid}/stat")).rpartition(") ")[2][:1]
 
 
 def _text(file: Path) -> str:

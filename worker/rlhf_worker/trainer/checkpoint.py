@@ -156,14 +156,26 @@ class Saver:
                 self._finish(state, work, target, list(staged), rngs, files)
         except (Exception, CheckpointException) as caught:  # which is no Exception
             error = _cause(caught)
-            if isinstance(caught, Fenced):
-                self.refused = caught
+            if self._leader:
+                self.refused = self._why_fenced(caught)
             if dist.get_rank(self.group) == 0:
                 error = error if self.refused else f"{error}; {self._room()}"
                 self._give_up(work, list(staged), error)
         if self._leader and error is None:
             self._tidy(target, state.step)
         self.outcomes.append(Outcome(step=state.step, path=self.store.url(target), error=error))
+
+    def _why_fenced(self, caught: BaseException) -> Fenced | None:
+        """A later driver removes what this one had staged, so any failure may be its doing."""
+        if isinstance(caught, Fenced):
+            return caught
+        try:
+            self.fenced.check()
+        except Fenced as refused:
+            return refused
+        except (OSError, BadData):  # of storage that fails anyway
+            pass
+        return None
 
     def _write(self, work: str, staged: dict[str, Any]) -> dict[str, Files]:
         """Collective. Of each role, the files of all ranks. Raises CheckpointException on every rank when one fails."""

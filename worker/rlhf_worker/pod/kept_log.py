@@ -46,7 +46,7 @@ class KeptLog:
         self._thread.start()
 
     def close(self) -> None:
-        """Send what is left, or give up after LAST_SECONDS."""
+        """Send what is left, or give up after LAST_SECONDS. What is printed from now on is not kept."""
         self._closing.set()
         if self._thread is not None:
             self._thread.join(LAST_SECONDS)
@@ -95,6 +95,10 @@ class Tee(io.TextIOBase):
 
     def flush(self) -> None:
         self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        """What a text stream need not have, such as `buffer`: what goes through there is not kept."""
+        return getattr(self._stream, name)
 
     def fileno(self) -> int:
         return self._stream.fileno()

@@ -8,7 +8,7 @@ from typing import TypeVar
 import httpx
 
 from rlhf_worker.errors import NotNumbered
-from rlhf_worker.job import POD_UID, OwnJob, Raw, attempt_of, ended
+from rlhf_worker.pod.job import POD_UID, OwnJob, Raw, attempt_of, ended
 from rlhf_worker.stop import Ended, Stop
 
 ANSWER_SECONDS = 600.0  # an operator that is replaced, or waits to lead, is back long before
