@@ -1,5 +1,6 @@
 """A driver knows when the head that it was connected to is another one."""
 
+import queue
 import threading
 from pathlib import Path
 
@@ -27,13 +28,14 @@ def test_a_head_that_stays_or_is_just_starting_is_no_news(tmp_path: Path) -> Non
 
 def test_another_head_is_told_once_with_both_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "LOOK_SECONDS", 0.01)
-    told: list[str] = []
-    heard = threading.Event()
-    head.watch(begin(tmp_path, "session_1"), lambda why: (told.append(why), heard.set()))
+    told: queue.Queue[str] = queue.Queue()
+    head.watch(begin(tmp_path, "session_1"), told.put)
     begin(tmp_path, "session_2")
-    assert heard.wait(10)
-    assert len(told) == 1
-    assert "session_2 took the place of session_1" in told[0]
+    assert "session_2 took the place of session_1" in told.get(timeout=10)
+    for thread in threading.enumerate():
+        if thread.name == "head":
+            thread.join(10)
+    assert told.empty()
 
 
 def test_a_watch_that_was_ended_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
