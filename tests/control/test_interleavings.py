@@ -72,6 +72,7 @@ class Life(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.losses: list[Loss] = []
+        self.lost_heads: set[str] = set()
         self.may: Counter[str] = Counter()  # charges that have an explanation, by class
         self.incidents = 0
         self.ends_unseen = 0
@@ -208,7 +209,10 @@ class Life(RuleBasedStateMachine):
         self._driver_ends(code, "ActorDiedError: an actor died unexpectedly", own=False)
 
     def _near(self) -> list[Loss]:
-        return [loss for loss in self.losses if self.now <= (loss.gone or loss.began) + timedelta(seconds=60)]
+        """A head pod takes its own driver along, and not its successor's."""
+        mine = self.any_driver["metadata"]["uid"] if self.any_driver else ""
+        reach = [loss for loss in self.losses if loss.uid == mine or loss.uid not in self.lost_heads]
+        return [loss for loss in reach if self.now <= (loss.gone or loss.began) + timedelta(seconds=60)]
 
     def _driver_ends(self, code: int, words: str, *, own: bool) -> None:
         head = self.any_driver
@@ -303,6 +307,7 @@ class Life(RuleBasedStateMachine):
         self._may_explain(charge)
         self.losses.append(Loss(pod["metadata"]["uid"], charge, self.now))
         if pod["metadata"]["labels"][ROLE_LABEL] == "head":
+            self.lost_heads.add(pod["metadata"]["uid"])
             self.may[charge] += 1
             self.may["headLost"] += 1  # if nobody saw why
             self.incidents += 1

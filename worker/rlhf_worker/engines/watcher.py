@@ -1,4 +1,4 @@
-"""Ends an engine's actor that a signal stopped: Ray tells at once of a process that died, and never of one that stands still.
+"""Ends an engine's actor that a signal stopped: Ray tells at once of one that died, and never of one that stands still.
 
 `watched` starts this file as a script: a small process that imports nothing of the worker and ends with its parent.
 """
@@ -33,7 +33,9 @@ def watch(pid: int) -> None:
     while os.getppid() == pid:
         looks = looks + 1 if state(pid) == STOPPED else 0
         if looks == LOOKS:
-            print(f"process {pid} was stopped by a signal: it is ended, to be started anew", file=sys.stderr, flush=True)
+            print(
+                f"process {pid} was stopped by a signal: it is ended, to be started anew", file=sys.stderr, flush=True
+            )
             os.kill(pid, signal.SIGKILL)
             return
         time.sleep(LOOK_SECONDS)

@@ -1,7 +1,8 @@
 """The driver's output where it outlives the pods: `<checkpoint.path>/logs/attempt-<n>/<part>.log`.
 
-Object stores cannot append, so a part is written anew with each chunk until it is full. Of an attempt its first part and the newest
-stay, of the attempts the newest. Nothing that goes wrong here reaches the run: it costs the log, and one warning.
+Object stores cannot append, so a part is written anew with each chunk until it is full. Of an attempt its first part
+and the newest stay, of the attempts the newest. Nothing that goes wrong here reaches
+the run: it costs the log and a warning.
 """
 
 import re
@@ -65,10 +66,16 @@ class DriverLog:
         """At the first chunk. A driver that is started again in its pod goes on after the parts that are there."""
         if self._store is None:
             store = Store(self.root)
-            attempts = sorted((int(match[1]), name) for name in store.names("logs") if (match := FOLDER.fullmatch(name)))
+            attempts = sorted(
+                (int(match[1]), name) for name in store.names("logs") if (match := FOLDER.fullmatch(name))
+            )
             for _, name in attempts[:-ATTEMPTS]:
                 store.remove(f"logs/{name}")
-            there = [int(name.removesuffix(".log")) for name in store.names(self.folder) if name.removesuffix(".log").isdigit()]
+            there = [
+                int(name.removesuffix(".log"))
+                for name in store.names(self.folder)
+                if name.removesuffix(".log").isdigit()
+            ]
             self._number, self._store = max(there, default=-1) + 1, store
         return self._store
 

@@ -1,9 +1,10 @@
 """Who may write a checkpoint path: of all drivers that ever did, the one that took it over last.
 
-`<path>/fence/<number>.json` is one take-over: who, when, and from which checkpoint it went on. Only its own driver writes that file. The highest
-number holds the path; everyone else is refused by `check`, which whoever publishes calls first. As a check and what follows it are two
-calls, an earlier driver may still publish once, late. The line of take-overs makes that harmless: what lies beyond the checkpoint
-that a later driver went on from never counts (`standing`).
+`<path>/fence/<number>.json` is one take-over: who, when, and from which checkpoint it went on. Its own driver alone
+writes that file. The highest number holds the path; everyone else is refused by `check`, which whoever publishes calls
+first. As a check and what follows it are two calls, an earlier driver may still publish once, late. The line of
+take-overs makes that harmless: what lies beyond the checkpoint that a later driver went on from never counts
+(`standing`).
 """
 
 import json
@@ -23,7 +24,10 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """`attempt`: the job's, counted by the operator; 0: a run by hand. `driver`: the same in all processes of one driver, and in no other."""
+    """`attempt`: the job's, counted by the operator; 0: a run by hand.
+
+    `driver`: the same in all processes of one driver, and in no other.
+    """
 
     job: str
     attempt: int
@@ -54,7 +58,7 @@ def outranks(turn: Turn, writer: Writer) -> bool:
 
 
 def barred(line: Sequence[Turn], writer: Writer) -> Turn | None:
-    """The turn that keeps `writer` from taking over: a higher attempt's, or another job's that came after this very attempt."""
+    """The turn that keeps `writer` from taking over: of a higher attempt, or of another job after this very attempt."""
     for turn in reversed(line):
         if outranks(turn, writer) or (turn.job != writer.job and _was_before(line, turn, writer)):
             return turn
@@ -62,7 +66,7 @@ def barred(line: Sequence[Turn], writer: Writer) -> Turn | None:
 
 
 def _was_before(line: Sequence[Turn], turn: Turn, writer: Writer) -> bool:
-    """A job that was suspended comes back with a higher attempt, so one that was here before `turn` is what `turn` took over from."""
+    """A suspended job comes back with a higher attempt: one that was here before `turn` is what that took over from."""
     mine = [own for own in line if own.job == writer.job and own.number < turn.number]
     return bool(writer.attempt and any(own.attempt >= writer.attempt for own in mine))
 
@@ -88,7 +92,10 @@ def _step(name: str, steps: dict[str, int]) -> int:
 
 
 class Fence:
-    """One writer's view of the line. `take` first, by one process of a driver; any may `check`. What fails to be read or written raises OSError."""
+    """One writer's view of the line. `take` first, by one process of a driver; any may `check`.
+
+    What fails to be read or written raises OSError.
+    """
 
     def __init__(self, store: Store, writer: Writer) -> None:
         self.store = store
@@ -114,10 +121,15 @@ class Fence:
                 return
 
     def check(self) -> None:
-        """Raises Fenced when another driver took over. What came of an earlier attempt, where storage lets it, is put right."""
+        """Raises Fenced when another driver took over.
+
+        What came of an earlier attempt, where storage lets it, is put right.
+        """
         numbers = self._numbers()
         last = self._read(numbers[-1]) if numbers else None
-        if last is None or (last.mark != self.writer.mark and last.job == self.writer.job and last.attempt < self.writer.attempt):
+        if last is None or (
+            last.mark != self.writer.mark and last.job == self.writer.job and last.attempt < self.writer.attempt
+        ):
             self.take()
         elif last.mark != self.writer.mark:
             raise self._fenced(last)
@@ -135,7 +147,9 @@ class Fence:
             if (own := [turn for turn in self.line() if turn.mark == self.writer.mark]) and own[-1].resumed is not None:
                 return own[-1].resumed
             time.sleep(POLL_SECONDS)
-        raise TimeoutError(f"the policy's first rank chose no checkpoint of {self.store.root} in {deadline_seconds:g} s")
+        raise TimeoutError(
+            f"the policy's first rank chose no checkpoint of {self.store.root} in {deadline_seconds:g} s"
+        )
 
     def earlier(self) -> set[str]:
         """Marks of those from whom this driver took over."""
@@ -147,17 +161,32 @@ class Fence:
         return [turn for turn in line if turn.mark == self.writer.mark][-1]
 
     def _numbers(self) -> list[int]:
-        return sorted(int(name.removesuffix(".json")) for name in self.store.names(DIRECTORY) if name.removesuffix(".json").isdigit())
+        return sorted(
+            int(name.removesuffix(".json"))
+            for name in self.store.names(DIRECTORY)
+            if name.removesuffix(".json").isdigit()
+        )
 
     def _read(self, number: int) -> Turn:
         name = f"{DIRECTORY}/{number:08}.json"
         try:
             return Turn(**json.loads(self.store.read(name)))
         except (ValueError, TypeError) as error:
-            raise BadData(f"{self.store.url(name)} is not as it was written ({error}): remove it when no other run writes to spec.checkpoint.path") from error
+            raise BadData(
+                f"{self.store.url(name)} is not as it was written ({error}): "
+                "remove it when no other run writes to spec.checkpoint.path"
+            ) from error
 
     def _created(self, number: int) -> bool:
-        turn = Turn(number=number, mark=self.writer.mark, job=self.writer.job, attempt=self.writer.attempt, host=platform.node(), time=_now(), resumed=self._chosen)
+        turn = Turn(
+            number=number,
+            mark=self.writer.mark,
+            job=self.writer.job,
+            attempt=self.writer.attempt,
+            host=platform.node(),
+            time=_now(),
+            resumed=self._chosen,
+        )
         try:
             self.store.create(f"{DIRECTORY}/{number:08}.json", _encoded(turn))
         except FileExistsError:
@@ -168,8 +197,15 @@ class Fence:
         self.store.write(f"{DIRECTORY}/{turn.number:08}.json", _encoded(turn))
 
     def _fenced(self, last: Turn) -> Fenced:
-        who = f"attempt {last.attempt} of this job" if last.job == self.writer.job else f"attempt {last.attempt} of another job (uid {last.job})"
-        return Fenced(f"{who} (on {last.host} since {last.time}) writes {self.store.root} now: this driver, attempt {self.writer.attempt}, is an earlier one")
+        who = (
+            f"attempt {last.attempt} of this job"
+            if last.job == self.writer.job
+            else f"attempt {last.attempt} of another job (uid {last.job})"
+        )
+        return Fenced(
+            f"{who} (on {last.host} since {last.time}) writes {self.store.root} now: "
+            f"this driver, attempt {self.writer.attempt}, is an earlier one"
+        )
 
 
 def _encoded(turn: Turn) -> bytes:
