@@ -300,3 +300,23 @@ def test_a_crash_while_the_driver_drains_is_told_and_costs_nothing() -> None:
     w.driver_ends(1, "OSError: no space left on device")
     w.settle()
     assert (charged(w), words(w)) == ({}, ["OSError: no space left on device"])
+
+
+RAISED = """RewardFailed: rewards[judge] failed 2 times on prompt 0:0, completion '1 + 1 =': Traceback (most recent call last):
+  File "<rewards[judge].code>", line 2, in reward
+    raise ValueError('the judge is asleep')
+ValueError: the judge is asleep
+ray::Feed.score() (pid=12, ip=10.0.0.1)"""
+
+
+@pytest.mark.parametrize(
+    "words", [RAISED, RAISED.replace("1 + 1 =", "1 + 1 = " * 99), f"lower rollout.maxTokens\n{RAISED}"]
+)
+def test_the_error_itself_stands_in_the_message_and_not_what_leads_to_its_traceback(words: str) -> None:
+    world = running(runPolicy={"backoffLimit": 0})
+    world.driver_ends(1, words)
+    world.settle()
+    message = next(c["message"] for c in world.status["conditions"] if c["type"] == "Failed")
+    assert "RewardFailed: rewards[judge]" in message
+    assert "ValueError: the judge is asleep" in message
+    assert "Traceback" not in message

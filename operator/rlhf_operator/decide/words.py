@@ -5,7 +5,8 @@ import signal
 
 from rlhf_operator.observed import Termination
 
-WORDS_MAX, HEADLINE_MAX = 4096, 200
+WORDS_MAX, HEADLINE_MAX = 4096, 300
+TRACEBACK = "Traceback (most recent call last):"
 # The line of a python traceback, or of the driver's own last words, that names the error.
 ERROR_LINE = re.compile(r"(?:[a-z_]\w*\.)*[A-Z]\w*(?:: |$)")
 
@@ -33,9 +34,17 @@ def last_words(run: Termination) -> str | None:
 
 
 def headline(words: str | None, most: int = HEADLINE_MAX) -> str:
-    """The line that names the error, else the last one: enough to know it again by."""
+    """The line that names the error, else the last one: enough to know it again by. Where that line only leads to a
+    traceback, the error that the traceback ends with stands in its place."""
     lines = [line.strip() for line in (words or "").splitlines() if line.strip()]
-    return next((line for line in lines if ERROR_LINE.match(line)), lines[-1] if lines else "")[:most]
+    errors = [line for line in lines if ERROR_LINE.match(line)] or lines[-1:]
+    if not errors:
+        return ""
+    first, leads, _ = errors[0].partition(TRACEBACK)
+    if not leads:
+        return first[:most]
+    last = errors[-1][:most]
+    return f"{first[: max(0, most - len(last))]}{last}"
 
 
 def brief(message: str, words: str | None) -> str:
