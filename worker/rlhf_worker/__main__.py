@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
     replay.add_argument("--sort", choices=["reward"], help="best first; default: in the step's order")
     replay.add_argument("--limit", type=int, default=10, help="samples to print (10)")
     replay.add_argument("--job", type=Path, help="score the samples by this RLHFJob's rewards, and print what differs")
-    faulthandler.enable(all_threads=False)  # a crash of native code leaves the stack that it happened in
+    if sys.__stderr__ is not None:  # the process's own: what stands in its place may be no file
+        faulthandler.enable(sys.__stderr__, all_threads=False)  # a crash of native code leaves the stack that it happened in
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # inputs hold what no encoder takes, and errors quote them
