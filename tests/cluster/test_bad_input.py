@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
 FINAL: list[tuple[str, dict[str, Any], list[str]]] = [
     ("model", {"model": {"path": "/var/lib/rlhf/models/nowhere"}}, ["spec.model.path", "/var/lib/rlhf/models/nowhere"]),
-    ("jsonl", {"data": {"jsonl": {"path": "/var/lib/rlhf/broken.jsonl"}}}, ["/var/lib/rlhf/broken.jsonl", "line 3"]),
+    ("jsonl", {"data__jsonl": {"path": "/var/lib/rlhf/broken.jsonl"}}, ["/var/lib/rlhf/broken.jsonl", "line 3"]),
     (
         "code",
         {"rewards": [{"name": "typo", "type": "python", "code": "def rewrd(prompt, completion, **row):\n    return 1.0\n"}]},
