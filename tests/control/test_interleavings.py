@@ -35,7 +35,7 @@ from rlhf_operator.shelf import Key
 from tests.control.world import START, World
 
 Raw = dict[str, Any]
-LIVES, SEED = int(os.environ.get("RLHF_LIVES", "120")), int(os.environ.get("RLHF_SEED", "11"))
+LIVES, SEED = int(os.environ.get("RLHF_LIVES", "60")), int(os.environ.get("RLHF_SEED", "11"))
 STALL_SECONDS, PROVISION_SECONDS, REPROVISION_SECONDS = 300, 3600, 86400
 # A loss explains a driver's end from its beginning to this long after it is over, and no longer once a step was
 # finished that late.
