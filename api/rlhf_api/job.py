@@ -332,7 +332,9 @@ class RunPolicySpec(Model):
 
 
 class QueueSpec(Model):
-    name: Annotated[str, Field(min_length=1, max_length=253)] = Field(description="Kueue LocalQueue in the job's namespace.")
+    name: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")] = Field(
+        description="Kueue LocalQueue in the job's namespace; as a label's value has it, so 63 characters at most."
+    )
 
 
 class PodOverrides(Model):

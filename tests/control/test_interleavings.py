@@ -350,13 +350,11 @@ class Life(RuleBasedStateMachine):
         self.incidents += 1
         self._look()
 
+    @precondition(lambda self: all(p["metadata"]["name"] != "tensorboard" for p in self.world.pods()))
     @rule()
     def a_stranger_uses_our_label(self) -> None:
-        if not any(p["metadata"]["name"] == "tensorboard" for p in self.world.pods()):
-            labels = {JOB_LABEL: "sample", ROLE_LABEL: "tensorboard"}
-            self.world.api.put(
-                PODS, {"metadata": {"name": "tensorboard", "labels": labels}, "status": {"phase": "Running"}}
-            )
+        meta = {"name": "tensorboard", "labels": {JOB_LABEL: "sample", ROLE_LABEL: "tensorboard"}}
+        self.world.api.put(PODS, {"metadata": meta, "status": {"phase": "Running"}})
 
     # user and clock
 
@@ -407,10 +405,10 @@ class Life(RuleBasedStateMachine):
 
     # the operator's watches
 
+    @precondition(lambda self: self.world.api.live)
     @rule()
     def the_watches_fall_behind(self) -> None:
-        if self.world.api.live:
-            self.world.api.live, self.behind_since = False, self.now
+        self.world.api.live, self.behind_since = False, self.now
 
     @precondition(lambda self: self.world.api.pending)
     @rule(how=st.sampled_from(("late", "lost", "twice")), which=ANY)
