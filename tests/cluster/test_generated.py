@@ -35,7 +35,12 @@ def fate(api: Api, raw: Object) -> str:
         return "refused by the API server"
     end = outcome(job)
     for body in planned(job) if end == PLANNED else []:
-        asked(api, OF_KIND[body["kind"]], body)
+        try:
+            asked(api, OF_KIND[body["kind"]], body)
+        except ApiError as refusal:
+            if refusal.code not in REFUSALS or ".template." not in str(refusal):
+                raise
+            return "refused by the API server for what spec.pods adds to a pod"
     return end
 
 

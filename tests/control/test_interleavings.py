@@ -316,6 +316,7 @@ class Life(RuleBasedStateMachine):
             self.incidents += 1
         else:
             self.losses.append(Loss(pod["metadata"]["uid"], "nodeLost", self.now))  # likewise
+            self._may_explain("nodeLost")
         self._look()
 
     def _lose_ray(self, pod: Raw, is_head: bool) -> None:
