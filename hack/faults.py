@@ -77,8 +77,8 @@ class Process:
 PROCESSES = (Target.GCS, Target.RAYLET, Target.DRIVER, Target.ENGINE, Target.RANK, Target.OPERATOR, Target.API)
 PODS = (Target.HEAD, Target.WORKER)
 _SIGNALS = {How.KILL: signal.SIGKILL, How.STOP: signal.SIGSTOP, How.SEGV: signal.SIGSEGV}
-# A stopped engine is found and replaced; what else is stopped goes on after a while, as on a machine that was frozen.
-_STAYS_STOPPED = (Target.ENGINE,)
+# A stopped engine or rank is found and ended; what else is stopped goes on after a while, as on a machine that was frozen.
+_STAYS_STOPPED = (Target.ENGINE, Target.RANK)
 # Ray's names for its processes; "ray::" is how it titles an actor's, vLLM titles its engines' own.
 _NAMES: dict[Target, Callable[[str], bool]] = {
     Target.GCS: lambda line: line.partition(" ")[0].endswith("/gcs_server"),
