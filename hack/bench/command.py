@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hack.bench.client import Client
+from hack.bench.client import Client, meanwhile
 from hack.bench.control_plane import ADMIN, ControlPlane, isolated
 from hack.bench.usage import machine
 from hack.cluster import settings
@@ -44,7 +44,7 @@ async def standing(tree: Path, kuberay_crds: Path | None = None) -> AsyncIterato
     """A fresh control plane with the tree's CRD, and its admin."""
     with ControlPlane() as plane:
         plane.install_all(tree, kuberay_crds)
-        async with Client.connect(plane.kubeconfig(ADMIN)) as client:
+        async with Client.connect(plane.kubeconfig(ADMIN)) as client, meanwhile(plane.attend()):
             yield plane, client
 
 

@@ -5,6 +5,7 @@ It has network, PID and mount namespaces of its own: ports are free, /run is a t
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -58,23 +59,24 @@ class Process:
     log: Path
 
     def usage(self) -> Usage:
-        """Raises ClusterError with its last words for one that has ended."""
-        if self.handle.poll() is not None:
-            raise ClusterError(f"{self.name} ended with {self.handle.returncode}: {self.words()}", "see its last words")
+        """Raises ClusterError for one that has ended."""
+        self.check()
         return usage(self.handle.pid)
+
+    def check(self) -> None:
+        """The same."""
+        if self.handle.poll() is not None:
+            remedy = "see its last words; an operator ends when it loses its lease, on a machine that is too busy"
+            raise ClusterError(f"{self.name} ended with {self.handle.returncode}", remedy)
 
     def words(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]
-
-    def end(self, number: int) -> None:
-        self.handle.send_signal(number)
-        self.handle.wait()
 
 
 @dataclass
 class ControlPlane:
     """A context manager: fresh at its start, gone with its state at its end. Raises ClusterError. What fails inside
-    is told with the last words of the operators."""
+    is told with the last words of the operators, and of a part that ended."""
 
     cfg: settings.Settings = field(default_factory=lambda: _settings())
     processes: list[Process] = field(default_factory=list)
@@ -92,8 +94,9 @@ class ControlPlane:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, ClusterError | ApiError):
-            for operator in self.operators:
-                say(f"the end of {operator.log.name}:\n{operator.words()}")
+            for part in self.processes:
+                if part in self.operators or part.handle.poll() is not None:
+                    say(f"the end of {part.log.name}:\n{part.words()}")
         self._end()
 
     @property
@@ -122,6 +125,19 @@ class ControlPlane:
         process = Process(name, popen, log)
         self.processes.append(process)
         return process
+
+    def end(self, process: Process, number: int) -> None:
+        """By this signal, and on purpose."""
+        self.processes.remove(process)
+        process.handle.send_signal(number)
+        process.handle.wait()
+
+    async def attend(self) -> None:
+        """For ever. Raises ClusterError when a part ends: nobody starts it again, and all would wait in vain."""
+        while True:
+            for process in self.processes:
+                process.check()
+            await asyncio.sleep(1.0)
 
     def operator(self, tree: Path, name: str = "rlhf-operator", port: int = 0) -> Process:
         """The operator of a source tree; it waits for the lease. `port` is that of its health, 0 any."""

@@ -81,7 +81,7 @@ class Pair:
     async def handed_over(self, number: signal.Signals, job: str) -> float:
         """Seconds from the signal to the RayCluster of a job that was applied when the leader had ended."""
         leader, begun = self.replicas.pop(0), time.monotonic()
-        await asyncio.to_thread(leader.process.end, number)
+        await asyncio.to_thread(self.plane.end, leader.process, number)
         await self.client.send("POST", fleet.RLHFJOBS, fleet.RLHFJOB.make(job))
         done = await until(f"the RayCluster after {number.name}", lambda: has_clusters(self.client, [job]), self.limit)
         await self.add(Replica.waits)
