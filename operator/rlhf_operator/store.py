@@ -196,6 +196,11 @@ class Store:
         with self._lock:
             return [(held.name[1], held.uid) for held in self._shelves[kind].of(key) if held.owner in owners]
 
+    def made(self, key: Key) -> bool:
+        """Whether there is such a job, which owns something or did."""
+        held = self.jobs.named(key)
+        return held is not None and held.facts.made
+
     def job_keys(self, *, at_rest: bool = True) -> list[Key]:
         """Of all jobs, or of those for which something is left to do."""
         with self._lock:
