@@ -3,8 +3,8 @@
     python -m hack.bench.scale --jobs 1000 [--kuberay MANAGER --kuberay-crds DIRECTORY] [--pods none|standin|kuberay]
 
 No node runs: pods stay Pending. With KubeRay's own operator and CRDs, as many RayJobs of the same pods are measured
-after it in the same way. Needs root. Prints a table, each column once more before its jobs are deleted, and the same
-as one line of JSON.
+after it in the same way. Needs root. Prints a table and the same as one line of JSON, and each column as soon as it is
+known, which a run that is cut off shows too.
 """
 
 from __future__ import annotations
@@ -238,6 +238,7 @@ async def measure(arguments: argparse.Namespace) -> Report:
     result, cluster = await series(arguments, fleet.RLHFJOB, None)
     results = [result]
     if arguments.kuberay:
+        print(f"{table(results)}\n", flush=True)
         results.append((await series(arguments, fleet.rayjob(cluster), cluster))[0])
     return Report(f"pods: {arguments.pods}", table(results), [asdict(result) for result in results])
 
