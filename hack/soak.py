@@ -1,6 +1,7 @@
 """Random faults over tiny jobs on the running embedded cluster, the same ones for the same seed.
 
 usage: python -m hack.soak --faults 200 --seed 1 [--minutes M] [--per-job 6] [--log soak.jsonl] [--smoke]
+       python -m hack.soak --fault "SIGKILL of raylet@training" --fault "drain of node, operator replaced" ...
 
 Each fault becomes one JSON line: what, at which moment, how long until the status said so, how long until a step
 finished after it, and how many steps were done again. At each job's end the invariants are checked: Succeeded, every
@@ -38,6 +39,7 @@ from hack.faults import (
     job_status,
     left_behind,
     moment_of,
+    named,
     pods_of,
     possible,
 )
@@ -45,17 +47,21 @@ from hack.incident import (
     PROMPTS,
     PROMPTS_PER_STEP,
     Outcome,
+    another_driver,
     broken_promises,
+    charge,
     condition,
     ended,
     goes_on,
     prompts_trained,
     resumed,
+    seated,
     sign,
     spread,
     step_of,
     steps_lost,
     table,
+    words,
 )
 from hack.kubectl import Kube, kube
 
@@ -211,6 +217,8 @@ def _inject(job: Job, fault: Fault, outcome: Outcome) -> float:
         shot = aim(job.cfg, NAMESPACE, job.name, fault.how, fault.target)
         outcome.victim, outcome.seen = shot.victim, _caught(job, fault.moment)
         shot.fire()
+        if fault.unattended:
+            inject(job.cfg, NAMESPACE, job.name, How.FORCE, Target.OPERATOR)
     except (LookupError, ApiError, OSError) as error:
         outcome.problems.append(f"not injected: {error}")
     return time.monotonic()
@@ -237,6 +245,7 @@ def _watch(job: Job, before: Object, outcome: Outcome, start: float, *, idle: bo
         if not now:
             continue
         seen.append(now)
+        _follow(outcome, before, now, round(passed, 1))
         if tells and outcome.detected is None and (told := sign(before, now)):
             outcome.detected, outcome.told, floor = round(passed, 1), told, step_of(now)
         if ended(now) or goes_on(now, floor, told=outcome.detected is not None):
@@ -245,6 +254,18 @@ def _watch(job: Job, before: Object, outcome: Outcome, start: float, *, idle: bo
     else:
         outcome.problems.append(f"no step within {_RECOVERY_SECONDS:.0f} s")
     outcome.problems += broken_promises(before, seen)
+
+
+def _follow(outcome: Outcome, before: Object, now: Object, passed: float) -> None:
+    """Note what is new."""
+    told = words(now)
+    if not outcome.trail or not outcome.trail[-1].endswith(f" {told}"):
+        outcome.trail.append(f"{passed} {told}")
+    outcome.charged = charge(before, now) or outcome.charged
+    if outcome.driver is None and another_driver(before, now):
+        outcome.driver = passed
+    if outcome.driver is not None and outcome.seated is None and seated(now):
+        outcome.seated = passed
 
 
 def _now() -> str:
@@ -351,8 +372,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--per-job", type=int, default=6)
     parser.add_argument("--log", type=Path, default=Path("soak.jsonl"))
     parser.add_argument("--smoke", action="store_true", help="three faults, always the same")
+    parser.add_argument("--fault", type=named, action="append", help="this one, in the order given; no others")
     given = parser.parse_args(arguments)
-    faults = list(_SMOKE) if given.smoke else schedule(given.seed, given.faults)
+    faults = given.fault or (list(_SMOKE) if given.smoke else schedule(given.seed, given.faults))
     print(
         json.dumps({"seed": given.seed, "faults": len(faults), "smoke": given.smoke, "perJob": given.per_job}),
         flush=True,
