@@ -80,7 +80,7 @@ class Process:
 PROCESSES = (Target.GCS, Target.RAYLET, Target.DRIVER, Target.ENGINE, Target.RANK, Target.OPERATOR, Target.API)
 PODS = (Target.HEAD, Target.WORKER)
 _UNATTENDED = ", operator replaced"
-_SIGNALS = {How.KILL: signal.SIGKILL, How.STOP: signal.SIGSTOP, How.SEGV: signal.SIGSEGV}
+SIGNALS = {How.KILL: signal.SIGKILL, How.STOP: signal.SIGSTOP, How.SEGV: signal.SIGSEGV}
 # A stopped engine is found and replaced; what else is stopped goes on after a while, as on a machine that was frozen.
 _STAYS_STOPPED = (Target.ENGINE,)
 # Ray's names for its processes; "ray::" is how it titles an actor's, vLLM titles its engines' own.
@@ -96,7 +96,7 @@ _NAMES: dict[Target, Callable[[str], bool]] = {
 
 def possible() -> list[tuple[How, Target]]:
     """Each fault that there is, whatever the moment."""
-    signals = [(how, target) for target in PROCESSES for how in _SIGNALS]
+    signals = [(how, target) for target in PROCESSES for how in SIGNALS]
     return [
         *signals,
         *[(how, target) for target in PODS for how in (How.DELETE, How.FORCE, How.DRAIN)],
@@ -265,7 +265,7 @@ def aim(cfg: Settings, namespace: str, job: str, how: How, target: Target) -> Sh
         return Shot(path.rpartition("/")[2], lambda: api.delete(path))
     if target is Target.NODE:
         return _drain(api, namespace, job)
-    if how not in _SIGNALS:
+    if how not in SIGNALS:
         pod = _first(holders(api, target, namespace, job), target)
         return Shot(str(pod["metadata"]["name"]), lambda: _end_pod(api, pod, how))
     process = _await_process(cfg, api, namespace, job, target)
@@ -304,7 +304,7 @@ def _cordon(api: Api, node: str, value: bool) -> None:
 
 
 def _signal(process: Process, how: How, *, stays: bool) -> None:
-    os.kill(process.pid, _SIGNALS[how])
+    os.kill(process.pid, SIGNALS[how])
     if how is How.STOP and not stays:
         Timer(PAUSE_SECONDS, _continue, [process]).start()
 

@@ -71,8 +71,13 @@ def ended(status: Object) -> bool:
 
 
 def goes_on(now: Object, floor: int, *, told: bool) -> bool:
-    """Whether the run trains after a fault: a step more than when it was told of, or several without a word of it."""
-    return now.get("phase") == "Running" and step_of(now) >= floor + (1 if told else STEPS_UNMOVED)
+    """Whether the run trains after a fault: a step more than when it was told of, or several without a word of it.
+
+    What is told of may be yet to come: a driver finishes a step and ends with the pod that is going. So nothing may be
+    amiss any more.
+    """
+    amiss = condition(now, "Degraded").get("status") == "True" or condition(now, "ClusterReady").get("status") == "False"
+    return now.get("phase") == "Running" and not amiss and step_of(now) >= floor + (1 if told else STEPS_UNMOVED)
 
 
 def resumed(before: Object, now: Object) -> bool:

@@ -29,6 +29,7 @@ from typing import Any, TextIO
 from hack.cluster import settings
 from hack.cluster.kube import Api, ApiError
 from hack.faults import (
+    SIGNALS,
     Fault,
     How,
     Moment,
@@ -180,8 +181,8 @@ def strike(job: Job, number: int, fault: Fault) -> Outcome | None:
     if ended(before):
         return None
     outcome = Outcome(number, job.name, str(fault), fault.moment, "", _now(), step_of(before))
-    start = _inject(job, fault, outcome)
-    before = job.status() or before  # nothing can have been told of it yet
+    start, known = _inject(job, fault, outcome)
+    before = known or before
     outcome.step = step_of(before)
     _watch(job, before, outcome, start, idle=fault.moment is Moment.IDLE)
     return outcome
@@ -211,17 +212,20 @@ def _start_again(job: Job) -> None:
         job.wait(lambda now: resumed(before, now), _MOMENT_SECONDS)
 
 
-def _inject(job: Job, fault: Fault, outcome: Outcome) -> float:
-    """Aim, wait for the moment, fire; returns when, by time.monotonic()."""
+def _inject(job: Job, fault: Fault, outcome: Outcome) -> tuple[float, Object]:
+    """Aim, wait for the moment, fire. Returns when, by time.monotonic(), and the last status that knows nothing of it."""
+    known: Object = {}
     try:
         shot = aim(job.cfg, NAMESPACE, job.name, fault.how, fault.target)
         outcome.victim, outcome.seen = shot.victim, _caught(job, fault.moment)
+        # The operator sees at once what the API server is asked for, and no signal: there the moment counts.
+        known = {} if fault.how in SIGNALS else job.status()
         shot.fire()
         if fault.unattended:
             inject(job.cfg, NAMESPACE, job.name, How.FORCE, Target.OPERATOR)
     except (LookupError, ApiError, OSError) as error:
         outcome.problems.append(f"not injected: {error}")
-    return time.monotonic()
+    return time.monotonic(), known or job.status()
 
 
 def _caught(job: Job, moment: Moment) -> str:
