@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from threading import Timer
+from threading import Thread, Timer
 from typing import Any
 
 from hack.cluster.kube import Api, ApiError
@@ -24,6 +24,7 @@ from hack.kubectl import OPERATOR_NAMESPACE
 Object = dict[str, Any]
 JOB_LABEL, ROLE_LABEL = "rlhf.dev/job", "rlhf.dev/role"
 PAUSE_SECONDS = 20.0  # of a SIGSTOP of what nothing watches, until its SIGCONT
+_DRAIN_SECONDS = 180.0  # after which a node is given back whatever is still on it: a pod's grace period, and more
 _PROCESS_SECONDS = 120.0  # how long a process is waited for that is being started again
 
 
@@ -35,6 +36,7 @@ class Target(StrEnum):
     RANK = "trainer rank"
     HEAD = "head pod"
     WORKER = "worker pod"
+    NODE = "node"
     CLUSTER = "RayCluster"
     OPERATOR = "operator"
     API = "API server"
@@ -63,9 +65,10 @@ class Fault:
     how: How
     target: Target
     moment: Moment
+    unattended: bool = False  # the operator is replaced at the same time
 
     def __str__(self) -> str:
-        return f"{self.how} of {self.target}"
+        return f"{self.how} of {self.target}{_UNATTENDED if self.unattended else ''}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class Process:
 
 PROCESSES = (Target.GCS, Target.RAYLET, Target.DRIVER, Target.ENGINE, Target.RANK, Target.OPERATOR, Target.API)
 PODS = (Target.HEAD, Target.WORKER)
-_SIGNALS = {How.KILL: signal.SIGKILL, How.STOP: signal.SIGSTOP, How.SEGV: signal.SIGSEGV}
+_UNATTENDED = ", operator replaced"
+SIGNALS = {How.KILL: signal.SIGKILL, How.STOP: signal.SIGSTOP, How.SEGV: signal.SIGSEGV}
 # A stopped engine or rank is found and ended; what else is stopped goes on after a while, as on a machine that was frozen.
 _STAYS_STOPPED = (Target.ENGINE, Target.RANK)
 # Ray's names for its processes; "ray::" is how it titles an actor's, vLLM titles its engines' own.
@@ -92,12 +96,24 @@ _NAMES: dict[Target, Callable[[str], bool]] = {
 
 def possible() -> list[tuple[How, Target]]:
     """Each fault that there is, whatever the moment."""
-    signals = [(how, target) for target in PROCESSES for how in _SIGNALS]
+    signals = [(how, target) for target in PROCESSES for how in SIGNALS]
     return [
         *signals,
         *[(how, target) for target in PODS for how in (How.DELETE, How.FORCE, How.DRAIN)],
+        (How.DRAIN, Target.NODE),
         (How.DELETE, Target.CLUSTER),
+        (How.DELETE, Target.OPERATOR),
     ]
+
+
+def named(text: str) -> Fault:
+    """As a fault prints itself, with its moment: "SIGKILL of raylet@training". Raises ValueError for one there is not."""
+    what, _, moment = text.partition("@")
+    how, _, target = what.removesuffix(_UNATTENDED).partition(" of ")
+    fault = Fault(How(how), Target(target), Moment(moment or Moment.TRAINING), what.endswith(_UNATTENDED))
+    if (fault.how, fault.target) not in possible():
+        raise ValueError(f"there is no {fault.how} of {fault.target}")
+    return fault
 
 
 # --- moments ----------------------------------------------------------------------------------------------------
@@ -247,7 +263,9 @@ def aim(cfg: Settings, namespace: str, job: str, how: How, target: Target) -> Sh
     if target is Target.CLUSTER:
         path = _cluster(api, namespace, job)
         return Shot(path.rpartition("/")[2], lambda: api.delete(path))
-    if target in PODS:
+    if target is Target.NODE:
+        return _drain(api, namespace, job)
+    if how not in SIGNALS:
         pod = _first(holders(api, target, namespace, job), target)
         return Shot(str(pod["metadata"]["name"]), lambda: _end_pod(api, pod, how))
     process = _await_process(cfg, api, namespace, job, target)
@@ -255,8 +273,38 @@ def aim(cfg: Settings, namespace: str, job: str, how: How, target: Target) -> Sh
     return Shot(line, lambda: _signal(process, how, stays=target in _STAYS_STOPPED))
 
 
+def _drain(api: Api, namespace: str, job: str) -> Shot:
+    """The node takes nothing new while this job's pods are evicted from it, and is given back when they are gone."""
+    pods = pods_of(api, namespace, job)
+    node = str(_first(pods, Target.NODE)["spec"]["nodeName"])
+
+    def fire() -> None:
+        _cordon(api, node, True)
+        uids = {pod["metadata"]["uid"] for pod in pods}
+        Thread(target=_give_back, args=(api, node, uids), name="node").start()
+        for pod in pods:
+            _end_pod(api, pod, How.DRAIN)
+
+    return Shot(node, fire)
+
+
+def _give_back(api: Api, node: str, evicted: set[str]) -> None:
+    deadline, cordoned = time.monotonic() + _DRAIN_SECONDS, True
+    while cordoned:
+        time.sleep(0.5)
+        with suppress(ApiError):  # the API server may be struck meanwhile
+            left = evicted & {pod["metadata"]["uid"] for pod in api.get("/api/v1/pods")["items"]}
+            if not left or time.monotonic() > deadline:
+                _cordon(api, node, False)
+                cordoned = False
+
+
+def _cordon(api: Api, node: str, value: bool) -> None:
+    api.patch(f"/api/v1/nodes/{node}", {"spec": {"unschedulable": value}})
+
+
 def _signal(process: Process, how: How, *, stays: bool) -> None:
-    os.kill(process.pid, _SIGNALS[how])
+    os.kill(process.pid, SIGNALS[how])
     if how is How.STOP and not stays:
         Timer(PAUSE_SECONDS, _continue, [process]).start()
 

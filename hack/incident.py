@@ -11,6 +11,7 @@ from hack.cluster.kube import Object
 
 PROMPTS_PER_STEP, PROMPTS = 16, 64  # of the tiny sample and its model
 STEPS_UNMOVED = 3  # a fault that no status told of and that this many steps followed was survived without a word
+_BEFORE_ITS_SEAT = ("waiting", "checking the run config")
 _WELL = ("Running", "Starting", "Suspending", "Suspended", "Succeeded")
 
 
@@ -28,8 +29,12 @@ class Outcome:
     victim: str = ""
     detected: float | None = None
     told: str = ""  # the first sign of it
+    driver: float | None = None  # another driver reports; None where the one before goes on
+    seated: float | None = None  # it has its GPUs, and starts what runs on them
     recovered: float | None = None
     lost: int = 0
+    charged: str = ""  # class of the newest failure, where one was told
+    trail: list[str] = field(default_factory=list)  # every other thing that the status said, with its second
     problems: list[str] = field(default_factory=list)
 
 
@@ -66,8 +71,13 @@ def ended(status: Object) -> bool:
 
 
 def goes_on(now: Object, floor: int, *, told: bool) -> bool:
-    """Whether the run trains after a fault: a step more than when it was told of, or several without a word of it."""
-    return now.get("phase") == "Running" and step_of(now) >= floor + (1 if told else STEPS_UNMOVED)
+    """Whether the run trains after a fault: a step more than when it was told of, or several without a word of it.
+
+    What is told of may be yet to come: a driver finishes a step and ends with the pod that is going. So nothing may be
+    amiss any more.
+    """
+    amiss = condition(now, "Degraded").get("status") == "True" or condition(now, "ClusterReady").get("status") == "False"
+    return now.get("phase") == "Running" and not amiss and step_of(now) >= floor + (1 if told else STEPS_UNMOVED)
 
 
 def resumed(before: Object, now: Object) -> bool:
@@ -76,6 +86,32 @@ def resumed(before: Object, now: Object) -> bool:
         ((s.get("restarts") or {}).get("total", 0), (s.get("record") or {}).get("clusters", 0)) for s in (before, now)
     ]
     return counts[0] != counts[1]
+
+
+def another_driver(before: Object, now: Object) -> bool:
+    """Whether a driver reports that began after `before`, when one trained; what an idle one becomes is no sign."""
+    was, told = before.get("progress") or {}, now.get("progress") or {}
+    began = told.get("podUid") != was.get("podUid") or told.get("state") == "Starting"
+    return was.get("state") == "Training" and began
+
+
+def seated(now: Object) -> bool:
+    """The driver is past what it waits for before it starts its actors: its number, Ray and the GPUs."""
+    progress = now.get("progress") or {}
+    waits = progress.get("state") == "Starting" and str(progress.get("detail")).startswith(_BEFORE_ITS_SEAT)
+    return bool(progress) and not waits
+
+
+def charge(before: Object, now: Object) -> str:
+    """Class of the newest failure, if there is one more than before."""
+    told, known = now.get("failures") or [], before.get("failures") or []
+    return str(told[0]["class"]) if told and told[0] != (known[0] if known else None) else ""
+
+
+def words(now: Object) -> str:
+    """What the status says, in a line."""
+    progress = now.get("progress") or {}
+    return f"{now.get('phase')} {now.get('reason')}: {progress.get('state')}: {progress.get('detail')}"[:160]
 
 
 def steps_lost(before: Object, now: Object) -> int:
@@ -131,18 +167,19 @@ def prompts_trained(rollouts: Path, steps: int) -> list[str]:
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
-    """In Markdown, by fault: how often, seconds to the first sign and to the next step, steps lost."""
+    """In Markdown, by fault: how often, seconds (median, most) to each thing that follows, steps lost, classes."""
     rows: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         rows.setdefault(outcome.fault, []).append(outcome)
-    head = ("Fault", "Times", "First sign, s (median, most)", "New step, s (median, most)", "Steps lost (most)")
+    head = ("Fault", "Times", "First sign, s", "Driver again, s", "GPUs again, s", "New step, s", "Steps lost", "Class")
     lines = [(fault, *_row(found)) for fault, found in sorted(rows.items())]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
 
 
 def _row(found: list[Outcome]) -> tuple[str, ...]:
-    signs, steps = spread(o.detected for o in found), spread(o.recovered for o in found)
-    return str(len(found)), signs, steps, str(max(o.lost for o in found))
+    seconds = [spread([getattr(o, name) for o in found]) for name in ("detected", "driver", "seated", "recovered")]
+    classes = ", ".join(sorted({o.charged or "none" for o in found}))
+    return str(len(found)), *seconds, str(max(o.lost for o in found)), classes
 
 
 def spread(values: Iterable[float | None]) -> str:

@@ -1,6 +1,7 @@
 """Random faults over tiny jobs on the running embedded cluster, the same ones for the same seed.
 
 usage: python -m hack.soak --faults 200 --seed 1 [--minutes M] [--per-job 6] [--log soak.jsonl] [--smoke]
+       python -m hack.soak --fault "SIGKILL of raylet@training" --fault "drain of node, operator replaced" ...
 
 Each fault becomes one JSON line: what, at which moment, how long until the status said so, how long until a step
 finished after it, and how many steps were done again. At each job's end the invariants are checked: Succeeded, every
@@ -28,6 +29,7 @@ from typing import Any, TextIO
 from hack.cluster import settings
 from hack.cluster.kube import Api, ApiError
 from hack.faults import (
+    SIGNALS,
     Fault,
     How,
     Moment,
@@ -38,6 +40,7 @@ from hack.faults import (
     job_status,
     left_behind,
     moment_of,
+    named,
     pods_of,
     possible,
 )
@@ -45,17 +48,21 @@ from hack.incident import (
     PROMPTS,
     PROMPTS_PER_STEP,
     Outcome,
+    another_driver,
     broken_promises,
+    charge,
     condition,
     ended,
     goes_on,
     prompts_trained,
     resumed,
+    seated,
     sign,
     spread,
     step_of,
     steps_lost,
     table,
+    words,
 )
 from hack.kubectl import Kube, kube
 
@@ -174,8 +181,8 @@ def strike(job: Job, number: int, fault: Fault) -> Outcome | None:
     if ended(before):
         return None
     outcome = Outcome(number, job.name, str(fault), fault.moment, "", _now(), step_of(before))
-    start = _inject(job, fault, outcome)
-    before = job.status() or before  # nothing can have been told of it yet
+    start, known = _inject(job, fault, outcome)
+    before = known or before
     outcome.step = step_of(before)
     _watch(job, before, outcome, start, idle=fault.moment is Moment.IDLE)
     return outcome
@@ -205,15 +212,20 @@ def _start_again(job: Job) -> None:
         job.wait(lambda now: resumed(before, now), _MOMENT_SECONDS)
 
 
-def _inject(job: Job, fault: Fault, outcome: Outcome) -> float:
-    """Aim, wait for the moment, fire; returns when, by time.monotonic()."""
+def _inject(job: Job, fault: Fault, outcome: Outcome) -> tuple[float, Object]:
+    """Aim, wait for the moment, fire. Returns when, by time.monotonic(), and the last status that knows nothing of it."""
+    known: Object = {}
     try:
         shot = aim(job.cfg, NAMESPACE, job.name, fault.how, fault.target)
         outcome.victim, outcome.seen = shot.victim, _caught(job, fault.moment)
+        # The operator sees at once what the API server is asked for, and no signal: there the moment counts.
+        known = {} if fault.how in SIGNALS else job.status()
         shot.fire()
+        if fault.unattended:
+            inject(job.cfg, NAMESPACE, job.name, How.FORCE, Target.OPERATOR)
     except (LookupError, ApiError, OSError) as error:
         outcome.problems.append(f"not injected: {error}")
-    return time.monotonic()
+    return time.monotonic(), known or job.status()
 
 
 def _caught(job: Job, moment: Moment) -> str:
@@ -237,6 +249,7 @@ def _watch(job: Job, before: Object, outcome: Outcome, start: float, *, idle: bo
         if not now:
             continue
         seen.append(now)
+        _follow(outcome, before, now, round(passed, 1))
         if tells and outcome.detected is None and (told := sign(before, now)):
             outcome.detected, outcome.told, floor = round(passed, 1), told, step_of(now)
         if ended(now) or goes_on(now, floor, told=outcome.detected is not None):
@@ -245,6 +258,18 @@ def _watch(job: Job, before: Object, outcome: Outcome, start: float, *, idle: bo
     else:
         outcome.problems.append(f"no step within {_RECOVERY_SECONDS:.0f} s")
     outcome.problems += broken_promises(before, seen)
+
+
+def _follow(outcome: Outcome, before: Object, now: Object, passed: float) -> None:
+    """Note what is new."""
+    told = words(now)
+    if not outcome.trail or not outcome.trail[-1].endswith(f" {told}"):
+        outcome.trail.append(f"{passed} {told}")
+    outcome.charged = charge(before, now) or outcome.charged
+    if outcome.driver is None and another_driver(before, now):
+        outcome.driver = passed
+    if outcome.driver is not None and outcome.seated is None and seated(now):
+        outcome.seated = passed
 
 
 def _now() -> str:
@@ -351,8 +376,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--per-job", type=int, default=6)
     parser.add_argument("--log", type=Path, default=Path("soak.jsonl"))
     parser.add_argument("--smoke", action="store_true", help="three faults, always the same")
+    parser.add_argument("--fault", type=named, action="append", help="this one, in the order given; no others")
     given = parser.parse_args(arguments)
-    faults = list(_SMOKE) if given.smoke else schedule(given.seed, given.faults)
+    faults = given.fault or (list(_SMOKE) if given.smoke else schedule(given.seed, given.faults))
     print(
         json.dumps({"seed": given.seed, "faults": len(faults), "smoke": given.smoke, "perJob": given.per_job}),
         flush=True,

@@ -1,6 +1,7 @@
 """The soak's own judgement: what is a sign of a fault, what was lost, what was broken (pure, no cluster)."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hack import incident
-from hack.faults import PODS, PROCESSES, Fault, How, Moment, Target, moment_in, moment_of, possible
+from hack.faults import PODS, PROCESSES, Fault, How, Moment, Target, moment_in, moment_of, named, possible
 from hack.incident import Outcome
 from hack.soak import batch, schedule
 
@@ -47,7 +48,21 @@ def test_the_same_seed_is_the_same_soak_and_every_fault_comes_before_one_comes_t
 
 def test_every_target_has_its_faults() -> None:
     assert {target for _, target in possible()} == set(Target)
-    assert {*PROCESSES, *PODS, Target.CLUSTER} == set(Target)
+    assert {*PROCESSES, *PODS, Target.CLUSTER, Target.NODE} == set(Target)
+
+
+@pytest.mark.parametrize("unattended", [False, True])
+@pytest.mark.parametrize(("how", "target"), possible())
+def test_a_fault_is_named_as_it_prints_itself(how: How, target: Target, unattended: bool) -> None:
+    fault = Fault(how, target, Moment.SAVING, unattended)
+    assert named(f"{fault}@saving") == fault
+    assert named(str(fault)) == replace(fault, moment=Moment.TRAINING)
+
+
+@pytest.mark.parametrize("text", ["SIGKILL of node", "delete of raylet", "SIGKILL", "SIGKILL of driver@never", ""])
+def test_no_such_fault(text: str) -> None:
+    with pytest.raises(ValueError):
+        named(text)
 
 
 def test_a_job_s_first_fault_is_one_of_its_start() -> None:
@@ -142,6 +157,9 @@ def test_what_an_earlier_driver_resumed_from_is_not_held_against_the_next() -> N
         (status(step=9), True, True),
         (status(step=8), True, False),
         (status(step=9, phase="Restarting"), True, False),
+        (status(step=9, conditions={"ClusterReady": "False"}), True, False),
+        (status(step=9, conditions={"Degraded": "True"}), True, False),
+        (status(step=9, conditions={"ClusterReady": "True", "Degraded": "False"}), True, True),
         (status(step=9), False, False),
         (status(step=11), False, True),
     ],
@@ -167,13 +185,40 @@ def test_prompts_are_trained_once(tmp_path: Path, steps: list[range], words: str
     assert (found == []) if words is None else any(words in text for text in found)
 
 
+DRIVES: Object = {"state": "Training", "podUid": "u"}
+
+
+@pytest.mark.parametrize(
+    ("was", "told", "another", "has_gpus"),
+    [
+        (DRIVES, DRIVES, False, True),
+        (DRIVES, DRIVES | {"detail": "ActorDiedError"}, False, True),
+        (DRIVES, DRIVES | {"state": "Starting", "detail": "waiting for 1 GPUs"}, True, False),
+        (DRIVES, DRIVES | {"state": "Starting", "detail": "starting feed, trainer and engines"}, True, True),
+        (DRIVES, DRIVES | {"podUid": "v"}, True, True),
+        (DRIVES | {"state": "Drained"}, DRIVES | {"state": "Starting", "detail": "waiting"}, False, False),
+        (DRIVES, {}, True, False),
+    ],
+)
+def test_another_driver_and_its_gpus(was: Object, told: Object, another: bool, has_gpus: bool) -> None:
+    before, now = {"progress": was}, {"progress": told}
+    assert (incident.another_driver(before, now), incident.seated(now)) == (another, has_gpus)
+
+
+def test_only_a_failure_that_is_new_is_charged() -> None:
+    old, new = {"class": "App", "time": "1"}, {"class": "HeadLost", "time": "2"}
+    assert incident.charge({"failures": [old]}, {"failures": [old]}) == ""
+    assert incident.charge({"failures": [old]}, {"failures": [new, old]}) == "HeadLost"
+    assert incident.charge({}, {"failures": [old]}) == "App"
+
+
 def test_the_table_says_none_where_nothing_was_told() -> None:
     outcomes = [
-        Outcome(1, "j", "SIGKILL of driver", "training", "", "", 4, detected=1.0, recovered=30.0, lost=2),
-        Outcome(2, "j", "SIGKILL of driver", "training", "", "", 8, detected=2.0, recovered=50.0),
+        Outcome(1, "j", "SIGKILL of driver", "training", "", "", 4, detected=1.0, recovered=30.0, lost=2, charged="App"),
+        Outcome(2, "j", "SIGKILL of driver", "training", "", "", 8, detected=2.0, driver=5.0, recovered=50.0),
         Outcome(3, "j", "SIGKILL of operator", "training", "", "", 9, recovered=4.0),
     ]
     assert incident.table(outcomes).splitlines()[2:] == [
-        "| SIGKILL of driver | 2 | 1.5, 2.0 | 40.0, 50.0 | 2 |",
-        "| SIGKILL of operator | 1 | none | 4.0, 4.0 | 0 |",
+        "| SIGKILL of driver | 2 | 1.5, 2.0 | 5.0, 5.0 | none | 40.0, 50.0 | 2 | App, none |",
+        "| SIGKILL of operator | 1 | none | none | none | 4.0, 4.0 | 0 | none |",
     ]
