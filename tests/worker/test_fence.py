@@ -409,6 +409,18 @@ def test_what_an_earlier_driver_publishes_late_never_counts(root: str, dies: boo
 
 
 @pytest.mark.usefixtures("group")
+def test_a_late_word_of_the_newest_is_put_right_by_who_gave_it(root: str) -> None:
+    """It had looked, and before it wrote `latest` a later driver saved three more."""
+    with standing_still(root, 2, [1, 2]) as ((early, late), _):
+        early.until("write latest")
+        while not late.over:
+            late.go()
+        while not early.over:
+            early.go()
+        assert Store(root).read("latest").startswith(b"step-4.attempt-2")
+
+
+@pytest.mark.usefixtures("group")
 def test_who_finds_its_own_removed_by_a_later_driver_is_fenced(tmp_path: Path) -> None:
     """And is not told of a disk that has room."""
     with standing_still(str(tmp_path), 1, [1, 2]) as ((early, late), log):
