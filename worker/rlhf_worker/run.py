@@ -38,6 +38,7 @@ from rlhf_worker.pod.reports import StatusReporter
 from rlhf_worker.progress import Reporter, drained
 from rlhf_worker.roll import Roll
 from rlhf_worker.stop import EXIT_TERMINATED, Ended, Stop, Terminated
+from rlhf_worker.watcher import watched
 from rlhf_worker.words import first_lines, last_lines, printable
 
 EXIT_FAILED = 1
@@ -232,7 +233,11 @@ class Heard:
 
 
 def run(path: Path, log: KeptLog) -> None:
-    """`rlhf_worker run`: in the head pod, beside Ray. Raises what ends it."""
+    """`rlhf_worker run`: in the head pod, beside Ray. Raises what ends it.
+
+    Its watcher can end it because the pod's processes share a namespace: whoever is the first in one cannot be killed from inside.
+    """
+    watcher = watched()
     stop = Stop()
     stop.install()
     try:
@@ -257,3 +262,5 @@ def run(path: Path, log: KeptLog) -> None:
         raise
     finally:
         reporter.close()
+        watcher.kill()
+        watcher.wait()
