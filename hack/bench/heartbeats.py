@@ -109,7 +109,7 @@ async def measure(arguments: argparse.Namespace) -> Report:
         command.standing(arguments.tree) as (plane, client),
         Client.connect(plane.kubeconfig(DRIVERS)) as drivers,
     ):
-        nodes, operator = Nodes(client), plane.operator(arguments.tree)
+        nodes, operator = Nodes(client), plane.operator(arguments.tree, lease=False)
         going = Run(plane, operator, drivers, nodes, fleet.names(arguments.jobs), Calls(plane.audit_log))
         async with meanwhile(nodes.run()):
             await going.started(client, arguments.limit)
