@@ -139,11 +139,13 @@ class ControlPlane:
                 process.check()
             await asyncio.sleep(1.0)
 
-    def operator(self, tree: Path, name: str = "rlhf-operator", port: int = 0) -> Process:
-        """The operator of a source tree; it waits for the lease. `port` is that of its health, 0 any."""
+    def operator(self, tree: Path, name: str = "rlhf-operator", port: int = 0, *, lease: bool = True) -> Process:
+        """The operator of a source tree. `port` is that of its health, 0 any. Without a lease, as KubeRay's runs here,
+        it cannot lose it on a machine that others keep busy."""
         command: list[str | Path] = [sys.executable, "-m", "rlhf_operator", "--kubeconfig", self.kubeconfig(OPERATOR)]
         path = f"{tree / 'api'}:{tree / 'operator'}"
-        flags = ["--health-port", str(port), "--lease-namespace", "default"]
+        election = ["--lease-namespace", "default"] if lease else ["--no-leader-election"]
+        flags = ["--health-port", str(port), *election]
         return self._start_operator(name, [*command, *flags], {"PYTHONPATH": path})
 
     def kuberay(self, program: Path) -> Process:

@@ -22,9 +22,11 @@ from hack.bench.command import AT_ONCE, Report
 from hack.bench.control_plane import DRIVERS, OPERATOR, ControlPlane, Process
 from hack.bench.nodes import Nodes, report, stamp, trained
 from hack.bench.usage import Calls
+from hack.cluster.kube import ApiError, Object
 
 EVERY_SECONDS = 10.0
 REPORTS_A_STEP = 6
+BUSY = (429, 504)
 SETTLE_SECONDS = 10.0  # the last events of the start are no part of the first window
 
 
@@ -35,6 +37,7 @@ class Window:
     name: str
     seconds: float
     reports: int = 0
+    lost: int = 0
     operator_cpu_percent: float = 0.0
     operator_mib: float = 0.0
     calls: dict[str, int] = field(default_factory=dict)
@@ -51,18 +54,21 @@ class Run:
     calls: Calls
     step: int = 0
     sent: int = 0
+    lost: int = 0
 
     async def window(self, name: str, seconds: float, reports_a_step: int | None) -> Window:
         """`reports_a_step` None: no reports; 0: none of them tells of a step."""
         found = Window(name, seconds)
         self.calls.since_last(OPERATOR)
-        parts, self.sent, begun = (self.operator, self.plane.api_server), 0, time.monotonic()
+        parts, begun = (self.operator, self.plane.api_server), time.monotonic()
+        self.sent = self.lost = 0
         before = [part.usage().cpu_seconds for part in parts]
         await self._report_for(seconds, reports_a_step)
         took = time.monotonic() - begun
         cpu = [100 * (part.usage().cpu_seconds - old) / took for part, old in zip(parts, before, strict=True)]
         found.operator_cpu_percent, found.api_server_cpu_percent = cpu
-        found.seconds, found.reports, found.operator_mib = took, self.sent, self.operator.usage().peak_mib
+        found.seconds, found.reports, found.lost = took, self.sent, self.lost
+        found.operator_mib = self.operator.usage().peak_mib
         found.calls = dict(self.calls.since_last(OPERATOR).most_common())
         return found
 
@@ -83,8 +89,19 @@ class Run:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             if reports_a_step and count % reports_a_step == 0:
                 told = trained(self.step + count)
-            await report(self.drivers, job, self.nodes.heads[job], **told | {"activityTime": stamp()})
-            self.sent, count, due = self.sent + 1, count + 1, due + EVERY_SECONDS
+            await self._report(job, told | {"activityTime": stamp()})
+            count, due = count + 1, due + EVERY_SECONDS
+
+    async def _report(self, job: str, told: Object) -> None:
+        """One that a busy API server does not take is lost, as a driver's would be: the next one comes soon."""
+        try:
+            await report(self.drivers, job, self.nodes.heads[job], **told)
+        except ApiError as error:
+            if error.code not in BUSY:
+                raise
+            self.lost += 1
+        else:
+            self.sent += 1
 
     async def started(self, client: Client, limit: float) -> None:
         """Every job applied, its pods up, its first step done, its status Running."""
@@ -109,7 +126,7 @@ async def measure(arguments: argparse.Namespace) -> Report:
         command.standing(arguments.tree) as (plane, client),
         Client.connect(plane.kubeconfig(DRIVERS)) as drivers,
     ):
-        nodes, operator = Nodes(client), plane.operator(arguments.tree)
+        nodes, operator = Nodes(client), plane.operator(arguments.tree, lease=False)
         going = Run(plane, operator, drivers, nodes, fleet.names(arguments.jobs), Calls(plane.audit_log))
         async with meanwhile(nodes.run()):
             await going.started(client, arguments.limit)

@@ -209,7 +209,7 @@ async def series(arguments: argparse.Namespace, kind: Kind, cluster: Object | No
     """One kind on a fresh control plane, with the RayCluster of its first job. `cluster`: what the kind was made of."""
     async with command.standing(arguments.tree, arguments.kuberay_crds) as (plane, client):
         kuberay = _kuberay(plane, arguments.pods if cluster is None else "kuberay", arguments.kuberay)
-        operator = plane.operator(arguments.tree) if cluster is None else kuberay
+        operator = plane.operator(arguments.tree, lease=False) if cluster is None else kuberay
         assert operator is not None
         first = await warmed_up(client, kind, 0 if kuberay is None else 1, 60)
         timeline, pods = Timeline(kind, client), fleet.pods_of(first) if kuberay else 0
