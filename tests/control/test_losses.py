@@ -357,3 +357,18 @@ def test_a_cluster_that_is_gone_is_charged_once_whoever_is_heard_first() -> None
     w.reap()
     w.settle()
     assert (w.clusters(), w.status["phase"]) == (["sample-2"], "Restarting")
+
+
+@pytest.mark.parametrize(("stepped", "class_"), [(True, "nodeLost"), (False, "app")])
+def test_a_worker_that_came_and_went_unseen_is_known_by_the_step_that_it_trained(stepped: bool, class_: str) -> None:
+    w = World()
+    w.settle()
+    w.up()
+    w.later(60)
+    if stepped:
+        w.report(step=3)
+    w.later(4000)
+    w.reap_workers()
+    w.driver_ends(1, "ActorDiedError")
+    w.settle()
+    assert charged(w) == {class_: 1}

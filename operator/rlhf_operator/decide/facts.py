@@ -167,12 +167,17 @@ class Facts:
     def progress(self) -> Progress | None:
         """The report of the driver's present or last run. One of another pod, or of an earlier run, tells nothing of
         this one."""
-        last, driver, head = self.reported, self.driver, self.head
-        if last is None or driver is None or head is None or last.pod_uid not in (None, head.uid):
+        last, head = self.reported, self.head
+        if last is None or head is None or last.pod_uid not in (None, head.uid):
             return None
-        began = driver.running_since or (driver.last and driver.last.started_at)
-        made = moment(last.report_time)
+        began, made = self._driver_began, moment(last.report_time)
         return last if began and made and made >= began else None
+
+    @property
+    def _driver_began(self) -> datetime | None:
+        """Its present or last run."""
+        driver = self.driver
+        return (driver.running_since or (driver.last and driver.last.started_at)) if driver else None
 
     @property
     def training(self) -> bool:
@@ -183,6 +188,13 @@ class Facts:
     @property
     def last_step_at(self) -> datetime | None:
         return self._by_our_clock(self.reported.step_time) if self.reported else None
+
+    @property
+    def stepped_at(self) -> datetime | None:
+        """The last step of the driver's present or last run: every pod was there for it."""
+        told, began = self.progress, self._driver_began
+        step = moment(told.step_time) if told else None
+        return self._by_our_clock(told.step_time) if told and step and began and step >= began else None
 
     @property
     def active_at(self) -> datetime | None:

@@ -135,8 +135,9 @@ def _ray_end(pod: Pod) -> Iterator[Loss]:
 
 
 def _unseen(f: Facts) -> Iterator[Loss]:
-    """Worker pods that went while nobody looked: one is missing, or was made after all had been ready."""
-    ready = moment(f.record.ready_at)
+    """Worker pods that went while nobody looked: one is missing, or was made after all had been ready, as far as we or
+    the driver saw."""
+    ready = moment(f.record.ready_at) or f.stepped_at
     if ready is None:
         return
     for group in f.groups:
