@@ -81,8 +81,8 @@ PROCESSES = (Target.GCS, Target.RAYLET, Target.DRIVER, Target.ENGINE, Target.RAN
 PODS = (Target.HEAD, Target.WORKER)
 _UNATTENDED = ", operator replaced"
 SIGNALS = {How.KILL: signal.SIGKILL, How.STOP: signal.SIGSTOP, How.SEGV: signal.SIGSEGV}
-# A stopped engine is found and replaced; what else is stopped goes on after a while, as on a machine that was frozen.
-_STAYS_STOPPED = (Target.ENGINE,)
+# A stopped engine, rank or driver is found and ended; what else is stopped goes on after a while, as on a machine that was frozen.
+_STAYS_STOPPED = (Target.ENGINE, Target.RANK, Target.DRIVER)
 # Ray's names for its processes; "ray::" is how it titles an actor's, vLLM titles its engines' own.
 _NAMES: dict[Target, Callable[[str], bool]] = {
     Target.GCS: lambda line: line.partition(" ")[0].endswith("/gcs_server"),

@@ -187,7 +187,7 @@ class Upgrade:
         await asyncio.to_thread(self.plane.install_tree, self.new)
 
     async def _operator(self) -> None:
-        await asyncio.to_thread(self.operator.end, signal.SIGTERM)
+        await asyncio.to_thread(self.plane.end, self.operator, signal.SIGTERM)
         self.operator = self.plane.operator(self.new, "new-operator")
 
     async def _touch(self) -> None:

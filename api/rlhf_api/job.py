@@ -23,8 +23,11 @@ Deadline = Annotated[float, Field(gt=0, le=315_360_000)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9)]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e9)]
 Number = Annotated[float, Field(ge=-1e9, le=1e9)]
-Quantity = Annotated[str, Field(max_length=64, pattern=r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|Ei|k|M|G|T|P|E)?$")]
 Path = Annotated[str, Field(min_length=1, max_length=4096)]
+# More than nothing, which the API server asks of a claim.
+StorageSize = Annotated[str, Field(max_length=64, pattern=r"^([0-9]*[1-9][0-9]*(\.[0-9]+)?|0+\.[0-9]*[1-9][0-9]*)(Ki|Mi|Gi|Ti|Pi|Ei|k|M|G|T|P|E)?$")]
+# A name of Kubernetes, as most kinds have it.
+SUBDOMAIN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 ModuleName = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 DEEPEST = 32
 
@@ -260,8 +263,8 @@ class WeightSyncSpec(Model):
 class ClaimSpec(Model):
     """A PersistentVolumeClaim that the operator makes, named <job>-checkpoints, mounted at checkpoint.path in the trainer's pods."""
 
-    size: Quantity = Field(description="Storage that is asked for, such as 200Gi: room for checkpoint.keep + 1 checkpoints and the export.")
-    storage_class_name: Annotated[str, Field(min_length=1, max_length=253)] | None = Field(None, description="StorageClass. Unset: the cluster's default.")
+    size: StorageSize = Field(description="Storage that is asked for, such as 200Gi: room for checkpoint.keep + 1 checkpoints and the export.")
+    storage_class_name: Annotated[str, Field(min_length=1, max_length=253, pattern=SUBDOMAIN)] | None = Field(None, description="StorageClass. Unset: the cluster's default.")
     access_mode: Literal["ReadWriteOnce", "ReadWriteMany", "ReadWriteOncePod"] = Field("ReadWriteOnce", description="ReadWriteMany where several trainer pods save.")
     on_delete: Literal["Keep", "Delete"] = Field("Keep", description="What becomes of the claim when the RLHFJob is deleted. A kept one is taken up by a later job of the same name, which resumes.")
 
@@ -332,7 +335,9 @@ class RunPolicySpec(Model):
 
 
 class QueueSpec(Model):
-    name: Annotated[str, Field(min_length=1, max_length=253)] = Field(description="Kueue LocalQueue in the job's namespace.")
+    name: Annotated[str, Field(min_length=1, max_length=63, pattern=SUBDOMAIN)] = Field(
+        description="Kueue LocalQueue in the job's namespace; as a label's value has it, so 63 characters at most."
+    )
 
 
 class PodOverrides(Model):

@@ -5,6 +5,7 @@ It has network, PID and mount namespaces of its own: ports are free, /run is a t
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -21,8 +22,8 @@ from types import TracebackType
 from hack.bench.usage import Usage, usage
 from hack.cluster import binaries, components, settings
 from hack.cluster.components import Component, Identity, Link
-from hack.cluster.kube import Api, Object
-from hack.cluster.steps import ClusterError, output, wait_for
+from hack.cluster.kube import Api, ApiError, Object
+from hack.cluster.steps import ClusterError, output, say, wait_for
 
 ADDRESS = "198.19.128.1"  # of the loopback device: an API server may not advertise 127.0.0.1
 STANDIN_SCHEMA = Path(components.__file__).parent / "kuberay_standin" / "raycluster.json"
@@ -58,25 +59,28 @@ class Process:
     log: Path
 
     def usage(self) -> Usage:
-        """Raises ClusterError with its last words for one that has ended."""
-        if self.handle.poll() is not None:
-            raise ClusterError(f"{self.name} ended with {self.handle.returncode}: {self.words()}", "see its last words")
+        """Raises ClusterError for one that has ended."""
+        self.check()
         return usage(self.handle.pid)
+
+    def check(self) -> None:
+        """The same."""
+        if self.handle.poll() is not None:
+            remedy = "see its last words; an operator ends when it loses its lease, on a machine that is too busy"
+            raise ClusterError(f"{self.name} ended with {self.handle.returncode}", remedy)
 
     def words(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]
 
-    def end(self, number: int) -> None:
-        self.handle.send_signal(number)
-        self.handle.wait()
-
 
 @dataclass
 class ControlPlane:
-    """A context manager: fresh at its start, gone with its state at its end. Raises ClusterError."""
+    """A context manager: fresh at its start, gone with its state at its end. Raises ClusterError. What fails inside
+    is told with the last words of the operators, and of a part that ended."""
 
     cfg: settings.Settings = field(default_factory=lambda: _settings())
     processes: list[Process] = field(default_factory=list)
+    operators: list[Process] = field(default_factory=list)
 
     def __enter__(self) -> ControlPlane:
         try:
@@ -89,6 +93,10 @@ class ControlPlane:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, ClusterError | ApiError):
+            for part in self.processes:
+                if part in self.operators or part.handle.poll() is not None:
+                    say(f"the end of {part.log.name}:\n{part.words()}")
         self._end()
 
     @property
@@ -118,13 +126,27 @@ class ControlPlane:
         self.processes.append(process)
         return process
 
-    def operator(self, tree: Path, name: str = "rlhf-operator", port: int = 0) -> Process:
-        """The operator of a source tree; it waits for the lease. `port` is that of its health, 0 any."""
+    def end(self, process: Process, number: int) -> None:
+        """By this signal, and on purpose."""
+        self.processes.remove(process)
+        process.handle.send_signal(number)
+        process.handle.wait()
+
+    async def attend(self) -> None:
+        """For ever. Raises ClusterError when a part ends: nobody starts it again, and all would wait in vain."""
+        while True:
+            for process in self.processes:
+                process.check()
+            await asyncio.sleep(1.0)
+
+    def operator(self, tree: Path, name: str = "rlhf-operator", port: int = 0, *, lease: bool = True) -> Process:
+        """The operator of a source tree. `port` is that of its health, 0 any. Without a lease, as KubeRay's runs here,
+        it cannot lose it on a machine that others keep busy."""
         command: list[str | Path] = [sys.executable, "-m", "rlhf_operator", "--kubeconfig", self.kubeconfig(OPERATOR)]
         path = f"{tree / 'api'}:{tree / 'operator'}"
-        return self.start(
-            name, [*command, "--health-port", str(port), "--lease-namespace", "default"], {"PYTHONPATH": path}
-        )
+        election = ["--lease-namespace", "default"] if lease else ["--no-leader-election"]
+        flags = ["--health-port", str(port), *election]
+        return self._start_operator(name, [*command, *flags], {"PYTHONPATH": path})
 
     def kuberay(self, program: Path) -> Process:
         """The real KubeRay operator as it comes: one worker a kind, 100 requests a second."""
@@ -133,11 +155,17 @@ class ControlPlane:
             "--metrics-addr=127.0.0.1:9090",
             "--health-probe-bind-address=127.0.0.1:9091",
         ]
-        return self.start("kuberay", [program, "--kubeconfig", self.kubeconfig(KUBERAY), *flags])
+        return self._start_operator("kuberay", [program, "--kubeconfig", self.kubeconfig(KUBERAY), *flags])
 
     def standin(self) -> Process:
         command = [sys.executable, "-m", "hack.cluster.kuberay_standin", "--kubeconfig", str(self.kubeconfig(KUBERAY))]
-        return self.start("kuberay-standin", command, {"PYTHONPATH": str(self.cfg.clone)})
+        return self._start_operator("kuberay-standin", command, {"PYTHONPATH": str(self.cfg.clone)})
+
+    def _start_operator(
+        self, name: str, command: Sequence[str | Path], environment: Mapping[str, str] | None = None
+    ) -> Process:
+        self.operators.append(self.start(name, command, environment))
+        return self.operators[-1]
 
     def install_all(self, tree: Path, kuberay_crds: Path | None = None) -> None:
         """KubeRay's CRDs, or RayCluster's alone, and the tree's own."""

@@ -16,18 +16,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
-from hack.bench import fleet
+from hack.bench import command, fleet
 from hack.bench.client import Client, each, until
-from hack.bench.control_plane import ADMIN, OPERATOR, ControlPlane, Process, isolated
-from hack.bench.scale import AT_ONCE, CLONE
-from hack.bench.usage import Calls, machine
+from hack.bench.command import AT_ONCE, Report
+from hack.bench.control_plane import OPERATOR, ControlPlane, Process
+from hack.bench.usage import Calls
 from hack.cluster.kube import Object
-from hack.cluster.steps import ClusterError, fail, say
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 FIRST_PORT = 8100
@@ -83,7 +81,7 @@ class Pair:
     async def handed_over(self, number: signal.Signals, job: str) -> float:
         """Seconds from the signal to the RayCluster of a job that was applied when the leader had ended."""
         leader, begun = self.replicas.pop(0), time.monotonic()
-        await asyncio.to_thread(leader.process.end, number)
+        await asyncio.to_thread(self.plane.end, leader.process, number)
         await self.client.send("POST", fleet.RLHFJOBS, fleet.RLHFJOB.make(job))
         done = await until(f"the RayCluster after {number.name}", lambda: has_clusters(self.client, [job]), self.limit)
         await self.add(Replica.waits)
@@ -95,32 +93,26 @@ async def has_clusters(client: Client, jobs: list[str]) -> bool:
     return found >= {f"{job}-1" for job in jobs}
 
 
-async def run(arguments: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, int]]:
+async def measure(arguments: argparse.Namespace) -> Report:
     """Seconds by signal, and what was called more often than once a job."""
-    async with AsyncExitStack() as stack:
-        plane = stack.enter_context(ControlPlane())
-        plane.install_all(arguments.tree)
-        client = await stack.enter_async_context(Client.connect(plane.kubeconfig(ADMIN)))
-        pair, calls, jobs = (
-            Pair(plane, client, arguments.tree, arguments.limit),
-            Calls(plane.audit_log),
-            fleet.names(arguments.jobs),
-        )
-        try:
-            await pair.start()
-            await each(jobs, lambda job: client.send("POST", fleet.RLHFJOBS, fleet.RLHFJOB.make(job)), AT_ONCE)
-            await until("all RayClusters", lambda: has_clusters(client, jobs), arguments.limit)
-            taken = {
-                number.name: [
-                    await pair.handed_over(number, f"{number.name.lower()}-{n}") for n in range(arguments.rounds)
-                ]
-                for number in SIGNALS
-            }
-        except ClusterError:
-            for replica in pair.replicas:
-                say(f"the end of {replica.process.log.name}:\n{replica.process.words()}")
-            raise
-        return taken, twice(calls.since_last(OPERATOR), len(jobs) + len(SIGNALS) * arguments.rounds)
+    async with command.standing(arguments.tree) as (plane, client):
+        pair, calls = Pair(plane, client, arguments.tree, arguments.limit), Calls(plane.audit_log)
+        jobs = fleet.names(arguments.jobs)
+        await pair.start()
+        await each(jobs, lambda job: client.send("POST", fleet.RLHFJOBS, fleet.RLHFJOB.make(job)), AT_ONCE)
+        await until("all RayClusters", lambda: has_clusters(client, jobs), arguments.limit)
+        taken = {
+            number.name: [await pair.handed_over(number, f"{number.name.lower()}-{n}") for n in range(arguments.rounds)]
+            for number in SIGNALS
+        }
+        more = twice(calls.since_last(OPERATOR), len(jobs) + len(SIGNALS) * arguments.rounds)
+    title = f"{arguments.jobs} jobs, done twice: {more or 'nothing'}"
+    return Report(title, table(taken), {"seconds": taken, "twice": more})
+
+
+def table(taken: dict[str, list[float]]) -> str:
+    rows = ((name, ", ".join(f"{s:.1f}" for s in seconds), f"{max(seconds):.1f}") for name, seconds in taken.items())
+    return command.table(("leader ended by", "seconds until the other acts", "most"), rows)
 
 
 def twice(calls: Counter[str], jobs: int) -> dict[str, int]:
@@ -130,29 +122,9 @@ def twice(calls: Counter[str], jobs: int) -> dict[str, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=100, help="jobs that are there")
+    parser = command.parser(__doc__, jobs=100, limit=300)
     parser.add_argument("--rounds", type=int, default=3, help="of each signal")
-    parser.add_argument("--tree", type=Path, default=CLONE, help="source tree of the operator and its CRD")
-    parser.add_argument("--limit", type=float, default=300, help="seconds that each wait may take")
-    arguments = parser.parse_args()
-    if (status := isolated("hack.bench.handover", sys.argv[1:])) is not None:
-        return status
-    try:
-        taken, more = asyncio.run(run(arguments))
-    except ClusterError as error:
-        return fail(error)
-    print(f"\n{arguments.jobs} jobs; {machine()}\n")
-    print("| leader ended by | seconds until the other acts | most |\n|---|---|---|")
-    print(
-        "\n".join(
-            f"| {name} | {', '.join(f'{s:.1f}' for s in seconds)} | {max(seconds):.1f} |"
-            for name, seconds in taken.items()
-        )
-    )
-    print(f"\ndone twice: {more or 'nothing'}")
-    print(json.dumps({"seconds": taken, "twice": more}))
-    return 0
+    return command.run("hack.bench.handover", parser.parse_args(), measure)
 
 
 if __name__ == "__main__":

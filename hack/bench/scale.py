@@ -3,35 +3,31 @@
     python -m hack.bench.scale --jobs 1000 [--kuberay MANAGER --kuberay-crds DIRECTORY] [--pods none|standin|kuberay]
 
 No node runs: pods stay Pending. With KubeRay's own operator and CRDs, as many RayJobs of the same pods are measured
-after it in the same way. Needs root. Prints a table, and the same as one line of JSON.
+after it in the same way. Needs root. Prints a table and the same as one line of JSON, and each column as soon as it is
+known, which a run that is cut off shows too.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from hack.bench import fleet
+from hack.bench import command, fleet
 from hack.bench.client import Client, each, meanwhile, until
-from hack.bench.control_plane import ADMIN, KUBERAY, OPERATOR, ControlPlane, Process, isolated
+from hack.bench.command import AT_ONCE, Report
+from hack.bench.control_plane import KUBERAY, OPERATOR, ControlPlane, Process
 from hack.bench.fleet import Kind, Timeline
-from hack.bench.usage import Calls, machine, news
-from hack.cluster import settings
+from hack.bench.usage import Calls, news
 from hack.cluster.components import Identity
-from hack.cluster.kube import ApiError, Object
-from hack.cluster.steps import ClusterError, fail, say
+from hack.cluster.kube import Object
 
-AT_ONCE = 32
 QUIET_SECONDS = 10.0  # so long nothing changes, and it is the end
-CLONE = settings.from_environment().clone
 LEFTOVERS = (
     "/api/v1/namespaces/default/configmaps",
     "/api/v1/namespaces/default/secrets",
@@ -112,6 +108,7 @@ class Series:
             log.since_last(OPERATOR)
         await self._burst(result, calls, min(QUIET_SECONDS, idle_seconds))
         await self._idle(result, calls[0], idle_seconds)
+        print(f"before they are deleted:\n\n{table([result])}\n", flush=True)
         await self._delete(result)
         return result
 
@@ -210,26 +207,16 @@ async def _nothing_runs(client: Client) -> bool:
 
 async def series(arguments: argparse.Namespace, kind: Kind, cluster: Object | None) -> tuple[Result, Object]:
     """One kind on a fresh control plane, with the RayCluster of its first job. `cluster`: what the kind was made of."""
-    async with AsyncExitStack() as stack:
-        plane = stack.enter_context(ControlPlane())
-        plane.install_all(arguments.tree, arguments.kuberay_crds)
+    async with command.standing(arguments.tree, arguments.kuberay_crds) as (plane, client):
         kuberay = _kuberay(plane, arguments.pods if cluster is None else "kuberay", arguments.kuberay)
-        operator = plane.operator(arguments.tree) if cluster is None else kuberay
+        operator = plane.operator(arguments.tree, lease=False) if cluster is None else kuberay
         assert operator is not None
-        client = await stack.enter_async_context(Client.connect(plane.kubeconfig(ADMIN)))
-        try:
-            first = await warmed_up(client, kind, 0 if kuberay is None else 1, 60)
-            timeline = Timeline(kind, client)
-            await timeline.begin()
-            one = Series(
-                plane, client, timeline, operator, kuberay, fleet.pods_of(first) if kuberay else 0, arguments.limit
-            )
-            async with meanwhile(timeline.follow_jobs(), timeline.follow_clusters(), timeline.follow_pods()):
-                return await one.measure(arguments.jobs, arguments.idle_seconds), first
-        except (ClusterError, ApiError):
-            for part in filter(None, (operator, kuberay)):
-                say(f"the end of {part.log.name}:\n{part.words()}")
-            raise
+        first = await warmed_up(client, kind, 0 if kuberay is None else 1, 60)
+        timeline, pods = Timeline(kind, client), fleet.pods_of(first) if kuberay else 0
+        await timeline.begin()
+        one = Series(plane, client, timeline, operator, kuberay, pods, arguments.limit)
+        async with meanwhile(timeline.follow_jobs(), timeline.follow_clusters(), timeline.follow_pods()):
+            return await one.measure(arguments.jobs, arguments.idle_seconds), first
 
 
 def _kuberay(plane: ControlPlane, pods: str, program: Path | None) -> Process | None:
@@ -239,57 +226,36 @@ def _kuberay(plane: ControlPlane, pods: str, program: Path | None) -> Process | 
 
 
 def table(results: Sequence[Result]) -> str:
-    head = f"| | {' | '.join(result.kind for result in results)} |\n|---|{'---|' * len(results)}"
-    rows = (f"| {words} | {' | '.join(_figure(getattr(result, name)) for result in results)} |" for name, words in ROWS)
-    return "\n".join([head, *rows])
+    rows = ((words, *(_figure(getattr(result, name)) for result in results)) for name, words in ROWS)
+    return command.table(("", *(result.kind for result in results)), rows)
 
 
 def _figure(value: float | int) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}" if value < 1 else f"{value:,.1f}"
 
 
-async def run(arguments: argparse.Namespace) -> list[Result]:
+async def measure(arguments: argparse.Namespace) -> Report:
     result, cluster = await series(arguments, fleet.RLHFJOB, None)
     results = [result]
-    print(table(results), flush=True)
     if arguments.kuberay:
+        print(f"{table(results)}\n", flush=True)
         results.append((await series(arguments, fleet.rayjob(cluster), cluster))[0])
-    return results
+    return Report(f"pods: {arguments.pods}", table(results), [asdict(result) for result in results])
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=1000)
+def parse() -> argparse.Namespace:
+    parser = command.parser(__doc__, jobs=1000, limit=1800)
     parser.add_argument("--kuberay", type=Path, help="KubeRay's operator, to measure RayJobs too")
     parser.add_argument("--kuberay-crds", type=Path, help="the directory of its CRDs")
-    parser.add_argument(
-        "--pods",
-        choices=("none", "standin", "kuberay"),
-        help="who makes the RLHFJobs' pods; default: KubeRay where it is given",
-    )
-    parser.add_argument("--tree", type=Path, default=CLONE, help="source tree of the operator and its CRD")
+    whose = "who makes the RLHFJobs' pods; default: KubeRay where it is given"
+    parser.add_argument("--pods", choices=("none", "standin", "kuberay"), help=whose)
     parser.add_argument("--idle-seconds", type=float, default=60)
-    parser.add_argument("--limit", type=float, default=1800, help="seconds that each wait may take")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     if arguments.kuberay and not arguments.kuberay_crds:
         parser.error("--kuberay needs --kuberay-crds: its operator serves no RayJob without them")
     arguments.pods = arguments.pods or ("kuberay" if arguments.kuberay else "none")
     return arguments
 
 
-def main() -> int:
-    arguments = parse(sys.argv[1:])
-    if (status := isolated("hack.bench.scale", sys.argv[1:])) is not None:
-        return status
-    try:
-        results = asyncio.run(run(arguments))
-    except ClusterError as error:
-        return fail(error)
-    print(f"\n{machine()}, pods: {arguments.pods}\n")
-    print(table(results))
-    print(json.dumps([asdict(result) for result in results]))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run("hack.bench.scale", parse(), measure))

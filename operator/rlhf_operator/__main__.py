@@ -45,7 +45,7 @@ class Operator:
         self.store = Store(self._told)
         home = own_namespace() or settings.namespace or "default"
         work = functools.partial(reconcile, ClusterIO(api, self.store), clock=utc_now, home=home)
-        self.queue = Queue(work, lambda: self.store.job_keys(at_rest=False))
+        self.queue = Queue(work, lambda: self.store.job_keys(at_rest=False), self.store.made)
         ages = metrics.WatchAges()
         self.health = Health(self.queue, self.store, ages)
         self.refresher = Refresher(api, self.store, settings.namespace, lambda kind: self._came())

@@ -98,7 +98,7 @@ class ClusterIO:
         if plan.finalizer:
             await self._finalize(job, on=True)
         for deletion in plan.delete:
-            await self._delete(plan.namespace, deletion)
+            await self.delete(plan.namespace, deletion)
         for body in (*plan.ensure, *plan.create):
             try:
                 await self._make(plan.namespace, body, update=body in plan.ensure)
@@ -184,7 +184,7 @@ class ClusterIO:
             self._patched.pop(job.meta.uid, None)
             self.store.drop(JOBS, job.meta.uid)
 
-    async def _delete(self, namespace: str, deletion: Deletion) -> None:
+    async def delete(self, namespace: str, deletion: Deletion) -> None:
         log.info("deleting %s %s/%s", deletion.kind, namespace, deletion.name)
         kind = OF_KIND[deletion.kind]
         there = await self.api.delete(kind, namespace, deletion.name, deletion.uid, deletion.grace_seconds)

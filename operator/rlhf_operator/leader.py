@@ -1,6 +1,6 @@
 """One operator at a time, by a Lease. A process that loses it ends: a new one starts with nothing in its hands.
 
-The lease is held for 10 s from when its last renewal was sent; the holder stops acting after 8 of them, by a clock
+The lease is held for 12 s from when its last renewal was sent; the holder stops acting after 10 of them, by a clock
 that no one sets and that goes on while the process is stopped. Others wait for the whole of it, counted from when
 they saw the renewal.
 """
@@ -25,8 +25,10 @@ from rlhf_operator.settings import own_namespace
 
 log = logging.getLogger(__name__)
 NAME = "rlhf-operator"
-LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS = 10, 6, 2
-ACT_SECONDS = 8.0
+# A try is two calls, which wait behind the operator's own when a thousand jobs come at once. One that gets no answer to
+# either leaves time for another before the holder must stop.
+LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS, ANSWER_SECONDS = 12, 9, 1, 3.0
+ACT_SECONDS = 10.0
 T = TypeVar("T")
 
 
@@ -62,7 +64,7 @@ class Lock(LeaseLock):  # type: ignore[misc]  # the library is not typed
         nobody = {"spec": {"holderIdentity": "", "leaseDurationSeconds": 1}}
         self.renewed = float("-inf")
         try:
-            async with asyncio.timeout(RETRY_SECONDS):
+            async with asyncio.timeout(ANSWER_SECONDS):
                 await self.api_instance.patch_namespaced_lease(self.name, self.namespace, nobody)
         except (ApiException, ClientError, OSError, TimeoutError) as error:
             log.warning("the lease was not released: %s", error)
@@ -76,7 +78,7 @@ class Lock(LeaseLock):  # type: ignore[misc]  # the library is not typed
 
 async def _tried(call: Awaitable[T], otherwise: Any) -> T:
     try:
-        async with asyncio.timeout(RETRY_SECONDS):
+        async with asyncio.timeout(ANSWER_SECONDS):
             return await call
     except (ApiException, ClientError, OSError, TimeoutError) as error:
         log.warning("lease: %s: %s", type(error).__name__, getattr(error, "reason", None) or error)

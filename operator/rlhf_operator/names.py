@@ -4,6 +4,10 @@ from rlhf_api import GROUP
 
 JOB_LABEL = f"{GROUP}/job"
 ROLE_LABEL = f"{GROUP}/role"
+# On a RayCluster: what of the spec it was made from (edition.py).
+EDITION_ANNOTATION = f"{GROUP}/edition"
+# On a RayCluster: "true" where checkpoints die with its trainer's pod.
+EPHEMERAL_ANNOTATION = f"{GROUP}/ephemeral-checkpoints"
 WORKLOAD_UID_LABEL = "kueue.x-k8s.io/job-uid"
 RAY_GROUP_LABEL = "ray.io/group"
 FINALIZER = f"{GROUP}/final-save"

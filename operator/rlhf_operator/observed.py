@@ -13,7 +13,7 @@ from rlhf_api.parse import QUEUE_LABEL, parse_lenient
 from rlhf_api.progress import DRIVER_FIELD_MANAGER
 from rlhf_api.status import RLHFJobStatus
 from rlhf_operator.clock import moment
-from rlhf_operator.names import DRIVER_CONTAINER, HEAD, RAY_GROUP_LABEL, ROLE_LABEL
+from rlhf_operator.names import DRIVER_CONTAINER, EDITION_ANNOTATION, EPHEMERAL_ANNOTATION, HEAD, RAY_GROUP_LABEL, ROLE_LABEL
 from rlhf_operator.salvage import salvage
 
 Raw = dict[str, Any]
@@ -141,7 +141,8 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """One of the job's RayClusters."""
+    """One of the job's RayClusters. `edition`: of the spec that it was made from, empty when nobody wrote it down;
+    `ephemeral`: checkpoints die with the trainer's pod, None likewise."""
 
     name: str
     uid: str
@@ -149,6 +150,8 @@ class Cluster:
     deleting: bool = False
     suspended: bool = False
     service: str = ""
+    edition: str = ""
+    ephemeral: bool | None = None
     groups: tuple[Group, ...] = ()
     conditions: tuple[ReportedCondition, ...] = ()
 
@@ -253,6 +256,7 @@ def _heeded_progress(progress: Raw, record: Raw) -> Raw:
 
 def read_cluster(raw: Raw) -> Cluster:
     meta, status = raw["metadata"], raw.get("status") or {}
+    notes = meta.get("annotations") or {}
     return Cluster(
         name=meta["name"],
         uid=meta["uid"],
@@ -260,6 +264,8 @@ def read_cluster(raw: Raw) -> Cluster:
         deleting="deletionTimestamp" in meta,
         suspended=bool(raw.get("spec", {}).get("suspend")),
         service=(status.get("head") or {}).get("serviceName", ""),
+        edition=notes.get(EDITION_ANNOTATION, ""),
+        ephemeral={"true": True, "false": False}.get(notes.get(EPHEMERAL_ANNOTATION, "")),
         groups=tuple(
             Group(g.get("groupName", ""), g.get("replicas") or 0)
             for g in raw.get("spec", {}).get("workerGroupSpecs") or []

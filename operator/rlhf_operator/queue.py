@@ -18,6 +18,7 @@ from rlhf_operator.client import ApiError
 from rlhf_operator.shelf import Key
 
 log = logging.getLogger(__name__)
+Heap = list[tuple[float, int, Key]]
 # Events come in bursts (ten pods, three changes each): one pass a burst is enough.
 SETTLE_SECONDS = 0.1
 BACKOFF_FIRST, BACKOFF_MOST = 0.5, 60.0
@@ -25,6 +26,8 @@ BACKOFF_FIRST, BACKOFF_MOST = 0.5, 60.0
 BACKOFF_LEAST = 2.0
 RESYNC_SECONDS = 300.0
 WORKERS = 16
+# What comes first comes before what became due up to so long ago.
+PATIENCE = 600.0
 HEARTBEAT_SECONDS = 5.0
 # How long passes get to end when the operator stops.
 LAST_SECONDS = 3.0
@@ -42,13 +45,17 @@ class Failing:
 
 @dataclass(slots=True)
 class Schedule:
-    """Which key is due when. Times are seconds of any one clock. All of it is O(log n): the heap may hold what is no
-    longer so (a key that became due earlier, or has a worker), which is passed over when it comes to the top."""
+    """Which key is due when. Times are seconds of any one clock. All of it is O(log n): a heap may hold what is no
+    longer so (a key that became due earlier, or has a worker), which is passed over when it comes to the top.
 
+    `first` tells of a key whether others may wait for it: what happens to a job that has pods is not to wait until a
+    thousand new ones have theirs."""
+
+    first: Callable[[Key], bool] = lambda key: True
     due: dict[Key, float] = field(default_factory=dict)
     active: set[Key] = field(default_factory=set)
     failing: dict[Key, Failing] = field(default_factory=dict)
-    _heap: list[tuple[float, int, Key]] = field(default_factory=list)
+    _heaps: tuple[Heap, Heap] = field(default_factory=lambda: ([], []))  # what comes first, and the others
     _order: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def add(self, key: Key, now: float) -> None:
@@ -63,10 +70,13 @@ class Schedule:
 
     def take(self, now: float) -> Key | None:
         """A key that is due and has no worker; it has one now."""
-        due = self.next_due()
-        if due is None or due > now:
+        first, others = (heap if heap and heap[0][0] <= now else None for heap in self._pruned())
+        if first and others and others[0][0] + PATIENCE < first[0][0]:
+            first = None
+        heap = first or others
+        if not heap:
             return None
-        key = heapq.heappop(self._heap)[2]
+        key = heapq.heappop(heap)[2]
         del self.due[key]
         self.active.add(key)
         return key
@@ -89,9 +99,14 @@ class Schedule:
         return delay
 
     def next_due(self) -> float | None:
-        while self._heap and (self._heap[0][2] in self.active or self.due.get(self._heap[0][2]) != self._heap[0][0]):
-            heapq.heappop(self._heap)
-        return self._heap[0][0] if self._heap else None
+        return min((heap[0][0] for heap in self._pruned() if heap), default=None)
+
+    def _pruned(self) -> tuple[Heap, Heap]:
+        """With what is so on top."""
+        for heap in self._heaps:
+            while heap and (heap[0][2] in self.active or self.due.get(heap[0][2]) != heap[0][0]):
+                heapq.heappop(heap)
+        return self._heaps
 
     def _release(self, key: Key) -> None:
         """What became due meanwhile is due now; its place in the heap may have been passed over."""
@@ -105,17 +120,22 @@ class Schedule:
             self._push(key)
 
     def _push(self, key: Key) -> None:
-        heapq.heappush(self._heap, (self.due[key], next(self._order), key))
+        heap = self._heaps[0 if self.first(key) else 1]
+        heapq.heappush(heap, (self.due[key], next(self._order), key))
 
 
 class Queue:
-    """`work` handles one key and says when to come back; `restless` are the keys that the resync visits."""
+    """`work` handles one key and says when to come back; `restless` are the keys that the resync visits; `first` is
+    the schedule's."""
 
     def __init__(
-        self, work: Callable[[Key], Awaitable[datetime | None]], restless: Callable[[], Iterable[Key]]
+        self,
+        work: Callable[[Key], Awaitable[datetime | None]],
+        restless: Callable[[], Iterable[Key]],
+        first: Callable[[Key], bool] = lambda key: True,
     ) -> None:
         self._work, self._restless = work, restless
-        self._schedule, self._changed = Schedule(), asyncio.Event()
+        self._schedule, self._changed = Schedule(first), asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self.beat = time.monotonic()
 

@@ -8,7 +8,8 @@
 
 A pass knows nothing of the event that caused it and remembers nothing but `status.record`. An action follows only
 from a record that is already stored; so a pass either writes down what it means to do, or does what is written down,
-and may die anywhere. What goes wrong between 1 and 5, whatever it is, is told in the status.
+and may die anywhere. What goes wrong between 1 and 5, whatever it is, is told in the status. Before it, what a job of the
+same name left when it went is deleted (sweep.py).
 """
 
 import logging
@@ -21,6 +22,7 @@ from rlhf_operator.decide import Decision, broken, decide, held_up, refused, tro
 from rlhf_operator.observed import Job
 from rlhf_operator.plan import plan
 from rlhf_operator.shelf import Key
+from rlhf_operator.sweep import sweep
 
 log = logging.getLogger(__name__)
 Clock = Callable[[], datetime]
@@ -40,6 +42,7 @@ def utc_now() -> datetime:
 async def reconcile(cluster: ClusterIO, key: Key, clock: Clock = utc_now, home: str = "default") -> datetime | None:
     """When to look again unless something happens before; None for never. Raises what went wrong after the status
     told of it. `home` is the operator's own namespace."""
+    await sweep(cluster, key)
     for _ in range(LOOKS):
         job = cluster.job(key)
         if job is None:

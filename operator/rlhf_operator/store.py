@@ -48,6 +48,7 @@ WATCHED = (JOBS, RAYCLUSTERS, PODS, WORKLOADS, LOCAL_QUEUES, EVENTS)
 LISTED = (JOBS, RAYCLUSTERS, PODS, WORKLOADS, LOCAL_QUEUES)
 SELECTORS = {RAYCLUSTERS: JOB_LABEL, PODS: JOB_LABEL}
 GONE_MAX = 20_000
+BEREFT_MAX = 5_000
 LEVELS_KEPT = 2 * DEEPEST
 # Containers that wait with these reasons may wait for a volume, which only an Event tells.
 SILENT_WAITS = ("ContainerCreating", "PodInitializing", "")
@@ -56,7 +57,7 @@ SILENT_WAITS = ("ContainerCreating", "PodInitializing", "")
 @dataclass(frozen=True, slots=True)
 class JobFacts:
     """A job as bytes, and the little that is asked of all jobs at once. `heeded` tells whether a change is worth a
-    pass."""
+    pass, `made` whether it ever owned anything."""
 
     packed: bytes
     heeded: bytes
@@ -64,6 +65,7 @@ class JobFacts:
     phase: str
     at_rest: bool
     goodput: float | None
+    made: bool
 
     def unpack(self) -> Raw:
         raw: Raw = marshal.loads(zlib.decompress(self.packed))
@@ -89,6 +91,7 @@ class Store:
             LOCAL_QUEUES: self.queues,
         }
         self._gone: OrderedDict[str, float] = OrderedDict()
+        self._bereft: OrderedDict[Key, list[str]] = OrderedDict()
         self._known: dict[Kind, bool] = {}
 
     # what fills it
@@ -183,6 +186,21 @@ class Store:
                 clusters, pods, queue=self._queue(job, clusters), complaints=self._complaints(clusters, pods)
             )
 
+    def take_bereft(self, key: Key) -> list[str]:
+        """The uids of jobs of this name that went since this was last asked, and may have left something behind."""
+        with self._lock:
+            return self._bereft.pop(key, [])
+
+    def owned(self, kind: Kind, key: Key, owners: Collection[str]) -> list[tuple[str, str]]:
+        """Name and uid of the RayClusters or pods of that job's name which one of these uids controls."""
+        with self._lock:
+            return [(held.name[1], held.uid) for held in self._shelves[kind].of(key) if held.owner in owners]
+
+    def made(self, key: Key) -> bool:
+        """Whether there is such a job, which owns something or did."""
+        held = self.jobs.named(key)
+        return held is not None and held.facts.made
+
     def job_keys(self, *, at_rest: bool = True) -> list[Key]:
         """Of all jobs, or of those for which something is left to do."""
         with self._lock:
@@ -237,6 +255,10 @@ class Store:
 
     def _left(self, kind: Kind, held: Held[Any]) -> None:
         self.complaints.drop(held.uid)
+        if kind is JOBS and held.facts.made:
+            self._bereft.setdefault(held.name, []).append(held.uid)
+            if len(self._bereft) > BEREFT_MAX:  # a standby's: nobody asks
+                self._bereft.popitem(last=False)
         self._changed(kind, held, new=True)
 
     def _changed(self, kind: Kind, held: Held[Any], *, new: bool) -> None:
@@ -322,6 +344,7 @@ def _job_facts(raw: Raw) -> JobFacts:
         phase=str(status.get("phase") or "Pending"),
         at_rest=_at_rest(status),
         goodput=_number(status.get("goodput")),
+        made=bool((status.get("record") or {}).get("clusters")),
     )
 
 

@@ -18,18 +18,17 @@ import yaml
 
 from rlhf_api import kubernetes
 from rlhf_api.crd import job_schema
-from rlhf_api.job import RLHFJob
 from rlhf_api.parse import parse_lenient
 from rlhf_api.run import RunConfig, resolve
-from rlhf_operator.plan import owned_metadata
-from rlhf_operator.plan.access import access
-from rlhf_operator.plan.raycluster import raycluster
-from rlhf_operator.plan.run_config import run_config
+from rlhf_operator.decide import Want
+from rlhf_operator.observed import read_job
+from rlhf_operator.plan import plan
 from tests.api.specs import BROKEN, EVALUATION, JUDGE, LIVING, MODEL, Object, a_job
 
 Schema = dict[str, Any]
 SPEC: Schema = job_schema()["properties"]["spec"]
 PODS = ("head", "trainer", "rollout")
+PLANNED = "planned"
 
 TEXTS = (
     "a", "x1", "exact", "some/model", "/data/x", "/checkpoints/run", "file:///c", "s3://bucket/run", "http://reward/score", "m:f", "rate {completion}",
@@ -180,17 +179,17 @@ def outcome(raw: Object) -> str:
             if any(not one.startswith(("spec.pods", "spec.networkPolicy")) for one in read.problems)
             else "refused: an override's"
         )
-    planned(read.job)
-    return "planned"
-
-
-def planned(job: RLHFJob) -> list[Object]:
-    config, metadata = resolve(job), owned_metadata(job)
+    config = resolve(read.job)
     if RunConfig.model_validate(yaml.safe_load(config.dump())) != config:
         raise AssertionError("the run config is another when it is read")
-    objects = [run_config(job, metadata), *access(job, metadata), raycluster(job, metadata, 1)]
-    json.dumps(objects, allow_nan=False)
-    return objects
+    json.dumps(planned(raw), allow_nan=False)
+    return PLANNED
+
+
+def planned(raw: Object) -> list[Object]:
+    """All that is made for the job's first RayCluster, and that."""
+    found = plan(read_job(raw), Want(cluster=1), "rlhf-system")
+    return [*found.ensure, *found.create]
 
 
 def main() -> int:

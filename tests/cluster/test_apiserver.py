@@ -34,6 +34,9 @@ def test_a_broken_rule_is_refused_at_apply_with_the_fix(operator: Kube, namespac
         ({"image": None}, "spec.image: Required value"),
         ({"rollout__samplesPerPrompt": 0}, "spec.rollout.samplesPerPrompt"),
         ({"checkpoint__path": "relative"}, "spec.checkpoint.path"),
+        ({"queue": {"name": "team-a/b"}}, "spec.queue.name"),
+        ({"checkpoint__claim": {"size": "0Gi"}}, "spec.checkpoint.claim.size"),
+        ({"checkpoint__claim": {"size": "1Gi", "storageClassName": "fast disk"}}, "spec.checkpoint.claim.storageClassName"),
     ],
 )
 def test_the_schema_names_the_field(operator: Kube, namespace: str, changes: dict[str, Any], words: str) -> None:

@@ -39,7 +39,8 @@ class MemoryApi:
     `store` is the operator's, filled by a watch. Objects may be changed in place: whoever asks for the store, and
     every call, first finds out what changed and gives it a resourceVersion. While `live`, the store is told of it at
     once; else the events wait in `pending`, which a test may deliver, drop, repeat and reorder. `woken` are the jobs
-    that the store has woken."""
+    that the store has woken. The garbage collector is as quick as anything while it `collects`; else what it is to
+    take waits for `collect`."""
 
     def __init__(self, now: datetime) -> None:
         self.now = now
@@ -53,6 +54,8 @@ class MemoryApi:
         self.kill_at: int | None = None
         self.dead = False
         self.live = True
+        self.collects = True
+        self._ownerless: list[str] = []  # uids that went, whose objects have not been collected
         self.pending: list[WatchEvent] = []
         self.woken: list[Key] = []
         self.version = 0
@@ -216,9 +219,23 @@ class MemoryApi:
             raw["metadata"].setdefault("deletionTimestamp", stamp(self.now))
             return
         self.remove(kind, raw["metadata"]["name"], raw["metadata"]["namespace"])
-        for (plural, _, _), one in list(self.objects.items()):
+        self._ownerless.append(raw["metadata"]["uid"])
+        if self.collects:
+            self.collect()
+
+    def collect(self) -> None:
+        while self._ownerless:
+            uid = self._ownerless.pop()
+            for (plural, _, _), one in list(self.objects.items()):
+                if owner_uid(one) == uid:
+                    self.vanish(OF_PLURAL[plural], one)
+
+    def orphan(self, kind: Kind, raw: Raw) -> None:
+        """kubectl delete --cascade=orphan. It goes once nothing names it as its owner any more."""
+        for one in self.objects.values():
             if owner_uid(one) == raw["metadata"]["uid"]:
-                self.vanish(OF_PLURAL[plural], one)
+                del one["metadata"]["ownerReferences"]
+        self.vanish(kind, raw)
 
     def _check(self, verb: str, kind: Kind) -> None:
         self.used.add((verb, kind))

@@ -311,7 +311,7 @@ def test_every_call_is_covered_by_the_rules_and_every_rule_is_needed() -> None:
         asyncio.run(refresh(world.api, world.api.store, kind, None))
     for kind in (CLAIMS, NETWORK_POLICIES, CONFIG_MAPS, SERVICE_ACCOUNTS, ROLES, ROLE_BINDINGS, RAYCLUSTERS):
         used |= made_twice(kind)
-    used |= late_and_finalized()
+    used |= late_and_finalized() | swept()
     used |= world.api.used
     for kind in NAMESPACED:
         mine = {verb for verb, other in used if other is kind}
@@ -329,6 +329,15 @@ def made_twice(kind: Kind) -> set[tuple[str, Kind]]:
     act(world, Plan("default", create=(first,)))
     act(world, Plan("default", create=(second,)) if lasting else Plan("default", ensure=(second,)))
     assert world.api.of(kind)[0]["data"] == {"n": 1 if lasting else 2}
+    return world.api.used
+
+
+def swept() -> set[tuple[str, Kind]]:
+    world = World()
+    world.settle()
+    world.api.collects = False
+    world.delete()
+    world.settle()
     return world.api.used
 
 

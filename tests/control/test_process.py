@@ -16,7 +16,7 @@ from rlhf_operator import client
 from rlhf_operator.client import ApiError, Connection, KindMissing, KubernetesApi, path, read_object, refused
 from rlhf_operator.handlers import registry
 from rlhf_operator.kinds import JOBS, PODS, RAYCLUSTERS, Kind
-from rlhf_operator.leader import _tried
+from rlhf_operator.leader import ACT_SECONDS, ANSWER_SECONDS, LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS, _tried
 from rlhf_operator.metrics import StoreCollector, WatchAges, told
 from rlhf_operator.settings import Backoffs, kopf_settings, parse
 from rlhf_operator.store import WATCHED, Store
@@ -123,6 +123,12 @@ def test_the_backoff_of_watches_has_no_end() -> None:
     pauses = iter(Backoffs())
     assert isinstance(kopf_settings(None).networking.error_backoffs, Backoffs)
     assert all(0 < next(pauses) <= 5 for _ in range(1000))
+
+
+def test_one_try_without_an_answer_does_not_cost_the_lease() -> None:
+    """From a renewal: the pause, two calls that nobody answers, the pause; then there is time for another try."""
+    assert min(ACT_SECONDS, RETRY_SECONDS + RENEW_SECONDS) - 1 >= 2 * RETRY_SECONDS + 2 * ANSWER_SECONDS
+    assert ACT_SECONDS < LEASE_SECONDS
 
 
 async def test_a_network_error_is_a_failed_try_for_the_lease_and_not_its_end() -> None:

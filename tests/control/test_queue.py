@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from rlhf_operator import queue as queue_module
 from rlhf_operator.client import ApiError
-from rlhf_operator.queue import BACKOFF_FIRST, BACKOFF_LEAST, BACKOFF_MOST, SETTLE_SECONDS, WORKERS, Queue, Schedule
+from rlhf_operator.queue import (
+    BACKOFF_FIRST,
+    BACKOFF_LEAST,
+    BACKOFF_MOST,
+    PATIENCE,
+    SETTLE_SECONDS,
+    WORKERS,
+    Queue,
+    Schedule,
+)
 from rlhf_operator.shelf import Key
 
 A, B = ("ns", "a"), ("ns", "b")
@@ -39,6 +48,30 @@ def test_the_longest_waiting_key_comes_first() -> None:
     schedule.add(B, 0.0)
     schedule.add(A, 1.0)
     assert [schedule.take(2.0), schedule.take(2.0)] == [B, A]
+
+
+def test_what_comes_first_passes_others_by_but_not_for_ever() -> None:
+    schedule = Schedule(first=lambda key: key == A)
+    schedule.at(B, 0.0)
+    schedule.at(A, 1.0)
+    assert [schedule.take(2.0), schedule.take(2.0)] == [A, B]
+    schedule.done(A, PATIENCE + 1)
+    schedule.done(B, 0.5)
+    assert schedule.next_due() == 0.5
+    assert schedule.take(PATIENCE) == B, "nothing else is due"
+    schedule.done(B, 0.5)
+    assert [schedule.take(PATIENCE + 2), schedule.take(PATIENCE + 2)] == [B, A]
+
+
+def test_a_key_that_has_come_to_be_first_is_so_at_its_next_event() -> None:
+    firsts: set[Key] = set()
+    schedule = Schedule(first=firsts.__contains__)
+    schedule.at(A, 0.0)
+    schedule.at(B, 0.0)
+    assert schedule.take(1.0) == A
+    firsts.add(A)
+    schedule.done(A, 1.0)
+    assert [schedule.take(1.0), schedule.take(1.0)] == [A, B]
 
 
 def test_a_wake_time_holds_until_something_happens() -> None:

@@ -88,7 +88,7 @@ def warning(uid: str, message: str, at: str = "2026-01-01T12:00:00Z", reason: st
 # what a watch does to events
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(4)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_whatever_the_order_the_newest_counts_and_what_is_gone_stays_gone(order: tuple[int, ...]) -> None:
     store, versions = Told(), [pod(9, "Pending"), pod(10, "Running"), pod(11, "Succeeded")]
     for step, number in enumerate(order):

@@ -8,7 +8,7 @@ import pytest
 from rlhf_operator.client import ApiError
 from rlhf_operator.clock import stamp
 from rlhf_operator.kinds import PODS, RAYCLUSTERS
-from rlhf_operator.names import JOB_LABEL, ROLE_LABEL
+from rlhf_operator.names import JOB_LABEL, RAY_CONTAINER, ROLE_LABEL
 from tests.control.world import World, running
 
 HOUR = 3600
@@ -78,6 +78,18 @@ def test_pods_that_come_back_late_have_not_stalled() -> None:
     w.start_pods()
     w.settle()
     assert w.status["restarts"]["stalled"] == 0
+
+
+def test_a_ray_that_ended_and_runs_again_while_nobody_looked_has_not_stalled() -> None:
+    w = running(runPolicy={"stallTimeoutSeconds": 300})
+    (worker,) = w.pods("trainer")
+    w.ends(worker, RAY_CONTAINER, 1, "the raylet is gone")
+    w.driver_ends(1, "ActorDiedError")
+    w.later(1000)
+    w.restarts(worker, RAY_CONTAINER)
+    w.later(8)
+    w.settle()
+    assert (w.status["restarts"]["stalled"], w.status["restarts"]["nodeLost"]) == (0, 1)
 
 
 ACTIVE: list[tuple[str, dict[str, Any]]] = [

@@ -45,6 +45,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leader, "LEASE_SECONDS", 4)
     monkeypatch.setattr(leader, "RENEW_SECONDS", 2)
     monkeypatch.setattr(leader, "RETRY_SECONDS", 1)
+    monkeypatch.setattr(leader, "ANSWER_SECONDS", 1.0)
     monkeypatch.setattr(leader, "ACT_SECONDS", 3.0)
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -247,10 +248,10 @@ def test_a_filesystem_without_a_driver_is_a_wrong_spec(path: str, told: str) -> 
 def test_a_directory_is_published_whole_or_not_at_all(root: str) -> None:
     store = Store(root)
     for text in (b"one", b"two"):
-        with store.publishing("export", "config.json", "a") as folder:
+        with store.publishing("export", "config.json", "a", lambda: None) as folder:
             (folder / "config.json").write_bytes(text)
             (folder / "model.safetensors").write_bytes(text)
-    with pytest.raises(OSError, match="full"), store.publishing("export", "config.json", "a") as folder:
+    with pytest.raises(OSError, match="full"), store.publishing("export", "config.json", "a", lambda: None) as folder:
         (folder / "config.json").write_bytes(b"three")
         raise OSError("full")
     assert {name: store.read(f"export/{name}") for name in store.names("export")} == {"config.json": b"two", "model.safetensors": b"two"}
@@ -441,3 +442,79 @@ def test_an_export_is_published_only_by_who_holds_the_path_at_its_end(root: str)
         (folder / "config.json").write_bytes(b"late")
     store = Store(root)
     assert store.read("export/config.json") == b"late" and set(store.names()) == {"export", "fence"}
+
+
+def export(one: Saver, text: bytes) -> None:
+    with one.publishing("export", "config.json") as folder:
+        for name in ("config.json", "weights"):
+            (folder / name).write_bytes(text)
+
+
+def found(root: str) -> set[bytes]:
+    """What loads an export finds: nothing where config.json is not there."""
+    store, names = Store(root), set(Store(root).names("export"))
+    return {store.read(f"export/{name}") if name in names else b"missing" for name in ("config.json", "weights")} if "config.json" in names else set()
+
+
+def test_no_one_finds_half_an_export_while_another_takes_its_place(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, seen = saver(root), list[set[bytes]]()
+    export(one, b"old")
+    files: list[tuple[Any, str]] = [(Store, "remove"), (Path, "rename"), (type(Store(root).fs), "put_file"), (type(Store(root).fs), "rm_file"), (shutil, "rmtree")]
+    for owner, name in files:
+        monkeypatch.setattr(owner, name, looking(getattr(owner, name, None), lambda: seen.append(found(root))))
+    export(one, b"new")
+    monkeypatch.undo()
+    assert len(seen) > 4 and [now for now in seen if now not in ({b"old"}, set(), {b"new"})] == []
+    assert found(root) == {b"new"} and not [name for name in Store(root).names() if name.startswith(".")]
+
+
+def looking(call: Any, look: Callable[[], None]) -> Any:
+    def looked(*given: Any, **more: Any) -> Any:
+        look()
+        made = call(*given, **more)
+        look()
+        return made
+
+    return looked
+
+
+def test_an_export_that_comes_late_gives_the_later_drivers_its_place_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overtaken between its last look and its call, for as long as the other needs to finish the run."""
+    root = str(tmp_path / "run")
+    early, late = saver(root, driver="x"), saver(root, driver="y")
+    early.fence("job", 1)
+    replace = Store._replace
+
+    def delayed(*given: Any) -> None:
+        monkeypatch.setattr(Store, "_replace", replace)
+        late.fence("job", 2)
+        export(late, b"late")
+        replace(*given)
+
+    monkeypatch.setattr(Store, "_replace", delayed)
+    with pytest.raises(Fenced):
+        export(early, b"early")
+    assert found(root) == {b"late"} and set(Store(root).names()) == {"export", "fence"}
+
+
+def test_a_driver_that_ended_before_latest_has_it_put_right_by_the_next(root: str) -> None:
+    """The last step's checkpoint is there: the next driver has nothing left to save."""
+    saved(root, 1, 2)
+    store = Store(root)
+    store.write("latest", named(1).encode())
+    assert saver(root).restore(MODEL, {"policy": made(0)}).path == store.url(named(2))
+    assert store.read("latest") == named(2).encode()
+
+
+def test_a_checkpoint_that_is_half_removed_is_none(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(root, 1, 2)
+    remove, seen = Store.remove, list[list[str]]()
+
+    def watched(store: Store, name: str) -> None:
+        remove(store, name)
+        if name.startswith(named(1)):
+            seen.append(whole(store))
+
+    monkeypatch.setattr(Store, "remove", watched)
+    saved(root, 3)
+    assert seen and named(1) not in seen[0]

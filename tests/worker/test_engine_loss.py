@@ -15,22 +15,10 @@ import pytest
 
 from hack.tiny_model import write
 from tests.worker.checkpoints import checkpoint
+from tests.worker.processes import named
 from tests.worker.test_vllm_run import DEADLINE, changed, command
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(900)]
-
-
-def below(pid: int) -> list[int]:
-    """The process and all under it."""
-    found = [pid]
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        for child in (thread / "children").read_text().split():
-            found += below(int(child))
-    return found
-
-
-def named(pid: int, name: str) -> list[int]:
-    return [found for found in below(pid) if Path(f"/proc/{found}/cmdline").read_bytes().startswith(name.encode())]
 
 
 def test_a_lost_engine_costs_no_prompt_and_comes_back(tmp_path: Path) -> None:

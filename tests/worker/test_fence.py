@@ -4,7 +4,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.optim import SGD
 
 from rlhf_worker.errors import BadData, Fenced
 from rlhf_worker.storage import Store
+from rlhf_worker.trainer import fence as fences
 from rlhf_worker.trainer.checkpoint import RunState, Saver, whole
 from rlhf_worker.trainer.fence import Fence, Turn, Writer, standing
 from tests.worker.buckets import Bucket
@@ -119,6 +120,103 @@ def test_a_spoilt_line_is_named(root: str) -> None:
     Store(root).write("fence/00000001.json", b"{")
     with pytest.raises(BadData, match=r"fence/00000001\.json is not as it was written .*: remove it when"):
         fence(root, 3).take()
+
+
+def take_over(root: str, count: int, job: str = "a", first: int = 1) -> list[Fence]:
+    """By attempts one after the other, each of which goes on from the checkpoint of the one before."""
+    made = [fence(root, attempt, job) for attempt in range(first, first + count)]
+    for each in made:
+        each.take()
+        each.resume(f"step-{each.writer.attempt}")
+    return made
+
+
+def told(line: list[Turn]) -> list[Turn]:
+    return [replace(turn, time="") for turn in line]
+
+
+def test_many_take_overs_are_few_files_and_none_is_forgotten(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = f"{root}-2"
+    monkeypatch.setattr(fences, "MOST_FILES", 10_000)
+    take_over(other, 60)
+    monkeypatch.undo()
+    early = take_over(root, 60)
+    assert len(Store(root).names("fence")) <= fences.MOST_FILES + 2 < len(Store(other).names("fence"))
+    assert told(fence(root, 99).line()) == told(fence(other, 99).line()) == told(early[0].line())
+    for driver in early[:-1]:
+        with pytest.raises(Fenced, match="attempt 60 of this job"):
+            driver.check()
+        with pytest.raises(Fenced, match="attempt 60 of this job"):
+            driver.take()
+    early[-1].check()
+    assert early[-1].earlier() == {driver.writer.mark for driver in early[:-1]}
+
+
+def test_a_job_that_another_took_the_path_from_stays_out_however_long_ago(root: str) -> None:
+    (first, *_), _ = take_over(root, 2), take_over(root, 40, job="b")
+    for attempt in (1, 2):
+        with pytest.raises(Fenced, match="of another job"):
+            fence(root, attempt, driver="again").take()
+    fence(root, 3).take()  # it was suspended, and comes back
+    with pytest.raises(Fenced):
+        first.check()
+
+
+def test_a_number_that_was_removed_and_is_made_anew_by_a_late_writer_is_no_take_over(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its look and its claim others take over, and the number that it meant to take is theirs, and gone into one file."""
+    take_over(root, 2)
+    late, before = fence(root, 3, driver="late"), list[Turn]()
+    create = Store.create
+
+    def delayed(self: Store, name: str, data: bytes) -> None:
+        monkeypatch.setattr(Store, "create", create)
+        take_over(root, 40, first=4)
+        before.extend(fence(root, 99).line())
+        create(self, name, data)
+
+    monkeypatch.setattr(Store, "create", delayed)
+    with pytest.raises(Fenced):
+        late.take()
+    assert "00000003.json" in Store(root).names("fence")  # it was made
+    assert fence(root, 99).line() == before
+    take_over(root, 40, first=44)
+    assert "00000003.json" not in Store(root).names("fence")
+
+
+def test_a_look_between_the_one_file_and_the_end_of_the_others_sees_all(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever lists, and then reads what is gone, looks again; a driver that ends half-way leaves nothing amiss."""
+    monkeypatch.setattr(fences, "MOST_FILES", 3)
+    monkeypatch.setattr(fences, "POLL_SECONDS", 0.0)
+    take_over(root, 4)
+    reader, last, seen = fence(root, 99), fence(root, 5), list[list[str]]()
+    names, remove = Store.names, Store.remove
+
+    def listed(self: Store, directory: str = "") -> list[str]:
+        found = names(self, directory)
+        if self is reader.store and not seen:
+            seen.append(found)
+            last.take()
+            last.resume("step-5")
+        return found
+
+    def watched(self: Store, name: str) -> None:
+        assert [turn.number for turn in fence(root, 99).line()] == [1, 2, 3, 4, 5]
+        remove(self, name)
+
+    monkeypatch.setattr(Store, "names", listed)
+    monkeypatch.setattr(Store, "remove", watched)
+    assert [turn.number for turn in reader.line()] == [1, 2, 3, 4, 5]
+    assert seen[0] == [f"0000000{number}.json" for number in range(1, 5)] and names(Store(root), "fence") == ["00000005.json", "until-00000004.json"]
+
+
+def test_storage_that_removes_nothing_costs_no_run(root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(self: Store, name: str) -> None:
+        raise PermissionError(name)
+
+    monkeypatch.setattr(Store, "remove", refused)
+    take_over(root, 20)
+    assert [turn.attempt for turn in fence(root, 99).line()] == [*range(1, 21)]
+    assert "earlier take-overs stay as they are" in capsys.readouterr().out
 
 
 def line(*resumed: str | None) -> list[Turn]:
@@ -311,6 +409,18 @@ def test_what_an_earlier_driver_publishes_late_never_counts(root: str, dies: boo
 
 
 @pytest.mark.usefixtures("group")
+def test_a_late_word_of_the_newest_is_put_right_by_who_gave_it(root: str) -> None:
+    """It had looked, and before it wrote `latest` a later driver saved three more."""
+    with standing_still(root, 2, [1, 2]) as ((early, late), _):
+        early.until("write latest")
+        while not late.over:
+            late.go()
+        while not early.over:
+            early.go()
+        assert Store(root).read("latest").startswith(b"step-4.attempt-2")
+
+
+@pytest.mark.usefixtures("group")
 def test_who_finds_its_own_removed_by_a_later_driver_is_fenced(tmp_path: Path) -> None:
     """And is not told of a disk that has room."""
     with standing_still(str(tmp_path), 1, [1, 2]) as ((early, late), log):
@@ -325,10 +435,13 @@ def test_who_finds_its_own_removed_by_a_later_driver_is_fenced(tmp_path: Path) -
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), attempts=st.sampled_from([[1, 2], [1, 1], [1, 2, 3], [2, 1, 3], [1, 1, 2]]), keep=st.sampled_from([1, 2]))
 @pytest.mark.usefixtures("group")
-def test_no_interleaving_of_drivers_mixes_them_or_goes_back(root: str, data: st.DataObject, attempts: list[int], keep: int) -> None:
+def test_no_interleaving_of_drivers_mixes_them_or_goes_back(
+    root: str, monkeypatch: pytest.MonkeyPatch, data: st.DataObject, attempts: list[int], keep: int
+) -> None:
     store = Store(root)
     for name in store.names():
         store.remove(name)
+    monkeypatch.setattr(fences, "MOST_FILES", data.draw(st.sampled_from([0, 16])))
     with standing_still(root, keep, attempts, saves=2) as (drivers, _):
         for _ in range(12):
             if not (living := [driver for driver in drivers if not driver.over]):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -172,3 +173,12 @@ def test_a_trainers_pod_that_goes_costs_no_finished_step(
 
     kept = "".join(part.read_text() for part in sorted((tmp_path / "out" / "logs" / "attempt-2").iterdir()))
     assert "trainer pod a is being deleted" in kept and kept.splitlines()[-1].startswith(f"saved step {last} to "), kept
+
+
+def test_a_driver_that_a_signal_stopped_is_ended_and_says_so(server: Server, start: Callable[[int, int], Driver]) -> None:
+    server.job["status"]["record"] = {}  # so it waits for its number, and begins nothing
+    driver = start(free_port(), STEPS)
+    driver.until(lambda: bool(server.told))
+    os.kill(driver.process.pid, signal.SIGSTOP)
+    code, output = driver.ended()
+    assert code == -signal.SIGKILL and "was stopped by a signal (state T): it is ended" in output

@@ -102,27 +102,3 @@ def test_a_process_that_a_signal_stopped_is_found_however_deep(family: subproces
     until(lambda: stopped(os.getpid()) == [child])
     os.kill(child, signal.SIGCONT)
     until(lambda: stopped(os.getpid()) == [])
-
-
-@pytest.fixture
-def actor() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that has itself watched."""
-    code = "import time; from rlhf_worker.engines.watcher import watched; kept = watched(); time.sleep(100)"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def test_an_actor_that_a_signal_stopped_is_ended_and_its_watcher_with_it(actor: subprocess.Popen[bytes]) -> None:
-    until(lambda: bool(list(module._below(actor.pid))))
-    os.kill(actor.pid, signal.SIGSTOP)
-    _, words = actor.communicate(timeout=20)  # which ends with the last process that holds stderr
-    assert actor.returncode == -signal.SIGKILL
-    assert f"process {actor.pid} was stopped by a signal" in words.decode()
-
-
-def test_the_watcher_of_an_actor_that_dies_ends(actor: subprocess.Popen[bytes]) -> None:
-    until(lambda: bool(list(module._below(actor.pid))))
-    actor.kill()
-    assert actor.communicate(timeout=20)[1] == b""

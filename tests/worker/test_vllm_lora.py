@@ -22,7 +22,9 @@ from rlhf_worker.experience import Sample, pack
 from rlhf_worker.local import local_ray
 from rlhf_worker.placement import Patience, reserve
 from rlhf_worker.progress import ConsoleReporter
+from rlhf_worker.roll import Roll
 from rlhf_worker.rollout.episode import Request
+from rlhf_worker.stop import Stop
 from rlhf_worker.weights.sync import Synced, WeightSync
 from tests.worker.configs import run_config
 from tests.worker.poked import PokedEngine
@@ -66,7 +68,7 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     )
     with pytest.MonkeyPatch.context() as patch, local_ray(config, verbose=False):
         patch.setattr(crews, "RemoteEngine", ray.remote(AdapterEngine))
-        made = crews.start(config, reserve(config.placement, Patience(60, lambda: True), name="lora"), ConsoleReporter(config))[0]
+        made = crews.start(config, reserve(config.placement, Patience(60, lambda: True), name="lora"), ConsoleReporter(config), Roll(Stop()))[0]
         made.fleet.close()
         yield made
 

@@ -1,7 +1,9 @@
 """Both ends of a weight sync, real: two FSDP ranks, vLLM engines on the CPU, gloo between them; what is lost, half done or changed."""
 
 import os
+import re
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,16 +18,19 @@ from rlhf_worker.calls import call, call_all
 from rlhf_worker.crew import Crew
 from rlhf_worker.engines import fleet as fleets
 from rlhf_worker.engines.fleet import Fleet
-from rlhf_worker.errors import SyncMismatch
+from rlhf_worker.errors import ActorLost, SyncMismatch
 from rlhf_worker.experience import Prompt
 from rlhf_worker.local import local_ray
 from rlhf_worker.placement import Patience, reserve
 from rlhf_worker.progress import ConsoleReporter
+from rlhf_worker.roll import Roll
 from rlhf_worker.rollout.episode import Request
+from rlhf_worker.stop import Stop
 from rlhf_worker.weights.sync import WeightSync
 from tests.worker.configs import run_config
 from tests.worker.moe import write_moe
 from tests.worker.poked import PokedEngine, flip_one_element, freeze
+from tests.worker.processes import below, named
 from tests.worker.waiting import kill, until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(900)]
@@ -58,15 +63,29 @@ def write_model(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def crew(config: RunConfig) -> Iterator[Crew]:
+def stop() -> Stop:
+    return Stop()
+
+
+@pytest.fixture(scope="module")
+def roll(stop: Stop) -> Iterator[Roll]:
+    made = Roll(stop)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def crew(config: RunConfig, roll: Roll) -> Iterator[Crew]:
     """One for all tests, in the order in which they lose engines."""
     with pytest.MonkeyPatch.context() as patch, local_ray(config, verbose=False):
         patch.setattr(crews, "RemoteEngine", ray.remote(PokedEngine))
         patch.setattr(fleets, "AFTER_FAILED_SYNC_SECONDS", DEADLINE)
         stage = reserve(config.placement, Patience(60, lambda: True), name="weight-sync")
-        made = crews.start(config, stage, ConsoleReporter(config))[0]
+        roll.watch()
+        made = crews.start(config, stage, ConsoleReporter(config), roll)[0]
         made.fleet.close()  # which would start anew what the tests lose
         yield made
+        roll.close()
 
 
 def weights(crew: Crew) -> WeightSync:
@@ -82,6 +101,12 @@ def generated(crew: Crew, index: int) -> list[int]:
 
 def stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def test_every_actor_is_watched(crew: Crew) -> None:
+    actors = [pid for kind in ("Feed", "Policy", "PokedEngine") for pid in named(os.getpid(), f"ray::{kind}")]
+    watchers = [[child for child in below(actor) if b"watcher.py" in Path(f"/proc/{child}/cmdline").read_bytes()] for actor in actors]
+    assert [len(found) for found in watchers] == [1] * (1 + RANKS + ENGINES)
 
 
 def test_all_engines_hold_every_parameter(crew: Crew) -> None:
@@ -152,3 +177,22 @@ def test_without_any_engine_the_sync_fails(crew: Crew) -> None:
         weights(crew)(prove=False)
     with pytest.raises(ray.exceptions.RayError):
         generated(crew, 0)
+
+
+def waits(stop: Stop) -> bool:
+    """As every wait of the driver does between its slices."""
+    stop.interrupt()
+    return False
+
+
+def test_a_stopped_rank_ends_the_run_by_its_name(crew: Crew, roll: Roll, stop: Stop) -> None:
+    """Its peer waits for it in a collective, and hears first of a broken connection; the driver may wait for something else."""
+    stop.check()
+    pid = named(os.getpid(), "ray::Policy")[-1]
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises((ray.exceptions.RayError, RuntimeError)) as caught:
+        call_all(crew.policy, "probe", [3, 4, 5, 6], deadline_seconds=DEADLINE, what="probe")
+    words = rf"trainer rank \d \(pod {re.escape(socket.gethostname())}, process {pid}\) was stopped by a signal \(state T\)"
+    assert re.match(words, str(roll.explained(caught.value)))
+    with pytest.raises(ActorLost, match=words):
+        until(lambda: waits(stop), DEADLINE)

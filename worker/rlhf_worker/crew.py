@@ -14,6 +14,7 @@ from rlhf_worker.feed.feed import RemoteFeed
 from rlhf_worker.placement import Stage, check_seats
 from rlhf_worker.preflight import preflight
 from rlhf_worker.progress import Reporter
+from rlhf_worker.roll import Roll
 from rlhf_worker.trainer.policy import RemotePolicy
 from rlhf_worker.weights.backends import choose
 from rlhf_worker.weights.sync import WeightSync
@@ -42,12 +43,13 @@ class Crew:
         return list(dict.fromkeys(actor for role in TRAINED for actor in self.ranks.get(role, ())))
 
 
-def start(config: RunConfig, stage: Stage, reporter: Reporter) -> tuple[Crew, dict[str, list[str]]]:
+def start(config: RunConfig, stage: Stage, reporter: Reporter, roll: Roll) -> tuple[Crew, dict[str, list[str]]]:
     """Every actor, loaded, connected, and proven to sit where the plan says."""
     reporter.update(detail="starting feed, trainer and engines")
     backend = choose(config, stage.device, one_node=len({bundle.node for bundle in stage.bundles.values()}) == 1)
     feed = RemoteFeed.options(max_concurrency=FEED_THREADS, **stage.options(config.placement.trainer_slots[0], 0.0)).remote(config)
     ranks, engines = _roles(config, stage), [_engine(config, stage, index) for index in range(len(config.placement.engine_slots))]
+    _enrol(roll, config, feed, ranks, engines)
     groups = list({group[0]: group for group in ranks.values()}.values())
     prepared = [engine.prepare.remote(backend) for engine in engines]
     gather([feed.open.remote(), *(call for group in groups for call in _join(group)), *prepared], START_DEADLINE_SECONDS, "start of feed, trainer and engines")
@@ -60,7 +62,17 @@ def start(config: RunConfig, stage: Stage, reporter: Reporter) -> tuple[Crew, di
         started = []
     gather([*started, *(rank.load.remote() for group in groups for rank in group)], START_DEADLINE_SECONDS, "start")
     seats = _prove_seats(config, ranks, engines)
-    return Crew(stage, feed, ranks, _fleet(config, stage, ranks["policy"], engines, backend, reporter)), seats
+    crew = Crew(stage, feed, ranks, _fleet(config, stage, ranks["policy"], engines, backend, reporter))
+    roll.release(engines)  # the fleet starts them anew
+    return crew, seats
+
+
+def _enrol(roll: Roll, config: RunConfig, feed: Any, ranks: dict[str, list[Any]], engines: list[Any]) -> None:
+    own = config.placement.role_slots
+    titles = {actor: f"{name if name in own else 'trainer'} rank {rank}" for name, group in ranks.items() for rank, actor in enumerate(group)}
+    titles |= {feed: "feed"} | {engine: f"engine {index}" for index, engine in enumerate(engines)}
+    for actor, title in titles.items():
+        roll.enrol(actor, title)
 
 
 def _fleet(config: RunConfig, stage: Stage, policy: list[Any], engines: list[Any], backend: str, reporter: Reporter) -> Fleet | Hosts:
@@ -69,6 +81,7 @@ def _fleet(config: RunConfig, stage: Stage, policy: list[Any], engines: list[Any
 
     def spawn(index: int) -> tuple[ActorHandle, Any]:
         engine = _engine(config, stage, index)
+        engine.enrol.remote()
         return engine, engine.start.remote(backend)
 
     sync = WeightSync(config, policy, engines, backend)

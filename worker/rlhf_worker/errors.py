@@ -49,6 +49,10 @@ class EngineFailed(Exception):
     """vLLM did not start, or its processes ended. The message holds the end of their log."""
 
 
+class ActorLost(Exception):
+    """An actor died that the run cannot do without. The message names it, its pod and process, and how it ended."""
+
+
 class EnginesLost(Exception):
     """Too few engines are left to go on, and starting them anew did not help."""
 

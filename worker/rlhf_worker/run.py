@@ -36,7 +36,9 @@ from rlhf_worker.pod.kept_log import KeptLog
 from rlhf_worker.pod.notices import Notices, listening
 from rlhf_worker.pod.reports import StatusReporter
 from rlhf_worker.progress import Reporter, drained
+from rlhf_worker.roll import Roll
 from rlhf_worker.stop import EXIT_TERMINATED, Ended, Stop, Terminated
+from rlhf_worker.watcher import watched
 from rlhf_worker.words import first_lines, last_lines, printable
 
 EXIT_FAILED = 1
@@ -68,22 +70,29 @@ class InCluster:
 
 def drive(config: RunConfig, reporter: Reporter, stop: Stop, pod: InCluster | None = None) -> Result:
     """The whole run on a connected Ray. Raises what ends it, with a note where it is known what to change."""
+    roll = Roll(stop)
     try:
-        return _drive(config, reporter, stop, pod)
+        return _drive(config, reporter, stop, roll, pod)
     except Exception as error:
-        if words := advice("".join(traceback.format_exception(error)), config):
-            root_cause(error).add_note(words)
-        raise
+        told = roll.explained(error)
+        if words := advice("".join(traceback.format_exception(told)), config):
+            root_cause(told).add_note(words)
+        if told is error:
+            raise
+        raise told from told.__cause__
+    finally:
+        roll.close()
 
 
-def _drive(config: RunConfig, reporter: Reporter, stop: Stop, pod: InCluster | None) -> Result:
+def _drive(config: RunConfig, reporter: Reporter, stop: Stop, roll: Roll, pod: InCluster | None) -> Result:
     with stop.abandonable(), reporter.bounded():
         reporter.update(state="Starting", detail="checking the run config")
         check_engine_args(config)
         stage = _reserve(config, reporter, stop)
         if pod and pod.notices:
             pod.notices.listen()
-        crew, seats = start(config, stage, reporter)
+        roll.watch()
+        crew, seats = start(config, stage, reporter, roll)
         if pod:
             pod.log.send_to(crew.feed, pod.attempt)
         from rlhf_worker.loop import Loop  # brings torch, which the actors did not have to wait for
@@ -96,6 +105,7 @@ def _drive(config: RunConfig, reporter: Reporter, stop: Stop, pod: InCluster | N
     reporter.update(state="Done", detail="finished")
     if pod:
         pod.log.close()  # while the feed still takes it
+    roll.close()
     close(crew)
     return Result(loop.step, export, seats)
 
@@ -223,7 +233,11 @@ class Heard:
 
 
 def run(path: Path, log: KeptLog) -> None:
-    """`rlhf_worker run`: in the head pod, beside Ray. Raises what ends it."""
+    """`rlhf_worker run`: in the head pod, beside Ray. Raises what ends it.
+
+    Its watcher can end it because the pod's processes share a namespace: whoever is the first in one cannot be killed from inside.
+    """
+    watcher = watched()
     stop = Stop()
     stop.install()
     try:
@@ -248,3 +262,5 @@ def run(path: Path, log: KeptLog) -> None:
         raise
     finally:
         reporter.close()
+        watcher.kill()
+        watcher.wait()

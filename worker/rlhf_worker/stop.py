@@ -30,6 +30,7 @@ class Stop:
         self._asked = threading.Event()
         self._why = "asked to end"
         self._ended = ""
+        self._lost: Exception | None = None
         self._may_abandon = False
 
     def install(self) -> None:
@@ -53,9 +54,13 @@ class Stop:
         self._ended = why
         self._asked.set()
 
+    def lose(self, error: Exception) -> None:
+        """Something died without which nothing that is under way can end: whoever waits is told, by this error."""
+        self._lost = error
+
     def interrupt(self) -> None:
-        """Raises Terminated if asked while what runs may be dropped, Ended in any case."""
-        if self._may_abandon or self._ended:
+        """Raises Terminated if asked while what runs may be dropped; Ended, and what was lost, in any case."""
+        if self._may_abandon or self._ended or self._lost:
             self.check()
 
     @property
@@ -63,9 +68,11 @@ class Stop:
         return self._asked.is_set()
 
     def check(self) -> None:
-        """Raises Ended, or Terminated, if asked."""
+        """Raises Ended, or Terminated, if asked; what was lost."""
         if self._ended:
             raise Ended(self._ended)
+        if self._lost:
+            raise self._lost
         if self.asked:
             raise Terminated(self._why)
 
@@ -84,6 +91,6 @@ class Stop:
 
 
 def interrupt_if_asked() -> None:
-    """Every wait of the driver calls this between its slices. Raises Terminated or Ended."""
+    """Every wait of the driver calls this between its slices. Raises Terminated, Ended, or what was lost."""
     if Stop.installed is not None:
         Stop.installed.interrupt()

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -127,26 +127,49 @@ class Store:
         return usage.free, usage.total
 
     @contextmanager
-    def publishing(self, name: str, telling: str, mark: str) -> Iterator[Path]:
+    def publishing(self, name: str, telling: str, mark: str, check: Callable[[], None]) -> Iterator[Path]:
         """A local directory to fill, which takes the place of `name` when the block ends well. Elsewhere than on a local disk the file `telling` goes last.
 
-        mark: the writer's own, so that two that fill theirs at once do not meet.
+        mark: the writer's own, so that two that fill theirs at once do not meet; check: raises when it may publish no more.
         """
-        partial = f".{name}.{mark}.partial"
         if self.local:
-            self.remove(partial)
-            self.fs.makedirs(self.path(partial), exist_ok=True)
-            try:
-                yield Path(self.path(partial))
-                self.rename(partial, name)
-            finally:
-                self.remove(partial)
+            with self._directory(f".{name}.{mark}.partial") as made:
+                yield made
+                check()
+                self._replace(name, made, f".{name}.{mark}.replaced")
             return
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
+            check()
+            self.remove(f"{name}/{telling}")  # first of all: nobody takes what is left for whole
             self.remove(name)
             for file in sorted(Path(scratch).iterdir(), key=lambda file: file.name == telling):
+                check()
                 self.fs.put_file(str(file), self.path(f"{name}/{file.name}"))
+
+    @contextmanager
+    def _directory(self, name: str) -> Iterator[Path]:
+        """An empty one, gone at the end unless it has another name by then."""
+        self.remove(name)
+        self.fs.makedirs(self.path(name), exist_ok=True)
+        try:
+            yield Path(self.path(name))
+        finally:
+            self.remove(name)
+
+    def _replace(self, name: str, made: Path, aside: str) -> None:
+        """At once: nobody finds half of the one or the other. What was there comes back when `made` is gone, which a later writer removes."""
+        place, before = Path(self.path(name)), Path(self.path(aside))
+        self.remove(aside)
+        if place.exists():
+            place.rename(before)
+        try:
+            made.rename(place)
+        except OSError:
+            if before.exists():
+                before.rename(place)
+            raise
+        self.remove(aside)
 
 
 def _only_once(staged: Path, path: Path) -> None:

@@ -50,7 +50,8 @@ class Decision:
 def decide(job: Job, observed: Observed, now: datetime) -> Decision:
     before = Facts(job, observed, Memory.of(job.status), now)
     facts = before.remembering(remember(before))
-    return _decision(facts, want(before), conditions(facts))
+    wanted = want(before, learned=facts.memory != before.memory)
+    return _decision(facts, wanted, conditions(facts))
 
 
 def refused(decision: Decision, reason: str, message: str) -> Decision:
@@ -171,7 +172,7 @@ def _restart_note(was: RLHFJobStatus, status: RLHFJobStatus) -> Note | None:
 def _refused_suspend(f: Facts) -> Note | None:
     said = any(c.type is ConditionType.SUSPENDED and c.reason == "WouldLoseCheckpoint" for c in f.job.status.conditions)
     return (
-        Note(True, "WouldLoseCheckpoint", "spec.suspend is refused: the checkpoints would go with the pods")
+        Note(True, "WouldLoseCheckpoint", "spec.suspend, or an edit, waits: the checkpoints would go with the pods")
         if f.would_lose and not said
         else None
     )

@@ -116,7 +116,7 @@ def _weights_in_sync(f: Facts) -> Verdict:
 def _checkpoint_available(f: Facts) -> Verdict:
     last = f.reported
     saved, error = (last.checkpoint, last.save_error) if last else (None, None)
-    if f.job.ephemeral:
+    if f.ephemeral:
         return no("Ephemeral", f"{error}; {EPHEMERAL}" if error else EPHEMERAL)
     if error:
         return (
@@ -134,13 +134,14 @@ def _checkpoint_available(f: Facts) -> Verdict:
 def _suspended(f: Facts) -> Verdict:
     if f.deleted and not f.record.result:
         return no("FinalSave", "the job is being deleted: the driver finishes its step and saves")
-    if not f.job.suspend or f.record.result:
+    if f.record.result:
         return no("NotSuspended", "the job has ended" if f.job.suspend else "spec.suspend is false")
     if f.would_lose:
-        return no(
-            "WouldLoseCheckpoint",
-            f"the run goes on: {EPHEMERAL}; or set spec.checkpoint.ephemeral if losing all steps is meant",
-        )
+        goes_on = "the run goes on" if f.job.suspend else "the run goes on with the spec that it was begun with"
+        meant = "or set spec.checkpoint.ephemeral if losing all steps is meant"
+        return no("WouldLoseCheckpoint", f"{goes_on}: {EPHEMERAL}; {meant}")
+    if not f.job.suspend:
+        return no("NotSuspended", "spec.suspend is false")
     if f.observed.clusters or f.all_pods:
         going = f.cluster is None or f.cluster.deleting
         return no("Stopping", "waiting for the pods to go" if going else "the driver finishes its step and saves")

@@ -31,12 +31,13 @@ def active(f: Facts) -> datetime | None:
 
 def stall(f: Facts) -> datetime | None:
     """From the last that the run did, or from when it could begin. Stands while it waits for pods, and until it is on
-    record that
-    they are there: pods that have just come have not been idle."""
+    record that they are there: pods that have just come have not been idle, nor those whose Ray ended and runs again,
+    which nobody may have seen."""
     if f.driver is None or not (f.training or (f.ready and f.record.ready_at)):
         return None
     ended = f.driver.last.finished_at if f.driver.last else None
-    began = [m for m in (f.driver.running_since or ended, f.active_at, moment(f.record.ready_at)) if m]
+    ray = (pod.ray.running_since for pod in f.pods if pod.ray)
+    began = [m for m in (f.driver.running_since or ended, f.active_at, moment(f.record.ready_at), *ray) if m]
     return max(began) + stall_limit(f) if began else None
 
 

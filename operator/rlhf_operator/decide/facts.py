@@ -10,6 +10,7 @@ from rlhf_api.progress import Progress
 from rlhf_api.status import Record
 from rlhf_operator.clock import moment
 from rlhf_operator.decide.memory import Memory
+from rlhf_operator.edition import edition
 from rlhf_operator.names import HEAD, cluster_name
 from rlhf_operator.observed import Cluster, Container, Group, Job, Observed, Pod
 
@@ -44,17 +45,17 @@ class Facts:
 
     @property
     def would_lose(self) -> bool:
-        """Finished steps go with the pods, and nobody said that this is meant."""
+        """Finished steps go with the pods that the user wants gone, and nobody said that this is meant."""
         steps = self.reported.step if self.reported else 0
         held = self.cluster is not None and not self.cluster.deleting and not self.cluster.suspended
-        return (
-            self.job.suspend
-            and not self.deleted
-            and self.job.ephemeral
-            and not self.job.loss_meant
-            and held
-            and steps > 0
-        )
+        wanted_gone = not self.deleted and (self.job.suspend or self._edited)
+        return wanted_gone and self.ephemeral and not self.job.loss_meant and held and steps > 0
+
+    @property
+    def ephemeral(self) -> bool:
+        """Of the pods that there are: the spec's volumes may be edited, and reach the next RayCluster's."""
+        told = self.cluster.ephemeral if self.cluster else None
+        return self.job.ephemeral if told is None else told
 
     @property
     def stopping(self) -> bool:
@@ -72,6 +73,18 @@ class Facts:
     @property
     def usable(self) -> bool:
         return self.cluster is not None and not self.cluster.deleting and not self.cluster.suspended
+
+    @property
+    def outdated(self) -> bool:
+        """Another RayCluster is due: the present one was made from a spec that has changed since."""
+        return self._edited and not self.would_lose
+
+    @property
+    def _edited(self) -> bool:
+        """A spec that cannot be read is no edit yet."""
+        made_from, parsed = self.cluster.edition if self.cluster else "", self.job.parsed
+        readable = parsed is not None and not self.job.problems
+        return bool(made_from and parsed and readable and made_from != edition(parsed.spec))
 
     @property
     def old_clusters(self) -> tuple[Cluster, ...]:

@@ -52,7 +52,10 @@ def _number(f: Facts) -> Memory:
         return f.memory
     if f.cluster is None:
         return _next_cluster(f if f.suspended else f.remembering(restarts.lose_cluster(f)))
-    return _next_cluster(f) if f.suspended and drained(f) else f.memory
+    if f.succeeded:
+        return f.memory
+    due = drained(f) if f.suspended else f.outdated
+    return _next_cluster(f) if due else f.memory
 
 
 def drained(f: Facts) -> bool:
@@ -64,10 +67,11 @@ def drained(f: Facts) -> bool:
 
 
 def _next_cluster(f: Facts) -> Memory:
-    """A user's resume is no restart."""
+    """What a user suspends or edits is no restart."""
+    by_user = f.suspended or (f.cluster is not None and f.outdated)
     gone = dict.fromkeys(("cluster_uid", "cluster_created_at", "admitted_at", "ready_at", "awaited_since"))
     return _stop_clock(f).noting(
-        **gone, clusters=f.record.clusters + 1, charged=[], losses=[], released_at=stamp(f.now), restarting=f.record.restarting and not f.suspended,
+        **gone, clusters=f.record.clusters + 1, charged=[], losses=[], released_at=stamp(f.now), restarting=f.record.restarting and not by_user,
     )  # fmt: skip
 
 

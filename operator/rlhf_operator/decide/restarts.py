@@ -42,7 +42,10 @@ def charge(f: Facts) -> Memory:
 
 
 def lose_cluster(f: Facts) -> Memory:
-    """The RayCluster itself is gone, and nobody asked us."""
+    """The RayCluster itself is gone, and nobody asked us. Whoever heard of its head's end first has charged that."""
+    known = {seen.uid for seen in f.record.charged}
+    if known and all(charged(f.record, uid, POD) for uid in known):
+        return f.memory
     head = next((p.name for p in f.all_pods if p.role == HEAD and p.cluster_uid == f.record.cluster_uid), None)
     return _add(f, _failure(f, FailureClass.HEAD_LOST, "ClusterDeleted", "the RayCluster was deleted", head))
 
@@ -101,10 +104,10 @@ def _head(f: Facts, head: Pod) -> Memory:
     lost = losses.of_pod(f, head)
     if lost is None:
         return _driver_runs(f.remembering(memory), head)
-    if not _ended_of(head, lost):
+    run = _ended_with(f, head, lost)
+    if run is None:
         memory = _driver_runs(f.remembering(memory), head)
-    words = _run_of(head) if _ended_of(head, lost) else None
-    memory = _add(f.remembering(memory), _of_loss(f, lost, head, words))
+    memory = _add(f.remembering(memory), _of_loss(f, lost, head, run))
     return _mark(memory, head.uid, POD, 1)
 
 
@@ -112,10 +115,13 @@ def _run_of(head: Pod) -> Termination | None:
     return head.driver.last if head.driver else None
 
 
-def _ended_of(head: Pod, lost: Loss) -> bool:
-    """The driver's newest end came with the pod's, not before it."""
-    run, began = _run_of(head), moment(lost.began)
-    return bool(run and run.exit_code and run.finished_at and began and run.finished_at + losses.SLACK >= began)
+def _ended_with(f: Facts, head: Pod, lost: Loss) -> Termination | None:
+    """The driver's newest end, if it came with the pod's and not before it. One that is charged is an earlier run's."""
+    run, began, before = _run_of(head), moment(lost.began), charged(f.record, head.uid, DRIVER_CONTAINER) or 0
+    if run is None or head.driver is None or head.driver.failures <= before:
+        return None
+    near = run.finished_at and began and run.finished_at + losses.SLACK >= began
+    return run if run.exit_code and near else None
 
 
 def _driver_runs(f: Facts, head: Pod) -> Memory:

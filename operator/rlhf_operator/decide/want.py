@@ -31,11 +31,15 @@ class Want:
     finalizer: bool | None = None
 
 
-def want(f: Facts) -> Want:
-    found = _want(f)
+def want(f: Facts, *, learned: bool = False) -> Want:
+    """`learned`: this pass learns what is not on record yet. A pod that is not condemned by the record may be the only
+    one to know it, and is removed once it is written."""
+    found = replace(_want(f), finalizer=_finalizer(f))
+    if learned:
+        return found
     orphans = f.orphans if deadlines.passed(deadlines.orphaned(f), f.now) else ()
     overdue = tuple(p for p in f.all_pods if deadlines.passed(deadlines.kill(p), f.now))
-    return replace(found, delete_pods=(*found.delete_pods, *orphans), kill_pods=overdue, finalizer=_finalizer(f))
+    return replace(found, delete_pods=(*found.delete_pods, *orphans), kill_pods=overdue)
 
 
 def kept(f: Facts) -> bool:

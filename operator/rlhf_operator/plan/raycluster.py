@@ -5,9 +5,11 @@ as well.
 from typing import Any
 
 from rlhf_api.job import RLHFJob
+from rlhf_api.overrides import ephemeral
 from rlhf_api.parse import QUEUE_LABEL
 from rlhf_api.placement import PodGroup, plan_placement
-from rlhf_operator.names import cluster_name
+from rlhf_operator.edition import edition
+from rlhf_operator.names import EDITION_ANNOTATION, EPHEMERAL_ANNOTATION, cluster_name
 from rlhf_operator.plan.labels import passed_on
 from rlhf_operator.plan.pods import head_start_params, head_template, worker_start_params, worker_template
 
@@ -21,7 +23,7 @@ def raycluster(job: RLHFJob, metadata: Raw, number: int) -> Raw:
     name = cluster_name(job.metadata.name, number)
     queue = job.spec.queue
     labels = {**passed_on(job.metadata.labels), **metadata["labels"], **({QUEUE_LABEL: queue.name} if queue else {})}
-    notes = passed_on(job.metadata.annotations)
+    notes = {**passed_on(job.metadata.annotations), **_origin(job)}
     spec = {
         "rayVersion": LEAST_RAY,
         "authOptions": {"mode": "token"},
@@ -31,8 +33,14 @@ def raycluster(job: RLHFJob, metadata: Raw, number: int) -> Raw:
     # Kueue's webhook sets the same; where its integration is off, the job must wait and say so, not run outside its
     # quota.
     held = {"suspend": True} if queue else {}
-    own = {**metadata, "name": name, "labels": labels, **({"annotations": notes} if notes else {})}
+    own = {**metadata, "name": name, "labels": labels, "annotations": notes}
     return {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": own, "spec": held | spec}
+
+
+def _origin(job: RLHFJob) -> dict[str, str]:
+    """What of the spec decisions about these pods rest on, whatever becomes of the spec."""
+    lost = str(ephemeral(job.spec)).lower()
+    return {EDITION_ANNOTATION: edition(job.spec), EPHEMERAL_ANNOTATION: lost}
 
 
 def _group(job: RLHFJob, cluster: str, group: PodGroup) -> Raw:

@@ -19,10 +19,11 @@ from rlhf_api.run import RunConfig
 from rlhf_worker.engines.adapters import Adapters, adapter_args, version_of
 from rlhf_worker.engines.arguments import check_attention, check_context, check_engine_args, check_known, needed_context, refused
 from rlhf_worker.engines.pulse import Pulse, stopped
-from rlhf_worker.engines.watcher import watched
 from rlhf_worker.errors import DeadlineExceeded, EngineFailed
 from rlhf_worker.placement import Seat
 from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, require_path
+from rlhf_worker.roll import Member
+from rlhf_worker.watcher import watched
 from rlhf_worker.weights.backends import engine_backend
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ CPU_KV_CACHE_BYTES = 256 << 20
 SILENT_SECONDS = 300.0  # more than any step takes, also the first of a kind, for which vLLM may compile
 
 
-class Engine:
+class Engine(Member):
     """Created in its bundle by `placement`; `start` does the work, so that a failure is the call's and not the actor's."""
 
     def __init__(self, config: RunConfig, index: int, device: str, bundles: list[int], gpus: list[str], threads: int) -> None:
@@ -73,7 +74,6 @@ class Engine:
 
     async def start(self, backend: str) -> str:
         """Load the model into vLLM. Returns vLLM's version. Raises BadSpec."""
-        self._watcher = watched()
         await self.prepare(backend)
         import vllm
         from vllm.usage.usage_lib import UsageContext
@@ -87,6 +87,8 @@ class Engine:
             raise refused(self.config, error.errors()[0]["msg"], vllm.__version__) from None
         except Exception as error:
             raise EngineFailed(f"engine {self.index} did not start: {error}; its log ends: {printed()}") from error
+        if self._executor(backend) != "uni":  # its workers are Ray's, and no processes under this one
+            await self.llm.collective_rpc(_watch_worker)
         check_attention(self.config, self.llm.model_config)
         await self.llm.update_weight_version("0")
         if self.adapter_args:
@@ -355,6 +357,11 @@ def printed(most: int = 2000) -> str:
             return log.read().decode(errors="replace")
     except OSError as error:
         return f"({error})"
+
+
+def _watch_worker(worker: Any) -> None:
+    """Runs in a vLLM worker process."""
+    worker.watcher = watched()
 
 
 def _worker_seat(worker: Any) -> Seat:

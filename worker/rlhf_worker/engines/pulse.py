@@ -1,7 +1,7 @@
 """Whether vLLM's core still works. It is a process of its own: the engine's actor answers also when that one hangs.
 
 A core answers between its steps, so one that is busy is late and one that hangs is silent. A process that was
-stopped is known at once; that of the actor itself is `watcher`'s.
+stopped is known at once; that of the actor itself is `watcher`'s, as every actor's.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf_worker.engines.watcher import STOPPED, state
+from rlhf_worker.watcher import STOPPED, state
 
 
 class Pulse:

@@ -11,12 +11,13 @@ from rlhf_api.run import RunConfig
 from rlhf_worker.errors import BadData, BadSpec
 from rlhf_worker.feed.logs import DriverLog
 from rlhf_worker.pretrained import load_tokenizer
+from rlhf_worker.roll import Member
 
 if TYPE_CHECKING:
     from rlhf_worker.experience import Prompt, Sample, ScoredSample
 
 
-class Feed:
+class Feed(Member):
     """Created in the first trainer bundle; `open` does the work, so that a failure is the call's and not the actor's."""
 
     def __init__(self, config: RunConfig) -> None:

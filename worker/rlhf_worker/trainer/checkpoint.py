@@ -36,7 +36,7 @@ from rlhf_worker.storage import Store
 from rlhf_worker.trainer.fence import Fence, Writer, standing
 
 NAME = re.compile(r"step-(\d+)(?:\.(attempt-\d+-[0-9a-f]{8}))?")  # without a writer: made before there was a fence
-STAGED = re.compile(r"\.(?:step-(\d+)|export)(?:\.(attempt-\d+-[0-9a-f]{8}))?\.partial")
+STAGED = re.compile(r"\.(?:step-(\d+)|export)(?:\.(attempt-\d+-[0-9a-f]{8}))?\.(?:partial|replaced)")
 RUN, PART, RNG, LATEST = "run.json", "part.json", "rng.pt", "latest"
 PARTS_DEADLINE_SECONDS = 1800.0
 POLL_SECONDS = 0.2
@@ -210,13 +210,26 @@ class Saver:
         """After a checkpoint is there, which another driver may have chosen by now: what fails here takes nothing back."""
         try:
             self.fenced.check()
-            self.store.write(LATEST, target.encode())
+            self._point()
             self.fenced.check()
             self._prune(step)
         except Fenced as refused:
             self.refused = refused
         except (OSError, BadData) as error:
             print(f"checkpoint: {self.store.url(target)} is whole, but older ones may be left over: {error}", flush=True)
+
+    def _point(self) -> None:
+        """`latest` names the newest that counts. Who was overtaken between its look and its write, or had not written yet, is put right here."""
+        told = self._latest()
+        while (newest := "".join(self._counting()[-1:])) != told:
+            self.store.write(LATEST, newest.encode()) if newest else self.store.remove(LATEST)
+            told = newest
+
+    def _latest(self) -> str:
+        try:
+            return self.store.read(LATEST).decode()
+        except FileNotFoundError:
+            return ""
 
     def _part(self, name: str) -> Files:
         """Of a role that other ranks may hold, and still write. Raises TimeoutError, and OSError when they could not."""
@@ -239,6 +252,7 @@ class Saver:
         for name in self.store.names():
             match = NAME.fullmatch(name) or STAGED.fullmatch(name)
             if match and name not in kept and match[2] in ours and int(match[1] or 0) < step:
+                self.store.remove(f"{name}/{RUN}")  # first: what is half removed is no checkpoint
                 self.store.remove(name)
 
     def _counting(self) -> list[str]:
@@ -257,15 +271,17 @@ class Saver:
 
     @contextmanager
     def publishing(self, name: str, telling: str) -> Iterator[Path]:
-        """The leader's first rank: as the store's, for a writer who is not fenced when the block begins and when it ends. Raises Fenced."""
+        """The leader's first rank: as the store's, for a writer who is not fenced when the block begins, and whenever it publishes. Raises Fenced."""
         self.fenced.check()
         earlier = self.fenced.earlier()
         for left in self.store.names():
             if left.startswith(f".{name}.") and (match := STAGED.fullmatch(left)) and match[2] in earlier:
                 self.store.remove(left)
-        with self.store.publishing(name, telling, self.fenced.writer.mark) as folder:
-            yield folder
-            self.fenced.check()
+        try:
+            with self.store.publishing(name, telling, self.fenced.writer.mark, self.fenced.check) as folder:
+                yield folder
+        except OSError as error:
+            raise self._why_fenced(error) or error from None
 
     def _room(self) -> str:
         """torch tells of a full disk as of a file's position that is not the expected one."""
@@ -286,14 +302,18 @@ class Saver:
             if not faults:
                 assert isinstance(state, RunState)
                 self._require(name, state, model)
-                self._agreed(partial(self.fenced.resume, name))
+                self._agreed(partial(self._resume, name))
                 self._load(name, roles)
                 return Restored(state, passed_over, self.store.url(name))
             passed_over.append(f"checkpoint {self.store.url(name)} is damaged ({faults[0]}) and was passed over")
         if passed_over:
             raise BadData(f"{'; '.join(passed_over)}; no whole one is left: set spec.checkpoint.path to an empty directory to start anew")
-        self._agreed(partial(self.fenced.resume, ""))
+        self._agreed(partial(self._resume, ""))
         return Restored(None, [])
+
+    def _resume(self, name: str) -> None:
+        self.fenced.resume(name)
+        self._point()  # the one before may have ended between a checkpoint and this
 
     def _follow(self, model: dict[str, Any], roles: Roles) -> Restored:
         """What the leader's group chose and read."""

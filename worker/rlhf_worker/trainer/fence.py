@@ -5,21 +5,31 @@ writes that file. The highest number holds the path; everyone else is refused by
 first. As a check and what follows it are two calls, an earlier driver may still publish once, late. The line of
 take-overs makes that harmless: what lies beyond the checkpoint that a later driver went on from never counts
 (`standing`).
+
+A driver that takes over from many puts their turns into one file, `until-<number>.json`, and removes theirs: nothing is
+forgotten, and the highest number keeps a file of its own. A late writer may create a number anew that was removed so;
+that is no take-over.
 """
 
 import json
 import platform
+import re
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from typing import Any, TypeVar
 
 from rlhf_worker.errors import BadData, Fenced
 from rlhf_worker.storage import Store
 
 DIRECTORY = "fence"
 POLL_SECONDS = 0.2
+STALE_SECONDS = 120.0  # more than a client of NFS shows files that are gone
+MOST_FILES = 16  # of earlier take-overs; with more they become one
+T = TypeVar("T")
+PAST = re.compile(r"until-(\d+)\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +112,32 @@ class Fence:
         self.writer = writer
         self._chosen: str | None = None
         self._said: dict[int, Turn] = {}  # turns that will not change any more
+        self._past: tuple[int, list[Turn]] = (0, [])  # those in one file, and up to which number
 
     def line(self) -> list[Turn]:
         """Every take-over, in order. Raises BadData."""
-        found = [self._said.get(number) or self._read(number) for number in self._numbers()]
+        return self._settled(self._line)
+
+    def _line(self) -> list[Turn]:
+        numbers, until = self._listed()
+        if until != self._past[0]:
+            self._past = until, self._parsed(_past(until), lambda found: [Turn(**turn) for turn in found]) if until else []
+        turns = {turn.number: turn for turn in self._past[1]}
+        found = [self._said.get(number) or self._read(number) for number in numbers]
         self._said = {turn.number: turn for turn in found[:-1] if turn.resumed is not None}
-        return found
+        told = (turn for turn in found if turn.number > until or (turn.number in turns and turns[turn.number].mark == turn.mark))
+        return [turn for _, turn in sorted((turns | {turn.number: turn for turn in told}).items())]
+
+    def _settled(self, look: Callable[[], T]) -> T:
+        """A look at files of which none is removed between their listing and their reading. Raises FileNotFoundError."""
+        end = time.monotonic() + STALE_SECONDS
+        while True:
+            try:
+                return look()
+            except FileNotFoundError:
+                if time.monotonic() > end:
+                    raise
+            time.sleep(POLL_SECONDS)
 
     def take(self) -> None:
         """Become the last in the line. Raises Fenced when a later driver is there."""
@@ -125,8 +155,7 @@ class Fence:
 
         What came of an earlier attempt, where storage lets it, is put right.
         """
-        numbers = self._numbers()
-        last = self._read(numbers[-1]) if numbers else None
+        last = self._settled(self._last)
         if last is None or (
             last.mark != self.writer.mark and last.job == self.writer.job and last.attempt < self.writer.attempt
         ):
@@ -134,11 +163,32 @@ class Fence:
         elif last.mark != self.writer.mark:
             raise self._fenced(last)
 
+    def _last(self) -> Turn | None:
+        numbers, _ = self._listed()
+        return self._read(numbers[-1]) if numbers else None
+
     def resume(self, name: str) -> None:
         """Say from which checkpoint this driver goes on: those beyond it that others made are void. Raises Fenced."""
         self.check()
         self._chosen = name
         self._write(replace(self._own(self.line()), resumed=name))
+        try:
+            self._gather()
+        except OSError as error:
+            print(f"checkpoint: {self.store.url(DIRECTORY)}: earlier take-overs stay as they are: {error}", flush=True)
+
+    def _gather(self) -> None:
+        """Of many earlier turns, each a file that every later driver would read, one. It is there before they go."""
+        line, (numbers, _) = self.line(), self._listed()
+        own = self._own(line).number
+        if len(earlier := [number for number in numbers if number < own]) <= MOST_FILES:
+            return
+        self.store.write(_past(own - 1), json.dumps([asdict(turn) for turn in line if turn.number < own]).encode())
+        for number in earlier:
+            self.store.remove(_name(number))
+        for name in self.store.names(DIRECTORY):
+            if (match := PAST.fullmatch(name)) and int(match[1]) < own - 1:
+                self.store.remove(f"{DIRECTORY}/{name}")
 
     def resumed(self, deadline_seconds: float) -> str:
         """What the process that took over said. Raises TimeoutError."""
@@ -160,17 +210,18 @@ class Fence:
     def _own(self, line: Sequence[Turn]) -> Turn:
         return [turn for turn in line if turn.mark == self.writer.mark][-1]
 
-    def _numbers(self) -> list[int]:
-        return sorted(
-            int(name.removesuffix(".json"))
-            for name in self.store.names(DIRECTORY)
-            if name.removesuffix(".json").isdigit()
-        )
+    def _listed(self) -> tuple[list[int], int]:
+        """Numbers of the turns that have files of their own; and up to which number the others are in one, 0 where there is none."""
+        names = self.store.names(DIRECTORY)
+        numbers = sorted(int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdigit())
+        return numbers, max((int(match[1]) for name in names if (match := PAST.fullmatch(name))), default=0)
 
     def _read(self, number: int) -> Turn:
-        name = f"{DIRECTORY}/{number:08}.json"
+        return self._parsed(_name(number), lambda found: Turn(**found))
+
+    def _parsed(self, name: str, made: Callable[[Any], T]) -> T:
         try:
-            return Turn(**json.loads(self.store.read(name)))
+            return made(json.loads(self.store.read(name)))
         except (ValueError, TypeError) as error:
             raise BadData(
                 f"{self.store.url(name)} is not as it was written ({error}): "
@@ -188,13 +239,14 @@ class Fence:
             resumed=self._chosen,
         )
         try:
-            self.store.create(f"{DIRECTORY}/{number:08}.json", _encoded(turn))
+            self.store.create(_name(number), _encoded(turn))
         except FileExistsError:
             return False
-        return self._read(number).mark == self.writer.mark  # where two can create one file, the last one has
+        # Where two can create one file, the last one has; and a number that others have passed and removed is nobody's.
+        return any((one.number, one.mark) == (number, self.writer.mark) for one in self.line())
 
     def _write(self, turn: Turn) -> None:
-        self.store.write(f"{DIRECTORY}/{turn.number:08}.json", _encoded(turn))
+        self.store.write(_name(turn.number), _encoded(turn))
 
     def _fenced(self, last: Turn) -> Fenced:
         who = (
@@ -206,6 +258,14 @@ class Fence:
             f"{who} (on {last.host} since {last.time}) writes {self.store.root} now: "
             f"this driver, attempt {self.writer.attempt}, is an earlier one"
         )
+
+
+def _name(number: int) -> str:
+    return f"{DIRECTORY}/{number:08}.json"
+
+
+def _past(until: int) -> str:
+    return f"{DIRECTORY}/until-{until:08}.json"
 
 
 def _encoded(turn: Turn) -> bytes:

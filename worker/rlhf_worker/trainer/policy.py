@@ -12,6 +12,7 @@ from ray.actor import ActorHandle
 from rlhf_api.run import RunConfig
 from rlhf_worker.placement import Seat
 from rlhf_worker.pretrained import model_field, require_path
+from rlhf_worker.roll import Member
 
 if TYPE_CHECKING:
     from rlhf_worker.experience import PackedBatch, Sample
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from rlhf_worker.trainer.roles import Text
 
 
-class Policy:
+class Policy(Member):
     """Created in its bundle by `crew`; the work begins with `join`, so that a failure is the call's and not the actor's."""
 
     def __init__(self, config: RunConfig, names: list[str], rank: int, world: int, device: str, threads: int) -> None:

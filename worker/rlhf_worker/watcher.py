@@ -1,5 +1,6 @@
-"""Ends an engine's actor that a signal stopped: Ray tells at once of one that died, and never of one that stands still.
+"""Ends an actor of the run that a signal stopped: Ray tells at once of one that died, and never of one that stands still.
 
+By the state of its process, never by its silence: one that compiles, computes or saves for long is not stopped.
 `watched` starts this file as a script: a small process that imports nothing of the worker and ends with its parent.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 STOPPED = "T"  # of /proc/<pid>/stat: by a signal, not by a tracer
 LOOK_SECONDS = 1.0
 LOOKS = 2  # in a row: what goes on at once may
+WORDS = "was stopped by a signal"
 
 
 def watched() -> subprocess.Popen[bytes]:
@@ -33,9 +35,8 @@ def watch(pid: int) -> None:
     while os.getppid() == pid:
         looks = looks + 1 if state(pid) == STOPPED else 0
         if looks == LOOKS:
-            print(
-                f"process {pid} was stopped by a signal: it is ended, to be started anew", file=sys.stderr, flush=True
-            )
+            words = f"process {pid} {WORDS} (state {STOPPED}): it is ended, to be started anew"
+            print(words, file=sys.stderr, flush=True)
             os.kill(pid, signal.SIGKILL)
             return
         time.sleep(LOOK_SECONDS)
