@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from rlhf_api.job import EvaluationSpec
-from rlhf_worker.errors import DeadlineExceeded, EnginesLost, RewardFailed
+from rlhf_worker.errors import DeadlineExceeded, EngineFailed, EnginesLost, RewardFailed
 from rlhf_worker.experience import Prompt, Sample, ScoredSample
 from rlhf_worker.rollout import producer as module
 from rlhf_worker.rollout.admission import Group
@@ -43,6 +43,8 @@ class Engine:
         assert not self.asleep
         if self.behaviour == "fail":
             raise RuntimeError("no memory left")
+        if self.behaviour == "lose its core":
+            raise EngineFailed("engine 0 is dead")
         if self.behaviour == "die":
             os._exit(1)
         if self.behaviour in ("hang", "held"):
@@ -187,12 +189,12 @@ def test_a_step_is_one_call_an_engine_and_keeps_the_order() -> None:
     assert rows(rollouts.take()) == [4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("behaviour", ["fail", "die"])
+@pytest.mark.parametrize("behaviour", ["fail", "die", "lose its core"])
 def test_groups_of_a_failing_engine_are_made_by_another(behaviour: str) -> None:
     rollouts, crew = make([behaviour, "well"])
     assert rows(rollouts.take()) == [0, 1, 2, 3]
     assert rollouts.metrics["rollout/retried_groups"] == 2
-    assert len(crew.fleet.serving) == (1 if behaviour == "die" else 2)
+    assert len(crew.fleet.serving) == (2 if behaviour == "fail" else 1)
 
 
 def test_when_every_engine_fails_the_run_stops_with_the_cause() -> None:
@@ -201,11 +203,12 @@ def test_when_every_engine_fails_the_run_stops_with_the_cause() -> None:
         rollouts.take()
 
 
-def test_when_every_engine_is_dead_groups_wait_for_one_that_comes_back() -> None:
-    rollouts, crew = make(["die", "die"])
+@pytest.mark.parametrize("dead", ["die", "lose its core"])
+def test_when_every_engine_is_dead_groups_wait_for_one_that_comes_back(dead: str) -> None:
+    rollouts, crew = make([dead, dead])
     crew.fleet.spare.append(RemoteEngine.remote("well"))
     assert sorted(rows(rollouts.take())) == [0, 1, 2, 3]
-    rollouts, _ = make(["die"])
+    rollouts, _ = make([dead])
     with pytest.raises(EnginesLost):
         rollouts.take()
 

@@ -166,7 +166,7 @@ class Engine(Member):
         return found
 
     async def generate(self, requests: "list[Request]", deadline_seconds: float) -> "list[Sample]":
-        """One completion a request, in order. Raises DeadlineExceeded, EnvironmentFailed.
+        """One completion a request, in order. Raises DeadlineExceeded, EnvironmentFailed; EngineFailed once vLLM's core is gone.
 
         Raises RuntimeError between a sync that failed and the next one that does not.
         Without staleness all requests wait in the queue before the first is scheduled, so that the same requests make the same
@@ -188,6 +188,10 @@ class Engine(Member):
             raise DeadlineExceeded(
                 f"engine {self.index} finished {done} of {len(tasks)} completions in spec.rollout.deadlineSeconds ({deadline_seconds:g} s)"
             ) from None
+        except Exception as error:
+            if llm.errored:  # whatever it is that a request found first
+                raise EngineFailed(f"engine {self.index} is dead: {error}") from error
+            raise
         finally:
             for task in tasks:
                 task.cancel()

@@ -22,7 +22,7 @@ from rlhf_api.run import RunConfig
 from rlhf_worker.algorithm.shape import informative
 from rlhf_worker.calls import SLICE_SECONDS, call
 from rlhf_worker.crew import Crew
-from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded
+from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded, EngineFailed
 from rlhf_worker.experience import Prompt, Sample, ScoredSample
 from rlhf_worker.rollout.admission import Admission, Group
 from rlhf_worker.rollout.episode import Request, request_seed
@@ -30,6 +30,7 @@ from rlhf_worker.stop import interrupt_if_asked
 
 SCORE_DEADLINE_SECONDS = 7200.0
 DRAW_DEADLINE_SECONDS = 3600.0
+LOST = (RayActorError, EngineFailed)  # the engine is no more: it is no verdict on what it was asked for
 LATE_SECONDS = 60.0  # beyond the engine's own deadline, whose error says more
 
 
@@ -150,7 +151,7 @@ class Rollouts:
         """To the engines with the least to do; a group stays on one, for its prefix cache. Raises `error` when every living engine was tried."""
         engines = [engine for engine in self.crew.fleet.serving if engine not in tried]
         if not engines:
-            if error is not None and not isinstance(error, RayActorError):
+            if error is not None and not isinstance(error, LOST):
                 raise error
             self._homeless += groups
             return
@@ -173,7 +174,7 @@ class Rollouts:
 
         def failed(error: Exception) -> None:
             self._load[engine] -= len(groups)
-            if isinstance(error, RayActorError):
+            if isinstance(error, LOST):
                 self.crew.fleet.lost(engine)
             self._counts["retried"] += len(groups)
             print(f"generation: {len(groups)} groups are tried on another engine: {type(error).__name__}: {str(error)[-500:]}", flush=True)
