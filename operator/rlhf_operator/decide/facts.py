@@ -176,8 +176,9 @@ class Facts:
     @property
     def _driver_began(self) -> datetime | None:
         """Its present or last run."""
-        driver = self.driver
-        return (driver.running_since or (driver.last and driver.last.started_at)) if driver else None
+        if self.driver is None or self.driver.running_since:
+            return self.driver.running_since if self.driver else None
+        return self.driver.last.started_at if self.driver.last else None
 
     @property
     def training(self) -> bool:
