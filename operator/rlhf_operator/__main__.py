@@ -45,13 +45,14 @@ class Operator:
         self.store = Store(self._told)
         home = own_namespace() or settings.namespace or "default"
         work = functools.partial(reconcile, ClusterIO(api, self.store), clock=utc_now, home=home)
-        self.queue = Queue(work, lambda: self.store.job_keys(at_rest=False), self.store.made)
+        self.leadership = Leadership(api.client, settings.lease_namespace) if settings.lease_namespace else None
+        held = self.leadership.late if self.leadership else lambda: False
+        self.queue = Queue(work, lambda: self.store.job_keys(at_rest=False), self.store.made, held)
         ages = metrics.WatchAges()
         self.health = Health(self.queue, self.store, ages)
         self.refresher = Refresher(api, self.store, settings.namespace, lambda kind: self._came())
         watch = functools.partial(registry, self.store, connection, self.refresher.suspect, ages)
         self.informer = Informer(watch, settings.namespace, self.refresher.suspect_all)
-        self.leadership = Leadership(api.client, settings.lease_namespace) if settings.lease_namespace else None
         if self.leadership:
             api.may_write = self.leadership.holds
 

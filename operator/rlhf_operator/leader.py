@@ -29,6 +29,8 @@ NAME = "rlhf-operator"
 # either leaves time for another before the holder must stop.
 LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS, ANSWER_SECONDS = 12, 9, 1, 3.0
 ACT_SECONDS = 10.0
+# The API server has too much to do, and we may be why: a renewal, each second, is more urgent than any pass.
+LATE_SECONDS = 4.0
 T = TypeVar("T")
 
 
@@ -110,6 +112,10 @@ class Leadership:
     def holds(self) -> bool:
         """Whether this process may act. Asked before each write."""
         return self.lock.clock() - self.lock.renewed < ACT_SECONDS
+
+    def late(self) -> bool:
+        """Whether the next renewal lets itself be waited for: then nothing else should be asked of the API server."""
+        return self.lock.clock() - self.lock.renewed > LATE_SECONDS
 
     async def close(self) -> None:
         """Gives the lease back, if it is ours."""

@@ -29,6 +29,7 @@ WORKERS = 16
 # What comes first comes before what became due up to so long ago.
 PATIENCE = 600.0
 HEARTBEAT_SECONDS = 5.0
+HELD_SECONDS = 0.2
 # How long passes get to end when the operator stops.
 LAST_SECONDS = 3.0
 # Errors that say everything in their message.
@@ -126,15 +127,16 @@ class Schedule:
 
 class Queue:
     """`work` handles one key and says when to come back; `restless` are the keys that the resync visits; `first` is
-    the schedule's."""
+    the schedule's. No pass begins while `held`."""
 
     def __init__(
         self,
         work: Callable[[Key], Awaitable[datetime | None]],
         restless: Callable[[], Iterable[Key]],
         first: Callable[[Key], bool] = lambda key: True,
+        held: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._work, self._restless = work, restless
+        self._work, self._restless, self._held = work, restless, held
         self._schedule, self._changed = Schedule(first), asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self.beat = time.monotonic()
@@ -159,7 +161,7 @@ class Queue:
                 task.cancel()
 
     def _start_due(self) -> None:
-        while len(self._tasks) < WORKERS and (key := self._schedule.take(time.monotonic())):
+        while len(self._tasks) < WORKERS and not self._held() and (key := self._schedule.take(time.monotonic())):
             task = asyncio.create_task(self._one(key), name=f"reconcile {'/'.join(key)}")
             self._tasks.add(task)
             task.add_done_callback(self._ended)
@@ -173,9 +175,9 @@ class Queue:
     async def _wait(self) -> None:
         due = self._schedule.next_due()
         free = len(self._tasks) < WORKERS
-        pause = (
-            min(HEARTBEAT_SECONDS, max(0.0, due - time.monotonic())) if due is not None and free else HEARTBEAT_SECONDS
-        )
+        pause = HEARTBEAT_SECONDS
+        if due is not None and free:
+            pause = min(pause, max(HELD_SECONDS if self._held() else 0.0, due - time.monotonic()))
         try:
             async with asyncio.timeout(pause):
                 await self._changed.wait()

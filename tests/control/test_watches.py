@@ -47,6 +47,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leader, "RETRY_SECONDS", 1)
     monkeypatch.setattr(leader, "ANSWER_SECONDS", 1.0)
     monkeypatch.setattr(leader, "ACT_SECONDS", 3.0)
+    monkeypatch.setattr(leader, "LATE_SECONDS", 2.0)
 
 
 @asynccontextmanager
@@ -278,3 +279,20 @@ async def test_a_standby_outlives_an_api_server_that_is_away(tmp_path: Path) -> 
             await asyncio.sleep(1.0)
             server.down = False
             await until(lambda: second.leading)
+
+
+async def test_no_pass_begins_while_a_renewal_is_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A renewal waits behind nothing of ours, and the jobs behind it."""
+    monkeypatch.setattr(leader, "LATE_SECONDS", -1.0)
+    async with (
+        ApiServer(absent={"workloads", "localqueues"}).running() as server,
+        operator(server, tmp_path, "one", "default") as it,
+    ):
+        await until(lambda: it.leading)
+        server.put(JOBS, job())
+        await until(lambda: it.store.sizes()["rlhfjobs"])
+        renewed = led(it).lock.renewed
+        await until(lambda: led(it).lock.renewed > renewed)
+        assert not server.of(RAYCLUSTERS)
+        monkeypatch.setattr(leader, "LATE_SECONDS", 2.0)
+        await until(lambda: server.of(RAYCLUSTERS))
