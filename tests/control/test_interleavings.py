@@ -271,7 +271,7 @@ class Life(RuleBasedStateMachine):
     def _gone(self, pod: Raw) -> None:
         self.world.api.remove(PODS, pod["metadata"]["name"])
         for loss in self.losses:
-            if loss.uid == pod["metadata"]["uid"]:
+            if loss.uid == pod["metadata"]["uid"] and loss.gone is None:
                 loss.gone = self.now
 
     @precondition(lambda self: self.pods(going=False))
@@ -322,8 +322,9 @@ class Life(RuleBasedStateMachine):
     def _lose_ray(self, pod: Raw, is_head: bool) -> None:
         if self._ray_runs(pod):
             self.world.ends(pod, RAY_CONTAINER, 1, "the raylet is gone")
-            charge = "headLost" if is_head else "nodeLost"
-            self.losses.append(Loss("", charge, self.now, self.now))
+            charge, uid = "headLost" if is_head else "nodeLost", pod["metadata"]["uid"]
+            self.losses.append(Loss(uid, charge, self.now, self.now))
+            self.lost_heads |= {uid} if is_head else set()
             self._may_explain(charge)
             self._look()
 

@@ -372,3 +372,30 @@ def test_a_worker_that_came_and_went_unseen_is_known_by_the_step_that_it_trained
     w.driver_ends(1, "ActorDiedError")
     w.settle()
     assert charged(w) == {class_: 1}
+
+
+def test_an_end_that_nobody_saw_before_a_restart_is_not_the_one_of_a_pod_that_goes_right_after_it() -> None:
+    w = running()
+    w.driver_ends(1, "ValueError: first")
+    w.driver_restarts()
+    w.disrupt(w.head(), "PreemptionByScheduler", "it has to go")
+    w.settle()
+    assert words(w) == ["", "ValueError: first"]
+    w.later(7)
+    w.driver_ends(143, "ValueError: second")
+    w.settle()
+    assert words(w) == ["ValueError: second", "ValueError: first"]
+    assert w.status["restarts"]["total"] == 2
+
+
+def test_an_end_that_is_heard_of_after_its_head_was_given_up_is_told_however_old() -> None:
+    w = running(runPolicy={"stallTimeoutSeconds": 300})
+    w.api.live = False
+    w.driver_ends(1, "ValueError: x")
+    w.later(1000)
+    w.settle()
+    assert charged(w) == {"stalled": 1}
+    w.api.live = True
+    w.api.relist()
+    w.settle()
+    assert (words(w), charged(w)) == (["ValueError: x"], {"stalled": 1})

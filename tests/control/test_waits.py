@@ -207,3 +207,20 @@ def test_every_wait_wakes_the_operator_by_itself() -> None:
     w.api.now = w.wake
     w.settle()
     assert any(write.startswith("kill Pod") for write in w.api.writes)
+
+
+def test_pods_that_were_all_there_when_the_job_was_suspended_were_there_once() -> None:
+    w = World(runPolicy={"provisioningDeadlineSeconds": 60, "reprovisioningDeadlineSeconds": 600})
+    w.settle()
+    w.up()
+    w.edit(suspend=True)
+    w.settle()
+    w.reap()
+    w.edit(suspend=False)
+    w.settle()
+    w.later(500)
+    w.settle()
+    assert w.status["phase"] == "Provisioning"
+    w.later(101)
+    w.settle()
+    assert w.status["phase"] == "Failed" and w.record["resultReason"] == "ReprovisioningDeadlineExceeded"

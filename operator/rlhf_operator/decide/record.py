@@ -88,17 +88,20 @@ def _credit(f: Facts) -> Memory:
     return f.memory.noting(restarts_since_progress=0, progress_step=step) if paid else f.memory
 
 
+def _first_ready(f: Facts) -> Memory:
+    """That all pods were there once, also where this look is what gives them up."""
+    stepped = f.reported is not None and f.reported.step > 0
+    seen = f.record.first_ready_at is None and (f.ready or f.training or stepped)
+    return f.memory.noting(first_ready_at=stamp(f.now)) if seen else f.memory
+
+
 def _provision(f: Facts) -> Memory:
     """Since when all pods are there, or are awaited."""
-    stepped = f.reported is not None and f.reported.step > 0
-    known = f.memory.noting(
-        first_ready_at=f.record.first_ready_at or (stamp(f.now) if f.ready or f.training or stepped else None)
-    )
     if not f.record.clusters or f.stopping or _held_back(f):
-        return known.noting(awaited_since=None, ready_at=f.record.ready_at if f.usable else None)
+        return f.memory.noting(awaited_since=None, ready_at=f.record.ready_at if f.usable else None)
     if f.ready:
-        return known.noting(awaited_since=None, ready_at=f.record.ready_at or stamp(f.now))
-    return known.noting(awaited_since=None if f.training else f.record.awaited_since or stamp(f.now), ready_at=None)
+        return f.memory.noting(awaited_since=None, ready_at=f.record.ready_at or stamp(f.now))
+    return f.memory.noting(awaited_since=None if f.training else f.record.awaited_since or stamp(f.now), ready_at=None)
 
 
 def _held_back(f: Facts) -> bool:
@@ -142,7 +145,7 @@ def _ended(f: Facts, end: Outcome) -> Memory:
 
 STEPS: tuple[Callable[[Facts], Memory], ...] = (
     _accept, _adopt, _attempt, _credit, losses.watch, restarts.charge, losses.forget, restarts.overheard,
-    _number, _provision, _activity, _allocate, _finish,
+    _first_ready, _number, _provision, _activity, _allocate, _finish,
 )  # fmt: skip
 # A job that has ended learns no more than what its pods still have to say.
 AFTER_THE_END = (restarts.overheard, _allocate)

@@ -116,12 +116,17 @@ def _run_of(head: Pod) -> Termination | None:
 
 
 def _ended_with(f: Facts, head: Pod, lost: Loss) -> Termination | None:
-    """The driver's newest end, if it came with the pod's and not before it. One that is charged is an earlier run's."""
-    run, began, before = _run_of(head), moment(lost.began), charged(f.record, head.uid, DRIVER_CONTAINER) or 0
-    if run is None or head.driver is None or head.driver.failures <= before:
+    """The driver's newest end, if it came with the pod's and not before it. One that is charged is an earlier run's, and
+    so is that of a driver that runs again."""
+    run, before = _run_of(head), charged(f.record, head.uid, DRIVER_CONTAINER) or 0
+    if run is None or head.driver is None or head.driver.running_since or head.driver.failures <= before:
         return None
-    near = run.finished_at and began and run.finished_at + losses.SLACK >= began
-    return run if run.exit_code and near else None
+    return run if run.exit_code and _near(run, lost.began) else None
+
+
+def _near(run: Termination, began: str) -> bool:
+    since = moment(began)
+    return bool(run.finished_at and since and run.finished_at + losses.SLACK >= since)
 
 
 def _driver_runs(f: Facts, head: Pod) -> Memory:
@@ -205,10 +210,15 @@ def _complete(f: Facts, head: Pod) -> Memory:
     if any(one.pod == head.name and one.exit_code is not None and one.time == stamp(run.finished_at) for one in told):
         return f.memory
     at = next((i for i, one in enumerate(told) if one.pod == head.name and one.exit_code is None), None)
-    began = moment(told[at].time) if at is not None else None
-    if at is None or began is None or run.finished_at + losses.SLACK < began:
+    if at is None or not (_near(run, told[at].time) or _uncharged(f, head)):
         return f.memory
     return replace(f.memory, failures=(*told[:at], _with_words(told[at], run), *told[at + 1 :]))
+
+
+def _uncharged(f: Facts, head: Pod) -> bool:
+    """An end that was seen only after its pod had been given up, however long ago it was."""
+    before = charged(f.record, head.uid, DRIVER_CONTAINER)
+    return before is not None and head.driver is not None and head.driver.failures > before
 
 
 def _add(f: Facts, failure: Failure, count: int = 1) -> Memory:
