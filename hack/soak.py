@@ -224,7 +224,10 @@ def _inject(job: Job, fault: Fault, outcome: Outcome) -> tuple[float, Object]:
         if fault.unattended:
             inject(job.cfg, NAMESPACE, job.name, How.FORCE, Target.OPERATOR)
     except (LookupError, ApiError, OSError) as error:
-        outcome.problems.append(f"not injected: {error}")
+        if isinstance(error, LookupError) and fault.moment is Moment.IDLE:  # a suspended run gives its pods up
+            outcome.victim = f"none: {error}"
+        else:
+            outcome.problems.append(f"not injected: {error}")
     return time.monotonic(), known or job.status()
 
 

@@ -3,13 +3,14 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hack import incident
+from hack import incident, soak
 from hack.faults import PODS, PROCESSES, Fault, How, Moment, Target, moment_in, moment_of, named, possible
 from hack.incident import Outcome
 from hack.soak import batch, schedule
@@ -222,3 +223,19 @@ def test_the_table_says_none_where_nothing_was_told() -> None:
         "| SIGKILL of driver | 2 | 1.5, 2.0 | 5.0, 5.0 | none | 40.0, 50.0 | 2 | App, none |",
         "| SIGKILL of operator | 1 | none | none | none | 4.0, 4.0 | 0 | none |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("moment", "problems"), [(Moment.IDLE, []), (Moment.TRAINING, ["not injected: no head pod"])]
+)
+def test_a_suspended_run_may_have_given_up_what_was_to_be_struck(
+    monkeypatch: pytest.MonkeyPatch, moment: Moment, problems: list[str]
+) -> None:
+    def nothing(*_: Any) -> None:
+        raise LookupError("no head pod")
+
+    monkeypatch.setattr(soak, "aim", nothing)
+    job: Any = SimpleNamespace(cfg=None, name="j", status=dict)
+    outcome = Outcome(1, "j", "force-delete of head pod", moment, "", "", 0)
+    soak._inject(job, Fault(How.FORCE, Target.HEAD, moment), outcome)
+    assert outcome.problems == problems
