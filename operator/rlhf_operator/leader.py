@@ -111,11 +111,15 @@ class Leadership:
 
     def holds(self) -> bool:
         """Whether this process may act. Asked before each write."""
-        return self.lock.clock() - self.lock.renewed < ACT_SECONDS
+        return self._age() < ACT_SECONDS
 
     def late(self) -> bool:
         """Whether the next renewal lets itself be waited for: then nothing else should be asked of the API server."""
-        return self.lock.clock() - self.lock.renewed > LATE_SECONDS
+        return self._age() > LATE_SECONDS
+
+    def _age(self) -> float:
+        """Seconds since the last renewal was sent; infinite before the first."""
+        return self.lock.clock() - self.lock.renewed
 
     async def close(self) -> None:
         """Gives the lease back, if it is ours."""
@@ -139,7 +143,7 @@ class Leadership:
         """The library gives up by the wall clock and only between two tries: this is what counts."""
         await self.won.wait()
         while True:
-            left = self.lock.renewed + ACT_SECONDS - self.lock.clock()
+            left = ACT_SECONDS - self._age()
             if left <= 0:
                 break
             await asyncio.sleep(left)

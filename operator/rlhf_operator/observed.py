@@ -13,6 +13,7 @@ from rlhf_api.parse import QUEUE_LABEL, parse_lenient
 from rlhf_api.progress import DRIVER_FIELD_MANAGER
 from rlhf_api.status import RLHFJobStatus
 from rlhf_operator.clock import moment
+from rlhf_operator.edition import edition
 from rlhf_operator.names import DRIVER_CONTAINER, EDITION_ANNOTATION, EPHEMERAL_ANNOTATION, HEAD, RAY_GROUP_LABEL, ROLE_LABEL
 from rlhf_operator.salvage import salvage
 
@@ -26,13 +27,12 @@ LOG_TAIL_BYTES = range(2048, 2048 + 3 * 2 + 1)
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the user asks, and what we remember. `parsed` is None exactly when the spec cannot be read; what a job
-    that runs already
-    needs of its spec is known all the same, as far as it can be.
+    """What the user asks, and what we remember. `parsed` is None exactly when the spec cannot be read; what a job that
+    runs already needs of its spec is known all the same, as far as it can be.
 
-    `ephemeral`: its checkpoints die with the trainer's pod; `loss_meant`: and that is meant. `driver_lag`: what the
-    API server's clock
-    is ahead of the driver's."""
+    `edition`: of what a RayCluster would be made from now; empty while the spec cannot be right. `ephemeral`: its
+    checkpoints die with the trainer's pod; `loss_meant`: and that is meant. `driver_lag`: what the API server's clock is
+    ahead of the driver's."""
 
     meta: ObjectMeta
     status: RLHFJobStatus
@@ -42,6 +42,7 @@ class Job:
     suspend: bool = False
     run_policy: RunPolicySpec = field(default_factory=RunPolicySpec)
     queue: QueueSpec | None = None
+    edition: str = ""
     ephemeral: bool = False
     loss_meant: bool = False
     driver_lag: timedelta = timedelta(0)
@@ -198,6 +199,7 @@ def read_job(raw: Raw) -> Job:
     return Job(
         ObjectMeta.model_validate(raw["metadata"]), status, read.job, tuple(read.problems), tuple(read.ignored),
         suspend=spec.suspend, run_policy=spec.run_policy, queue=spec.queue,
+        edition=edition(read.job.spec) if read.job and not read.problems else "",
         ephemeral=ephemeral(spec), loss_meant=spec.checkpoint.ephemeral, driver_lag=_driver_lag(raw["metadata"], status),
     )  # fmt: skip
 

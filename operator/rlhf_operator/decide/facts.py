@@ -10,7 +10,6 @@ from rlhf_api.progress import Progress
 from rlhf_api.status import Record
 from rlhf_operator.clock import moment
 from rlhf_operator.decide.memory import Memory
-from rlhf_operator.edition import edition
 from rlhf_operator.names import HEAD, cluster_name
 from rlhf_operator.observed import Cluster, Container, Group, Job, Observed, Pod
 
@@ -82,9 +81,8 @@ class Facts:
     @property
     def _edited(self) -> bool:
         """A spec that cannot be read is no edit yet."""
-        made_from, parsed = self.cluster.edition if self.cluster else "", self.job.parsed
-        readable = parsed is not None and not self.job.problems
-        return bool(made_from and parsed and readable and made_from != edition(parsed.spec))
+        made_from, wanted = self.cluster.edition if self.cluster else "", self.job.edition
+        return bool(made_from and wanted) and made_from != wanted
 
     @property
     def old_clusters(self) -> tuple[Cluster, ...]:

@@ -118,8 +118,8 @@ def _run_of(head: Pod) -> Termination | None:
 def _ended_with(f: Facts, head: Pod, lost: Loss) -> Termination | None:
     """The driver's newest end, if it came with the pod's and not before it. One that is charged is an earlier run's, and
     so is that of a driver that runs again."""
-    run, before = _run_of(head), charged(f.record, head.uid, DRIVER_CONTAINER) or 0
-    if run is None or head.driver is None or head.driver.running_since or head.driver.failures <= before:
+    run = _run_of(head)
+    if run is None or head.driver is None or head.driver.running_since or _uncharged(f, head) <= 0:
         return None
     return run if run.exit_code and _near(run, lost.began) else None
 
@@ -131,10 +131,10 @@ def _near(run: Termination, began: str) -> bool:
 
 def _driver_runs(f: Facts, head: Pod) -> Memory:
     """Of several runs that ended unseen only the last one's end is known: all are charged to it."""
-    driver, before = head.driver, charged(f.record, head.uid, DRIVER_CONTAINER) or 0
-    if driver is None or driver.last is None or driver.failures <= before:
+    driver, new = head.driver, _uncharged(f, head)
+    if driver is None or driver.last is None or new <= 0:
         return f.memory
-    count = 0 if driver.last.exit_code in FINAL_EXITS else driver.failures - before
+    count = 0 if driver.last.exit_code in FINAL_EXITS else new
     memory = (
         _add(f, _of_run(f, head, driver.last), count)
         if not _in_vain(f, driver.last)
@@ -210,15 +210,19 @@ def _complete(f: Facts, head: Pod) -> Memory:
     if any(one.pod == head.name and one.exit_code is not None and one.time == stamp(run.finished_at) for one in told):
         return f.memory
     at = next((i for i, one in enumerate(told) if one.pod == head.name and one.exit_code is None), None)
-    if at is None or not (_near(run, told[at].time) or _uncharged(f, head)):
+    if at is None or not (_near(run, told[at].time) or _heard_late(f, head)):
         return f.memory
     return replace(f.memory, failures=(*told[:at], _with_words(told[at], run), *told[at + 1 :]))
 
 
-def _uncharged(f: Facts, head: Pod) -> bool:
+def _heard_late(f: Facts, head: Pod) -> bool:
     """An end that was seen only after its pod had been given up, however long ago it was."""
-    before = charged(f.record, head.uid, DRIVER_CONTAINER)
-    return before is not None and head.driver is not None and head.driver.failures > before
+    return charged(f.record, head.uid, DRIVER_CONTAINER) is not None and _uncharged(f, head) > 0
+
+
+def _uncharged(f: Facts, head: Pod) -> int:
+    """Failed runs of its driver, all of them for a head that was never seen."""
+    return head.driver.failures - (charged(f.record, head.uid, DRIVER_CONTAINER) or 0) if head.driver else 0
 
 
 def _add(f: Facts, failure: Failure, count: int = 1) -> Memory:
