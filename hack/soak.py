@@ -2,8 +2,11 @@
 
 usage: python -m hack.soak --faults 200 --seed 1 [--minutes M] [--per-job 6] [--log soak.jsonl] [--smoke]
        python -m hack.soak --fault "SIGKILL of raylet@training" --fault "drain of node, operator replaced" ...
+       python -m hack.soak --faults 8 --seed 1 --per-job 8 --every 10 --step-seconds 30 --log goodput.jsonl
 
-Each fault becomes one JSON line: what, at which moment, how long until the status said so, how long until a step
+A soak that was cut off by --minutes goes on where its log ends. With --every a fault comes when that many steps have
+finished since the one before, and with --step-seconds a step takes as long as one of a real model: what part of the
+time is kept then is what a user of such steps sees. Each fault becomes one JSON line: what, at which moment, how long until the status said so, how long until a step
 finished after it, and how many steps were done again. At each job's end the invariants are checked: Succeeded, every
 prompt trained once, no step lost that a checkpoint held, nothing left behind. The table by fault is printed at the end,
 for docs/reliability.md. Exit code 1: an invariant is broken.
@@ -19,12 +22,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from hack.cluster import settings
 from hack.cluster.kube import Api, ApiError
@@ -65,16 +69,26 @@ from hack.incident import (
     words,
 )
 from hack.kubectl import Kube, kube
+from rlhf_api.job import RewardSpec
 
 Object = dict[str, Any]
 NAMESPACE = "soak"
-STEPS_A_FAULT = 16  # of a job's length: some faults do not stop the training
+STEPS_A_FAULT = 16  # of a job's length, unless faults come at fixed steps: some do not stop the training
+STEPS_AFTER = 8  # the last fault
 STEPS_BETWEEN = 3  # finished steps before a fault, after the recovery from the one before
 _POLL_SECONDS = 0.2
 _MOMENT_SECONDS = 60.0
 _IDLE_SECONDS = 10.0  # that a suspended run is left alone after its fault
 _RECOVERY_SECONDS = 600.0
 _GONE_SECONDS = 180.0
+# Behind the sample's own reward, which it calls.
+_WAITS = """
+import time
+counted = reward
+def reward(**sample):
+    time.sleep({seconds})
+    return counted(**sample)
+"""
 _SMOKE = (
     Fault(How.KILL, Target.ENGINE, Moment.GENERATING),
     Fault(How.KILL, Target.DRIVER, Moment.TRAINING),
@@ -97,20 +111,46 @@ def batch(faults: list[Fault], size: int) -> list[Fault]:
     return sorted(faults[:size], key=lambda fault: fault.moment is not Moment.STARTING)
 
 
+def left_of(faults: list[Fault], past: list[Outcome]) -> list[Fault]:
+    """Those that did not come yet."""
+    done, left = Counter((outcome.fault, outcome.moment) for outcome in past), list[Fault]()
+    for fault in faults:
+        if done[key := (str(fault), str(fault.moment))]:
+            done[key] -= 1
+        else:
+            left.append(fault)
+    return left
+
+
 # --- one job ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How often a fault comes, and how long a step takes."""
+
+    every: int = 0  # steps from one fault to the next; 0: as soon as the run has gone on
+    step_seconds: float = 0.0  # that the rewards of a step wait
+
+    def steps(self, faults: int) -> int:
+        """Length of a job that sees so many: whole epochs."""
+        return round_up((self.every or STEPS_A_FAULT) * faults + STEPS_AFTER, PROMPTS // PROMPTS_PER_STEP)
+
 
 
 class Job:
     """A tiny job under faults. Its namespace, its directory on this machine, and its status as it comes."""
 
-    def __init__(self, tools: Kube, cfg: settings.Settings, name: str, steps: int) -> None:
-        self.kube, self.cfg, self.name, self.steps = tools, cfg, name, steps
+    def __init__(self, tools: Kube, cfg: settings.Settings, name: str, steps: int, pace: Pace) -> None:
+        self.kube, self.cfg, self.name, self.steps, self.pace = tools, cfg, name, steps, pace
         self.api = Api.from_kubeconfig(cfg.kubeconfig)
         self.directory = cfg.volumes / "soak" / name
+        self.patience = _RECOVERY_SECONDS + steps * pace.step_seconds
+        self.struck = 0  # the step of the last fault
 
     def start(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
-        self.kube.apply(manifest(self.name, self.steps))
+        self.kube.apply(manifest(self.name, self.steps, self.pace.step_seconds))
 
     def status(self) -> Object:
         return job_status(self.api, NAMESPACE, self.name)
@@ -157,8 +197,8 @@ class Job:
         return [f"{item.get('kind', 'object')} {item['metadata']['name']}" for item in (*pods, *clusters)] + orphans
 
 
-def manifest(name: str, steps: int) -> Object:
-    """tiny-colocated, with a checkpoint every second step and the samples of every step."""
+def manifest(name: str, steps: int, step_seconds: float) -> Object:
+    """tiny-colocated, with a checkpoint every second step, the samples of every step, and rewards that wait."""
     import yaml
 
     file = settings.from_environment().clone / "manifests" / "samples" / "tiny-colocated.yaml"
@@ -169,7 +209,14 @@ def manifest(name: str, steps: int) -> Object:
     spec["checkpoint"] = {"path": f"/var/lib/rlhf/soak/{name}", "everySteps": 2, "keep": 2, "export": False}
     spec["telemetry"] = {"rolloutsEverySteps": 1}
     spec["runPolicy"] = {"backoffLimit": 20, "stallTimeoutSeconds": 300}
+    if step_seconds:
+        spec["rewards"][0]["code"] += _WAITS.format(seconds=step_seconds / calls_in_turn(spec["rollout"]))
     return dict(job)
+
+
+def calls_in_turn(rollout: Object) -> int:
+    """Of a step's reward, in each of its processes."""
+    return int(rollout["promptsPerStep"] * rollout["samplesPerPrompt"] / RewardSpec.model_fields["workers"].default)
 
 
 # --- one fault --------------------------------------------------------------------------------------------------
@@ -183,18 +230,18 @@ def strike(job: Job, number: int, fault: Fault) -> Outcome | None:
     outcome = Outcome(number, job.name, str(fault), fault.moment, "", _now(), step_of(before))
     start, known = _inject(job, fault, outcome)
     before = known or before
-    outcome.step = step_of(before)
+    outcome.step = job.struck = step_of(before)
     _watch(job, before, outcome, start, idle=fault.moment is Moment.IDLE)
     return outcome
 
 
 def _await_moment(job: Job, moment: Moment) -> Object:
     """A status of the moment, or, of a step's phases, one when the run trains; or of a job that ended."""
-    base = step_of(job.status())
+    due = max(step_of(job.status()) + STEPS_BETWEEN, job.struck + job.pace.every)
+    if moment is not Moment.STARTING or (job.struck and job.pace.every):
+        job.wait(lambda now: now.get("phase") == "Running" and step_of(now) >= due, job.patience)
     if moment is Moment.STARTING:
         _start_again(job)
-    else:
-        job.wait(lambda now: now.get("phase") == "Running" and step_of(now) >= base + STEPS_BETWEEN, _RECOVERY_SECONDS)
     if moment is Moment.IDLE:
         job.suspend(True)
     if moment in (Moment.STARTING, Moment.IDLE):
@@ -244,7 +291,7 @@ def _watch(job: Job, before: Object, outcome: Outcome, start: float, *, idle: bo
     its status says then is of the suspension.
     """
     floor, seen, tells = step_of(before), list[Object](), not idle
-    while (passed := time.monotonic() - start) < _RECOVERY_SECONDS:
+    while (passed := time.monotonic() - start) < job.patience:
         time.sleep(_POLL_SECONDS)
         now = job.status()
         if idle and passed > _IDLE_SECONDS:
@@ -259,7 +306,7 @@ def _watch(job: Job, before: Object, outcome: Outcome, start: float, *, idle: bo
             outcome.recovered, outcome.lost = round(passed, 1), steps_lost(before, now)
             break
     else:
-        outcome.problems.append(f"no step within {_RECOVERY_SECONDS:.0f} s")
+        outcome.problems.append(f"no step within {job.patience:.0f} s")
     outcome.problems += broken_promises(before, seen)
 
 
@@ -284,45 +331,80 @@ def _now() -> str:
 
 @dataclass
 class Soak:
-    """A run of the soak: what is to come, what came, and where it is written."""
+    """What came of the faults, and where it is written."""
+
+    log: Path
+    outcomes: list[Outcome] = field(default_factory=list)
+    jobs: list[Object] = field(default_factory=list)  # their ends: name, steps, goodput, restarts, problems
+
+    @classmethod
+    def so_far(cls, log: Path) -> Soak:
+        """As its log has it, which may not be there yet."""
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        faults, jobs = ([line for line in lines if ("fault" in line) is one] for one in (True, False))
+        return cls(log, [Outcome(**line) for line in faults], jobs)
+
+    def write(self, line: Object) -> None:
+        with self.log.open("a") as file:
+            print(json.dumps(line), file=file)
+        print(json.dumps(line), flush=True)
+
+    def add(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        self.write(asdict(outcome))
+
+    def end(self, job: Object) -> None:
+        self.jobs.append(job)
+        self.write(job)
+
+    def broken(self) -> list[str]:
+        """Every promise that was."""
+        ends = [f"{job['job']}: {problem}" for job in self.jobs for problem in job["problems"]]
+        return ends + [f"{o.number} {o.fault} ({o.moment}): {what}" for o in self.outcomes for what in o.problems]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Jobs one after the other on the running cluster, with their faults."""
 
     kube: Kube
     cfg: settings.Settings
-    log: TextIO
-    outcomes: list[Outcome] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    goodputs: list[float] = field(default_factory=list)
+    soak: Soak
+    pace: Pace
+    deadline: float  # by time.monotonic()
 
-    def job(self, name: str, faults: list[Fault], deadline: float) -> None:
-        """One job with as many of the faults as it lives to see, which are taken from the list."""
-        steps = round_up(STEPS_A_FAULT * len(faults) + 8, PROMPTS // PROMPTS_PER_STEP)
-        job = Job(self.kube, self.cfg, name, steps)
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def run(self, faults: list[Fault], per_job: int) -> None:
+        while faults and not self.late:
+            taken, before = batch(faults, per_job), len(self.soak.outcomes)
+            left = self.job(f"{self.soak.log.stem}-{len(self.soak.jobs) + 1}", taken)
+            faults = [*left, *faults[per_job:]]
+            if len(self.soak.outcomes) == before and not self.late:
+                raise RuntimeError(f"{self.soak.jobs[-1]['job']} ended before its first fault")
+
+    def job(self, name: str, faults: list[Fault]) -> list[Fault]:
+        """One job; returns the faults that it did not live to see."""
+        job = Job(self.kube, self.cfg, name, self.pace.steps(len(faults)), self.pace)
         job.start()
-        while faults and time.monotonic() < deadline:
-            outcome = strike(job, len(self.outcomes) + 1, faults[0])
-            if outcome is None:
-                break
-            faults.pop(0)
-            self.outcomes.append(outcome)
-            self.write(asdict(outcome))
-        self.finish(job)
+        while faults and not self.late and (outcome := strike(job, len(self.soak.outcomes) + 1, faults[0])):
+            faults = faults[1:]
+            self.soak.add(outcome)
+        self.soak.end(finish(job))
+        return faults
 
-    def finish(self, job: Job) -> None:
-        last = job.wait(lambda _: False, _RECOVERY_SECONDS) or job.status()
-        complete = condition(last, "Complete").get("status") == "True"
-        problems = [] if complete else [f"{last.get('phase')}: {last.get('message')}"]
-        problems += prompts_trained(job.directory / "rollouts", job.steps) if complete else []
-        problems += [f"left behind: {what}" for what in job.remove()]
-        goodput, restarts = last.get("goodput"), last.get("restarts")
-        self.goodputs += [float(goodput)] if goodput else []
-        self.problems += [f"{job.name}: {problem}" for problem in problems]
-        self.write(
-            {"job": job.name, "steps": step_of(last), "goodput": goodput, "restarts": restarts, "problems": problems}
-        )
 
-    def write(self, line: Object) -> None:
-        print(json.dumps(line), file=self.log, flush=True)
-        print(json.dumps(line), flush=True)
+def finish(job: Job) -> Object:
+    """Wait for its end, delete it; returns what the log says of it."""
+    last = job.wait(lambda _: False, job.patience) or job.status()
+    complete = condition(last, "Complete").get("status") == "True"
+    problems = [] if complete else [f"{last.get('phase')}: {last.get('message')}"]
+    problems += prompts_trained(job.directory / "rollouts", job.steps) if complete else []
+    problems += [f"left behind: {what}" for what in job.remove()]
+    told = {"steps": step_of(last), "goodput": last.get("goodput"), "restarts": last.get("restarts")}
+    return {"job": job.name, **told, "problems": problems}
 
 
 def round_up(value: int, of: int) -> int:
@@ -334,13 +416,9 @@ def summary(soak: Soak) -> str:
     found = soak.outcomes
     signs, steps = spread(o.detected for o in found), spread(o.recovered for o in found)
     lines = [table(found), "", f"faults {len(found)}, first sign {signs} s, new step {steps} s (median, most)"]
-    if soak.goodputs:
-        lines.append(f"goodput {statistics.mean(soak.goodputs):.2f} (mean of the jobs)")
-    broken = [
-        *soak.problems,
-        *(f"{o.number} {o.fault} ({o.moment}): {problem}" for o in found for problem in o.problems),
-    ]
-    return "\n".join([*lines, *(f"BROKEN {text}" for text in broken)])
+    if goodputs := [float(job["goodput"]) for job in soak.jobs if job["goodput"]]:
+        lines.append(f"goodput {statistics.mean(goodputs):.2f} (mean of {len(goodputs)} jobs)")
+    return "\n".join([*lines, *(f"BROKEN {text}" for text in soak.broken())])
 
 
 def prepare(tools: Kube, cfg: settings.Settings) -> None:
@@ -348,25 +426,6 @@ def prepare(tools: Kube, cfg: settings.Settings) -> None:
     subprocess.run(model, cwd=cfg.clone, check=True, stderr=subprocess.DEVNULL)
     if tools.find("namespace", NAMESPACE) is None:
         tools.run("create", "namespace", NAMESPACE)
-
-
-def run(faults: list[Fault], per_job: int, minutes: float, log: Path) -> Soak:
-    cfg = settings.from_environment()
-    tools = kube(cfg)
-    prepare(tools, cfg)
-    deadline = time.monotonic() + minutes * 60
-    with log.open("a") as file:
-        soak, number = Soak(tools, cfg, file), 0
-        while faults and time.monotonic() < deadline:
-            number += 1
-            taken, done = batch(faults, per_job), len(soak.outcomes)
-            faults = faults[per_job:]
-            soak.job(f"soak-{number}", taken, deadline)
-            faults = [*taken, *faults]  # with those that the job did not live to see
-            if len(soak.outcomes) == done and time.monotonic() < deadline:
-                soak.problems.append(f"soak-{number} ended before its first fault")
-                break
-    return soak
 
 
 def main(arguments: list[str]) -> int:
@@ -380,15 +439,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--log", type=Path, default=Path("soak.jsonl"))
     parser.add_argument("--smoke", action="store_true", help="three faults, always the same")
     parser.add_argument("--fault", type=named, action="append", help="this one, in the order given; no others")
+    parser.add_argument("--every", type=int, default=0, help="steps from one fault to the next")
+    parser.add_argument("--step-seconds", type=float, default=0.0, help="that a step's rewards wait")
     given = parser.parse_args(arguments)
-    faults = given.fault or (list(_SMOKE) if given.smoke else schedule(given.seed, given.faults))
-    print(
-        json.dumps({"seed": given.seed, "faults": len(faults), "smoke": given.smoke, "perJob": given.per_job}),
-        flush=True,
-    )
-    soak = run(faults, given.per_job, given.minutes, given.log)
+    soak = Soak.so_far(given.log)
+    faults = given.fault or (list(_SMOKE) if given.smoke else left_of(schedule(given.seed, given.faults), soak.outcomes))
+    print(json.dumps({"seed": given.seed, "faults": len(faults), "perJob": given.per_job}), flush=True)
+    cfg = settings.from_environment()
+    tools, pace = kube(cfg), Pace(given.every, given.step_seconds)
+    prepare(tools, cfg)
+    Runner(tools, cfg, soak, pace, time.monotonic() + given.minutes * 60).run(faults, given.per_job)
     print(summary(soak))
-    return 1 if soak.problems or any(outcome.problems for outcome in soak.outcomes) else 0
+    return 1 if soak.broken() else 0
 
 
 if __name__ == "__main__":

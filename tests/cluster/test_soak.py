@@ -13,7 +13,7 @@ import pytest
 from hack import incident, soak
 from hack.faults import PODS, PROCESSES, Fault, How, Moment, Target, moment_in, moment_of, named, possible
 from hack.incident import Outcome
-from hack.soak import batch, schedule
+from hack.soak import Pace, Runner, Soak, batch, left_of, schedule
 
 Object = dict[str, Any]
 
@@ -70,6 +70,55 @@ def test_a_job_s_first_fault_is_one_of_its_start() -> None:
     faults = [Fault(How.KILL, Target.GCS, moment) for moment in (Moment.IDLE, Moment.SAVING, Moment.STARTING)]
     assert [fault.moment for fault in batch(faults, 3)] == [Moment.STARTING, Moment.IDLE, Moment.SAVING]
     assert [fault.moment for fault in batch(faults, 2)] == [Moment.IDLE, Moment.SAVING]
+
+
+def test_a_soak_goes_on_where_its_log_ends(tmp_path: Path) -> None:
+    log, plan = tmp_path / "soak.jsonl", schedule(3, 6)
+    soak = Soak.so_far(log)
+    for number, fault in enumerate((plan[4], plan[0]), start=1):
+        soak.add(Outcome(number, "soak-1", str(fault), fault.moment, "", "", 4, problems=["lost"] if number == 2 else []))
+    soak.end({"job": "soak-1", "goodput": "0.5", "problems": ["left behind: a pod"]})
+    assert Soak.so_far(log) == soak
+    assert left_of(plan, soak.outcomes) == [plan[1], plan[2], plan[3], plan[5]]
+    assert left_of(plan * 2, soak.outcomes)[4:] == plan
+    assert soak.broken() == ["soak-1: left behind: a pod", f"2 {plan[0]} ({plan[0].moment}): lost"]
+
+
+def test_a_job_that_ends_early_leaves_its_faults_to_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The first job sees one fault of two, the next sees the other and a third."""
+    plan, lives, names = schedule(3, 3), [1, 2], list[str]()
+
+    class Life:
+        def __init__(self, kube: Any, cfg: Any, name: str, steps: int, pace: Pace) -> None:
+            names.append(f"{name} {steps}")
+            self.name, self.left = name, lives.pop(0)
+
+        def start(self) -> None: ...
+
+    def struck(job: Life, number: int, fault: Fault) -> Outcome | None:
+        job.left -= 1
+        return Outcome(number, job.name, str(fault), fault.moment, "", "", 4) if job.left >= 0 else None
+
+    monkeypatch.setattr(soak, "Job", Life)
+    monkeypatch.setattr(soak, "strike", struck)
+    monkeypatch.setattr(soak, "finish", lambda job: {"job": job.name, "goodput": None, "problems": []})
+    record = Soak.so_far(tmp_path / "run.jsonl")
+    nothing: Any = None
+    Runner(nothing, nothing, record, Pace(every=10, step_seconds=1), float("inf")).run(plan, 2)
+    assert left_of(plan, record.outcomes) == []
+    assert [outcome.number for outcome in record.outcomes] == [1, 2, 3]
+    assert names == ["run-1 28", "run-2 28"]
+
+
+def test_a_step_waits_as_long_as_it_is_asked_to() -> None:
+    (reward,) = soak.manifest("j", 4, 30.0)["spec"]["rewards"]
+    waited: list[float] = []
+    space: Object = {"waited": waited}
+    exec(reward["code"].replace("time.sleep", "waited.append"), space)
+    assert space["reward"](prompt="", completion="ee") == 1.0
+    assert waited == [30.0 / 64]  # 16 prompts, 8 samples, 2 processes
 
 
 @pytest.mark.parametrize(
