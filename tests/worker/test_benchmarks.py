@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hack.generate import ROOT as CLONE
+from hack.tiny_model import write
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
 
@@ -40,3 +41,10 @@ def test_a_training_step_is_timed() -> None:
     found = json.loads(printed("training", "--shape", "tiny", *small).splitlines()[-1])
     assert found["tokens_per_second"] > 0
     assert found["grad_norm"] > 0
+
+
+def test_engine_and_trainer_agree_on_a_token_s_log_probability(tmp_path: Path) -> None:
+    write(tmp_path / "model")
+    small = ("--steps", "1", "--prompts", "2", "--device", "cpu", "--dtype", "float32", "--most", "1e-4")
+    found = json.loads(printed("mismatch", "--model", str(tmp_path / "model"), "--runs", "plain", *small).splitlines()[-1])
+    assert (found["run"], found["steps"]) == ("plain", 1)
