@@ -10,7 +10,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rlhf_api.algorithms import OWN, UNGROUPED
-from rlhf_api.job import AlgorithmSpec, CheckpointSpec, EvaluationSpec, PlacementMode, PromptsSpec, RewardSpec, RLHFJob, RowsSpec, SourceSpec
+from rlhf_api.job import (
+    AlgorithmSpec,
+    CheckpointSpec,
+    EvaluationSpec,
+    PlacementMode,
+    PromptsSpec,
+    RewardSpec,
+    RLHFJob,
+    RowsSpec,
+    SourceSpec,
+)
 from rlhf_api.placement import own_gpus
 
 NAME_PATTERN = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
