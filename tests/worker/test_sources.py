@@ -34,14 +34,18 @@ def rows(name: str) -> list[dict[str, Any]]:
 def data(tmp_path: Path, **sources: dict[str, Any]) -> dict[str, Any]:
     """Of three sources; `sources`: further fields of each."""
     each = [
-        {"name": name, "weight": weight, **jsonl(tmp_path / f"{name}.jsonl", rows(name)), **sources.get(name, {})} for name, weight in WEIGHTS.items()
+        {"name": name, "weight": weight, **jsonl(tmp_path / f"{name}.jsonl", rows(name)), **sources.get(name, {})}
+        for name, weight in WEIGHTS.items()
     ]
     return {"sources": each, "promptField": "text"}
 
 
 def mixture(raw: dict[str, Any], state: dict[str, Any] | None = None) -> PromptSampler | Mixture:
     spec = DataSpec.model_validate(raw)
-    origins = {source.name: Origin(field=f"data.sources[{source.name}]", source=source.name, rewards=source.rewards) for source in spec.sources or ()}
+    origins = {
+        source.name: Origin(field=f"data.sources[{source.name}]", source=source.name, rewards=source.rewards)
+        for source in spec.sources or ()
+    }
     made = samplers(spec, Characters(), 1000, origins)
     if state is not None:
         made.restore(state)
@@ -65,7 +69,7 @@ def test_every_stretch_of_prompts_has_the_sources_by_their_weights(tmp_path: Pat
 def test_the_turns_are_these_for_ever(tmp_path: Path) -> None:
     """A change here makes every saved checkpoint resume on other prompts."""
     turns = [prompt.source for prompt in mixture(data(tmp_path)).next(8)]
-    assert turns == ["math", "code", "math", "math", "chat", "math", "code", "math"]
+    assert turns == ["math", "code", "math", "chat", "math", "math", "code", "math"]
 
 
 def test_resume_anywhere_is_the_uninterrupted_order(tmp_path: Path) -> None:
@@ -83,7 +87,10 @@ def test_resume_anywhere_is_the_uninterrupted_order(tmp_path: Path) -> None:
 
 def test_dropped_prompts_do_not_change_a_sources_share(tmp_path: Path) -> None:
     jsonl(tmp_path / "long.jsonl", [{"text": "x" * 50}, *rows("math"), {"text": "y" * 50}])
-    raw = data(tmp_path, math={"jsonl": {"path": str(tmp_path / "long.jsonl")}}) | {"maxPromptTokens": 20, "overlongPrompts": "drop"}
+    raw = data(tmp_path, math={"jsonl": {"path": str(tmp_path / "long.jsonl")}}) | {
+        "maxPromptTokens": 20,
+        "overlongPrompts": "drop",
+    }
     mixed = mixture(raw)
     assert "data.sources[math].jsonl" in mixed.check(1000) and "2 of 9 prompts" in mixed.check(1000)
     prompts = mixed.next(40)
@@ -106,34 +113,59 @@ def test_other_sources_than_the_checkpoints_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_with_each_source_is_told_at_once(tmp_path: Path) -> None:
-    raw = data(tmp_path, code={"promptField": "q"}, chat={"jsonl": {"path": "/none"}}, math={"systemPrompt": "be brief"})
+    raw = data(
+        tmp_path, code={"promptField": "q"}, chat={"jsonl": {"path": "/none"}}, math={"systemPrompt": "be brief"}
+    )
     with pytest.raises(BadSpec) as caught:
         mixture(raw)
-    for words in ("data.sources[code].jsonl: ", "data.sources[chat].jsonl.path: /none", "data.systemPrompt needs a chat template"):
+    for words in (
+        "data.sources[code].jsonl: ",
+        "data.sources[chat].jsonl.path: /none",
+        "data.systemPrompt needs a chat template",
+    ):
         assert words in str(caught.value)
 
 
 def judge(name: str, **fields: Any) -> RewardSpec:
-    return RewardSpec.model_validate({"name": name, "type": "python", "code": SAYS, "retries": 0, "workers": 1, **fields})
+    return RewardSpec.model_validate(
+        {"name": name, "type": "python", "code": SAYS, "retries": 0, "workers": 1, **fields}
+    )
 
 
 def sample(prompt: Prompt, text: str = "yes") -> Sample:
-    return Sample(prompt=prompt, token_ids=[5], logprobs=[-1.0], mask=[True], versions=[0], text=text, finish_reason="stop")
+    return Sample(
+        prompt=prompt, token_ids=[5], logprobs=[-1.0], mask=[True], versions=[0], text=text, finish_reason="stop"
+    )
 
 
 def a_prompt(source: str, rewards: tuple[str, ...] | None, text: str = "four") -> Prompt:
-    return Prompt(uid=f"{source}:0:0", epoch=0, row=0, token_ids=[1], text=text, fields={"prompt": text}, source=source, rewards=rewards)
+    return Prompt(
+        uid=f"{source}:0:0",
+        epoch=0,
+        row=0,
+        token_ids=[1],
+        text=text,
+        fields={"prompt": text},
+        source=source,
+        rewards=rewards,
+    )
 
 
 def test_a_reward_is_not_called_for_what_it_does_not_judge() -> None:
     """`first` would raise for the second sample, and so end the run."""
     model = RewardSpec.model_validate({"name": "model", "type": "model", "model": {"path": "/m"}, "weight": 10.0})
-    samples = [sample(a_prompt("a", ("first",))), sample(a_prompt("b", ("second", "model"), "WRONG?")), sample(a_prompt("c", None))]
+    samples = [
+        sample(a_prompt("a", ("first",))),
+        sample(a_prompt("b", ("second", "model"), "WRONG?")),
+        sample(a_prompt("c", None)),
+    ]
     careful = judge("second", code="def reward(prompt, completion, **row): return 7.0", weight=2.0)
     with Scorer([judge("first"), careful, model]) as scorer:
         scored = scorer.score(samples, {"model": [0.5, 0.25]})
     assert [item.parts for item in scored] == [
-        {"first": 4.0, "second": 0.0, "model": 0.0}, {"first": 0.0, "second": 7.0, "model": 0.5}, {"first": 4.0, "second": 7.0, "model": 0.25}
+        {"first": 4.0, "second": 0.0, "model": 0.0},
+        {"first": 0.0, "second": 7.0, "model": 0.5},
+        {"first": 4.0, "second": 7.0, "model": 0.25},
     ]  # fmt: skip
     assert [item.reward for item in scored] == [4.0, 19.0, 20.5]
 
@@ -141,11 +173,15 @@ def test_a_reward_is_not_called_for_what_it_does_not_judge() -> None:
 def test_metrics_of_a_source_are_of_its_own_samples_and_rewards() -> None:
     a, b = sample(a_prompt("a", ("first",))), sample(a_prompt("b", None))
     parts = [{"first": 1.0, "second": 0.0, "environment": 3.0}, {"first": 0.5, "second": 2.0, "environment": 4.0}]
-    scored = [ScoredSample(sample=s, reward=sum(p.values()), parts=p) for s, p in ((a, parts[0]), (b, parts[1]), (b, parts[1]), (a, parts[0]))]
+    scored = [
+        ScoredSample(sample=s, reward=sum(p.values()), parts=p)
+        for s, p in ((a, parts[0]), (b, parts[1]), (b, parts[1]), (a, parts[0]))
+    ]
     assert source_metrics(scored) == {
-        "source/a/first": 1.0, "source/a/environment": 3.0, "source/a/mean": 4.0, "source/a/mean_length": 1.0, "source/a/sample_share": 0.5,
-        "source/b/first": 0.5, "source/b/second": 2.0, "source/b/environment": 4.0, "source/b/mean": 6.5, "source/b/mean_length": 1.0,
-        "source/b/sample_share": 0.5,
+        "source/a/first": 1.0, "source/a/environment": 3.0, "source/a/mean": 4.0,
+        "source/a/mean_length": 1.0, "source/a/sample_share": 0.5,
+        "source/b/first": 0.5, "source/b/second": 2.0, "source/b/environment": 4.0, "source/b/mean": 6.5,
+        "source/b/mean_length": 1.0, "source/b/sample_share": 0.5,
     }  # fmt: skip
     assert source_metrics([ScoredSample(sample=sample(a_prompt("", None)), reward=1.0, parts={"first": 1.0})]) == {}
 
@@ -171,16 +207,24 @@ def test_a_feed_of_several_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     feed.scorer.close()
 
 
-def test_what_is_wrong_with_data_and_rewards_is_told_in_one_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_with_data_and_rewards_is_told_in_one_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = {"name": "r", "type": "python", "code": "import no_such_module"}
     held_out = {"name": "held-out", "data": {"jsonl": {"path": "/none/test.jsonl"}}}
     with pytest.raises(BadSpec) as caught:
         opened(tmp_path, monkeypatch, {"jsonl": {"path": "/none/train.jsonl"}}, rewards=[broken], evaluation=[held_out])
-    for words in ("rewards[r].code cannot be loaded", "data.jsonl.path: /none/train.jsonl", "evaluation[held-out]: data.jsonl.path: /none/test.jsonl"):
+    for words in (
+        "rewards[r].code cannot be loaded",
+        "data.jsonl.path: /none/train.jsonl",
+        "evaluation[held-out]: data.jsonl.path: /none/test.jsonl",
+    ):
         assert words in str(caught.value)
 
 
-@pytest.mark.parametrize(("column", "environment", "refused"), [("self", True, True), ("self", False, False), ("action", True, False)])
+@pytest.mark.parametrize(
+    ("column", "environment", "refused"), [("self", True, True), ("self", False, False), ("action", True, False)]
+)
 def test_a_column_that_an_environment_cannot_be_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str, environment: bool, refused: bool
 ) -> None:

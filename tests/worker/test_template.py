@@ -1,4 +1,4 @@
-"""Rendering by real tokenizers: own templates, their variables and tools, special tokens, and what is refused with its line."""
+"""Rendering by real tokenizers: own templates, their variables and tools, special tokens, and what is refused."""
 
 from typing import Any
 
@@ -13,7 +13,11 @@ from rlhf_worker.template import Message, Template, Unfit
 BOS, EOS = 1, 2
 HI: list[Message] = [{"role": "user", "content": "hi"}]
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-THINKING = PLAIN + "{% if enable_thinking is defined and not enable_thinking %}/no{% endif %}{% if tools %}{{ tools[0].name }}{% endif %}"
+THINKING = (
+    PLAIN
+    + "{% if enable_thinking is defined and not enable_thinking %}/no{% endif %}"
+    + "{% if tools %}{{ tools[0].name }}{% endif %}"
+)
 
 
 def template(given: Any = None, vocabulary: int | None = None, **fields: Any) -> Template:
@@ -31,7 +35,9 @@ def adding(single: str) -> Any:
     from tokenizers.processors import TemplateProcessing
 
     made = tokenizer()
-    made.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
     return made
 
 
@@ -46,13 +52,19 @@ def test_variables_and_tools_reach_the_template() -> None:
     given = of_the_tokenizer(THINKING)
     assert template(given).render(HI) == "user: hi\n"
     assert template(given, chatTemplateKwargs={"enable_thinking": False}).render(HI) == "user: hi\n/no"
-    assert template(given, chatTemplateKwargs={"enable_thinking": True}, tools=[{"name": "add"}]).render(HI) == "user: hi\nadd"
+    assert (
+        template(given, chatTemplateKwargs={"enable_thinking": True}, tools=[{"name": "add"}]).render(HI)
+        == "user: hi\nadd"
+    )
 
 
 def test_one_of_the_tokenizers_templates_by_its_name() -> None:
     several = of_the_tokenizer({"short": "{{ messages[0].content }}", "long": PLAIN})
     assert template(several, chatTemplateText="short").render(HI) == "hi"
-    with pytest.raises(BadSpec, match=r"data\.chatTemplateText: the tokenizer has several chat templates \(long, short\) and no default"):
+    with pytest.raises(
+        BadSpec,
+        match=r"data\.chatTemplateText: the tokenizer has several chat templates \(long, short\) and no default",
+    ):
         template(several)
 
 
@@ -62,11 +74,17 @@ def test_one_of_the_tokenizers_templates_by_its_name() -> None:
         ({"chatTemplateText": "{{ messages }}\n{% if %}"}, r"data\.chatTemplateText, line 2: Expected an expression"),
         ({"chatTemplateText": "{% for m in messages %}"}, r"data\.chatTemplateText, line 1: "),
         ({"chatTemplateText": "short"}, r"data\.chatTemplateText: the chat template reads no 'messages'"),
-        ({"chatTemplateText": PLAIN, "chatTemplateKwargs": {"enable_thinkin": True}}, r"data\.chatTemplateKwargs: the chat template reads no 'enable_thinkin'"),
+        (
+            {"chatTemplateText": PLAIN, "chatTemplateKwargs": {"enable_thinkin": True}},
+            r"data\.chatTemplateKwargs: the chat template reads no 'enable_thinkin'",
+        ),
         ({"chatTemplateText": PLAIN, "tools": [{"name": "add"}]}, r"data\.tools: the chat template reads no 'tools'"),
         *(
-            ({"chatTemplateText": PLAIN, "chatTemplateKwargs": {name: True}}, rf"data\.chatTemplateKwargs: {name} is set by the run")
-            for name in ("tokenize", "messages", "conversation", "add_generation_prompt", "tools")
+            (
+                {"chatTemplateText": PLAIN, "chatTemplateKwargs": {name: True}},
+                rf"data\.chatTemplateKwargs: {name} is set by the run",
+            )
+            for name in ("self", "tokenize", "messages", "conversation", "add_generation_prompt", "tools")
         ),
         ({"chatTemplateKwargs": {"a": 1}}, r"data\.chatTemplateKwargs needs a chat template"),
         ({"tools": [{"name": "add"}]}, r"data\.tools needs a chat template"),
@@ -89,7 +107,9 @@ def test_a_fault_of_the_own_text_is_no_fault_of_the_data() -> None:
         template(chatTemplateText=text).render(HI)
     with pytest.raises(Unfit, match="the chat template refuses the messages: TypeError"):
         template(of_the_tokenizer(text)).render(HI)
-    refusing = "{% if messages[0].role != 'system' %}{{ raise_exception('a system message first') }}{% endif %}{{ messages }}"
+    refusing = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('a system message first') }}{% endif %}{{ messages }}"
+    )
     with pytest.raises(Unfit, match="the chat template refuses the messages: a system message first"):
         template(chatTemplateText=refusing).render(HI)
 
@@ -97,7 +117,8 @@ def test_a_fault_of_the_own_text_is_no_fault_of_the_data() -> None:
 @pytest.mark.parametrize(
     ("single", "text", "expected"),
     [
-        ("$A", "ab", []), ("<s> $A", "ab", [BOS]), ("<s> $A </s>", "ab", [BOS]), ("$A </s>", "ab", []), ("<s> $A </s>", "<s>ab", []), ("$A", "<s>ab", []),
+        ("$A", "ab", []), ("<s> $A", "ab", [BOS]), ("<s> $A </s>", "ab", [BOS]), ("$A </s>", "ab", []),
+        ("<s> $A </s>", "<s>ab", []), ("$A", "<s>ab", []),
     ],
 )  # fmt: skip
 def test_a_text_opens_as_the_tokenizer_has_it_once_and_never_ends(single: str, text: str, expected: list[int]) -> None:
@@ -110,7 +131,11 @@ def test_a_text_opens_as_the_tokenizer_has_it_once_and_never_ends(single: str, t
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("", "no tokens"), ("a\udc80", "character 1 is half a surrogate pair"), ("z", r"token 29, and the model's embedding has 20 rows")],
+    [
+        ("", "no tokens"),
+        ("a\udc80", "character 1 is half a surrogate pair"),
+        ("z", r"token 29, and the model's embedding has 20 rows"),
+    ],
 )
 def test_texts_that_are_no_prompt(text: str, words: str) -> None:
     with pytest.raises(Unfit, match=words):

@@ -15,7 +15,7 @@ class BadData(Exception):
 
 
 def together(steps: Iterable[Callable[[], T]]) -> list[T]:
-    """What each gives. Raises BadSpec (BadData where there is no other) with the words of all that is wrong, so that one start tells them all."""
+    """What each gives. Raises BadSpec, or BadData where there is no other, with the words of all that is wrong."""
     results, wrong = [], list[BadSpec | BadData]()
     for step in steps:
         try:
@@ -23,7 +23,8 @@ def together(steps: Iterable[Callable[[], T]]) -> list[T]:
         except (BadSpec, BadData) as error:
             wrong.append(error)
     if wrong:
-        raise (next((type(error) for error in wrong if isinstance(error, BadSpec)), BadData))("\n".join(map(str, wrong)))
+        kind = BadSpec if any(isinstance(error, BadSpec) for error in wrong) else BadData
+        raise kind("\n".join(map(str, wrong)))
     return results
 
 

@@ -244,22 +244,24 @@ def step_metrics(scored: list[ScoredSample], phases: dict[str, float], seconds: 
         "reward/mean": rewards.mean().item(), "reward/std": rewards.std(correction=0).item(),
         **{f"reward/{name}": sum(item.parts[name] for item in scored) / count for name in names},
         "rollout/length": tokens / count, "rollout/truncated": cut / count, "rollout/tokens_per_second": tokens / seconds,
-        **{f"seconds/{name}": value for name, value in phases.items()}, "seconds/step": seconds, **source_metrics(scored),
+        **{f"seconds/{name}": value for name, value in phases.items()}, "seconds/step": seconds,
+        **source_metrics(scored),
     }  # fmt: skip
 
 
 def source_metrics(scored: Sequence[ScoredSample]) -> dict[str, float]:
-    """source/<name>/...: mean reward, mean of each reward that judges it, length in tokens, and share of the step's samples."""
+    """source/<name>/...: means of the reward, of each one that judges it, and of tokens; share of the samples."""
     groups: dict[str, list[ScoredSample]] = {}
     for item in scored:
         groups.setdefault(item.sample.prompt.source, []).append(item)
-    values = {source: _of_source(items) | {"sample_share": len(items) / len(scored)} for source, items in groups.items() if source}
+    values = {source: _of_source(items, len(scored)) for source, items in groups.items() if source}
     return {f"source/{source}/{name}": value for source, named in values.items() for name, value in named.items()}
 
 
-def _of_source(items: Sequence[ScoredSample]) -> dict[str, float]:
+def _of_source(items: Sequence[ScoredSample], samples: int) -> dict[str, float]:
     judged = [part for part in items[0].parts if items[0].sample.prompt.judged_by(part) or part == "environment"]
     return {
         **{part: fmean(item.parts[part] for item in items) for part in judged},
         "mean": fmean(item.reward for item in items), "mean_length": fmean(sum(item.sample.mask) for item in items),
+        "sample_share": len(items) / samples,
     }  # fmt: skip

@@ -1,4 +1,7 @@
-"""From messages to text, and from text to token ids, as `data` has it: for prompts (feed/data.py) and observations (rollout/episode.py)."""
+"""From messages to text, and from text to token ids, as `data` has it.
+
+For prompts (feed/data.py) and for what environments say (rollout/episode.py).
+"""
 
 import inspect
 import re
@@ -43,9 +46,16 @@ class Template:
         if self.chat:
             self._check(spec)
             return
-        for name, value in {"systemPrompt": spec.system_prompt, "chatTemplateKwargs": spec.chat_template_kwargs, "tools": spec.tools}.items():
+        for name, value in {
+            "systemPrompt": spec.system_prompt,
+            "chatTemplateKwargs": spec.chat_template_kwargs,
+            "tools": spec.tools,
+        }.items():
             if value:
-                raise BadSpec(f"data.{name} needs a chat template: remove it, or set data.chatTemplate with a tokenizer that has one, or data.chatTemplateText")
+                raise BadSpec(
+                    f"data.{name} needs a chat template: remove it, or set data.chatTemplate with a tokenizer that has "
+                    "one, or data.chatTemplateText"
+                )
 
     @property
     def _field(self) -> str:
@@ -54,7 +64,12 @@ class Template:
     def _check(self, spec: PromptsSpec) -> None:
         from jinja2 import TemplateError, TemplateSyntaxError
 
-        taken = {"messages", "conversations", *inspect.signature(self._tokenizer.apply_chat_template).parameters} - {"documents"}
+        taken = {
+            "self",
+            "messages",
+            "conversations",
+            *inspect.signature(self._tokenizer.apply_chat_template).parameters,
+        } - {"documents"}
         if wrong := sorted(taken & (spec.chat_template_kwargs or {}).keys()):
             raise BadSpec(f"data.chatTemplateKwargs: {', '.join(wrong)} is set by the run itself: remove it")
         try:
@@ -63,26 +78,46 @@ class Template:
         except TemplateSyntaxError as error:
             raise BadSpec(f"{self._field}, line {error.lineno}: {error.message}") from None
         except (TemplateError, *REFUSALS):  # it may refuse a message that no prompt has
-            if not self._own and isinstance(self._tokenizer.chat_template, dict) and "default" not in self._tokenizer.chat_template:
+            if (
+                not self._own
+                and isinstance(self._tokenizer.chat_template, dict)
+                and "default" not in self._tokenizer.chat_template
+            ):
                 names = ", ".join(sorted(self._tokenizer.chat_template))
-                raise BadSpec(f"data.chatTemplateText: the tokenizer has several chat templates ({names}) and no default: name one of them") from None
+                raise BadSpec(
+                    f"data.chatTemplateText: the tokenizer has several chat templates ({names}) and no default: "
+                    "name one of them"
+                ) from None
             text = self._tokenizer.get_chat_template(self._own, spec.tools)
         read = {"messages": self._field, **dict.fromkeys(spec.chat_template_kwargs or {}, "data.chatTemplateKwargs")}
         for name, field in (read | ({"tools": "data.tools"} if spec.tools else {})).items():
             if not re.search(rf"\b{re.escape(name)}\b", text):
-                raise BadSpec(f"{field}: the chat template reads no {name!r}: correct the name, or use another template (data.chatTemplateText)")
+                raise BadSpec(
+                    f"{field}: the chat template reads no {name!r}: "
+                    "correct the name, or use another template (data.chatTemplateText)"
+                )
 
     def render(self, messages: list[Message]) -> str:
         """With the opening of the assistant's turn. Raises Unfit, or BadSpec for a fault of `data.chatTemplateText`."""
         from jinja2 import TemplateError
 
         try:
-            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._options))
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, **self._options
+                )
+            )
         except (TemplateError, *REFUSALS) as error:
             reason = f"{type(error).__name__}: {error}"
-            if self._own and type(error) is not TemplateError:  # which is `raise_exception`'s: the template knows what it refuses
-                raise BadSpec(f"data.chatTemplateText, line {_line(error)}: {reason}, for the messages {messages!r:.200}") from None
-            raise Unfit(f"the chat template refuses the messages: {error if type(error) is TemplateError else reason}") from None
+            if (
+                self._own and type(error) is not TemplateError
+            ):  # which is `raise_exception`'s: the template knows what it refuses
+                raise BadSpec(
+                    f"data.chatTemplateText, line {_line(error)}: {reason}, for the messages {messages!r:.200}"
+                ) from None
+            raise Unfit(
+                f"the chat template refuses the messages: {error if type(error) is TemplateError else reason}"
+            ) from None
 
     def tokens(self, text: str, *, opening: bool) -> list[int]:
         """opening: with the special tokens that the tokenizer puts before a text, unless it has them. Raises Unfit."""
@@ -98,17 +133,21 @@ class Template:
         if self._vocabulary is not None and max(token_ids) >= self._vocabulary:
             raise Unfit(
                 f"the text has token {max(token_ids)}, and the model's embedding has {self._vocabulary} rows: "
-                "remove the text that the tokenizer alone knows, or use a checkpoint whose embedding was resized with its tokenizer"
+                "remove the text that the tokenizer alone knows, or use a checkpoint whose embedding grew with it"
             )
         return token_ids
 
 
 def _before(alone: list[int], whole: list[int]) -> list[int]:
-    """The special tokens before a text. Those behind it are left out: one such as EOS would end the prompt before its completion."""
+    """The special tokens before a text. Those behind it are left out: EOS would end a prompt before its completion."""
     return next((whole[:start] for start in range(len(whole)) if whole[start : start + len(alone)] == alone), [])
 
 
 def _line(error: BaseException) -> int | str:
     """Of a template, in which an error came up: jinja gives the frames their lines in it."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename in ("<template>", "<unknown>")]
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename in ("<template>", "<unknown>")
+    ]
     return lines[-1] or "?" if lines else "?"

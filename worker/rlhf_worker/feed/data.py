@@ -1,7 +1,7 @@
 """Prompts: rows from files, datasets and reasoning-gym, and the samplers that draw, render and tokenise them.
 
-The order is a function of seed and epoch alone, and the turns of several sources one of how many each has given: so a sampler's whole
-state is a few numbers a source (and a digest that notices other data).
+The order is a function of seed and epoch alone, and the turns of several sources one of how many each has given: so a
+sampler's whole state is a few numbers a source (and a digest that notices other data).
 """
 
 import difflib
@@ -53,7 +53,8 @@ ALONE = Origin()
 class PromptSource:
     """The rows of a source, opened once; `place(row)` says where a row is, for error messages.
 
-    Raises BadData for what cannot be read, is empty or lacks the prompt column, BadSpec for a reasoning-gym task that does not exist.
+    Raises BadData for what cannot be read, is empty or lacks the prompt column, BadSpec for a reasoning-gym task that
+    does not exist.
     """
 
     def __init__(self, spec: PromptsSpec, origin: Origin = ALONE) -> None:
@@ -83,7 +84,10 @@ class PromptSource:
         fields = self._fields(row)
         if self.prompt_field not in fields:
             columns = ", ".join(map(repr, fields))
-            raise BadData(f"{self.place(row)}: no {self.prompt_field!r} among {columns}: set {self.origin.field}.promptField to the prompt's column")
+            raise BadData(
+                f"{self.place(row)}: no {self.prompt_field!r} among {columns}: "
+                f"set {self.origin.field}.promptField to the prompt's column"
+            )
         try:
             return _prompt(fields[self.prompt_field]), fields
         except Unfit as error:
@@ -94,15 +98,21 @@ class PromptSource:
         prompt, fields = self._prompt(row)
         if wrong := sorted(set(self.origin.taken) & fields.keys()):
             names = ", ".join(map(repr, wrong))
-            raise BadData(f"{self.place(row)}: an environment's reset has a parameter {names}, so no column can have this name: rename it")
+            raise BadData(
+                f"{self.place(row)}: an environment's reset has a parameter {names}, "
+                "so no column can have this name: rename it"
+            )
         given = {**{key: value for key, value in fields.items() if key != "completion"}, "prompt": prompt}
         if self.origin.sent and (words := _no_json(given)):
-            raise BadData(f"{self.place(row)}: {words}, and a reward of type http is sent it: convert the column to text or numbers, or remove it")
+            raise BadData(
+                f"{self.place(row)}: {words}, and a reward of type http is sent it: "
+                "convert the column to text or numbers, or remove it"
+            )
         return prompt, given
 
     @property
     def hidden(self) -> list[str]:
-        """Columns of the first row that rewards and environments do not get, for these names are taken by what the run itself gives."""
+        """Columns of the first row that nobody gets, for the run itself gives rewards and environments these names."""
         names = {"completion"} | ({"prompt"} - {self.prompt_field})
         return sorted(names & self._fields(0).keys())
 
@@ -136,15 +146,19 @@ def _prompt(value: Any) -> str | list[Message]:
 
 
 def _message(message: Any, number: int) -> Message:
-    """Without its nulls: in a column of structs every message has every key. Only a call of tools may have no content."""
+    """Without its nulls: in a column of structs every message has every key. Only calls of tools need no content."""
     if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
-        raise Unfit(f"must be text or a list of chat messages with role and content: message {number} is {message!r:.80}")
+        raise Unfit(
+            f"must be text or a list of chat messages with role and content: message {number} is {message!r:.80}"
+        )
     kept = {key: value for key, value in message.items() if value is not None}
     content = kept.get("content", "" if kept.get("tool_calls") else None)
     if isinstance(content, list) and content:
         content = "".join(_part(part, number) for part in content)
     if not isinstance(content, str):
-        raise Unfit(f"has message {number} with content {content!r:.80}: it must be text, or a list of parts of type text")
+        raise Unfit(
+            f"has message {number} with content {content!r:.80}: it must be text, or a list of parts of type text"
+        )
     return {**kept, "content": content}
 
 
@@ -165,16 +179,26 @@ def _open(spec: PromptsSpec, field: str) -> tuple[str, Rows, list[int]]:
     if spec.dataset:
         return f"dataset {spec.dataset.path}", _dataset(spec.dataset, f"{field}.dataset"), []
     assert spec.reasoning_gym is not None
-    return f"reasoningGym {spec.reasoning_gym.task}", _ReasoningGym(spec.reasoning_gym, spec.seed, f"{field}.reasoningGym"), []
+    return (
+        f"reasoningGym {spec.reasoning_gym.task}",
+        _ReasoningGym(spec.reasoning_gym, spec.seed, f"{field}.reasoningGym"),
+        [],
+    )
 
 
 def _json_lines(spec: JsonlData, field: str) -> dict[int, Row]:
-    """The rows by their lines, read whole, so that a broken line is found before the run begins. Blank lines are skipped."""
+    """The rows by their lines, read whole, so that a broken line is found before the run begins; no blank lines."""
     try:
         lines = Path(spec.path).read_bytes().split(b"\n")
     except OSError as error:
-        raise BadData(f"{field}.path: {spec.path}: {error.strerror}: is the volume mounted in the pods that read it?") from None
-    return {number: _json_row(f"{field}: {spec.path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()}
+        raise BadData(
+            f"{field}.path: {spec.path}: {error.strerror}: is the volume mounted in the pods that read it?"
+        ) from None
+    return {
+        number: _json_row(f"{field}: {spec.path}, line {number}", line)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    }
 
 
 def _json_row(place: str, line: bytes) -> Row:
@@ -188,14 +212,16 @@ def _json_row(place: str, line: bytes) -> Row:
 
 
 class _Parquet:
-    """A Parquet file, or a directory of them in the order of their names, in memory as one Arrow table with the columns of all files."""
+    """A Parquet file, or a directory of them in the order of their names, as one Arrow table with all their columns."""
 
     def __init__(self, spec: ParquetData, field: str) -> None:
         import pyarrow as pa
         import pyarrow.dataset as pads
 
         if not Path(spec.path).exists():
-            raise BadData(f"{field}.path: {spec.path}: No such file or directory: is the volume mounted in the pods that read it?")
+            raise BadData(
+                f"{field}.path: {spec.path}: No such file or directory: is the volume mounted in the pods that read it?"
+            )
         try:
             files = pads.dataset(spec.path, format="parquet", partitioning="hive")
             schemas = [files.schema, *(fragment.physical_schema for fragment in files.get_fragments())]
@@ -222,11 +248,15 @@ def _dataset(spec: HubData, field: str) -> Rows:
     try:
         rows: Rows = _load_dataset(spec)
     except Exception as error:  # of every reader of every format there is
-        reason = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error  # what lies behind "An error occurred"
+        reason = (
+            error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+        )  # what lies behind "An error occurred"
         if _may_pass(reason):
             raise reason from None
         where = f"{field}: {spec.path} (name {spec.name}, split {spec.split})"
-        raise BadData(f"{where}: {type(reason).__name__}: {reason}: correct path, name or split, and give at least one prompt") from None
+        raise BadData(
+            f"{where}: {type(reason).__name__}: {reason}: correct path, name or split, and give at least one prompt"
+        ) from None
     return rows
 
 
@@ -243,7 +273,10 @@ def _load_dataset(spec: HubData) -> Any:
     if not any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         return load_dataset(spec.path, spec.name, split=spec.split)
     saved = load_from_disk(spec.path)
-    return _split(dict(saved) if isinstance(saved, DatasetDict) else {"train": saved, str(saved.split or "train"): saved}, spec.split)
+    return _split(
+        dict(saved) if isinstance(saved, DatasetDict) else {"train": saved, str(saved.split or "train"): saved},
+        spec.split,
+    )
 
 
 def _split(tables: Mapping[str, Any], split: str) -> Any:
@@ -255,14 +288,16 @@ def _split(tables: Mapping[str, Any], split: str) -> Any:
 
 
 class _ReasoningGym:
-    """Problems of a reasoning-gym task. Each row carries what the task's own verifier needs (rewards/reasoning_gym.py)."""
+    """Problems of a reasoning-gym task. Each row carries what the task's verifier needs (rewards/reasoning_gym.py)."""
 
     def __init__(self, spec: ReasoningGymData, seed: int, field: str) -> None:
         from reasoning_gym.factory import DATASETS, create_dataset
 
         if spec.task not in DATASETS:
             close = difflib.get_close_matches(spec.task, DATASETS, n=3, cutoff=0.5)
-            raise BadSpec(f"{field}.task: there is no {spec.task!r}" + (f"; did you mean {' or '.join(close)}?" if close else ""))
+            raise BadSpec(
+                f"{field}.task: there is no {spec.task!r}" + (f"; did you mean {' or '.join(close)}?" if close else "")
+            )
         try:
             self._problems = create_dataset(spec.task, seed=seed, size=spec.size, **spec.config)
         except (TypeError, ValueError, AssertionError) as error:
@@ -286,7 +321,7 @@ class Survey:
 
 
 class PromptSampler:
-    """Draws prompts: every row once an epoch, in an order made from seed and epoch. Rows that are dropped are passed over."""
+    """Draws prompts: every row once an epoch, in an order made from seed and epoch, but for those that are dropped."""
 
     def __init__(self, source: PromptSource, template: Template, spec: PromptsSpec) -> None:
         self._source, self._template, self._spec = source, template, spec
@@ -325,19 +360,25 @@ class PromptSampler:
         return [self._prompt(*map(int, uid.split(":")[-2:])) for uid in uids]
 
     def check(self, count: int) -> str:
-        """Render the rows of the next `count` prompts, each once, without consuming them: bad rows fail a run at its start, all of them at once.
+        """Render the rows of the next `count` prompts, each once, without consuming them.
 
+        So bad rows fail a run at its start, all of them at once.
         Returns what is to be told of prompts that are dropped; empty when none is. Raises BadData.
         """
         survey = Survey()
         ahead = range(self._drawn, self._drawn + 2 * len(self._source))  # two epochs hold one whole
-        places = dict.fromkeys(self._locate(index)[1] for index in ahead[: count if self._spec.overlong_prompts == "refuse" else None])
+        places = dict.fromkeys(
+            self._locate(index)[1] for index in ahead[: count if self._spec.overlong_prompts == "refuse" else None]
+        )
         for _ in islice(self._fitting(((0, row) for row in places), survey), count):
             pass
         self._verdict(survey)
         if not survey.long:
             return ""
-        return f"{self._source.name}: {len(survey.long)} of {survey.seen} prompts have more than {self._spec.max_prompt_tokens} tokens and are dropped"
+        return (
+            f"{self._source.name}: {len(survey.long)} of {survey.seen} prompts have more than "
+            f"{self._spec.max_prompt_tokens} tokens and are dropped"
+        )
 
     def _fitting(self, places: Iterable[tuple[int, int]], survey: Survey) -> Iterator[Prompt]:
         for place in places:
@@ -364,11 +405,13 @@ class PromptSampler:
 
     def _too_long(self, survey: Survey) -> str:
         row, most = min(survey.long), max(survey.long.values())
-        others = f"; {len(survey.long)} of {survey.seen} prompts are longer, up to {most} tokens" if survey.seen > 1 else ""
+        others = (
+            f"; {len(survey.long)} of {survey.seen} prompts are longer, up to {most} tokens" if survey.seen > 1 else ""
+        )
         fix = "" if self._spec.overlong_prompts == "drop" else ", or set data.overlongPrompts to drop"
         return (
-            f"{self._source.place(row)}: the prompt has {survey.long[row]} tokens, data.maxPromptTokens is {self._spec.max_prompt_tokens}{others}: "
-            f"shorten what is too long or raise the limit{fix}"
+            f"{self._source.place(row)}: the prompt has {survey.long[row]} tokens, "
+            f"data.maxPromptTokens is {self._spec.max_prompt_tokens}{others}: shorten them or raise the limit{fix}"
         )
 
     def _fits(self, prompt: Prompt) -> bool:
@@ -381,13 +424,20 @@ class PromptSampler:
 
     def state(self) -> dict[str, Any]:
         epoch, position = divmod(self._drawn, len(self._source))
-        return {"epoch": epoch, "position": position, "dropped": self._dropped, "data": self._digest, "seed": self._spec.seed}
+        return {
+            "epoch": epoch,
+            "position": position,
+            "dropped": self._dropped,
+            "data": self._digest,
+            "seed": self._spec.seed,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where `state()` was taken. Raises BadData if the data or the seed is another."""
         if (state.get("data"), state.get("seed")) != (self._digest, self._spec.seed):
             raise BadData(
-                f"{self._source.name}: the checkpoint was made with other data or another data.seed: restore them, or start with an empty checkpoint.path"
+                f"{self._source.name}: the checkpoint was made with other data or another data.seed: "
+                "restore them, or start with an empty checkpoint.path"
             )
         self._drawn = state["epoch"] * len(self._source) + state["position"]
         self._dropped = state.get("dropped", 0)
@@ -406,20 +456,37 @@ class PromptSampler:
         except Unfit as error:
             raise BadData(f"{self._source.place(row)}: {error}") from None
         uid = f"{origin.source}:{epoch}:{row}" if origin.source else f"{epoch}:{row}"
-        return Prompt(uid=uid, epoch=epoch, row=row, token_ids=token_ids, text=text, fields=fields, source=origin.source, rewards=origin.rewards)
+        return Prompt(
+            uid=uid,
+            epoch=epoch,
+            row=row,
+            token_ids=token_ids,
+            text=text,
+            fields=fields,
+            source=origin.source,
+            rewards=origin.rewards,
+        )
 
     def _text(self, prompt: str | list[Message]) -> str:
         """Raises Unfit."""
         if self._template.chat:
             system = [{"role": "system", "content": self._spec.system_prompt}] if self._spec.system_prompt else []
-            return self._template.render([*system, *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)])
+            return self._template.render(
+                [*system, *([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)]
+            )
         if not isinstance(prompt, str):
-            raise Unfit("a list of chat messages needs data.chatTemplate and a tokenizer with a chat template, or data.chatTemplateText")
+            raise Unfit(
+                "a list of chat messages needs data.chatTemplate and a tokenizer with a chat template, "
+                "or data.chatTemplateText"
+            )
         return prompt
 
 
 class Mixture:
-    """Draws from several sources: each prompt is of the one that is furthest behind its share of all so far. What a source does, it does for each."""
+    """Draws from several sources: each prompt is of the one that is furthest behind its share of all so far.
+
+    What `PromptSampler` does for one, it does for each.
+    """
 
     def __init__(self, weights: Mapping[str, float], parts: Mapping[str, PromptSampler]) -> None:
         """By the names of the sources, in one order."""
@@ -458,7 +525,10 @@ class Mixture:
         states = state.get("sources", {})
         if states.keys() != self._parts.keys():
             names = ", ".join(states) or "one source"
-            raise BadData(f"data.sources: the checkpoint was made with {names}: restore them, or start with an empty checkpoint.path")
+            raise BadData(
+                f"data.sources: the checkpoint was made with {names}: "
+                "restore them, or start with an empty checkpoint.path"
+            )
         for name, part in self._parts.items():
             part.restore(states[name])
 
@@ -468,15 +538,22 @@ def sampler(spec: PromptsSpec, tokenizer: Tokenizer, vocabulary: int | None, ori
     template = Template(tokenizer, spec, vocabulary)
     source = PromptSource(spec, origin)
     for name in source.hidden:
-        print(f"{source.name}: rewards and environments do not get column {name!r}: they get the run's own {name} under this name", flush=True)
+        print(
+            f"{source.name}: rewards and environments do not get column {name!r}, but the run's own by this name",
+            flush=True,
+        )
     return PromptSampler(source, template, spec)
 
 
-def samplers(data: DataSpec, tokenizer: Tokenizer, vocabulary: int | None, origins: Mapping[str, Origin]) -> PromptSampler | Mixture:
+def samplers(
+    data: DataSpec, tokenizer: Tokenizer, vocabulary: int | None, origins: Mapping[str, Origin]
+) -> PromptSampler | Mixture:
     """Of all sources; origins: by their names, "" of a single one. Raises BadData, BadSpec."""
     if data.sources is None:
         return sampler(data, tokenizer, vocabulary, origins[""])
-    parts = together(partial(sampler, data.of(source), tokenizer, vocabulary, origins[source.name]) for source in data.sources)
+    parts = together(
+        partial(sampler, data.of(source), tokenizer, vocabulary, origins[source.name]) for source in data.sources
+    )
     names = [source.name for source in data.sources]
     return Mixture({source.name: source.weight for source in data.sources}, dict(zip(names, parts, strict=True)))
 

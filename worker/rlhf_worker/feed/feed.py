@@ -35,7 +35,8 @@ class Feed(Member):
         tokenizer, vocabulary = load_tokenizer(self.config.model), embedding_rows(self.config.model)
         with ExitStack() as opened:
             checks: list[Callable[[], Any]] = [
-                partial(self._open_rewards, opened), partial(telemetry.check, self.config.telemetry), partial(self._open_data, tokenizer, vocabulary),
+                partial(self._open_rewards, opened), partial(telemetry.check, self.config.telemetry),
+                partial(self._open_data, tokenizer, vocabulary),
                 *(partial(self._evaluation, spec, tokenizer, vocabulary) for spec in self.config.evaluation),
             ]  # fmt: skip
             scorer, _, _, *prompts = together(checks)
@@ -99,11 +100,12 @@ class Feed(Member):
         from rlhf_worker.experience import Sample
 
         samples = [
-            Sample(prompt=prompt, token_ids=[], logprobs=[], mask=[], versions=[], text=prompt.text, finish_reason="stop")
-            for prompt in self.sampler.first(1)
+            Sample(prompt=p, token_ids=[], logprobs=[], mask=[], versions=[], text=p.text, finish_reason="stop")
+            for p in self.sampler.first(1)
         ]
         models = [spec.name for spec in self.config.rewards if spec.type == "model"]
-        self.scorer.score(samples, {name: [0.0 for sample in samples if sample.prompt.judged_by(name)] for name in models})
+        judged = {name: [0.0 for sample in samples if sample.prompt.judged_by(name)] for name in models}
+        self.scorer.score(samples, judged)
 
     def score(self, samples: "list[Sample]", models: Mapping[str, Sequence[float]] | None = None) -> "list[ScoredSample]":
         """`models`: what the rewards of type model gave, by name. Raises RewardFailed."""

@@ -59,7 +59,8 @@ def read(path: Path, step: int | None = None) -> list[ScoredSample]:
     file = path if path.is_file() else _file(path, step)
     try:
         table = pq.read_table(file)
-        rows = table.select([name for name in SCHEMA.names if name in table.column_names or name not in LATER]).to_pylist()
+        names = [name for name in SCHEMA.names if name in table.column_names or name not in LATER]
+        rows = table.select(names).to_pylist()
     except (OSError, KeyError, pa.ArrowException) as error:
         raise BadData(f"{file}: no samples of a step: {error}") from None
     return [_scored(row) for row in rows]
@@ -79,7 +80,8 @@ def _scored(row: Row) -> ScoredSample:
     epoch, _, number = row["uid"].rpartition(":")
     prompt = Prompt(
         uid=row["uid"], epoch=int(epoch) if epoch.isdigit() else 0, row=int(number), token_ids=row["prompt_token_ids"], text=row["prompt"],
-        fields=json.loads(row["fields"]), source=row.get("source") or "", rewards=tuple(row["rewards"]) if row.get("rewards") else None,
+        fields=json.loads(row["fields"]), source=row.get("source") or "",
+        rewards=tuple(row["rewards"]) if row.get("rewards") else None,
     )  # fmt: skip
     names = ("token_ids", "logprobs", "mask", "versions", "finish_reason", "episode_reward")
     sample = Sample(prompt=prompt, text=row["completion"], **{name: row[name] for name in names})

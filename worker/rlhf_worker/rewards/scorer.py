@@ -34,17 +34,18 @@ class Scorer:
             raise
 
     def score(self, samples: Sequence[Sample], models: Mapping[str, Sequence[float]] | None = None) -> list[ScoredSample]:
-        """In the order of `samples`; all rewards run side by side. A reward that does not judge a sample's source counts 0 for it.
+        """In the order of `samples`; all rewards run side by side. One that does not judge a sample counts 0 for it.
 
         models: by name of each reward of type model, a value for each sample that it judges. Raises RewardFailed.
         """
-        asked = {spec.name: [sample for sample in samples if sample.prompt.judged_by(spec.name)] for spec in self._specs}
+        names = [spec.name for spec in self._specs]
+        asked = {name: [sample for sample in samples if sample.prompt.judged_by(name)] for name in names}
         answers = self._executor.map(lambda reward: reward.score(asked[reward.spec.name]), self._rewards)
         values = dict(zip((reward.spec.name for reward in self._rewards), answers, strict=True))
         values |= {name: _checked(name, given, asked[name]) for name, given in (models or {}).items()}
         each = {name: iter(given) for name, given in values.items()}
         return [
-            self._scored(sample, {spec.name: next(each[spec.name]) if sample.prompt.judged_by(spec.name) else 0.0 for spec in self._specs})
+            self._scored(sample, {name: next(each[name]) if sample.prompt.judged_by(name) else 0.0 for name in names})
             for sample in samples
         ]
 

@@ -55,27 +55,33 @@ class Speech:
     @classmethod
     def of(cls, tokenizer: Any, config: RunConfig) -> "Speech":
         """Of prompts that the run's data renders."""
-        return cls(tokenizer, Template(tokenizer, config.data, embedding_rows(config.model)), special=config.data.show_special_tokens)
+        template = Template(tokenizer, config.data, embedding_rows(config.model))
+        return cls(tokenizer, template, special=config.data.show_special_tokens)
 
     def text(self, before: Sequence[int], token_ids: Sequence[int], finish_reason: str) -> str:
-        """What an engine that decodes token by token would show: special tokens where asked, no token that ended it, no half character at the end."""
+        """What an engine that decodes token by token would show: not what ended it, nor half a character at the end."""
         body = list(token_ids[:-1] if finish_reason == "stop" else token_ids)
         context = list(before[-BEFORE:])
         start, whole = self._decode(context), self._decode(context + body)
         return (whole[len(start) :] if whole.startswith(start) else self._decode(body)).rstrip("\ufffd")
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=not self.special, clean_up_tokenization_spaces=False))
+        shown = {"skip_special_tokens": not self.special, "clean_up_tokenization_spaces": False}
+        return str(self.tokenizer.decode(token_ids, **shown))
 
     def observation(self, text: str, last: int) -> list[int]:
-        """What stands between two turns, the next one's opening included; `last`: the token that ended the turn before. Raises BadSpec, Unfit."""
+        """What stands between two turns, the next one's opening included; `last`: the token that ended the turn before.
+
+        Raises BadSpec, Unfit.
+        """
         if not self.template.chat:
             return self.template.tokens(text, opening=False) if text else []
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": TURN}, {"role": "user", "content": text}]
         _, found, after = self.template.render(messages).partition(TURN)
         if not found:
             raise BadSpec(
-                "rollout.environment: the chat template leaves out the assistant's turns: use another (data.chatTemplateText), or data.chatTemplate false"
+                "rollout.environment: the chat template leaves out the assistant's turns: "
+                "use another (data.chatTemplateText), or data.chatTemplate false"
             )
         token_ids = self.template.tokens(after, opening=False)
         return token_ids[1:] if token_ids[:1] == [last] else token_ids  # the policy ended its turn as the template does

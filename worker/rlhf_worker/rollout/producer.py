@@ -227,7 +227,8 @@ class Rollouts:
         """A call of each rank of a reward model."""
         prompts = [sample.prompt.fields.get("prompt", sample.prompt.text) for sample in samples]
         completions = [sample.text for sample in samples]
-        return [rank.scores.remote(f"reward:{name}", prompts, completions) for rank in self.crew.ranks[f"reward:{name}"]]
+        role = f"reward:{name}"
+        return [rank.scores.remote(role, prompts, completions) for rank in self.crew.ranks[role]]
 
     def _scored(self, groups: list[tuple[Group, list[Sample]]], scored: list[ScoredSample]) -> None:
         each = iter(scored)
