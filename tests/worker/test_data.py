@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from rlhf_api.job import DataSpec, PromptsSpec
 from rlhf_worker.errors import BadData, BadSpec
-from rlhf_worker.feed.data import ALONE, Origin, PromptSampler, PromptSource
+from rlhf_worker.feed.data import PromptSampler
+from rlhf_worker.feed.rows import ALONE, Origin, PromptSource
 from rlhf_worker.template import Template
 
 ROWS = [{"prompt": f"say {i}", "answer": i} for i in range(7)]
@@ -29,9 +30,8 @@ class Characters:
     def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
         return "of messages"
 
-    def apply_chat_template(self, conversation: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool) -> str:
-        assert not tokenize
-        assert add_generation_prompt
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> str:
+        assert options == {"tokenize": False, "add_generation_prompt": True}
         return "".join(f"<{m['role']}>{m['content']}" for m in conversation) + "<assistant>"
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:

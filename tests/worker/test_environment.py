@@ -153,7 +153,8 @@ class Environment:
     def reset(self, prompt, **row): self.value = row[{column!r}]
     def step(self, completion): return {{"observation": "", "done": True, "reward": self.value}}
 """
-    assert (await played({"code": code}, says("4"), request(**{column: 2.5}))).episode_reward == 2.5
+    row: dict[str, Any] = {column: 2.5}
+    assert (await played({"code": code}, says("4"), request(**row))).episode_reward == 2.5
 
 
 @pytest.mark.parametrize(

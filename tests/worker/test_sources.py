@@ -9,8 +9,9 @@ import pytest
 from rlhf_api.job import DataSpec, RewardSpec
 from rlhf_worker.errors import BadData, BadSpec
 from rlhf_worker.experience import Prompt, Sample, ScoredSample
-from rlhf_worker.feed.data import Mixture, Origin, PromptSampler, samplers
+from rlhf_worker.feed.data import Mixture, PromptSampler, samplers
 from rlhf_worker.feed.feed import Feed
+from rlhf_worker.feed.rows import Origin
 from rlhf_worker.loop import source_metrics
 from rlhf_worker.rewards.scorer import Scorer
 from tests.worker.configs import run_config

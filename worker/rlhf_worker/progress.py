@@ -17,7 +17,7 @@ from rlhf_worker.words import printable
 # What a restart changes nothing of. The rest of a report is about the driver that made it.
 STAYS = (
     "step", "step_time", "reward", "kl", "mismatch", "tokens_per_second", "eta_seconds", "eta", "checkpoint",
-    "save_error", "productive_seconds",
+    "save_error", "productive_seconds", "dropped_prompts",
 )  # fmt: skip
 
 

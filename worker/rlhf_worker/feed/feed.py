@@ -17,7 +17,7 @@ from rlhf_worker.roll import Member
 
 if TYPE_CHECKING:
     from rlhf_worker.experience import Prompt, Sample, ScoredSample
-    from rlhf_worker.feed.data import Origin
+    from rlhf_worker.feed.rows import Origin
     from rlhf_worker.rewards.scorer import Scorer
 
 
@@ -60,7 +60,7 @@ class Feed(Member):
             print(words, flush=True)
 
     def _origin(self, field: str, source: SourceSpec | None = None) -> "Origin":
-        from rlhf_worker.feed.data import Origin
+        from rlhf_worker.feed.rows import Origin
 
         rewards = source.rewards if source else None
         sent = any(spec.type == "http" and (rewards is None or spec.name in rewards) for spec in self.config.rewards)

@@ -77,7 +77,7 @@ def _file(path: Path, step: int | None) -> Path:
 
 
 def _scored(row: Row) -> ScoredSample:
-    epoch, _, number = row["uid"].rpartition(":")
+    epoch, number = ["", *row["uid"].split(":")][-2:]
     prompt = Prompt(
         uid=row["uid"], epoch=int(epoch) if epoch.isdigit() else 0, row=int(number), token_ids=row["prompt_token_ids"], text=row["prompt"],
         fields=json.loads(row["fields"]), source=row.get("source") or "",
