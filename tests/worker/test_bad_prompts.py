@@ -44,7 +44,7 @@ def feed(model: Path, path: Path, rows: list[Any], **data: Any) -> Feed:
     [
         ([{"prompt": "a"}, {"prompt": "b<new>"}], {}, EXIT_BAD_DATA, "line 2: the text has token 81, and the model's"),
         ([{"prompt": "a"}, {"prompt": "b\ud83d"}], {}, EXIT_BAD_DATA, r"line 2: character 1 is half a surrogate pair"),
-        ([{"prompt": "a"}, {"prompt": [{"role": "user", "content": None}]}], {}, EXIT_BAD_DATA, "line 2: 'prompt' has "),
+        ([{"prompt": "a"}, {"prompt": [{"role": "user", "content": None}]}], {}, EXIT_BAD_DATA, "line 2: 'prompt' h"),
         ([{"prompt": "a"}, {"prompt": "b", "x": float("nan")}], {}, EXIT_BAD_DATA, "line 2: column 'x' is no JSON"),
         ([{"prompt": "a"}, {"prompt": "bc"}], {"maxPromptTokens": 2}, EXIT_BAD_DATA, "1 of 2 prompts are longer"),
         ([{"prompt": "a"}, {"prompt": "bc"}], {"maxPromptTokens": 2, "overlongPrompts": "drop"}, EXIT_OK, ""),

@@ -1,4 +1,4 @@
-"""Whole runs of several sources: 2N steps are N, a resume and N, bit for bit; each has its share, rewards and metrics."""
+"""Whole runs of several sources: 2N steps are N, a resume and N, bit for bit; each has its share and rewards."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -46,56 +46,51 @@ class Template:
         if self.chat:
             self._check(spec)
             return
-        for name, value in {
-            "systemPrompt": spec.system_prompt,
-            "chatTemplateKwargs": spec.chat_template_kwargs,
-            "tools": spec.tools,
-        }.items():
-            if value:
+        kwargs = spec.chat_template_kwargs
+        idle = {"systemPrompt": spec.system_prompt, "chatTemplateKwargs": kwargs, "tools": spec.tools}
+        if unused := [f"data.{name}" for name, value in idle.items() if value]:
+            raise BadSpec(
+                f"{' and '.join(unused)} needs a chat template: remove it, or set data.chatTemplate with a tokenizer "
+                "that has one, or data.chatTemplateText"
+            )
+
+    def _check(self, spec: PromptsSpec) -> None:
+        """Raises BadSpec."""
+        kwargs, tools = spec.chat_template_kwargs or {}, {"tools": "data.tools"} if spec.tools else {}
+        ours = {"self", "messages", "conversations", *inspect.signature(self._tokenizer.apply_chat_template).parameters}
+        if wrong := sorted((ours - {"documents"}) & kwargs.keys()):
+            raise BadSpec(f"data.chatTemplateKwargs: {', '.join(wrong)} is set by the run itself: remove it")
+        text = self._text(spec)
+        read = {"messages": self._field, **dict.fromkeys(kwargs, "data.chatTemplateKwargs"), **tools}
+        for name, field in read.items():
+            if not re.search(rf"\b{re.escape(name)}\b", text):
                 raise BadSpec(
-                    f"data.{name} needs a chat template: remove it, or set data.chatTemplate with a tokenizer that has "
-                    "one, or data.chatTemplateText"
+                    f"{field}: the chat template reads no {name!r}: "
+                    "correct the name, or use another template (data.chatTemplateText)"
                 )
 
     @property
     def _field(self) -> str:
         return "data.chatTemplateText" if self._own else "spec.model.path: the tokenizer's chat template"
 
-    def _check(self, spec: PromptsSpec) -> None:
+    def _text(self, spec: PromptsSpec) -> str:
+        """Of the template, which can be parsed. Raises BadSpec."""
         from jinja2 import TemplateError, TemplateSyntaxError
 
-        taken = {
-            "self",
-            "messages",
-            "conversations",
-            *inspect.signature(self._tokenizer.apply_chat_template).parameters,
-        } - {"documents"}
-        if wrong := sorted(taken & (spec.chat_template_kwargs or {}).keys()):
-            raise BadSpec(f"data.chatTemplateKwargs: {', '.join(wrong)} is set by the run itself: remove it")
         try:
             text = self._tokenizer.get_chat_template(self._own, spec.tools)
+        except ValueError:
+            names = ", ".join(sorted(self._tokenizer.chat_template))
+            raise BadSpec(
+                f"data.chatTemplateText: the tokenizer has several chat templates ({names}) and no default: name one"
+            ) from None
+        try:
             self._tokenizer.apply_chat_template(PROBE, tokenize=False, add_generation_prompt=True, **self._options)
         except TemplateSyntaxError as error:
             raise BadSpec(f"{self._field}, line {error.lineno}: {error.message}") from None
-        except (TemplateError, *REFUSALS):  # it may refuse a message that no prompt has
-            if (
-                not self._own
-                and isinstance(self._tokenizer.chat_template, dict)
-                and "default" not in self._tokenizer.chat_template
-            ):
-                names = ", ".join(sorted(self._tokenizer.chat_template))
-                raise BadSpec(
-                    f"data.chatTemplateText: the tokenizer has several chat templates ({names}) and no default: "
-                    "name one of them"
-                ) from None
-            text = self._tokenizer.get_chat_template(self._own, spec.tools)
-        read = {"messages": self._field, **dict.fromkeys(spec.chat_template_kwargs or {}, "data.chatTemplateKwargs")}
-        for name, field in (read | ({"tools": "data.tools"} if spec.tools else {})).items():
-            if not re.search(rf"\b{re.escape(name)}\b", text):
-                raise BadSpec(
-                    f"{field}: the chat template reads no {name!r}: "
-                    "correct the name, or use another template (data.chatTemplateText)"
-                )
+        except (TemplateError, *REFUSALS):
+            return text  # it may refuse a message that no prompt has
+        return text
 
     def render(self, messages: list[Message]) -> str:
         """With the opening of the assistant's turn. Raises Unfit, or BadSpec for a fault of `data.chatTemplateText`."""

@@ -1,4 +1,4 @@
-"""Rows from files, datasets and reasoning-gym, and what of a row is the prompt and what rewards and environments get."""
+"""Rows from files, datasets and reasoning-gym: what of a row is the prompt, and what rewards and environments get."""
 
 import difflib
 import hashlib
