@@ -28,6 +28,8 @@ Path = Annotated[str, Field(min_length=1, max_length=4096)]
 StorageSize = Annotated[str, Field(max_length=64, pattern=r"^([0-9]*[1-9][0-9]*(\.[0-9]+)?|0+\.[0-9]*[1-9][0-9]*)(Ki|Mi|Gi|Ti|Pi|Ei|k|M|G|T|P|E)?$")]
 # A name of Kubernetes, as most kinds have it.
 SUBDOMAIN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
+# A part of a metric's name.
+MetricName = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
 ModuleName = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 DEEPEST = 32
 
@@ -147,18 +149,70 @@ class ReasoningGymData(Model):
     config: FreeObject = Field(default_factory=dict, description="Options of the task, passed to reasoning_gym.create_dataset.")
 
 
-class DataSpec(Model):
-    """Exactly one source: jsonl, parquet, dataset or reasoningGym."""
+class RowsSpec(Model):
+    """Where rows lie."""
 
     jsonl: JsonlData | None = Field(None, description="Prompts from a JSON lines file.")
     parquet: ParquetData | None = Field(None, description="Prompts from Parquet.")
     dataset: HubData | None = Field(None, description="Prompts from a Hugging Face dataset.")
     reasoning_gym: ReasoningGymData | None = Field(None, description="Problems and verifiers of a reasoning-gym task.")
-    prompt_field: str = Field("prompt", max_length=256, description="Column with the prompt: a string, or a list of chat messages. reasoningGym fills it itself.")
+
+
+class PromptsSpec(RowsSpec):
+    """Rows, and how they become prompts. Exactly one of jsonl, parquet, dataset and reasoningGym."""
+
+    prompt_field: str = Field(
+        "prompt", max_length=256,
+        description="Column with the prompt: a string, or a list of chat messages. reasoningGym fills it itself.",
+    )  # fmt: skip
     system_prompt: str | None = Field(None, max_length=16384, description="System message put before every prompt (chat template only).")
     chat_template: bool = Field(True, description="Render prompts by the tokenizer's chat template, where it has one.")
-    max_prompt_tokens: PositiveInt = Field(1024, description="A longer prompt is an error that names its row.")
+    chat_template_text: str | None = Field(
+        None, min_length=1, max_length=65536,
+        description="A chat template of jinja in the place of the tokenizer's, or the name of one of several.",
+    )  # fmt: skip
+    chat_template_kwargs: FreeObject | None = Field(
+        None, description="Variables for the chat template, such as enable_thinking."
+    )
+    tools: Annotated[list[FreeObject], Field(min_length=1, max_length=128)] | None = Field(
+        None, description="Tools that the chat template tells the model of, each as a JSON schema of a function."
+    )
+    max_prompt_tokens: PositiveInt = Field(1024, description="Most tokens of a prompt, special tokens included.")
+    overlong_prompts: Literal["refuse", "drop"] = Field(
+        "refuse", description="What becomes of longer ones. refuse: the run does not begin. drop: they are left out."
+    )
     seed: Seed = Field(0, description="Seed of the shuffle of every epoch (and of reasoningGym's problems).")
+
+
+class SourceSpec(RowsSpec):
+    """One of several sources. Exactly one of jsonl, parquet, dataset and reasoningGym."""
+
+    name: MetricName = Field(description="Name in metrics (source/<name>/...) and prompts' uids; unique in the list.")
+    weight: PositiveFloat = Field(1.0, description="Share of the prompts, by the sum of all weights.")
+    rewards: Annotated[tuple[MetricName, ...], Field(min_length=1, max_length=16)] | None = Field(
+        None, description="Names of the rewards that judge it; the others are not called and count 0. Unset: all."
+    )
+    prompt_field: str | None = Field(None, max_length=256, description="As data.promptField, which is its default.")
+    system_prompt: str | None = Field(None, max_length=16384, description="As data.systemPrompt, which is its default.")
+
+
+class DataSpec(PromptsSpec):
+    """Exactly one of jsonl, parquet, dataset, reasoningGym and sources."""
+
+    sources: Annotated[tuple[SourceSpec, ...], Field(min_length=1, max_length=16)] | None = Field(
+        None, description="Several sources of rows, with a weight and rewards each. They share what else is in data."
+    )
+    show_special_tokens: bool = Field(
+        False,
+        description="Rewards and environments see special tokens in a completion, such as <think> of some models, but "
+        "not the one that ended it.",
+    )  # fmt: skip
+
+    def of(self, source: SourceSpec) -> PromptsSpec:
+        """The prompts of one of `sources`, which leaves the rest to this."""
+        shared = {name: getattr(self, name) for name in PromptsSpec.model_fields if name not in RowsSpec.model_fields}
+        own = {name: value for name, value in source if name in PromptsSpec.model_fields and value is not None}
+        return PromptsSpec(**shared | own)
 
 
 class JudgeSpec(Model):
@@ -184,7 +238,7 @@ class ReferenceSpec(Model):
 
 
 class RewardSpec(Model):
-    name: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")] = Field(description="Name in metrics; unique in the list.")
+    name: MetricName = Field(description="Name in metrics; unique in the list.")
     type: Literal["python", "http", "judge", "model"] = Field(description="python: a function in a subprocess. http: a service. judge: a language model behind an OpenAI-compatible chat URL. model: a sequence-classification model with one label, on the trainer's GPUs.")
     weight: Number = Field(1.0, description="Factor of this reward in the sum.")
     function: str | None = Field(None, max_length=512, description="python: module:function, importable in the image. Called as f(prompt=..., completion=..., **row) -> float.")
@@ -286,7 +340,7 @@ class CheckpointSpec(Model):
 
 class EvaluationSpec(Model):
     name: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")] = Field(description="Name in metrics (eval/<name>/...); unique in the list.")
-    data: DataSpec = Field(description="The prompts, in the order of the source.")
+    data: PromptsSpec = Field(description="The prompts, in the order of the source.")
     every_steps: PositiveInt = Field(50, description="Steps between two evaluations. One more comes before the first step and one after the last.")
     samples: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="Completions of one prompt.")
     temperature: Annotated[float, Field(ge=0, le=10)] = Field(0.0, description="Sampling temperature; 0 takes the likeliest token.")

@@ -66,6 +66,9 @@ class Progress(Model):
     kl: str | None = Field(None, description="Mean KL to the reference model, per token.")
     mismatch: str | None = Field(None, description="Mean |log pi_trainer - log pi_engine| per token.")
     tokens_per_second: str | None = Field(None, description="Generated tokens of the last step over the whole step's time.")
+    dropped_prompts: int | None = Field(
+        None, ge=0, description="Prompts left out so far for their length (data.overlongPrompts), once in each epoch."
+    )
     eta_seconds: int | None = Field(None, description="Seconds to the last step at the present pace.")
     eta: str | None = Field(None, description="etaSeconds in words, for the column.")
     preflight: Preflight | None = Field(None, description="The checks before the first step.")

@@ -10,7 +10,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rlhf_api.algorithms import OWN, UNGROUPED
-from rlhf_api.job import AlgorithmSpec, CheckpointSpec, DataSpec, EvaluationSpec, PlacementMode, RewardSpec, RLHFJob
+from rlhf_api.job import (
+    AlgorithmSpec,
+    CheckpointSpec,
+    EvaluationSpec,
+    PlacementMode,
+    PromptsSpec,
+    RewardSpec,
+    RLHFJob,
+    RowsSpec,
+    SourceSpec,
+)
 from rlhf_api.placement import own_gpus
 
 NAME_PATTERN = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
@@ -117,13 +127,46 @@ def _batch(job: RLHFJob) -> Iterator[str]:
         yield f"{samples} samples for {parts} parts"
 
 
-def _one_source(data: DataSpec) -> str:
-    named = [name for name in SOURCES if getattr(data, name) is not None]
+def _one_source(data: RowsSpec) -> str:
+    named = [name for name in (*SOURCES, "sources") if getattr(data, name, None) is not None]
     return "" if len(named) == 1 else f"{len(named)} are set"
 
 
 def _train_source(job: RLHFJob) -> Iterator[str]:
     if text := _one_source(job.spec.data):
+        yield text
+
+
+def _each_source(complaint: Callable[[SourceSpec, RLHFJob], str]) -> Check:
+    def check(job: RLHFJob) -> Iterator[str]:
+        for source in job.spec.data.sources or ():
+            if text := complaint(source, job):
+                yield f"sources[{source.name}]: {text}"
+
+    return check
+
+
+def _no_such_reward(source: SourceSpec, job: RLHFJob) -> str:
+    missing = sorted(set(source.rewards or ()) - {reward.name for reward in job.spec.rewards})
+    return f"there is no {', '.join(missing)}" if missing else ""
+
+
+def _idle_reward(job: RLHFJob) -> Iterator[str]:
+    sources = job.spec.data.sources or ()
+    if sources and all(source.rewards for source in sources):
+        named = {name for source in sources for name in source.rewards or ()}
+        yield from (f"{reward.name} is in none" for reward in job.spec.rewards if reward.name not in named)
+
+
+def _no_template(data: PromptsSpec) -> str:
+    kwargs = data.chat_template_kwargs
+    given = {"chatTemplateText": data.chat_template_text, "chatTemplateKwargs": kwargs, "tools": data.tools}
+    named = [name for name, value in given.items() if value is not None]
+    return f"chatTemplate is false, {' and '.join(named)} set" if named and not data.chat_template else ""
+
+
+def _untemplated(job: RLHFJob) -> Iterator[str]:
+    if text := _no_template(job.spec.data):
         yield text
 
 
@@ -299,6 +342,13 @@ def _name(job: RLHFJob) -> Iterator[str]:
 COLOCATED = "self.placement.mode != 'Colocated' || "
 EACH_TRAINER_GPUS = ", ".join(["self.trainer.gpus", *(f"has(self.{role}) && has(self.{role}.gpus) ? self.{role}.gpus : 0" for role in ("critic", "reference"))])
 TRAINER_GPUS = f"[{EACH_TRAINER_GPUS}].sum() + self.rewards.map(r, has(r.gpus) ? r.gpus : 0).sum()"
+TEMPLATED = (
+    "!has(DATA.chatTemplate) || DATA.chatTemplate"
+    " || !(has(DATA.chatTemplateText) || has(DATA.chatTemplateKwargs) || has(DATA.tools))"
+)
+UNTEMPLATED = (
+    "chatTemplateText, chatTemplateKwargs and tools are for a chat template: remove them, or leave chatTemplate true"
+)
 # A rule on an object whose default is {} is tried on that very {}, before the inner defaults are filled in: hence `has` of fields with defaults.
 RULES = (
     Rule("", f"self.metadata.name.size() <= {NAME_MAX} && self.metadata.name.matches('{NAME_PATTERN}')",
@@ -384,8 +434,26 @@ RULES = (
          "it says that the checkpoints die with the trainer's pod, and here they do not: remove it, or the claim or URL", "checkpoint.ephemeral", _lasting),
     Rule("spec", "!self.runPolicy.finalSave || !has(self.checkpoint.claim) || self.checkpoint.claim.onDelete == 'Keep'",
          "a deletion would wait for a save and then delete it: set checkpoint.claim.onDelete to Keep, or finalSave to false", "runPolicy.finalSave", _saved_for_nothing),
-    Rule("spec.data", "[has(self.jsonl), has(self.parquet), has(self.dataset), has(self.reasoningGym)].filter(x, x).size() == 1",
-         "set exactly one of jsonl, parquet, dataset and reasoningGym", "data", _train_source),
+    Rule("spec.data",
+         "[has(self.jsonl), has(self.parquet), has(self.dataset), has(self.reasoningGym), has(self.sources)]"
+         ".filter(x, x).size() == 1",
+         "set exactly one of jsonl, parquet, dataset, reasoningGym and sources", "data", _train_source),
+    Rule("spec.data.sources[]",
+         "[has(self.jsonl), has(self.parquet), has(self.dataset), has(self.reasoningGym)].filter(s, s).size() == 1",
+         "set exactly one of jsonl, parquet, dataset and reasoningGym in each source", "data.sources",
+         _each_source(lambda source, _: _one_source(source))),
+    Rule("spec.data.sources", "self.all(s, self.exists_one(twin, twin.name == s.name))", "names must be unique",
+         "data.sources", lambda job: _unique([s.name for s in job.spec.data.sources or ()])),
+    Rule("spec",
+         "!has(self.data.sources)"
+         " || self.data.sources.all(s, !has(s.rewards) || s.rewards.all(n, self.rewards.exists(r, r.name == n)))",
+         "a source names rewards of spec.rewards: correct the name, or add the reward", "data.sources",
+         _each_source(_no_such_reward)),
+    Rule("spec",
+         "!has(self.data.sources)"
+         " || self.rewards.all(r, self.data.sources.exists(s, !has(s.rewards) || r.name in s.rewards))",
+         "every reward judges a source: name it in data.sources[].rewards, or remove it", "rewards", _idle_reward),
+    Rule("spec.data", TEMPLATED.replace("DATA", "self"), UNTEMPLATED, "data.chatTemplate", _untemplated),
     Rule("spec.rewards", "self.all(r, self.exists_one(other, other.name == r.name))", "names must be unique", "rewards", lambda job: _unique([r.name for r in job.spec.rewards])),
     Rule("spec.rewards[]", "!(self.name in ['mean', 'std', 'overlong', 'environment'])", "mean, std, overlong and environment are metrics of the worker's own: give the reward another name", "rewards", _each_reward(_own_metric)),
     Rule("spec.rewards[]", "self.type != 'python' || has(self.function) != has(self.code)",
@@ -399,6 +467,8 @@ RULES = (
     Rule("spec.evaluation", "self.all(e, self.exists_one(one, one.name == e.name))", "names must be unique", "evaluation", lambda job: _unique([e.name for e in job.spec.evaluation])),
     Rule("spec.evaluation[]", "[has(self.data.jsonl), has(self.data.parquet), has(self.data.dataset), has(self.data.reasoningGym)].filter(x, x).size() == 1",
          "set exactly one of data.jsonl, data.parquet, data.dataset and data.reasoningGym", "evaluation", _each_evaluation(lambda e: _one_source(e.data))),
+    Rule("spec.evaluation[]", TEMPLATED.replace("DATA", "self.data"), UNTEMPLATED, "evaluation",
+         _each_evaluation(lambda e: _no_template(e.data))),
     Rule("spec.evaluation[]", "self.samples == 1 || self.temperature > 0.0",
          "several samples at temperature 0 are all the same: set temperature, or samples to 1", "evaluation", _each_evaluation(_same_samples)),
 )

@@ -53,6 +53,7 @@ MODEL: Object = {"name": "rm", "type": "model", "model": {"path": "/rm"}}
 PYTHON: Object = {"name": "a", "type": "python", "function": "m:f"}
 JUDGE: Object = {"name": "j", "type": "judge", "url": "http://judge/v1/chat/completions", "judge": {"model": "m", "prompt": "rate {completion}"}}
 EVALUATION: Object = {"name": "held-out", "data": {"jsonl": {"path": "/data/test.jsonl"}}}
+SOURCE: Object = {"name": "math", "jsonl": {"path": "/data/math.jsonl"}}
 
 # (a part of the rule's CEL, a job that breaks it and nothing else)
 BROKEN: list[tuple[str, Object]] = [
@@ -101,8 +102,18 @@ BROKEN: list[tuple[str, Object]] = [
     ("self.algorithm.kl.estimator", a_job(algorithm={"name": "ppo", "kl": {"coefficient": 0.1, "estimator": "k1", "place": "loss"}})),
     ("has(self.target)", a_job(algorithm__kl__target=0.1)),
     ("has(self.target)", a_job(algorithm__kl={"coefficient": 0.1, "horizon": 10})),
-    ("[has(self.jsonl)", a_job(data={"chatTemplate": True})),
-    ("[has(self.jsonl)", a_job(data__parquet={"path": "/data/prompts.parquet"})),
+    ("has(self.sources)].filter", a_job(data={"chatTemplate": True})),
+    ("has(self.sources)].filter", a_job(data__parquet={"path": "/data/prompts.parquet"})),
+    ("has(self.sources)].filter", a_job(data__sources=[SOURCE])),
+    ("filter(s, s)", a_job(data={"sources": [SOURCE, {"name": "b"}]})),
+    ("filter(s, s)", a_job(data={"sources": [{**SOURCE, "parquet": {"path": "/p"}}]})),
+    ("twin.name == s.name", a_job(data={"sources": [SOURCE, SOURCE]})),
+    ("r.name == n", a_job(data={"sources": [SOURCE, {**SOURCE, "name": "b", "rewards": ["exakt"]}]})),
+    ("r.name in s.rewards", a_job(rewards=[PYTHON, JUDGE], data={"sources": [{**SOURCE, "rewards": ["a"]}]})),
+    ("!has(self.chatTemplate)", a_job(data__chatTemplate=False, data__tools=[{"type": "function"}])),
+    ("!has(self.chatTemplate)", a_job(data__chatTemplate=False, data__chatTemplateKwargs={"enable_thinking": False})),
+    ("!has(self.data.chatTemplate)",
+     a_job(evaluation=[{**EVALUATION, "data": {**EVALUATION["data"], "chatTemplate": False, "tools": [{}]}}])),
     ("exists_one(other", a_job(rewards=[PYTHON, PYTHON])),
     ("has(self.function)", a_job(rewards=[{"name": "a", "type": "python"}])),
     ("has(self.function)", a_job(rewards=[{**PYTHON, "code": "def reward(prompt, completion, **row): return 0.0"}])),

@@ -1,6 +1,7 @@
 """Sources of prompts and the sampler: what is read, what is refused, and that resume is exact."""
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_api.job import DataSpec
+from rlhf_api.job import DataSpec, PromptsSpec
 from rlhf_worker.errors import BadData, BadSpec
-from rlhf_worker.feed.data import PromptSampler, PromptSource
+from rlhf_worker.feed.data import PromptSampler
+from rlhf_worker.feed.rows import ALONE, Origin, PromptSource
+from rlhf_worker.template import Template
 
 ROWS = [{"prompt": f"say {i}", "answer": i} for i in range(7)]
 ORDER = ["0:2", "0:3", "0:1", "0:0", "0:6", "0:5", "0:4", "1:2", "1:3"]
@@ -24,9 +27,11 @@ class Characters:
     def __init__(self, chat: bool = False) -> None:
         self.chat_template = "a template" if chat else None
 
-    def apply_chat_template(self, conversation: list[dict[str, Any]], *, tokenize: bool, add_generation_prompt: bool) -> str:
-        assert not tokenize
-        assert add_generation_prompt
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
+        return "of messages"
+
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> str:
+        assert options == {"tokenize": False, "add_generation_prompt": True}
         return "".join(f"<{m['role']}>{m['content']}" for m in conversation) + "<assistant>"
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -42,8 +47,10 @@ def spec(**fields: Any) -> DataSpec:
     return DataSpec.model_validate(fields)
 
 
-def sampler(data: DataSpec, chat: bool = False, state: dict[str, Any] | None = None) -> PromptSampler:
-    found = PromptSampler(PromptSource(data), Characters(chat), data)
+def sampler(
+    data: PromptsSpec, chat: bool = False, state: dict[str, Any] | None = None, origin: Origin = ALONE
+) -> PromptSampler:
+    found = PromptSampler(PromptSource(data, origin), Template(Characters(chat), data), data)
     if state is not None:
         found.restore(state)
     return found
@@ -140,7 +147,13 @@ def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
         ('{"text": "a"}', r"line 1: no 'prompt' among 'text': set data\.promptField"),
         ('{"prompt": ""}', "must be text or a list of chat messages, and not empty"),
         ('{"prompt": 3}', "must be text"),
-        ('{"prompt": [{"role": "user"}]}', "must be text"),
+        ('{"prompt": [{"role": "user"}]}', "message 1 with content None: it must be text"),
+        ('{"prompt": [{"content": "a"}]}', "chat messages with role and content: message 1 is"),
+        ('{"prompt": [{"role": "user", "content": null}]}', "message 1 with content None"),
+        ('{"prompt": [{"role": "user", "content": []}]}', r"message 1 with content \[\]"),
+        ('{"prompt": [{"role": "user", "content": "a"}, "b"]}', "message 2 is 'b'"),
+        ('{"prompt": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]}', "message 1 with a part"),
+        ('{"prompt": null, "answer": 1}', r"line 1: 'prompt' is null: give the row a prompt"),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
@@ -160,7 +173,8 @@ def test_a_broken_file_is_named_with_its_line(tmp_path: Path, text: str, message
         ({"dataset": {"path": "DIR/none"}}, r"data\.dataset: .*none"),
         ({"dataset": {"path": "DIR/folder", "split": "tset"}}, r"split tset.*tset"),
         ({"dataset": {"path": "DIR/folder", "name": "nope"}}, "name nope"),
-        ({"dataset": {"path": "DIR/dict", "split": "tset"}}, "split tset"),
+        ({"dataset": {"path": "DIR/dict", "split": "tset"}}, "split tset.*tset.*test.*train"),
+        ({"dataset": {"path": "DIR/disk", "split": "tset"}}, "split tset.*tset.*train"),
     ],
 )
 def test_what_cannot_be_opened_names_the_field(tmp_path: Path, source: dict[str, Any], message: str) -> None:
@@ -224,6 +238,147 @@ def test_wrong_options_of_a_task_are_refused(config: dict[str, Any]) -> None:
 
 def uids(found: PromptSampler, count: int) -> list[str]:
     return [prompt.uid for prompt in found.next(count)]
+
+
+def test_columns_of_later_parquet_files_are_there(tmp_path: Path) -> None:
+    (tmp_path / "hidden").mkdir()
+    last = {"prompt": "z", "answer": 0.5, "level": "hard"}
+    for name, rows in {"a": [{"prompt": "x"}], "b": [{"prompt": "y", "answer": 2}], "c": [last]}.items():
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "hidden" / f"{name}.parquet")
+    source = PromptSource(spec(parquet={"path": str(tmp_path / "hidden")}))
+    rows_ = [source.read(row)[1] for row in range(len(source))]
+    assert [(row["answer"], row["level"]) for row in rows_] == [(None, None), (2, None), (0.5, "hard")]
+    pq.write_table(pa.Table.from_pylist([{"prompt": ["no text"]}]), tmp_path / "hidden" / "d.parquet")
+    with pytest.raises(BadData, match=r"data\.parquet\.path: .*prompt"):
+        PromptSource(spec(parquet={"path": str(tmp_path / "hidden")}))
+
+
+@pytest.mark.parametrize(
+    ("where", "split", "answers"),
+    [
+        ("dict", "test[:2]", [0, 1]), ("dict", "test[-1:]+train", [6, 0]), ("dict", "test[50%:]", [4, 5, 6]),
+        ("disk", "train[2:4]", [2, 3]),
+        ("disk", "train", list(range(7))),
+    ],
+)  # fmt: skip
+def test_saved_splits_are_sliced_as_others_are(tmp_path: Path, where: str, split: str, answers: list[int]) -> None:
+    sources(tmp_path)
+    source = PromptSource(spec(dataset={"path": str(tmp_path / where), "split": split}))
+    assert [source.read(row)[1]["answer"] for row in range(len(source))] == answers
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_directory_with_a_loading_script_is_bad_data(tmp_path: Path) -> None:
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted" / "scripted.py").write_text("import datasets\n")
+    with pytest.raises(BadData, match=r"data\.dataset: .*scripted .*correct path"):
+        PromptSource(spec(dataset={"path": str(tmp_path / "scripted")}))
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("scripts"), ZeroDivisionError("it"), PermissionError(13, "denied")])
+def test_whatever_a_reader_raises_of_the_data_is_bad_data(monkeypatch: pytest.MonkeyPatch, raised: Exception) -> None:
+    import datasets
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(BadData, match=type(raised).__name__):
+        PromptSource(spec(dataset={"path": "some/where"}))
+
+
+def test_parts_of_text_are_joined_and_nulls_of_a_struct_left_out(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two", "image": None}]
+    tool = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
+    rows = [{"prompt": [{"role": "user", "content": parts, "name": None}, tool]}]
+    prompt, fields = PromptSource(spec(**jsonl(tmp_path / "p.jsonl", rows))).read(0)
+    assert prompt == [{"role": "user", "content": "one two"}, {**tool, "content": ""}] == fields["prompt"]
+
+
+def test_half_a_surrogate_pair_names_its_line(tmp_path: Path) -> None:
+    data = spec(**jsonl(tmp_path / "p.jsonl", [{"prompt": "fine"}, {"prompt": "half \ud83d"}]))
+    with pytest.raises(BadData, match=r"p\.jsonl, line 2: character 5 is half a surrogate pair"):
+        sampler(data).check(2)
+
+
+def test_tokens_beyond_the_embedding_name_their_row(tmp_path: Path) -> None:
+    data = spec(**jsonl(tmp_path / "p.jsonl", [{"prompt": "abc"}, {"prompt": "ab\u00ff"}]))
+    small = PromptSampler(PromptSource(data), Template(Characters(), data, 128), data)
+    with pytest.raises(BadData, match=r"p\.jsonl, line 2: the text has token 255, .* embedding has 128 rows"):
+        small.check(2)
+
+
+@pytest.mark.parametrize(
+    ("origin", "row", "words"),
+    [
+        (Origin(taken=("self",)), {"self": 1}, r"an environment.s reset has a parameter 'self'"),
+        (Origin(sent=True), {"seen": float("nan")}, r"column 'seen' is no JSON"),
+    ],
+)
+def test_columns_that_cannot_be_handed_on_are_named(
+    tmp_path: Path, origin: Origin, row: dict[str, Any], words: str
+) -> None:
+    data = spec(**jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b", **row}]))
+    with pytest.raises(BadData, match=f"line 2: {words}"):
+        sampler(data, origin=origin).check(2)
+    sampler(data).check(2)
+
+
+@pytest.mark.parametrize("value", [b"bytes", datetime(2026, 1, 1)])
+def test_bytes_and_dates_are_refused_by_column_where_a_service_is_sent_them(tmp_path: Path, value: Any) -> None:
+    pq.write_table(pa.Table.from_pylist([{"prompt": "a", "when": value}]), tmp_path / "p.parquet")
+    data = spec(parquet={"path": str(tmp_path / "p.parquet")})
+    with pytest.raises(BadData, match=r"row 0: column 'when' is no JSON .*rewards? of type http"):
+        sampler(data, origin=Origin(sent=True)).check(1)
+    assert sampler(data).next(1)[0].fields["when"] == value
+
+
+def test_columns_whose_names_the_run_takes_are_told(tmp_path: Path) -> None:
+    rows = [{"q": "say", "prompt": "other", "completion": "old"}]
+    assert PromptSource(spec(**jsonl(tmp_path / "p.jsonl", rows), prompt_field="q")).hidden == ["completion", "prompt"]
+    assert PromptSource(spec(**jsonl(tmp_path / "p.jsonl", rows))).hidden == ["completion"]
+
+
+LONG = [*ROWS, {"prompt": "x" * 30}, {"prompt": "y" * 40}]
+
+
+def test_all_bad_rows_are_told_at_once_and_long_ones_counted(tmp_path: Path) -> None:
+    data = spec(**jsonl(tmp_path / "p.jsonl", [*LONG, {"prompt": None}, {"q": 1}]), max_prompt_tokens=20)
+    with pytest.raises(BadData) as caught:
+        sampler(data).check(100)
+    words = str(caught.value)
+    for part in ("line 10: 'prompt' is null", "line 11: no 'prompt'", "line 8: the prompt has 31 tokens", "up to 41"):
+        assert part in words, part
+    assert "2 of 11 prompts are longer" in words
+    assert "set data.overlongPrompts to drop" in words
+
+
+def test_long_prompts_are_dropped_counted_and_exactly_resumed(tmp_path: Path) -> None:
+    data = spec(**jsonl(tmp_path / "p.jsonl", LONG), max_prompt_tokens=20, overlong_prompts="drop")
+    assert "2 of 9 prompts have more than 20 tokens and are dropped" in sampler(data).check(100)
+    whole = sampler(data)
+    drawn = whole.next(17)  # two epochs of 7, and 3 more
+    assert sorted(prompt.row for prompt in drawn[:7]) == list(range(7)) == sorted(prompt.row for prompt in drawn[7:14])
+    assert whole.state()["dropped"] >= 4
+    for stop in range(17):
+        first = sampler(data)
+        before = first.next(stop)
+        assert before + sampler(data, state=json.loads(json.dumps(first.state()))).next(17 - stop) == drawn
+    assert [prompt.row for prompt in sampler(data).first(8)] == list(range(7))
+
+
+def test_data_of_long_prompts_alone_is_refused(tmp_path: Path) -> None:
+    data = spec(**jsonl(tmp_path / "p.jsonl", LONG[7:]), max_prompt_tokens=20, overlong_prompts="drop")
+    for call in (lambda: sampler(data).check(5), lambda: sampler(data).next(1), lambda: sampler(data).first(None)):
+        with pytest.raises(BadData, match=r"31 tokens, data\.maxPromptTokens is 20; "):
+            call()
+
+
+def test_a_state_of_before_prompts_could_be_dropped_is_taken(seven: DataSpec) -> None:
+    first = sampler(seven)
+    before = uids(first, 3)
+    state = {name: value for name, value in first.state().items() if name != "dropped"}
+    assert before + uids(sampler(seven, state=state), 6) == ORDER
 
 
 def test_each_epoch_has_every_row_once_in_another_order(seven: DataSpec) -> None:
@@ -293,7 +448,8 @@ def test_a_tokenizer_without_a_pad_token_is_enough() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
     assert tokenizer.pad_token is None
     data = spec(reasoning_gym={"task": "basic_arithmetic", "size": 3})
-    assert all(prompt.token_ids for prompt in PromptSampler(PromptSource(data), tokenizer, data).next(4))
+    drawn = PromptSampler(PromptSource(data), Template(tokenizer, data), data).next(4)
+    assert all(prompt.token_ids for prompt in drawn)
 
 
 @pytest.mark.parametrize("drawn", [0, 3, 7, 12])

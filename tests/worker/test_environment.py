@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from hack.tiny_model import tokenizer
-from rlhf_api.job import EnvironmentSpec
+from rlhf_api.job import EnvironmentSpec, PromptsSpec
 from rlhf_worker.errors import BadSpec, EnvironmentFailed
 from rlhf_worker.experience import Prompt, Sample
 from rlhf_worker.rollout.environment import Environments
 from rlhf_worker.rollout.episode import Episode, Request, Speech, Turn, request_seed
+from rlhf_worker.template import Template
 
 EOS = 2
 CHATML = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
@@ -33,7 +34,13 @@ class Environment:
 def speech(chat: bool = False) -> Speech:
     found = tokenizer()
     found.chat_template = CHATML
-    return Speech(found, chat=chat)
+    return speaking(found, chat=chat)
+
+
+def speaking(given: Any, *, chat: bool, **fields: Any) -> Speech:
+    """As the engines make it, of a run whose data is this."""
+    data = PromptsSpec.model_validate({"jsonl": {"path": "/p"}, "chatTemplate": chat})
+    return Speech(given, Template(given, data, len(given)), **fields)
 
 
 def ids(text: str) -> list[int]:
@@ -139,9 +146,21 @@ async def test_turns_and_tokens_are_bounded() -> None:
     assert len(within.token_ids) == 13 and within.finish_reason == "length" and within.episode_reward == -0.5
 
 
+@pytest.mark.parametrize("column", ["action", "episode", "arguments", "completion", "kind", "function"])
+async def test_a_column_may_have_any_name(column: str) -> None:
+    code = f"""
+class Environment:
+    def reset(self, prompt, **row): self.value = row[{column!r}]
+    def step(self, completion): return {{"observation": "", "done": True, "reward": self.value}}
+"""
+    row: dict[str, Any] = {column: 2.5}
+    assert (await played({"code": code}, says("4"), request(**row))).episode_reward == 2.5
+
+
 @pytest.mark.parametrize(
     ("step", "words"),
     [
+        (r"return {'observation': 'half \ud800', 'done': False}", "half a surrogate pair"),
         ("raise ValueError('no such tool')", "ValueError: no such tool"),
         ("import os; os._exit(3)", "its process died: exit status 3"),
         ("import time; time.sleep(100)", "no answer within 0.5 s; its process was killed"),
@@ -190,7 +209,7 @@ def test_a_template_without_assistant_turns_is_refused() -> None:
     found = tokenizer()
     found.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     with pytest.raises(BadSpec, match="leaves out the assistant's turns"):
-        Speech(found, chat=True).observation("x", EOS)
+        speaking(found, chat=True).observation("x", EOS)
 
 
 def test_text_is_what_a_decoder_token_by_token_shows() -> None:

@@ -73,6 +73,7 @@ def test_only_sets_that_are_due_are_drawn_and_in_calls_of_a_steps_size() -> None
 
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, Any], **fields: Any) -> Feed:
     monkeypatch.setattr("rlhf_worker.feed.feed.load_tokenizer", lambda model: Characters())
+    monkeypatch.setattr("rlhf_worker.feed.feed.embedding_rows", lambda model: 1000)
     code = "def reward(prompt, completion, **row): return 1.0"
     train = jsonl(tmp_path / "train.jsonl", ROWS)
     config = run_config(

@@ -86,7 +86,7 @@ def reporter(make: Make) -> StatusReporter:
 
 def test_a_step_is_applied_to_the_jobs_own_status(server: Server, reporter: StatusReporter) -> None:
     synced = Synced(3, 0.123, "gloo", Proof(3, 5, 2, 1e-4, 0.5))
-    reporter.stepped(4, STEP, eta_seconds=75, synced=synced)
+    reporter.stepped(4, STEP | {"data/dropped_prompts": 3.0}, eta_seconds=75, synced=synced)
     reporter.close()
     request, body = server.requests[-1], server.applied[-1]
     assert request.url.path == "/apis/rlhf.dev/v1alpha1/namespaces/default/rlhfjobs/tiny/status"
@@ -97,7 +97,7 @@ def test_a_step_is_applied_to_the_jobs_own_status(server: Server, reporter: Stat
     assert set(body["status"]) == {"progress"}
     told = body["status"]["progress"]
     assert told | {"step": 4, "display": "4/10", "reward": "0.512", "eta": "1m15s", "tokensPerSecond": "812"} == told
-    assert told | {"mismatch": "0.0012", "productiveSeconds": 8} == told
+    assert told | {"mismatch": "0.0012", "productiveSeconds": 8, "droppedPrompts": 3} == told
     assert told["sync"] == {"version": 3, "seconds": "0.123", "backend": "gloo", "verifiedVersion": 3}
     assert "reportTime" in told
 
@@ -142,7 +142,8 @@ LAST = {
     "podUid": "pod-0", "attempt": 3, "state": "Training", "detail": "generating", "step": 7, "totalSteps": 12,
     "display": "7/12", "reward": "0.5", "checkpoint": {"step": 6, "path": "/c/step-6", "time": "2026-01-01T00:00:00Z"},
     "degraded": "engine 0 is dead", "productiveSeconds": 70, "saveError": "no checkpoint of step 7",
-    "resumedFromStep": 2, "eta": "9m00s", "sync": {"version": 7, "seconds": "0.1", "backend": "gloo"},
+    "resumedFromStep": 2, "droppedPrompts": 5, "eta": "9m00s",
+    "sync": {"version": 7, "seconds": "0.1", "backend": "gloo"},
 }  # fmt: skip
 
 
@@ -150,7 +151,8 @@ def test_what_is_known_stays_and_what_was_the_last_drivers_goes(server: Server, 
     reporter = make(status={"progress": LAST})
     reporter.update(detail="loading models")
     until(lambda: bool(server.applied))
-    kept = {name: LAST[name] for name in ("step", "reward", "checkpoint", "productiveSeconds", "saveError", "eta")}
+    stays = ("step", "reward", "checkpoint", "productiveSeconds", "saveError", "eta", "droppedPrompts")
+    kept = {name: LAST[name] for name in stays}
     assert server.told | kept == server.told
     assert server.told | {"podUid": "pod-1", "state": "Starting", "display": "7/10", "totalSteps": 10} == server.told
     assert not {"degraded", "attempt", "resumedFromStep", "sync"} & server.told.keys()

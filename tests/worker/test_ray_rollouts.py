@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +98,18 @@ class Scorer:
     """A reward model on the engines' GPUs: there is room for it only while they sleep."""
 
     def __init__(self, engines: list[Any]) -> None:
-        self.engines, self.calls = engines, 0
+        self.engines, self.asked = engines, list[list[str]]()
 
     def scores(self, role: str, prompts: list[str], completions: list[str]) -> list[float]:
-        self.calls += 1
+        self.asked.append(prompts)
         assert all(ray.get([engine.sleeps.remote() for engine in self.engines]))
         return [0.0] * len(completions)
 
     def called(self) -> int:
-        return self.calls
+        return len(self.asked)
+
+    def prompts(self) -> list[list[str]]:
+        return self.asked
 
 
 RemoteScorer: Any = ray.remote(num_cpus=0)(Scorer)
@@ -275,6 +279,17 @@ def test_a_resumed_run_loses_and_repeats_no_prompt() -> None:
         _, pending = resumed.finish(step)
     everyone = [*trained, *(int(uid.split(":")[1]) for uid in pending)]
     assert len(everyone) == len(set(everyone)) and set(range(20)) - {1} <= set(everyone)
+
+
+def test_a_reward_model_is_asked_about_the_samples_that_it_judges_only() -> None:
+    model = {"name": "model", "type": "model", "model": {"path": "/models/reward"}}
+    rollouts, crew = make(["well"], spec={"rewards": [model]}, engineArgs={"enable_sleep_mode": True})
+    spec = EvaluationSpec.model_validate({"name": "e", "data": {"jsonl": {"path": "/x"}}})
+    others = [replace(a_prompt(row), rewards=("r",)) for row in (90, 92)]
+    rollouts.evaluate(spec, [others[0], a_prompt(91), others[1]])
+    assert ray.get(crew.policy[0].prompts.remote()) == [["prompt 91"]]
+    rollouts.evaluate(spec, others)
+    assert ray.get(crew.policy[0].called.remote()) == 1
 
 
 def test_reward_models_on_the_engines_gpus_wait_for_all_of_them_to_sleep() -> None:

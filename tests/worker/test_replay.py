@@ -43,6 +43,20 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert set(table.column("step").to_pylist()) == {5}
 
 
+def test_a_sample_keeps_its_source_and_rewards_and_files_of_before_are_read(tmp_path: Path) -> None:
+    scored = step()
+    first, second = (item.sample.prompt for item in scored[:2])
+    prompts = [replace(first, uid="math:3:9", source="math", rewards=("length",)), second]
+    scored[:2] = [replace(s, sample=replace(s.sample, prompt=p)) for s, p in zip(scored[:2], prompts, strict=True)]
+    replay.write(Store(str(tmp_path)), 5, scored)
+    first, second, *_ = (item.sample.prompt for item in replay.read(tmp_path))
+    assert (first.source, first.rewards, first.epoch, first.row) == ("math", ("length",), 3, 9)
+    assert (second.source, second.rewards) == ("", None)
+    file = tmp_path / "rollouts" / "step-5.parquet"
+    pq.write_table(pq.read_table(file).drop_columns(["source", "rewards"]), file)
+    assert [item.sample.prompt.rewards for item in replay.read(tmp_path)] == [None] * 4
+
+
 def test_only_the_steps_asked_for_are_kept_and_a_step_run_again_replaces_its_file(tmp_path: Path) -> None:
     config = run_config(checkpoint={"path": str(tmp_path)}, telemetry={"rolloutsEverySteps": 3, "tensorboard": False})
     telemetry = Telemetry(config, 1)

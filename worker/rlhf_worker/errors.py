@@ -1,5 +1,10 @@
 """How a run ends when its input is wrong, and the named failures that the kubelet retries in place."""
 
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+T = TypeVar("T")
+
 
 class BadSpec(Exception):
     """The spec is wrong (exit 64, never retried). The message names the field and the fix."""
@@ -7,6 +12,20 @@ class BadSpec(Exception):
 
 class BadData(Exception):
     """Data or a checkpoint is wrong (exit 65, never retried). The message names the place and the fix."""
+
+
+def together(steps: Iterable[Callable[[], T]]) -> list[T]:
+    """What each gives. Raises BadSpec, or BadData where there is no other, with the words of all that is wrong."""
+    results, wrong = [], list[BadSpec | BadData]()
+    for step in steps:
+        try:
+            results.append(step())
+        except (BadSpec, BadData) as error:
+            wrong.append(error)
+    if wrong:
+        kind = BadSpec if any(isinstance(error, BadSpec) for error in wrong) else BadData
+        raise kind("\n".join(map(str, wrong)))
+    return results
 
 
 class NotNumbered(Exception):

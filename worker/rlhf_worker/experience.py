@@ -22,12 +22,17 @@ T = TypeVar("T")
 class Prompt:
     """One prompt of one epoch, rendered and tokenised."""
 
-    uid: str  # "<epoch>:<row>", unique in a run
+    uid: str  # "<epoch>:<row>", with "<source>:" before it where there are several; unique in a run
     epoch: int
     row: int
     token_ids: list[int]
     text: str
-    fields: dict[str, Any]  # the row's other columns, handed to rewards
+    fields: dict[str, Any]  # the row's columns, handed to rewards
+    source: str = ""  # of data.sources
+    rewards: tuple[str, ...] | None = None  # names of those that judge its completions; None: all
+
+    def judged_by(self, reward: str) -> bool:
+        return self.rewards is None or reward in self.rewards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

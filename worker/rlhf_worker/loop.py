@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -221,6 +222,8 @@ class Loop:
     ) -> None:
         values = values | step_metrics(scored, timer.seconds, seconds) | {"seconds/productive": self._productive}
         values |= {"sync/seconds": synced.seconds} if synced else {}
+        if self.config.data.overlong_prompts == "drop":
+            values["data/dropped_prompts"] = float(self.sampler["dropped"])
         self._feed("log", self.step, values)
         self._step_seconds = seconds if not self._step_seconds else 0.8 * self._step_seconds + 0.2 * seconds
         left = int(self._step_seconds * (self.config.trainer.steps - self.step))
@@ -242,4 +245,23 @@ def step_metrics(scored: list[ScoredSample], phases: dict[str, float], seconds: 
         **{f"reward/{name}": sum(item.parts[name] for item in scored) / count for name in names},
         "rollout/length": tokens / count, "rollout/truncated": cut / count, "rollout/tokens_per_second": tokens / seconds,
         **{f"seconds/{name}": value for name, value in phases.items()}, "seconds/step": seconds,
+        **source_metrics(scored),
+    }  # fmt: skip
+
+
+def source_metrics(scored: Sequence[ScoredSample]) -> dict[str, float]:
+    """source/<name>/...: means of the reward, of each one that judges it, and of tokens; share of the samples."""
+    groups: dict[str, list[ScoredSample]] = {}
+    for item in scored:
+        groups.setdefault(item.sample.prompt.source, []).append(item)
+    values = {source: _of_source(items, len(scored)) for source, items in groups.items() if source}
+    return {f"source/{source}/{name}": value for source, named in values.items() for name, value in named.items()}
+
+
+def _of_source(items: Sequence[ScoredSample], samples: int) -> dict[str, float]:
+    judged = [part for part in items[0].parts if items[0].sample.prompt.judged_by(part) or part == "environment"]
+    return {
+        **{part: fmean(item.parts[part] for item in items) for part in judged},
+        "mean": fmean(item.reward for item in items), "mean_length": fmean(sum(item.sample.mask) for item in items),
+        "sample_share": len(items) / samples,
     }  # fmt: skip

@@ -42,6 +42,12 @@ def load_config(spec: ModelSpec, field: str = "spec.model.path") -> "PreTrainedC
     return config
 
 
+def embedding_rows(spec: ModelSpec) -> int:
+    """Tokens that the model knows: its tokenizer may have more. Raises BadSpec."""
+    rows: int = load_config(spec).get_text_config().vocab_size
+    return rows
+
+
 def load_tokenizer(spec: ModelSpec, field: str = "spec.model.path") -> "PreTrainedTokenizerBase":
     """Raises BadSpec."""
     require_path(spec, field)

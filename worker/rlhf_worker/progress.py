@@ -17,7 +17,7 @@ from rlhf_worker.words import printable
 # What a restart changes nothing of. The rest of a report is about the driver that made it.
 STAYS = (
     "step", "step_time", "reward", "kl", "mismatch", "tokens_per_second", "eta_seconds", "eta", "checkpoint",
-    "save_error", "productive_seconds",
+    "save_error", "productive_seconds", "dropped_prompts",
 )  # fmt: skip
 
 
@@ -40,6 +40,7 @@ def step_fields(step: int, total: int, values: Mapping[str, float], eta_seconds:
         "mismatch": f"{values['mismatch/abs']:.2g}" if "mismatch/abs" in values else None, "tokens_per_second": f"{values['rollout/tokens_per_second']:.0f}",
         "eta_seconds": eta_seconds, "eta": in_words(eta_seconds),
         "productive_seconds": int(values["seconds/productive"]),
+        "dropped_prompts": int(values["data/dropped_prompts"]) if "data/dropped_prompts" in values else None,
     }
     return fields | ({"kl": f"{values['train/kl']:.2g}"} if "train/kl" in values else {})
 

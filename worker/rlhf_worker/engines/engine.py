@@ -99,7 +99,7 @@ class Engine(Member):
         from rlhf_worker.rollout.environment import Environments
         from rlhf_worker.rollout.episode import Speech
 
-        self.speech = Speech.of(load_tokenizer(self.config.model), self.config.data)
+        self.speech = Speech.of(load_tokenizer(self.config.model), self.config)
         if self.config.rollout.environment is not None:
             self.environments = Environments(self.config.rollout.environment, self.speech)
 

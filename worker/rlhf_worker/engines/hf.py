@@ -32,7 +32,7 @@ class Generator:
         self.lm.to(device).eval()
         self.pad: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.ends = _ends(config.model.path, tokenizer.eos_token_id)
-        self.speech = Speech.of(tokenizer, config.data)
+        self.speech = Speech.of(tokenizer, config)
         spec = config.rollout.environment
         self.environments = None if spec is None else Environments(spec, self.speech)
         self.version = 0

@@ -1,20 +1,24 @@
 """The part of a run that needs the files of a trainer pod but no GPU: prompts, rewards, telemetry."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from rlhf_api.job import EvaluationSpec
+from rlhf_api.job import EvaluationSpec, SourceSpec
 from rlhf_api.run import RunConfig
-from rlhf_worker.errors import BadData, BadSpec
+from rlhf_worker.errors import BadData, BadSpec, together
 from rlhf_worker.feed.logs import DriverLog
-from rlhf_worker.pretrained import load_tokenizer
+from rlhf_worker.pretrained import embedding_rows, load_tokenizer
 from rlhf_worker.roll import Member
 
 if TYPE_CHECKING:
     from rlhf_worker.experience import Prompt, Sample, ScoredSample
+    from rlhf_worker.feed.rows import Origin
+    from rlhf_worker.rewards.scorer import Scorer
 
 
 class Feed(Member):
@@ -25,23 +29,49 @@ class Feed(Member):
         self.driver_logs: dict[int, DriverLog] = {}
 
     def open(self) -> None:
-        """Read the data, start the rewards. Raises BadSpec or BadData."""
+        """Read the data, start the rewards. Raises BadSpec or BadData, with the words of all that is wrong."""
         from rlhf_worker.feed import telemetry
-        from rlhf_worker.feed.data import PromptSampler, PromptSource
+
+        tokenizer, vocabulary = load_tokenizer(self.config.model), embedding_rows(self.config.model)
+        with ExitStack() as opened:
+            checks: list[Callable[[], Any]] = [
+                partial(self._open_rewards, opened), partial(telemetry.check, self.config.telemetry),
+                partial(self._open_data, tokenizer, vocabulary),
+                *(partial(self._evaluation, spec, tokenizer, vocabulary) for spec in self.config.evaluation),
+            ]  # fmt: skip
+            scorer, _, _, *prompts = together(checks)
+            self.scorer: Scorer = scorer
+            opened.pop_all()
+        names = [spec.name for spec in self.config.evaluation]
+        self.evaluations: dict[str, list[Prompt]] = dict(zip(names, prompts, strict=True))
+
+    def _open_rewards(self, opened: ExitStack) -> "Scorer":
         from rlhf_worker.rewards.scorer import Scorer
 
-        telemetry.check(self.config.telemetry)
-        tokenizer = load_tokenizer(self.config.model)
-        self.sampler = PromptSampler(PromptSource(self.config.data), tokenizer, self.config.data)
-        self.sampler.check(self.config.trainer.steps * self.config.rollout.prompts_per_step)
-        self.evaluations = {spec.name: self._evaluation(spec, tokenizer) for spec in self.config.evaluation}
-        self.scorer = Scorer(self.config.rewards)
+        return opened.enter_context(Scorer(self.config.rewards))
 
-    def _evaluation(self, spec: EvaluationSpec, tokenizer: Any) -> "list[Prompt]":
-        from rlhf_worker.feed.data import PromptSampler, PromptSource
+    def _open_data(self, tokenizer: Any, vocabulary: int) -> None:
+        from rlhf_worker.feed.data import samplers
+
+        data, sources = self.config.data, self.config.data.sources
+        origins = {source.name: self._origin(f"data.sources[{source.name}]", source) for source in sources or ()}
+        self.sampler = samplers(data, tokenizer, vocabulary, origins or {"": self._origin("data")})
+        if words := self.sampler.check(self.config.trainer.steps * self.config.rollout.prompts_per_step):
+            print(words, flush=True)
+
+    def _origin(self, field: str, source: SourceSpec | None = None) -> "Origin":
+        from rlhf_worker.feed.rows import Origin
+
+        rewards = source.rewards if source else None
+        sent = any(spec.type == "http" and (rewards is None or spec.name in rewards) for spec in self.config.rewards)
+        taken = ("self",) if self.config.rollout.environment else ()
+        return Origin(field=field, source=source.name if source else "", rewards=rewards, taken=taken, sent=sent)
+
+    def _evaluation(self, spec: EvaluationSpec, tokenizer: Any, vocabulary: int) -> "list[Prompt]":
+        from rlhf_worker.feed.data import sampler
 
         try:
-            prompts = PromptSampler(PromptSource(spec.data), tokenizer, spec.data).first(spec.limit)
+            prompts = sampler(spec.data, tokenizer, vocabulary, self._origin("data")).first(spec.limit)
         except (BadData, BadSpec) as error:
             raise type(error)(f"evaluation[{spec.name}]: {error}") from None
         return [replace(prompt, uid=f"{spec.name}:{prompt.row}") for prompt in prompts]
@@ -66,12 +96,16 @@ class Feed(Member):
         return self.sampler.state()
 
     def try_rewards(self) -> None:
-        """Each reward on one sample. Raises RewardFailed."""
+        """Each reward on a sample of each source that it judges. Raises RewardFailed."""
         from rlhf_worker.experience import Sample
 
-        prompt = self.sampler.first(1)[0]
-        sample = Sample(prompt=prompt, token_ids=[], logprobs=[], mask=[], versions=[], text=prompt.text, finish_reason="stop")
-        self.scorer.score([sample], {spec.name: [0.0] for spec in self.config.rewards if spec.type == "model"})
+        samples = [
+            Sample(prompt=p, token_ids=[], logprobs=[], mask=[], versions=[], text=p.text, finish_reason="stop")
+            for p in self.sampler.first(1)
+        ]
+        models = [spec.name for spec in self.config.rewards if spec.type == "model"]
+        judged = {name: [0.0 for sample in samples if sample.prompt.judged_by(name)] for name in models}
+        self.scorer.score(samples, judged)
 
     def score(self, samples: "list[Sample]", models: Mapping[str, Sequence[float]] | None = None) -> "list[ScoredSample]":
         """`models`: what the rewards of type model gave, by name. Raises RewardFailed."""

@@ -28,8 +28,10 @@ SCHEMA = pa.schema(
         "completion": pa.string(), "token_ids": pa.list_(pa.int32()), "logprobs": pa.list_(pa.float32()), "mask": pa.list_(pa.bool_()),
         "versions": pa.list_(pa.int32()), "finish_reason": pa.string(), "episode_reward": pa.float64(), "reward": pa.float64(), "parts": pa.map_(pa.string(), pa.float64()),
         "advantages": pa.list_(pa.float32()),  # null where they were not given
+        "source": pa.string(), "rewards": pa.list_(pa.string()),  # of data.sources; null: all
     }
 )  # fmt: skip
+LATER = ("source", "rewards")  # columns that older files lack
 
 
 def write(store: Store, step: int, scored: Sequence[ScoredSample], advantages: Sequence[Sequence[float]] | None = None) -> None:
@@ -48,7 +50,7 @@ def _row(step: int, index: int, item: ScoredSample, advantages: Sequence[float] 
         "fields": json.dumps(prompt.fields, default=str), "completion": sample.text, "token_ids": sample.token_ids, "logprobs": sample.logprobs,
         "mask": sample.mask, "versions": sample.versions, "finish_reason": sample.finish_reason, "episode_reward": sample.episode_reward,
         "reward": item.reward, "parts": list(item.parts.items()),
-        "advantages": advantages,
+        "advantages": advantages, "source": prompt.source, "rewards": prompt.rewards,
     }  # fmt: skip
 
 
@@ -56,7 +58,9 @@ def read(path: Path, step: int | None = None) -> list[ScoredSample]:
     """Of a file, or of one step (the newest by default) in a directory of them or in a checkpoint.path. Raises BadData."""
     file = path if path.is_file() else _file(path, step)
     try:
-        rows = pq.read_table(file).select(SCHEMA.names).to_pylist()
+        table = pq.read_table(file)
+        names = [name for name in SCHEMA.names if name in table.column_names or name not in LATER]
+        rows = table.select(names).to_pylist()
     except (OSError, KeyError, pa.ArrowException) as error:
         raise BadData(f"{file}: no samples of a step: {error}") from None
     return [_scored(row) for row in rows]
@@ -73,10 +77,11 @@ def _file(path: Path, step: int | None) -> Path:
 
 
 def _scored(row: Row) -> ScoredSample:
-    epoch, _, number = row["uid"].rpartition(":")
+    epoch, number = ["", *row["uid"].split(":")][-2:]
     prompt = Prompt(
         uid=row["uid"], epoch=int(epoch) if epoch.isdigit() else 0, row=int(number), token_ids=row["prompt_token_ids"], text=row["prompt"],
-        fields=json.loads(row["fields"]),
+        fields=json.loads(row["fields"]), source=row.get("source") or "",
+        rewards=tuple(row["rewards"]) if row.get("rewards") else None,
     )  # fmt: skip
     names = ("token_ids", "logprobs", "mask", "versions", "finish_reason", "episode_reward")
     sample = Sample(prompt=prompt, text=row["completion"], **{name: row[name] for name in names})

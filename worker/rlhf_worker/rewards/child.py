@@ -52,7 +52,9 @@ class Episodes:
     def __init__(self, make: Function) -> None:
         self.make, self.open = make, dict[int, Any]()
 
-    def __call__(self, episode: int, action: str, **arguments: Any) -> dict[str, Any]:
+    def __call__(self, episode: int, action: str, arguments: dict[str, Any] | None = None) -> dict[str, Any]:
+        """arguments: of `reset` and `step`, by themselves, for a column of the data may have any name."""
+        arguments = arguments or {}
         if action == "close":
             self.open.pop(episode, None)
         elif action == "reset":

@@ -34,13 +34,20 @@ class Scorer:
             raise
 
     def score(self, samples: Sequence[Sample], models: Mapping[str, Sequence[float]] | None = None) -> list[ScoredSample]:
-        """In the order of `samples`; all rewards run side by side. `models`: by name of each reward of type model, one value a sample.
+        """In the order of `samples`; all rewards run side by side. One that does not judge a sample counts 0 for it.
 
-        Raises RewardFailed.
+        models: by name of each reward of type model, a value for each sample that it judges. Raises RewardFailed.
         """
-        values = dict(zip((r.spec.name for r in self._rewards), self._executor.map(lambda r: r.score(samples), self._rewards), strict=True))
-        values |= {name: _checked(name, given, samples) for name, given in (models or {}).items()}
-        return [self._scored(sample, {spec.name: values[spec.name][i] for spec in self._specs}) for i, sample in enumerate(samples)]
+        names = [spec.name for spec in self._specs]
+        asked = {name: [sample for sample in samples if sample.prompt.judged_by(name)] for name in names}
+        answers = self._executor.map(lambda reward: reward.score(asked[reward.spec.name]), self._rewards)
+        values = dict(zip((reward.spec.name for reward in self._rewards), answers, strict=True))
+        values |= {name: _checked(name, given, asked[name]) for name, given in (models or {}).items()}
+        each = {name: iter(given) for name, given in values.items()}
+        return [
+            self._scored(sample, {name: next(each[name]) if sample.prompt.judged_by(name) else 0.0 for name in names})
+            for sample in samples
+        ]
 
     def _scored(self, sample: Sample, parts: dict[str, float]) -> ScoredSample:
         return ScoredSample(sample=sample, reward=sum(spec.weight * parts[spec.name] for spec in self._specs), parts=parts)

@@ -17,6 +17,7 @@ from rlhf_worker.experience import Sample
 from rlhf_worker.rewards.attempt import Failure, finite, tried
 from rlhf_worker.rewards.pool import Child, LoadFailure
 from rlhf_worker.rollout.episode import Episode, Request, Speech, Turn
+from rlhf_worker.template import Unfit
 
 FIELD = "rollout.environment"
 
@@ -52,6 +53,9 @@ class Environments:
             speech.observation("probe", -1)
         except LoadFailure as error:
             raise BadSpec(f"{FIELD}.{'code' if spec.code is not None else 'function'} cannot be loaded: {error}") from None
+        except Unfit as error:
+            self.close()
+            raise BadSpec(f"{FIELD}: no observation can be rendered: {error}") from None
         except BaseException:
             self.close()
             raise
@@ -67,11 +71,13 @@ class Environments:
         seat, number, episode, prompt = min(self._seats, key=lambda seat: seat.episodes), next(self._numbers), Episode(request), request.prompt
         seat.episodes += 1
         try:
-            await seat.ask(episode=number, action="reset", **{**prompt.fields, "prompt": prompt.fields.get("prompt", prompt.text)})
+            row = {**prompt.fields, "prompt": prompt.fields.get("prompt", prompt.text)}
+            await seat.ask(episode=number, action="reset", arguments=row)
             over = False
             while not over:
                 episode.add(await turn(episode))
-                over = self._over(episode, await seat.ask(episode=number, action="step", completion=episode.last_turn(self.speech)))
+                said = {"completion": episode.last_turn(self.speech)}
+                over = self._over(episode, await seat.ask(episode=number, action="step", arguments=said))
             with contextlib.suppress(Failure):  # what it did is done
                 await seat.ask(episode=number, action="close")
             return episode.sample(self.speech)
@@ -83,7 +89,10 @@ class Environments:
         if answer["reward"] is not None:
             episode.reward = (episode.reward or 0.0) + finite(answer["reward"])
         if not (answer["done"] or episode.turns >= self.spec.max_turns or episode.finish_reason == "length"):
-            episode.observe(self.speech.observation(answer["observation"], episode.token_ids[-1]))
+            try:
+                episode.observe(self.speech.observation(answer["observation"], episode.token_ids[-1]))
+            except Unfit as reason:
+                raise Failure(f"its observation {answer['observation']!r:.200}: {reason}") from None
         return bool(episode.finish_reason)
 
     def close(self) -> None:

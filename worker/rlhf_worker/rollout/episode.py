@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_api.job import DataSpec
+from rlhf_api.run import RunConfig
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import Prompt, Sample
+from rlhf_worker.pretrained import embedding_rows
+from rlhf_worker.template import Template
 
 TURN = "What the assistant said."  # stands for a turn when the template is asked what follows one
 BEFORE = 8  # tokens before a text that a decoder may need to see: some put a space only between words
@@ -46,33 +48,42 @@ class Turn:
 class Speech:
     """From token ids to text, and from an observation to token ids, by a Hugging Face tokenizer."""
 
-    def __init__(self, tokenizer: Any, *, chat: bool) -> None:
-        self.tokenizer, self.chat = tokenizer, chat
+    def __init__(self, tokenizer: Any, template: Template, *, special: bool = False) -> None:
+        """special: whether texts show special tokens."""
+        self.tokenizer, self.template, self.special = tokenizer, template, special
 
     @classmethod
-    def of(cls, tokenizer: Any, data: DataSpec) -> "Speech":
-        """Of prompts that `data` renders."""
-        return cls(tokenizer, chat=data.chat_template and tokenizer.chat_template is not None)
+    def of(cls, tokenizer: Any, config: RunConfig) -> "Speech":
+        """Of prompts that the run's data renders."""
+        template = Template(tokenizer, config.data, embedding_rows(config.model))
+        return cls(tokenizer, template, special=config.data.show_special_tokens)
 
     def text(self, before: Sequence[int], token_ids: Sequence[int], finish_reason: str) -> str:
-        """What an engine that decodes token by token would show: no special tokens, no token that ended it, no half character at the end."""
+        """What an engine that decodes token by token would show: not what ended it, nor half a character at the end."""
         body = list(token_ids[:-1] if finish_reason == "stop" else token_ids)
         context = list(before[-BEFORE:])
         start, whole = self._decode(context), self._decode(context + body)
         return (whole[len(start) :] if whole.startswith(start) else self._decode(body)).rstrip("\ufffd")
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        shown = {"skip_special_tokens": not self.special, "clean_up_tokenization_spaces": False}
+        return str(self.tokenizer.decode(token_ids, **shown))
 
     def observation(self, text: str, last: int) -> list[int]:
-        """What stands between two turns, the next one's opening included; `last`: the token that ended the turn before. Raises BadSpec."""
-        if not self.chat:
-            return list(self.tokenizer.encode(text, add_special_tokens=False))
+        """What stands between two turns, the next one's opening included; `last`: the token that ended the turn before.
+
+        Raises BadSpec, Unfit.
+        """
+        if not self.template.chat:
+            return self.template.tokens(text, opening=False) if text else []
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": TURN}, {"role": "user", "content": text}]
-        _, found, after = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)).partition(TURN)
+        _, found, after = self.template.render(messages).partition(TURN)
         if not found:
-            raise BadSpec("rollout.environment: the chat template leaves out the assistant's turns: use a model with another, or data.chatTemplate false")
-        token_ids = list(self.tokenizer.encode(after, add_special_tokens=False))
+            raise BadSpec(
+                "rollout.environment: the chat template leaves out the assistant's turns: "
+                "use another (data.chatTemplateText), or data.chatTemplate false"
+            )
+        token_ids = self.template.tokens(after, opening=False)
         return token_ids[1:] if token_ids[:1] == [last] else token_ids  # the policy ended its turn as the template does
 
 

@@ -208,8 +208,9 @@ class Rollouts:
             self.crew.fleet.sleep()
         groups, self._unscored, self._scoring = self._unscored, [], time.monotonic()
         samples = [sample for _, made in groups for sample in made]
-        prompts, completions = [sample.prompt.fields.get("prompt", sample.prompt.text) for sample in samples], [sample.text for sample in samples]
-        calls = [[rank.scores.remote(f"reward:{name}", prompts, completions) for rank in self.crew.ranks[f"reward:{name}"]] for name in names]
+        judged = {name: [sample for sample in samples if sample.prompt.judged_by(name)] for name in names}
+        names = [name for name in names if judged[name]]
+        calls = [self._ask_model(name, judged[name]) for name in names]
         starts = [sum(map(len, calls[:index])) for index in range(len(calls))]
 
         def then(results: list[Any]) -> None:
@@ -221,6 +222,13 @@ class Rollouts:
             self._calls.append(_Call([ref for refs in calls for ref in refs], SCORE_DEADLINE_SECONDS, "reward models", then))
         else:
             then([])
+
+    def _ask_model(self, name: str, samples: Sequence[Sample]) -> list[Any]:
+        """A call of each rank of a reward model."""
+        prompts = [sample.prompt.fields.get("prompt", sample.prompt.text) for sample in samples]
+        completions = [sample.text for sample in samples]
+        role = f"reward:{name}"
+        return [rank.scores.remote(role, prompts, completions) for rank in self.crew.ranks[role]]
 
     def _scored(self, groups: list[tuple[Group, list[Sample]]], scored: list[ScoredSample]) -> None:
         each = iter(scored)
