@@ -126,8 +126,11 @@ class Rank:
         if check == self.ailing:
             time.sleep(600)
 
-    def try_rewards(self) -> None:
-        if self.ailing == "Rewards":
+    def patience(self) -> dict[str, float]:
+        return {"r": 120.0}
+
+    def try_reward(self, name: str) -> None:
+        if self.ailing == f"rewards[{name}]":
             raise BadSpec("rewards[r]: no such function")
 
 
@@ -158,7 +161,7 @@ def cluster() -> Iterator[None]:
     [
         ("", None, ""),
         ("Reduce", PreflightFailed, "PreflightFailed: the network is down"),
-        ("Rewards", BadSpec, "BadSpec: rewards[r]: no such function"),
+        ("rewards[r]", BadSpec, "BadSpec: rewards[r]: no such function"),
         ("SharedGPU", DeadlineExceeded, "DeadlineExceeded: preflight check SharedGPU: 1 of 2 not done after"),
     ],
 )

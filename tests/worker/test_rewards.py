@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from rlhf_api.job import RewardSpec
-from rlhf_worker.errors import BadSpec, RewardFailed
+from rlhf_worker.errors import BadData, BadSpec, RewardFailed
+from rlhf_worker.rewards.attempt import Verdict
 from rlhf_worker.rewards.http import HttpReward
 from rlhf_worker.rewards.judge import JudgeReward
 from rlhf_worker.rewards.pool import PythonReward
@@ -92,6 +93,10 @@ def others() -> Iterator[set[int]]:
 def values(spec: RewardSpec, count: int = 1, **row: Any) -> list[float]:
     with Scorer([spec]) as scorer:
         return [s.reward for s in scorer.score([a_sample(i, text="x" * i, **row) for i in range(count)])]
+
+
+def numbers(verdicts: list[Verdict]) -> list[float]:
+    return [verdict.value for verdict in verdicts]
 
 
 # Values
@@ -383,7 +388,7 @@ def test_groups_are_scored_side_by_side_by_one_reward(kind: str) -> None:
     with Service(judged) as service:
         reward = HttpReward(http(service.url, workers=1)) if kind == "http" else PythonReward(python("length", workers=2))
         with ThreadPoolExecutor(4) as threads:
-            found = list(threads.map(reward.score, [samples] * 4))
+            found = list(threads.map(lambda given: numbers(reward.score(given)), [samples] * 4))
         reward.close()
     assert found == [[float(i) for i in range(150)]] * 4
 
@@ -427,7 +432,7 @@ def test_a_bad_answer_is_an_error_that_names_it(case: str) -> None:
 def test_a_bad_answer_and_then_a_good_one_is_a_value(case: str) -> None:
     with Service(lambda n, samples: BAD[case][0] if n == 1 else judged(n, samples)) as service:
         reward = HttpReward(http(service.url, timeout_seconds=3 if BAD[case][0] is None else 30), backoff=0.001)
-        assert reward.score([a_sample(text="four")]) == [4.0]
+        assert numbers(reward.score([a_sample(text="four")])) == [4.0]
 
 
 def test_a_service_that_is_not_there_is_named() -> None:
@@ -439,7 +444,7 @@ def test_a_service_that_is_not_there_is_named() -> None:
 
 
 def test_a_row_that_is_no_json_is_named() -> None:
-    with pytest.raises(RewardFailed, match="a column of the data is no JSON"):
+    with pytest.raises(BadData, match=r"prompt 0:0: column 'blob' is no JSON, .*type bytes is not JSON serializable"):
         HttpReward(http("http://127.0.0.1:9/"), backoff=0.001).score([a_sample(blob=b"\x00")])
 
 
@@ -492,7 +497,8 @@ def test_a_judge_is_asked_once_a_sample_and_its_last_score_counts() -> None:
         return says(f"A score: 9 is too much. score: {messages[0]['content'].count('x')}\n")
 
     with Service(answer, key="messages") as service:
-        assert judge(service.url).score([a_sample(i, text="x" * i, answer=2) for i in range(11)]) == [i / 10 for i in range(11)]
+        samples = [a_sample(i, text="x" * i, answer=2) for i in range(11)]
+        assert numbers(judge(service.url).score(samples)) == [i / 10 for i in range(11)]
     assert len(service.requests) == 11
 
 
@@ -545,11 +551,12 @@ def test_a_judges_garbage_is_asked_again_and_never_a_zero(case: str) -> None:
         judge(service.url).score([a_sample(3, answer=1)])
     assert service.requests == [0.0, 1.0]
     with Service(lambda n, _: answer if n == 1 else says("score: 0"), key="temperature") as service:
-        assert judge(service.url).score([a_sample(answer=1)]) == [0.0]
+        assert numbers(judge(service.url).score([a_sample(answer=1)])) == [0.0]
 
 
 def test_a_pattern_of_ones_own() -> None:
     with Service(lambda *_: says("<verdict>B</verdict> 0.25/1"), key="messages") as service:
-        assert judge(service.url, pattern=r"([\d.]+)/1", low=0, high=0.5).score([a_sample(answer=1)]) == [0.5]
+        asked = judge(service.url, pattern=r"([\d.]+)/1", low=0, high=0.5)
+        assert numbers(asked.score([a_sample(answer=1)])) == [0.5]
         with pytest.raises(RewardFailed, match="the score 'B' is no number"):
             judge(service.url, retries=0, pattern="<verdict>(.*)</verdict>").score([a_sample(answer=1)])

@@ -65,13 +65,18 @@ class Feed(Member):
     def sampler_state(self) -> dict[str, Any]:
         return self.sampler.state()
 
-    def try_rewards(self) -> None:
-        """Each reward on one sample. Raises RewardFailed."""
+    def patience(self) -> dict[str, float]:
+        """Seconds in which `try_reward` ends, by the names of the rewards that it can try."""
+        return self.scorer.patience()
+
+    def try_reward(self, name: str) -> None:
+        """A reward on the first prompt's text. Raises RewardFailed, BadData, BadSpec."""
         from rlhf_worker.experience import Sample
 
         prompt = self.sampler.first(1)[0]
-        sample = Sample(prompt=prompt, token_ids=[], logprobs=[], mask=[], versions=[], text=prompt.text, finish_reason="stop")
-        self.scorer.score([sample], {spec.name: [0.0] for spec in self.config.rewards if spec.type == "model"})
+        empty: dict[str, Any] = {"token_ids": [], "logprobs": [], "mask": [], "versions": [], "finish_reason": "stop"}
+        sample = Sample(prompt=prompt, text=prompt.text, **empty)
+        self.scorer.try_out(name, [sample] * self.config.rollout.samples_per_prompt)
 
     def score(self, samples: "list[Sample]", models: Mapping[str, Sequence[float]] | None = None) -> "list[ScoredSample]":
         """`models`: what the rewards of type model gave, by name. Raises RewardFailed."""

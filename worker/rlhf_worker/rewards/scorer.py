@@ -1,13 +1,19 @@
-"""All rewards of a run: each sample gets their weighted sum. A reward that fails ends the run with its own error; it is never a zero."""
+"""All rewards of a run: each sample gets their weighted sum.
 
+A reward that fails ends the run with its own error, or has the group drawn anew; it is never a zero.
+"""
+
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import compress
 from typing import Self
 
 from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import RewardFailed
 from rlhf_worker.experience import Sample, ScoredSample
-from rlhf_worker.rewards.attempt import Failure, Reward, finite
+from rlhf_worker.rewards.attempt import Failure, Reward, Verdict, finite
 from rlhf_worker.rewards.http import HttpReward
 from rlhf_worker.rewards.judge import JudgeReward
 from rlhf_worker.rewards.pool import PythonReward
@@ -33,17 +39,46 @@ class Scorer:
             self.close()
             raise
 
-    def score(self, samples: Sequence[Sample], models: Mapping[str, Sequence[float]] | None = None) -> list[ScoredSample]:
-        """In the order of `samples`; all rewards run side by side. `models`: by name of each reward of type model, one value a sample.
+    def score(
+        self, samples: Sequence[Sample], models: Mapping[str, Sequence[float]] | None = None
+    ) -> list[ScoredSample]:
+        """In the order of `samples`, those of one prompt side by side; all rewards are computed at the same time.
 
-        Raises RewardFailed.
+        `models`: by name of each reward of type model, one value a sample. Where a sample's episode failed no reward is
+        asked about its group. Raises RewardFailed, BadData, BadSpec.
         """
-        values = dict(zip((r.spec.name for r in self._rewards), self._executor.map(lambda r: r.score(samples), self._rewards), strict=True))
-        values |= {name: _checked(name, given, samples) for name, given in (models or {}).items()}
-        return [self._scored(sample, {spec.name: values[spec.name][i] for spec in self._specs}) for i, sample in enumerate(samples)]
+        failed = {sample.prompt.uid for sample in samples if sample.failure}
+        whole = [sample.prompt.uid not in failed for sample in samples]
+        asked = list(compress(samples, whole))
+        answers = self._executor.map(lambda reward: reward.score(asked), self._rewards)
+        values = dict(zip((reward.spec.name for reward in self._rewards), answers, strict=True))
+        values |= {name: list(compress(_checked(name, of, samples), whole)) for name, of in (models or {}).items()}
+        each = {name: iter(given) for name, given in values.items()}
+        return [
+            self._scored(sample, {name: next(given) for name, given in each.items()} if ok else {})
+            for sample, ok in zip(samples, whole, strict=True)
+        ]
 
-    def _scored(self, sample: Sample, parts: dict[str, float]) -> ScoredSample:
-        return ScoredSample(sample=sample, reward=sum(spec.weight * parts[spec.name] for spec in self._specs), parts=parts)
+    def _scored(self, sample: Sample, verdicts: Mapping[str, Verdict]) -> ScoredSample:
+        """`verdicts`: by the reward's name; none for an episode that failed, and for its group."""
+        failure = next((verdict.failure for verdict in verdicts.values() if verdict.failure), sample.failure)
+        if failure or not verdicts:
+            return ScoredSample(sample=replace(sample, failure=failure), reward=math.nan, parts={})
+        parts = {spec.name: _clipped(spec, verdicts[spec.name].value) for spec in self._specs}
+        metrics = {f"{name}/{key}": value for name, given in verdicts.items() for key, value in given.metrics.items()}
+        reward = sum(spec.weight * parts[spec.name] for spec in self._specs)
+        return ScoredSample(sample=sample, reward=reward, parts=parts, metrics=metrics)
+
+    def patience(self) -> dict[str, float]:
+        """Of each reward that `try_out` tries, the seconds in which it ends, by its name."""
+        return {reward.spec.name: reward.patience for reward in self._rewards}
+
+    def try_out(self, name: str, group: Sequence[Sample]) -> None:
+        """One reward on one sample, or where it wants one on a group. Raises RewardFailed, BadData, BadSpec."""
+        (reward,) = (reward for reward in self._rewards if reward.spec.name == name)
+        for verdict in reward.score(group if reward.spec.scope == "group" else group[:1]):
+            if verdict.failure:
+                raise RewardFailed(verdict.failure)
 
     def close(self) -> None:
         """End every subprocess, also in the middle of a call."""
@@ -58,10 +93,14 @@ class Scorer:
         self.close()
 
 
-def _checked(name: str, values: Sequence[float], samples: Sequence[Sample]) -> list[float]:
+def _clipped(spec: RewardSpec, value: float) -> float:
+    return value if spec.clip is None else min(max(value, spec.clip.low), spec.clip.high)
+
+
+def _checked(name: str, values: Sequence[float], samples: Sequence[Sample]) -> list[Verdict]:
     try:
         if len(values) != len(samples):
             raise Failure(f"{len(values)} values for {len(samples)} samples")
-        return [finite(value) for value in values]
+        return [Verdict(finite(value)) for value in values]
     except Failure as failure:
         raise RewardFailed(f"rewards[{name}], a model: {failure}") from None
