@@ -194,16 +194,16 @@ class RewardSpec(Model):
     weight: Number = Field(1.0, description="Factor of this reward in the sum.")
     scope: Literal["sample", "group"] = Field(
         "sample",
-        description="What python and http see in one call. sample: a completion (http: up to 64 of any prompts). group: all"
-        " completions of a prompt; python is called as f(prompt=..., completions=[...], **row) -> [float, ...].",
+        description="What python and http see in one call. sample: a completion (http: up to 64 of any prompts). group:"
+        " all completions of a prompt; python is called as f(prompt=..., completions=[...], **row) -> [float, ...].",
     )
     clip: ClipSpec | None = Field(
         None, description="Values outside are brought to the nearer bound, before all else."
     )
     normalize: Literal["none", "group", "batch"] = Field(
         "none",
-        description="For training, (value - mean) / (deviation + 1e-6) over the prompt's samples or over the step's, before"
-        " it is weighted and summed. Metrics, evaluation and recorded samples keep the value.",
+        description="For training, (value - mean) / (deviation + 1e-6) over the prompt's samples or over the step's,"
+        " before it is weighted and summed. Metrics, evaluation and recorded samples keep the value.",
     )
     function: str | None = Field(
         None,
@@ -230,11 +230,13 @@ class RewardSpec(Model):
     gpus: Gpus | None = Field(None, description="model: FSDP ranks with a GPU each of their own, in the trainer's pods. Unset: the model shares the trainer's ranks.")
     timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(30.0, description="Deadline of one call: of one sample for python and judge, of one batch for http.")
     workers: Annotated[int, Field(ge=1, le=256)] = Field(2, description="python: subprocesses. http and judge: concurrent requests.")
-    retries: Annotated[int, Field(ge=0, le=20)] = Field(2, description="Further tries of a failed sample, before onFailure.")
+    retries: Annotated[int, Field(ge=0, le=20)] = Field(
+        2, description="Further tries of a failed sample, before onFailure."
+    )
     on_failure: Literal["stop", "redraw"] = Field(
         "stop",
-        description="stop: a sample that failed all its tries stops the run with the reward's error. redraw: its group is"
-        " sampled anew, at most rollout.maxRedraws times a step.",
+        description="stop: a sample that failed all its tries stops the run with the reward's error. redraw: its group"
+        " is sampled anew, at most rollout.maxRedraws times a step.",
     )
 
 
@@ -267,7 +269,8 @@ class RolloutSpec(Model):
     seed: Seed | None = Field(None, description="Gives every sample a seed of its own, so that a resumed run draws the same samples. It costs speed on GPU (vLLM then samples request by request). Unset: each engine has one stream of random numbers, from trainer.seed.")
     staleness: Annotated[int, Field(ge=0, le=64)] = Field(0, description="Most steps between a sample's first token and its training. 0: generation and training take turns. More: they overlap, and the weights change under running requests; Separated only.")
     max_redraws: Annotated[int, Field(ge=1, le=100000)] = Field(
-        16, description="Most groups of a step that onFailure: redraw may sample anew; one more stops the run with its error."
+        16,
+        description="Most groups of a step that onFailure: redraw may sample anew; one more stops the run with its error.",
     )
     environment: EnvironmentSpec | None = Field(None, description="Multi-turn: a python class that answers the model's turns. Its observations are part of the completion, count in maxTokens, and have no loss.")
     deadline_seconds: Deadline = Field(1800.0, description="Deadline of one call of an engine: of its share of a step, or of one prompt's completions when staleness is more than 0.")

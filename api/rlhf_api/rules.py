@@ -416,7 +416,7 @@ RULES = (
     Rule("spec.rewards[]", "self.scope == 'sample' || self.type in ['python', 'http']",
          "only a python or http reward sees a whole group: set scope to sample", "rewards", _each_reward(_group_scope)),
     Rule("spec", "self.rollout.samplesPerPrompt > 1 || self.rewards.all(r, r.normalize != 'group')",
-         "a reward is normalised within a group of at least two: raise rollout.samplesPerPrompt, or set normalize to batch",
+         "a reward is normalised within a group of at least two: raise rollout.samplesPerPrompt, or normalize by batch",
          "rewards", _compared),
     Rule("spec.evaluation", "self.all(e, self.exists_one(one, one.name == e.name))", "names must be unique", "evaluation", lambda job: _unique([e.name for e in job.spec.evaluation])),
     Rule("spec.evaluation[]", "[has(self.data.jsonl), has(self.data.parquet), has(self.data.dataset), has(self.data.reasoningGym)].filter(x, x).size() == 1",

@@ -1,7 +1,7 @@
-"""Before the first step and before anything heavy is loaded: every check by name, in the actors that will need what it tries.
+"""Before the first step and before anything heavy is loaded: every check by name, in the actors that need what it tries.
 
-The driver runs them one after the other, so that one that hangs is known by its name. All have a minute together, but for
-the rewards: the first call of one may load a model, and has the time that its own spec gives it.
+The driver runs them one after the other, so that one that hangs is known by its name. All have a minute together, but
+for the rewards: the first call of one may load a model, and has the time that its own spec gives it.
 """
 
 import time

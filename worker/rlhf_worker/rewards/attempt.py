@@ -22,7 +22,7 @@ METRICS = 32  # names of one reward in a run: each is a series of its own in tel
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Of one sample: a finite value and metrics beside it. With a `failure`, which says why there is none, it is NaN."""
+    """Of one sample: a finite value and metrics beside it; NaN with a `failure`, which says why there is none."""
 
     value: float
     metrics: dict[str, float] = field(default_factory=dict)
@@ -145,7 +145,7 @@ class Reward:
         if bad := sorted(name for name in names if not METRIC.fullmatch(name)):
             raise Failure(f"the name of a metric must match {METRIC.pattern}: {bad[0]!r:.80}")
         if len(names) > METRICS:
-            raise Failure(f"it gave {len(names)} names of metrics, {METRICS} are the most of a run: give them fixed names")
+            raise Failure(f"{len(names)} names of metrics so far, {METRICS} are the most of a run: give them fixed names")
         self._metrics = names
         return [Verdict(finite(value), {key: finite(of) for key, of in metrics.items()}) for value, metrics in entries]
 

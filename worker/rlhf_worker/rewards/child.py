@@ -1,9 +1,9 @@
 """A subprocess that calls one reward function, or holds episodes of one environment.
 
-`python -m rlhf_worker.rewards.child FD`, FD one end of a socket pair. The parent sends pickles (first what to load, then
-the arguments of one call each) and gets one line of JSON for each: {"value": ...} or {"error": text}. A reward's value is
-[[number, {metric: number}], ...], one a completion. What the function prints goes to standard error. When the parent is
-gone, so is the child, also in the middle of a call.
+`python -m rlhf_worker.rewards.child FD`, FD one end of a socket pair. The parent sends pickles (first what to load,
+then the arguments of one call each) and gets one line of JSON for each: {"value": ...} or {"error": text}. A reward's
+value is [[number, {metric: number}], ...], one a completion. What the function prints goes to standard error. When the
+parent is gone, so is the child, also in the middle of a call.
 """
 
 import importlib
@@ -75,10 +75,10 @@ class Episodes:
 
     def _answer(self, step: Any) -> dict[str, Any]:
         match step:
-            case {"observation": str(observation), "done": done, **rest} if _is_bool(done) and rest.keys() <= {"reward"}:
+            case {"observation": str(said), "done": done, **rest} if _is_bool(done) and rest.keys() <= {"reward"}:
                 reward = rest.get("reward")
                 value = None if reward is None else number(reward)
-                return {"observation": observation, "done": bool(done), "reward": value}
+                return {"observation": said, "done": bool(done), "reward": value}
         raise TypeError(
             f'step returned {shown(step)}, {{"observation": str, "done": bool, "reward": float or None}} is needed'
         )

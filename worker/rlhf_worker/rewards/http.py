@@ -6,7 +6,6 @@ Beside "rewards" may stand "metrics": [{name: number}, ...]. With scope group a 
 import asyncio
 import contextlib
 import json
-import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -25,8 +24,8 @@ from rlhf_worker.rewards.attempt import Failure, Once, Reward, Verdict, argument
 class Service(Reward):
     """Asks a URL; each request has a deadline, and waits before it is repeated.
 
-    What is asked and how the answer is read is the subclass's: `question` and `values`, which raise Failure. Raises BadSpec
-    at once for a URL that is none, and for a proxy or certificates of the environment that cannot be used.
+    What is asked and how the answer is read is the subclass's: `question` and `values`, which raise Failure. Raises
+    BadSpec at once for a URL that is none, and for a proxy or certificates of the environment that cannot be used.
     """
 
     def __init__(self, spec: RewardSpec, backoff: float = 0.5) -> None:
@@ -36,13 +35,14 @@ class Service(Reward):
             url = httpx.URL(spec.url)
         except httpx.InvalidURL as error:
             raise BadSpec(f"rewards[{spec.name}].url: {spec.url!r} is no URL: {error}") from None
-        self._proxy, variables = proxy(url, getproxies_environment())
+        self._proxy, variable = proxy(url, getproxies_environment())
         try:
             self._transport()
         except (httpx.InvalidURL, ImportError, OSError, ValueError) as error:
+            where = "SSL_CERT_FILE or SSL_CERT_DIR" if isinstance(error, OSError) else variable
+            fix = f"correct it in pods.trainer.env, or name {url.host} in NO_PROXY"
             raise BadSpec(
-                f"rewards[{spec.name}].url: {variables} of the trainer pods cannot be used for it: {error}: correct it in"
-                f" pods.trainer.env, or name {url.host} in NO_PROXY"
+                f"rewards[{spec.name}].url: {where} of the trainer pods cannot be used for it: {error}: {fix}"
             ) from None
         self._url, self.backoff = spec.url, backoff
         self.headers: dict[str, str] = {}
@@ -110,10 +110,11 @@ def _json(question: Mapping[str, Any], batch: Sequence[Sample]) -> bytes:
     try:
         return json.dumps(question, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
-        sample, column = next((sample, name) for sample in batch for name, value in arguments(sample).items() if _odd(value))
+        rows = ((sample, name, value) for sample in batch for name, value in arguments(sample).items())
+        sample, column = next((sample, name) for sample, name, value in rows if _odd(value))
         raise BadData(
-            f"prompt {sample.prompt.uid}: column {column!r} is no JSON, so it cannot be sent to an http reward: {error}:"
-            " make it text or numbers, or leave the column out"
+            f"prompt {sample.prompt.uid}: column {column!r} is no JSON, so it cannot be sent to an http reward:"
+            f" {error}: make it text or numbers, or leave the column out"
         ) from None
 
 
@@ -126,19 +127,17 @@ def _odd(value: Any) -> bool:
 
 
 def proxy(url: httpx.URL, proxies: Mapping[str, str]) -> tuple[str | None, str]:
-    """Where requests to `url` go first, None for straight to it, and the names of the variables that have a say in it.
+    """Where requests to `url` go first, None for straight to it, and the variable that says so.
 
-    `proxies`: as urllib reads the environment: by scheme, `all`, and `no` for NO_PROXY. Its networks (10.0.0.0/8, fd00::/8)
-    are those of addresses in URLs; what is neither a name nor a network is left out.
+    `proxies`: as urllib reads the environment: by scheme, `all`, and `no` for NO_PROXY. Its networks (10.0.0.0/8,
+    fd00::/8) are those of addresses in URLs; what is neither a name nor a network is left out.
     """
     scheme = url.scheme if url.scheme in proxies else "all"
-    named = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
-    if scheme in proxies and not (
-        proxy_bypass_environment(url.host, dict(proxies)) or _within(url.host, proxies.get("no", ""))
-    ):
-        address = proxies[scheme]
-        return address if "://" in address else f"http://{address}", " or ".join([f"{scheme.upper()}_PROXY", *named])
-    return None, " or ".join(named)
+    direct = proxy_bypass_environment(url.host, dict(proxies)) or _within(url.host, proxies.get("no", ""))
+    if direct or scheme not in proxies:
+        return None, ""
+    address = proxies[scheme]
+    return address if "://" in address else f"http://{address}", f"{scheme.upper()}_PROXY"
 
 
 def _within(host: str, networks: str) -> bool:

@@ -25,7 +25,8 @@ class JudgeReward(Service):
         if name := spec.judge.api_key_env:
             field, key = f"rewards[{spec.name}].judge.apiKeyEnv", os.environ.get(name, "").strip()
             if not key:
-                raise BadSpec(f"{field}: {name} is not set in the trainer pods: set it in pods.trainer.env, from a Secret")
+                where = "set it in pods.trainer.env, from a Secret"
+                raise BadSpec(f"{field}: {name} is not set in the trainer pods: {where}")
             if not (key.isascii() and key.isprintable()):
                 raise BadSpec(f"{field}: {name} holds characters that no header may have: correct the Secret")
             self.headers = {"authorization": f"Bearer {key}"}

@@ -30,7 +30,8 @@ def evaluate(
             # As many samples at a time as a step has: they have the same deadline.
             most = max(1, config.rollout.prompts_per_step * config.rollout.samples_per_prompt // spec.samples)
             groups = [group for part in chunks(prompts, -(-len(prompts) // most)) for group in judge(spec, part)]
-            values |= (metrics(spec, groups) if groups else {}) | {f"eval/{spec.name}/total_seconds": time.monotonic() - start}
+            values |= metrics(spec, groups) if groups else {}  # none: all were left out
+            values[f"eval/{spec.name}/total_seconds"] = time.monotonic() - start
     return values
 
 

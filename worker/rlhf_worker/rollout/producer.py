@@ -95,7 +95,7 @@ class Rollouts:
                 self._error = error
 
     def evaluate(self, spec: EvaluationSpec, prompts: Sequence[Prompt]) -> list[list[ScoredSample]]:
-        """Scored samples of each prompt, which no step trains, but for those left out. Raises what kept one from them."""
+        """Scored samples of each prompt that is not left out; no step trains them. Raises what kept it from them."""
         groups = [Group(prompt, self.admission.version, spec) for prompt in prompts]
         self._dispatch(groups)
         self._evaluating = True
@@ -198,7 +198,8 @@ class Rollouts:
         rollout, of, prompt = self.config.rollout, group.evaluation, group.prompt
         temperature = of.temperature if of else rollout.temperature
         tokens = of.max_tokens if of and of.max_tokens else rollout.max_tokens
-        start, size = group.failed * self._size(group), self._size(group)  # a group that is sampled anew gets other seeds
+        size = self._size(group)
+        start = group.failed * size  # a group that is sampled anew gets other seeds
         seeds = [
             None if rollout.seed is None else request_seed(rollout.seed, group.born + 1, prompt.uid, index)
             for index in range(start, start + size)
@@ -250,11 +251,11 @@ class Rollouts:
         self._score()
 
     def _failed(self, group: Group, failure: str) -> None:
-        """The prompt is sampled anew; one that fails again is left out, and another stands in for it. Raises RewardFailed."""
+        """The prompt is sampled anew; one that fails again is left out for another. Raises RewardFailed."""
         most, group.failed = self.config.rollout.max_redraws, group.failed + 1
         self._counts["failed"] += 1
         if self._counts["failed"] > most:
-            raise RewardFailed(f"more than spec.rollout.maxRedraws ({most}) groups of a step failed, the last: {failure}")
+            raise RewardFailed(f"more than spec.rollout.maxRedraws ({most}) groups of a step failed: {failure}")
         left_out = group.failed > REDRAWS
         then = "left out: it failed before" if left_out else "sampled anew"
         print(f"warning: prompt {group.prompt.uid} is {then}: {failure}", file=sys.stderr, flush=True)
