@@ -33,6 +33,10 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "8B": ("Qwen3", QWEN3 | {
         "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "tie_word_embeddings": False,
     }),
+    "tiny": ("Llama", SMOLLM2 | {  # a smoke test of the benchmark itself
+        "vocab_size": 2048, "hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 3,
+        "tie_word_embeddings": True,
+    }),
     "135M": ("Llama", SMOLLM2 | {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "tie_word_embeddings": True,
     }),

@@ -1,6 +1,7 @@
 """Weight sync, ours and vLLM's, side by side: median and minimum of 20 after 2 warm-ups, and the memory that it takes.
 
 usage: python hack/bench/weight_sync.py [--modes separated colocated cpu] [--shapes 0.6B 4B 8B] [--only TEXT] [--out DIR]
+       python hack/bench/weight_sync.py --modes cpu --shapes tiny    (does it still run?)
 
 A trainer process holds random bfloat16 tensors of a Qwen3 shape; an engine process is vLLM with dummy weights. Separated needs two
 GPUs, colocated one, cpu none (SmolLM2-135M's shape in float32). The engine is held before each sync, whatever the way. `wall` is the
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hack.bench.weight_base import SHAPES, local_ray, on, write_model
 from hack.bench.weight_sync_actors import REPEAT, BenchEngine, BenchTrainer, memory, settle
 
+SHAPES_OF = {"cpu": ["135M"]}
 START_SECONDS, RUN_SECONDS = 300.0, 240.0
 CPU_ENVIRONMENT = {
     "OMP_NUM_THREADS": str(os.cpu_count()), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -184,10 +186,11 @@ def attempt(fleet: Fleet, name: str, shape: str, backend: str, way: str) -> dict
         return {"error": " ".join(str(error).split()) or repr(error)}
 
 
-def main() -> None:
+def main() -> int:
+    """Exit code 1: a row failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=["separated", "colocated"])
-    parser.add_argument("--shapes", nargs="+", choices=[shape for shape in SHAPES if shape != "135M"], default=["0.6B", "8B"], help="of the GPU modes")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="0.6B and 8B; 135M on the CPU")
     parser.add_argument("--only", default="", help="only ways whose name contains this")
     parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "weight-sync", help="weight_sync.json and weight_sync.md go here")
     given = parser.parse_args()
@@ -195,7 +198,7 @@ def main() -> None:
     report = Report(given.out)
     print(f"median and minimum of {REPEAT}\n\n" + markdown([]), flush=True)
     wanted = [
-        (mode, shape, backend, way) for mode in given.modes for shape in (["135M"] if mode == "cpu" else given.shapes)
+        (mode, shape, backend, way) for mode in given.modes for shape in given.shapes or SHAPES_OF.get(mode, ["0.6B", "8B"])
         for backend, ways in MODES[mode].backends.items() for way in ways if given.only in way
     ]
     with local_ray():
@@ -204,9 +207,10 @@ def main() -> None:
         for mode, shape, backend, way in wanted:
             report.add({"mode": mode, "shape": shape, "way": way, **attempt(fleet, mode, shape, backend, way)})
     print("\n" + markdown(report.rows), flush=True)
+    return 1 if any("error" in row for row in report.rows) else 0
 
 
 if __name__ == "__main__":
     from hack.bench import weight_sync  # by its name, so that the actors' processes import it too
 
-    weight_sync.main()
+    sys.exit(weight_sync.main())

@@ -61,8 +61,8 @@ class BenchEngine(Engine):
     """The product's engine actor, without a job: what a client of the weight transfer calls is the same code."""
 
     def __init__(self) -> None:
-        self.llm = None
-        self.index = 0
+        no_job: Any = None
+        super().__init__(no_job, index=0, device="", bundles=[0], gpus=[], threads=1)
 
     async def start(self, backend: str, *, model: str = "", dtype: str = "bfloat16", device: str = "cuda") -> str:
         """One engine has one backend for life. Returns vLLM's version."""

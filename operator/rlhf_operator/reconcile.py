@@ -8,7 +8,8 @@
 
 A pass knows nothing of the event that caused it and remembers nothing but `status.record`. An action follows only
 from a record that is already stored; so a pass either writes down what it means to do, or does what is written down,
-and may die anywhere. What goes wrong between 1 and 5, whatever it is, is told in the status. Before it, what a job of the
+and may die anywhere. Only the first RayCluster follows from the spec alone, for it has nothing behind it that could be
+forgotten. What goes wrong between 1 and 5, whatever it is, is told in the status. Before it, what a job of the
 same name left when it went is deleted (sweep.py).
 """
 
@@ -72,7 +73,11 @@ async def _pass(cluster: ClusterIO, job: Job, clock: Clock, home: str) -> dateti
     except Exception as error:
         await _tell(cluster, job, troubled(decision, _words(error)), clock)
         raise
-    return await _tell(cluster, job, refused(decision, refusal.reason, refusal.message) if refusal else decision, clock)
+    if refusal:
+        return await _tell(cluster, job, refused(decision, refusal.reason, refusal.message), clock)
+    if decision.want.cluster is not None and not job.status.record.clusters:
+        return now  # the first RayCluster is there: the next look tells of it and of its number in one write
+    return await _tell(cluster, job, decision, clock)
 
 
 async def _tell(cluster: ClusterIO, job: Job, decision: Decision, clock: Clock) -> datetime | None:

@@ -30,9 +30,9 @@ from rlhf_operator.rbac import rules
 from rlhf_operator.reconcile import reconcile
 from rlhf_operator.refresh import refresh
 from rlhf_operator.store import LISTED
-from tests.control.memory_api import MemoryApi
+from tests.control.memory_api import Killed, MemoryApi
 from tests.control.stories import STORIES
-from tests.control.world import World, running
+from tests.control.world import RUNNER, World, running
 
 Raw = dict[str, Any]
 
@@ -60,12 +60,53 @@ def test_the_drivers_progress_is_never_touched() -> None:
     assert world.status["progress"] == mine
 
 
-def test_the_record_is_written_before_the_cluster_is_made() -> None:
+def test_the_first_cluster_is_made_and_told_of_in_one_write() -> None:
     world = World()
     world.settle()
     writes = [w for w in world.api.writes if "Event" not in w]
-    assert writes[0] == "apply RLHFJob sample"
-    assert writes.index("create RayCluster sample-1") > 0
+    assert writes[-2:] == ["create RayCluster sample-1", "apply RLHFJob sample"]
+    assert writes.count("apply RLHFJob sample") == 1
+    assert (world.record["clusters"], world.record["clusterUid"]) == (1, "sample-1-rayclusters-1")
+
+
+def test_every_later_cluster_is_on_record_before_it_is_made() -> None:
+    world = running()
+    world.delete_cluster()
+    before = len(world.api.writes)
+    for _ in range(5):
+        world.settle()
+        world.reap()
+        world.later(30)
+    writes = [w for w in world.api.writes[before:] if "Event" not in w]
+    assert writes.index("apply RLHFJob sample") < writes.index("create RayCluster sample-2")
+
+
+def _with_a_cluster_that_nobody_told_of() -> World:
+    """The operator died right behind making it."""
+    world = World()
+    world.api.kill_at = 5  # the sixth write
+    with pytest.raises(Killed):
+        RUNNER.run(reconcile(ClusterIO(world.api, world.api.store), ("default", "sample"), lambda: world.api.now))
+    world.api.dead, world.api.kill_at = False, None
+    assert (world.clusters(), world.status) == (["sample-1"], {})
+    return world
+
+
+@pytest.mark.parametrize("edit", [{"suspend": True}, {"trainer": {"gpus": 1, "steps": 0}}])
+def test_a_first_cluster_that_nobody_told_of_is_given_up_where_the_spec_allows_none(edit: dict[str, Any]) -> None:
+    world = _with_a_cluster_that_nobody_told_of()
+    world.edit(**edit)
+    world.settle()
+    assert world.clusters() == []
+
+
+def test_a_first_cluster_that_nobody_told_of_is_made_anew_where_an_edit_wants_another() -> None:
+    world = _with_a_cluster_that_nobody_told_of()
+    world.edit(image="another:1")
+    for _ in range(3):
+        world.settle()
+        world.reap()
+    assert world.clusters() == ["sample-2"]
 
 
 def test_what_is_ours_already_is_brought_up_to_date() -> None:

@@ -50,8 +50,14 @@ class Decision:
 def decide(job: Job, observed: Observed, now: datetime) -> Decision:
     before = Facts(job, observed, Memory.of(job.status), now)
     facts = before.remembering(remember(before))
-    wanted = want(before, learned=facts.memory != before.memory)
+    wanted = want(facts if _begins(before, facts) else before, learned=facts.memory != before.memory)
     return _decision(facts, wanted, conditions(facts))
+
+
+def _begins(before: Facts, now: Facts) -> bool:
+    """The first RayCluster follows from the spec alone, which saves a write a job. An operator that dies before it has
+    told of it leaves one that the next finds by its number, or gives up where the spec allows none any more."""
+    return before.record.clusters == 0 and now.record.clusters == 1
 
 
 def refused(decision: Decision, reason: str, message: str) -> Decision:

@@ -23,6 +23,12 @@ def _accept(f: Facts) -> Memory:
     return f.memory if f.record.accepted or acceptance.accepted(f).status != "True" else f.memory.noting(accepted=True)
 
 
+def _begin(f: Facts) -> Memory:
+    """The first cluster gets its number before anything is known of it: it may be there already, and nobody told."""
+    starts = not f.record.clusters and not f.deleted and not f.suspended and acceptance.accepted(f).status == "True"
+    return f.memory.noting(clusters=1) if starts else f.memory
+
+
 def _adopt(f: Facts) -> Memory:
     """The present cluster exists: remember its identity, and that it holds quota."""
     if f.cluster is None:
@@ -43,12 +49,7 @@ def _attempt(f: Facts) -> Memory:
 def _number(f: Facts) -> Memory:
     """The number of the cluster that should be. Raising it condemns the one before: intent is written before it is
     acted on."""
-    if f.deleted:
-        return f.memory
-    if f.record.clusters == 0:
-        starts = acceptance.accepted(f).status == "True" and not f.suspended
-        return f.memory.noting(clusters=1) if starts else f.memory
-    if f.record.cluster_uid is None or not f.observed.kuberay:
+    if f.deleted or f.record.cluster_uid is None or not f.observed.kuberay:
         return f.memory
     if f.cluster is None:
         return _next_cluster(f if f.suspended else f.remembering(restarts.lose_cluster(f)))
@@ -144,7 +145,7 @@ def _ended(f: Facts, end: Outcome) -> Memory:
 
 
 STEPS: tuple[Callable[[Facts], Memory], ...] = (
-    _accept, _adopt, _attempt, _credit, losses.watch, restarts.charge, losses.forget, restarts.overheard,
+    _accept, _begin, _adopt, _attempt, _credit, losses.watch, restarts.charge, losses.forget, restarts.overheard,
     _first_ready, _number, _provision, _activity, _allocate, _finish,
 )  # fmt: skip
 # A job that has ended learns no more than what its pods still have to say.

@@ -1,10 +1,9 @@
 """What should exist. Chosen from the record that the API server holds, never from the one that this pass is about to
-write:
-so every action has its intent on record before it happens, and a crash between the two loses nothing.
+write: so every action has its intent on record before it happens, and a crash between the two loses nothing. The first
+RayCluster alone is made by the pass that gives it its number.
 
 Raising `record.clusters` or setting `record.result` condemns clusters; marking a head pod's `pod` in `record.charged`
-condemns
-that pod. The next pass, seeing that on record, acts.
+condemns that pod. The next pass, seeing that on record, acts.
 """
 
 from dataclasses import dataclass, replace

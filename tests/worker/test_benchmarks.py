@@ -1,0 +1,50 @@
+"""The benchmarks of the worker on a CPU, as small as they get: what changes around them must not leave them behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hack.generate import ROOT as CLONE
+from hack.tiny_model import write
+
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
+
+
+def printed(module: str, *arguments: str) -> str:
+    """What it prints. It ends well only if no row of it failed."""
+    command = [sys.executable, f"hack/bench/{module}.py", *arguments]
+    done = subprocess.run(command, cwd=CLONE, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_every_way_of_the_weight_sync_is_timed_and_proven(tmp_path: Path) -> None:
+    printed("weight_sync", "--modes", "cpu", "--shapes", "tiny", "--out", str(tmp_path))
+    rows = {row["way"]: row for row in json.loads((tmp_path / "weight_sync.json").read_text())}
+    assert set(rows) == {"memcpy of the bytes", "packing alone", "ours, shared memory", "ours, gloo"}
+    assert all(row["samples"] for row in rows.values())
+    assert all(all(rows[way]["equal"]) for way in ("ours, shared memory", "ours, gloo"))
+
+
+def test_generation_is_timed_beside_vllm_s_own() -> None:
+    small = ("--prompts", "2", "--samples", "2", "--tokens", "8", "--eager")
+    rows = json.loads(printed("generation", "--shape", "tiny", "--device", "cpu", "--dtype", "float32", *small).splitlines()[0])
+    assert set(rows) == {"vLLM offline", "vLLM offline, log probabilities", "ours"}
+    assert all(speed > 0 for speeds in rows.values() for speed in speeds)
+
+
+def test_a_training_step_is_timed() -> None:
+    small = ("--tokens", "2048", "--micro-batches", "1", "--device", "cpu", "--dtype", "float32")
+    found = json.loads(printed("training", "--shape", "tiny", *small).splitlines()[-1])
+    assert found["tokens_per_second"] > 0
+    assert found["grad_norm"] > 0
+
+
+def test_engine_and_trainer_agree_on_a_token_s_log_probability(tmp_path: Path) -> None:
+    write(tmp_path / "model")
+    small = ("--steps", "1", "--prompts", "2", "--device", "cpu", "--dtype", "float32", "--most", "1e-4")
+    found = json.loads(printed("mismatch", "--model", str(tmp_path / "model"), "--runs", "plain", *small).splitlines()[-1])
+    assert (found["run"], found["steps"]) == ("plain", 1)
