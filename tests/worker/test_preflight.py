@@ -126,11 +126,8 @@ class Rank:
         if check == self.ailing:
             time.sleep(600)
 
-    def patience(self) -> dict[str, float]:
-        return {"r": 120.0}
-
-    def try_reward(self, name: str) -> None:
-        if self.ailing == f"rewards[{name}]":
+    def try_rewards(self) -> None:
+        if self.ailing == "Rewards":
             raise BadSpec("rewards[r]: no such function")
 
 
@@ -161,7 +158,7 @@ def cluster() -> Iterator[None]:
     [
         ("", None, ""),
         ("Reduce", PreflightFailed, "PreflightFailed: the network is down"),
-        ("rewards[r]", BadSpec, "BadSpec: rewards[r]: no such function"),
+        ("Rewards", BadSpec, "BadSpec: rewards[r]: no such function"),
         ("SharedGPU", DeadlineExceeded, "DeadlineExceeded: preflight check SharedGPU: 1 of 2 not done after"),
     ],
 )

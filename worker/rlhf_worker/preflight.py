@@ -1,7 +1,6 @@
-"""Before the first step and before anything heavy is loaded: every check by name, in the actors that need what it tries.
+"""Before the first step and before anything heavy is loaded: every check by name, in the actors that will need what it tries, all within a minute.
 
-The driver runs them one after the other, so that one that hangs is known by its name. All have a minute together, but
-for the rewards: the first call of one may load a model, and has the time that its own spec gives it.
+The driver runs them one after the other, so that one that hangs is known by its name.
 """
 
 import time
@@ -16,7 +15,6 @@ from rlhf_worker.stop import Ended, Terminated
 from rlhf_worker.trainer.checks import CHECKS
 
 DEADLINE_SECONDS = 60.0
-REPLY_SECONDS = 10.0  # beyond a reward's own deadline, whose error says more
 
 
 def preflight(groups: Sequence[Sequence[ActorHandle]], feed: ActorHandle, reporter: Reporter) -> None:
@@ -24,14 +22,11 @@ def preflight(groups: Sequence[Sequence[ActorHandle]], feed: ActorHandle, report
     start, done = time.monotonic(), []
     ranks = [rank for group in groups for rank in group]
     reporter.update(detail="preflight")
-    patience = call(feed, "patience", deadline_seconds=DEADLINE_SECONDS, what="preflight")
-    for name in (*CHECKS, *(f"rewards[{reward}]" for reward in patience)):
+    for name in (*CHECKS, "Rewards"):
         left, began = DEADLINE_SECONDS - (time.monotonic() - start), time.monotonic()
-        reward = name.removeprefix("rewards[").removesuffix("]")
         try:
-            if reward in patience:
-                seconds = patience[reward] + REPLY_SECONDS
-                call(feed, "try_reward", reward, deadline_seconds=seconds, what=f"preflight check {name}")
+            if name == "Rewards":
+                call(feed, "try_rewards", deadline_seconds=left, what="preflight check Rewards")
             else:
                 call_all(ranks, "preflight", name, deadline_seconds=left, what=f"preflight check {name}")
         except (Terminated, Ended):

@@ -65,18 +65,14 @@ class Feed(Member):
     def sampler_state(self) -> dict[str, Any]:
         return self.sampler.state()
 
-    def patience(self) -> dict[str, float]:
-        """Seconds in which `try_reward` ends, by the names of the rewards that it can try."""
-        return self.scorer.patience()
-
-    def try_reward(self, name: str) -> None:
-        """A reward on the first prompt's text. Raises RewardFailed, BadData, BadSpec."""
+    def try_rewards(self) -> None:
+        """Each reward on the first prompt's text, within its own deadlines. Raises RewardFailed, BadData, BadSpec."""
         from rlhf_worker.experience import Sample
 
         prompt = self.sampler.first(1)[0]
         empty: dict[str, Any] = {"token_ids": [], "logprobs": [], "mask": [], "versions": [], "finish_reason": "stop"}
         sample = Sample(prompt=prompt, text=prompt.text, **empty)
-        self.scorer.try_out(name, [sample] * self.config.rollout.samples_per_prompt)
+        self.scorer.try_out([sample] * self.config.rollout.samples_per_prompt)
 
     def score(self, samples: "list[Sample]", models: Mapping[str, Sequence[float]] | None = None) -> "list[ScoredSample]":
         """`models`: what the rewards of type model gave, by name. Raises RewardFailed."""

@@ -84,7 +84,6 @@ class Reward:
 
     batch = 1  # most samples of one, where spec.scope is sample
     backoff = 0.0  # seconds before the second try
-    begin = 0.0  # most seconds that a try may need before its own deadline counts
 
     def __init__(self, spec: RewardSpec) -> None:
         self.spec = spec
@@ -93,12 +92,6 @@ class Reward:
     def opened(self) -> AbstractAsyncContextManager[Once]:
         """What makes one try, for the length of one call of `score`."""
         raise NotImplementedError
-
-    @property
-    def patience(self) -> float:
-        """Seconds in which one call of `score` with one batch ends, whatever it meets."""
-        waits = sum(min(BACKOFF_LIMIT, self.backoff * 2**attempt) for attempt in range(self.spec.retries))
-        return (self.spec.retries + 1) * (self.begin + self.spec.timeout_seconds) + waits
 
     def score(self, samples: Sequence[Sample]) -> list[Verdict]:
         """One a sample, in order; samples of one prompt stand together. Not from a thread that runs an event loop.

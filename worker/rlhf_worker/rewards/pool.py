@@ -135,8 +135,6 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 class PythonReward(Reward):
     """Calls a function once a sample, or once a group. Raises BadSpec at once when the function cannot be loaded."""
 
-    begin = START_DEADLINE
-
     def __init__(self, spec: RewardSpec) -> None:
         super().__init__(spec)
         field, group = f"rewards[{spec.name}]", spec.scope == "group"

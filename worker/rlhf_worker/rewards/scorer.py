@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import compress
 from typing import Self
 
@@ -69,16 +70,13 @@ class Scorer:
         reward = sum(spec.weight * parts[spec.name] for spec in self._specs)
         return ScoredSample(sample=sample, reward=reward, parts=parts, metrics=metrics)
 
-    def patience(self) -> dict[str, float]:
-        """Of each reward that `try_out` tries, the seconds in which it ends, by its name."""
-        return {reward.spec.name: reward.patience for reward in self._rewards}
+    def try_out(self, group: Sequence[Sample]) -> None:
+        """Each reward on one sample, or where it wants one on a group, within its own deadlines, all side by side.
 
-    def try_out(self, name: str, group: Sequence[Sample]) -> None:
-        """One reward on one sample, or where it wants one on a group. Raises RewardFailed, BadData, BadSpec."""
-        (reward,) = (reward for reward in self._rewards if reward.spec.name == name)
-        for verdict in reward.score(group if reward.spec.scope == "group" else group[:1]):
-            if verdict.failure:
-                raise RewardFailed(verdict.failure)
+        Raises RewardFailed, which tells of every one that failed; BadData, BadSpec.
+        """
+        if failures := [failure for failure in self._executor.map(partial(_tried_out, group), self._rewards) if failure]:
+            raise RewardFailed("; ".join(failures))
 
     def close(self) -> None:
         """End every subprocess, also in the middle of a call."""
@@ -91,6 +89,14 @@ class Scorer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _tried_out(group: Sequence[Sample], reward: Reward) -> str:
+    try:
+        verdicts = reward.score(group if reward.spec.scope == "group" else group[:1])
+    except RewardFailed as error:
+        return str(error)
+    return verdicts[0].failure
 
 
 def _clipped(spec: RewardSpec, value: float) -> float:
