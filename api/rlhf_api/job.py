@@ -270,7 +270,7 @@ class RolloutSpec(Model):
     staleness: Annotated[int, Field(ge=0, le=64)] = Field(0, description="Most steps between a sample's first token and its training. 0: generation and training take turns. More: they overlap, and the weights change under running requests; Separated only.")
     max_redraws: Annotated[int, Field(ge=1, le=100000)] = Field(
         16,
-        description="Most groups of a step that onFailure: redraw may sample anew; one more stops the run with its error.",
+        description="Most failed groups of a step that onFailure: redraw allows; one more stops the run with its error.",
     )
     environment: EnvironmentSpec | None = Field(None, description="Multi-turn: a python class that answers the model's turns. Its observations are part of the completion, count in maxTokens, and have no loss.")
     deadline_seconds: Deadline = Field(1800.0, description="Deadline of one call of an engine: of its share of a step, or of one prompt's completions when staleness is more than 0.")

@@ -171,7 +171,7 @@ class Environment:
     def step(self, completion):
         return {"observation": "", "done": True, "reward": sum(self.row.values())}
 """
-    row = {"action": 1.0, "episode": 2.0, "arguments": 4.0, "function": 8.0, "completion": 16.0}
+    row: dict[str, Any] = {"action": 1.0, "episode": 2.0, "arguments": 4.0, "function": 8.0, "completion": 16.0}
     assert (await played({"code": code}, says("4"), request(**row))).episode_reward == 31.0
 
 

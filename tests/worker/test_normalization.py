@@ -21,26 +21,32 @@ def z(values: list[float], among: list[float]) -> list[float]:
     return [(value - statistics.fmean(among)) / (deviation + 1e-6) for value in values]
 
 
+def summed(a: list[float], b: list[float]) -> list[float]:
+    return [2 * x - y for x, y in zip(a, b, strict=True)]
+
+
 def config(a: str, b: str, **rollout: Any) -> Any:
     python = {"type": "python", "function": "m:f"}
-    rewards = [{**python, "name": "a", "weight": 2.0, "normalize": a}, {**python, "name": "b", "weight": -1.0, "normalize": b}]
+    first = {**python, "name": "a", "weight": 2.0, "normalize": a}
+    rewards = [first, {**python, "name": "b", "weight": -1.0, "normalize": b}]
     return run_config(rewards=rewards, rollout={"maxTokens": 16, "samplesPerPrompt": 3, **rollout})
 
 
 def scored(a: list[float], b: list[float], **parts: float) -> list[ScoredSample]:
     return [
-        ScoredSample(sample=a_sample(i), reward=2 * x - y, parts={"a": x, "b": y, **parts}, metrics={"a/n": x} if i else {})
+        ScoredSample(sample=a_sample(i), reward=2 * x - y, parts={"a": x, "b": y, **parts}, metrics=metrics)
         for i, (x, y) in enumerate(zip(a, b, strict=True))
+        for metrics in [{"a/n": x} if i else {}]
     ]
 
 
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
     [
-        ("none", "none", [2 * x - y for x, y in zip(A, B, strict=True)]),
-        ("group", "none", [2 * x - y for x, y in zip([*z(A[:3], A[:3]), 0, 0, 0], B, strict=True)]),
-        ("none", "batch", [2 * x - y for x, y in zip(A, z(B, B), strict=True)]),
-        ("group", "group", [2 * x - y for x, y in zip([*z(A[:3], A[:3]), 0, 0, 0], [*z(B[:3], B[:3]), *z(B[3:], B[3:])], strict=True)]),
+        ("none", "none", summed(A, B)),
+        ("group", "none", summed([*z(A[:3], A[:3]), 0, 0, 0], B)),
+        ("none", "batch", summed(A, z(B, B))),
+        ("group", "group", summed([*z(A[:3], A[:3]), 0, 0, 0], [*z(B[:3], B[:3]), *z(B[3:], B[3:])])),
     ],
 )
 def test_values_are_normalised_weighted_and_summed(a: str, b: str, expected: list[float]) -> None:

@@ -386,13 +386,14 @@ def test_a_group_needs_a_number_a_completion(function: str, message: str) -> Non
 
 
 def test_a_column_that_a_groups_argument_would_hide_is_refused() -> None:
-    with pytest.raises(BadData, match="prompt 0:0: .* gets `completions`, so no column may have that name"):
+    with pytest.raises(BadData, match=r"prompt 0:0: .* gets `completions`, so no column may have that name"):
         values(python("ranks", scope="group"), completions=["x"])
 
 
 def test_http_gets_a_group_in_one_request_and_may_answer_with_metrics() -> None:
     def answer(_: int, samples: list[dict[str, Any]]) -> Answer:
-        return 200, json.dumps({"rewards": [len(samples)] * len(samples), "metrics": [{"n": 1}] * len(samples)}).encode()
+        count = len(samples)
+        return 200, json.dumps({"rewards": [count] * count, "metrics": [{"n": 1}] * count}).encode()
 
     with Service(answer) as service, Scorer([http(service.url, scope="group")]) as scorer:
         found = scorer.score([*group(0, "a", "b"), *group(1, "c")])

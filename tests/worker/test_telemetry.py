@@ -198,7 +198,8 @@ def test_metrics_whose_names_are_one_to_prometheus_are_series_of_their_own(tmp_p
     series = scraped(port)
     assert telemetry.failures.counts["prometheusPort"] == 0
     assert series['rlhf_eval_e_mean_reward{rlhfjob="tiny"}'] == 1.0 and series['rlhf_reward_a_b{rlhfjob="tiny"}'] == 3.0
-    assert sorted(value for name, value in series.items() if name.startswith(("rlhf_eval", "rlhf_reward_a"))) == [1, 2, 3, 4]
+    alike = {name: value for name, value in series.items() if name.startswith(("rlhf_eval", "rlhf_reward_a"))}
+    assert sorted(alike.values()) == [1, 2, 3, 4]
     telemetry.close()
 
 

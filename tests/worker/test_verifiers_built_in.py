@@ -33,7 +33,8 @@ def run(text: str, given: str = "", **limits: int) -> Outcome:
 def refused(action: str) -> str:
     """A program that tells why python could not do this."""
     lines = "\n".join(f"    {line}" for line in action.splitlines())
-    return f"import os, socket, threading\ntry:\n{lines}\n    print('done')\nexcept (OSError, RuntimeError) as e:\n    print('refused', e)\n"
+    caught = "except (OSError, RuntimeError) as e:\n    print('refused', e)\n"
+    return f"import os, socket, threading\ntry:\n{lines}\n    print('done')\n{caught}"
 
 
 def test_the_last_block_counts() -> None:
@@ -42,7 +43,7 @@ def test_the_last_block_counts() -> None:
 
 
 def test_asserts_and_printed_output() -> None:
-    double = "Here:\n```python\ndef double(n):\n    return 2 * n\nif __name__ == '__main__':\n    print(double(int(input())))\n```"
+    double = "Here:\n```python\ndef double(n):\n    return 2 * n\n\nprint(double(int(input())))\n```"
     assert score("", double, [{"input": "4", "output": "8\n"}, {"input": "4", "output": "9"}])[1]["passed"] == 0.5
     assert score("", "def double(n): return 2 * n", "assert double(3) == 6\nassert double(0) == 0")[0] == 1.0
     assert score("", "def double(n): return 3 * n", "assert double(3) == 6")[0] == 0.0
@@ -60,13 +61,19 @@ def test_time_is_limited_on_the_processor_and_on_the_clock() -> None:
     assert run("import time; time.sleep(600)", seconds=1).status is None
 
 
-@pytest.mark.parametrize("text", ["x = bytearray(2 << 30)", "open('big', 'wb').write(bytes(2 << 20))", "print('x' * (2 << 20), flush=True)"])
+@pytest.mark.parametrize(
+    "text",
+    ["x = bytearray(2 << 30)", "open('big', 'wb').write(bytes(2 << 20))", "print('x' * (2 << 20), flush=True)"],
+)
 def test_memory_and_files_are_limited(text: str) -> None:
     outcome = run(text)
     assert outcome.status not in (0, None) and len(outcome.output) <= 1 << 20
 
 
-@pytest.mark.parametrize("action", ["os.fork()", "threading.Thread(target=print).start()", "[os.open('.', os.O_RDONLY) for _ in range(99)]"])
+@pytest.mark.parametrize(
+    "action",
+    ["os.fork()", "threading.Thread(target=print).start()", "[os.open('.', os.O_RDONLY) for _ in range(99)]"],
+)
 def test_no_process_no_thread_and_few_files(action: str) -> None:
     outcome = run(refused(action))
     assert outcome.output.startswith("refused") and "done" not in outcome.output
@@ -80,7 +87,8 @@ def test_it_sees_nothing_of_the_pods_environment(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "action",
     [
-        "socket.create_connection(('127.0.0.1', 22), 5)", "socket.socket(type=socket.SOCK_DGRAM).connect(('8.8.8.8', 53))",
+        "socket.create_connection(('127.0.0.1', 22), 5)",
+        "socket.socket(type=socket.SOCK_DGRAM).connect(('8.8.8.8', 53))",
         "open('/proc/%d/environ' % os.getppid()).read()", "open('/tmp/of_a_program', 'w')", "os.listdir('/tmp')",
         "os.kill(os.getppid(), 9)",
     ],
@@ -91,7 +99,8 @@ def test_what_is_isolated_reaches_no_network_no_files_and_no_process(action: str
 
 
 def test_python_itself_works_in_the_cage() -> None:
-    outcome = run("import collections, decimal, json, re, subprocess, math; print(json.dumps(math.sqrt(4)))\nopen('mine', 'w').write('x')")
+    imports = "import collections, decimal, json, re, subprocess, math"
+    outcome = run(f"{imports}\nprint(json.dumps(math.sqrt(4)))\nopen('mine', 'w').write('x')")
     assert (outcome.status, outcome.output) == (0, "2.0\n")
 
 
@@ -121,7 +130,8 @@ def math_answers(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("answer", "wanted"),
     [
-        (42, "$42$"), ("1,234.5", "$1234.5$"), ("so 40 + 2\n#### 42", "$42$"), (r"\frac{1}{2}", r"$\frac{1}{2}$"), ("$x$", "$x$"),
+        (42, "$42$"), ("1,234.5", "$1234.5$"), ("so 40 + 2\n#### 42", "$42$"), (r"\frac{1}{2}", r"$\frac{1}{2}$"),
+        ("$x$", "$x$"),
         (r"\boxed{7}", r"\boxed{7}"), ("1,3", "$1,3$"), (r"\{1, 3\}", r"$\{1, 3\}$"), (-0.5, "$-0.5$"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The adapter of `verifiers` environments. The package is not part of this environment: a stand-in has the hooks that are called."""
+"""The adapter of `verifiers` environments. The package is not installed here: a stand-in has the hooks that are called."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ class Guess:
         state["trajectory"].append(step)
     async def is_completed(self, state):
         turns = state["trajectory"]
-        return len(turns) >= self.max_turns or bool(turns) and turns[-1]["completion"][0].content == str(state["target"])
+        right = bool(turns) and turns[-1]["completion"][0].content == str(state["target"])
+        return right or len(turns) >= self.max_turns
     async def get_prompt_messages(self, state):
         if not state["trajectory"]:
             return state["prompt"]
@@ -80,7 +81,7 @@ async def test_an_episode_goes_by_the_packages_hooks_and_is_worth_what_its_rubri
     ("text", "words"),
     [
         (STAND_IN.replace("TOOLS", "['search']"), "environment guess calls tools by the API's own field"),
-        ("raise ImportError('not here')", "no python package verifiers: use an image that has it, and the environment guess"),
+        ("raise ImportError('not here')", "no python package verifiers: use an image that has it, and the environment"),
     ],
 )
 async def test_what_cannot_be_adapted_is_refused_at_once(stand_in: Any, text: str, words: str) -> None:

@@ -138,7 +138,7 @@ class Reward:
         if bad := sorted(name for name in names if not METRIC.fullmatch(name)):
             raise Failure(f"the name of a metric must match {METRIC.pattern}: {bad[0]!r:.80}")
         if len(names) > METRICS:
-            raise Failure(f"{len(names)} names of metrics so far, {METRICS} are the most of a run: give them fixed names")
+            raise Failure(f"{len(names)} names of metrics so far, {METRICS} are the most of a run: use fixed names")
         self._metrics = names
         return [Verdict(finite(value), {key: finite(of) for key, of in metrics.items()}) for value, metrics in entries]
 

@@ -1,9 +1,10 @@
 """Programs that a model wrote, run against tests: `function: rlhf_worker.rewards.code_tests:score`.
 
 Each run is a subprocess in an empty directory, without the pod's environment variables, as `nobody` where the pod is
-root and python lies where `nobody` can read it. It has limits of CPU time, wall time, memory, size and number of files; it starts no process and no thread. Where the
-kernel lets an ordinary user do so it sees no network (a namespace of its own) and no files but python's (Landlock, which
-from Linux 6.7 also bars TCP); `isolated` of a run says whether both held. Run as a script this file is what limits itself.
+root and python lies where `nobody` can read it. It has limits of CPU time, wall time, memory, size and number of files;
+it starts no process and no thread. Where the kernel lets an ordinary user do so it sees no network (a namespace of its
+own) and no files but python's (Landlock, which from Linux 6.7 also bars TCP); `isolated` says whether both held. The
+source of this file is what the subprocess runs first, to give these things up.
 """
 
 import ctypes
@@ -142,7 +143,8 @@ def _confine(libc: Any, folder: str) -> bool:
     if version < 1:
         return False
     everything = (1 << min(13 + (version >= 2) + (version >= 3) + (version >= 5), 16)) - 1
-    kinds = [everything, *([3] if version >= 4 else []), *([3] if version >= 6 else [])]  # files, TCP, sockets and signals
+    # Files; binding and connecting TCP; abstract sockets and signals.
+    kinds = [everything, *([0b11] if version >= 4 else []), *([0b11] if version >= 6 else [])]
     attributes = struct.pack(f"={len(kinds)}Q", *kinds)
     ruleset = libc.syscall(CREATE_RULESET, attributes, len(attributes), 0)
     interpreter = str(Path(PYTHON).resolve().parent.parent)

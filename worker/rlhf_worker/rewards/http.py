@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from ipaddress import ip_address, ip_network
 from typing import Any
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies_environment, proxy_bypass
 
 import httpx
 
@@ -133,7 +133,7 @@ def proxy(url: httpx.URL, proxies: Mapping[str, str]) -> tuple[str | None, str]:
     fd00::/8) are those of addresses in URLs; what is neither a name nor a network is left out.
     """
     scheme = url.scheme if url.scheme in proxies else "all"
-    direct = proxy_bypass_environment(url.host, dict(proxies)) or _within(url.host, proxies.get("no", ""))
+    direct = proxy_bypass(url.host, dict(proxies)) or _within(url.host, proxies.get("no", ""))
     if direct or scheme not in proxies:
         return None, ""
     address = proxies[scheme]

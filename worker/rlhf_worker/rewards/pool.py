@@ -138,7 +138,7 @@ class PythonReward(Reward):
     def __init__(self, spec: RewardSpec) -> None:
         super().__init__(spec)
         field, group = f"rewards[{spec.name}]", spec.scope == "group"
-        what = {"function": spec.function, "code": spec.code, "field": field, "kind": "function"}
+        what: dict[str, Any] = {"function": spec.function, "code": spec.code, "field": field, "kind": "function"}
         name = f"reward(prompt, {'completions' if group else 'completion'}, **row)"
         self._children = [Child(group=group, name=name, **what) for _ in range(spec.workers)]
         # The one that was used last comes first, so that no more are started than are needed.

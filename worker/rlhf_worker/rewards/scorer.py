@@ -75,7 +75,7 @@ class Scorer:
 
         Raises RewardFailed, which tells of every one that failed; BadData, BadSpec.
         """
-        if failures := [failure for failure in self._executor.map(partial(_tried_out, group), self._rewards) if failure]:
+        if failures := list(filter(None, self._executor.map(partial(_tried_out, group), self._rewards))):
             raise RewardFailed("; ".join(failures))
 
     def close(self) -> None:
