@@ -225,6 +225,11 @@ class JudgeSpec(Model):
     api_key_env: str | None = Field(None, max_length=256, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="Variable of the trainer pods' environment (pods.trainer.env) that holds the server's key.")
 
 
+class ClipSpec(Model):
+    low: Number = Field(description="Lowest value; a lower one counts as this.")
+    high: Number = Field(description="Highest value; a higher one counts as this.")
+
+
 class CriticSpec(Model):
     model: ModelSpec | None = Field(None, description="Where the critic's backbone starts; its value head starts at zero. Unset: spec.model.")
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="Learning rate of the critic's AdamW.")
@@ -241,15 +246,52 @@ class RewardSpec(Model):
     name: MetricName = Field(description="Name in metrics; unique in the list.")
     type: Literal["python", "http", "judge", "model"] = Field(description="python: a function in a subprocess. http: a service. judge: a language model behind an OpenAI-compatible chat URL. model: a sequence-classification model with one label, on the trainer's GPUs.")
     weight: Number = Field(1.0, description="Factor of this reward in the sum.")
-    function: str | None = Field(None, max_length=512, description="python: module:function, importable in the image. Called as f(prompt=..., completion=..., **row) -> float.")
-    code: str | None = Field(None, max_length=65536, description="python: source text that defines reward(prompt, completion, **row) -> float.")
-    url: str | None = Field(None, max_length=2048, pattern=r"^https?://.+", description='http: POST {"samples": [{"prompt", "completion", ...row}]} -> {"rewards": [float, ...]}. judge: the whole URL of chat completions, such as http://judge:8000/v1/chat/completions.')
+    scope: Literal["sample", "group"] = Field(
+        "sample",
+        description="What python and http see in one call. sample: a completion (http: up to 64 of any prompts). group:"
+        " all completions of a prompt; python is called as f(prompt=..., completions=[...], **row) -> [float, ...].",
+    )
+    clip: ClipSpec | None = Field(
+        None, description="Values outside are brought to the nearer bound, before all else."
+    )
+    normalize: Literal["none", "group", "batch"] = Field(
+        "none",
+        description="For training, (value - mean) / (deviation + 1e-6) over the prompt's samples or over the step's,"
+        " before it is weighted and summed. Metrics, evaluation and recorded samples keep the value.",
+    )
+    function: str | None = Field(
+        None,
+        max_length=512,
+        description="python: module:function, importable in the image. Called as f(prompt=..., completion=..., **row)"
+        " -> float, or (float, {metric: float}).",
+    )
+    code: str | None = Field(
+        None,
+        max_length=65536,
+        description="python: source text that defines reward(prompt, completion, **row), or reward(prompt, completions,"
+        " **row) where scope is group; what it returns is as function's.",
+    )
+    url: str | None = Field(
+        None,
+        max_length=2048,
+        pattern=r"^https?://.+",
+        description='http: POST {"samples": [{"prompt", "completion", ...row}]} -> {"rewards": [float, ...]}, with'
+        ' "metrics": [{...}, ...] beside it if you like. judge: the whole URL of chat completions, such as'
+        " http://judge:8000/v1/chat/completions.",
+    )
     judge: JudgeSpec | None = Field(None, description="judge: what is asked, and how the answer becomes a number.")
     model: ModelSpec | None = Field(None, description="model: the checkpoint. It scores prompt and completion as text, by its own tokenizer and chat template.")
     gpus: Gpus | None = Field(None, description="model: FSDP ranks with a GPU each of their own, in the trainer's pods. Unset: the model shares the trainer's ranks.")
     timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(30.0, description="Deadline of one call: of one sample for python and judge, of one batch for http.")
     workers: Annotated[int, Field(ge=1, le=256)] = Field(2, description="python: subprocesses. http and judge: concurrent requests.")
-    retries: Annotated[int, Field(ge=0, le=20)] = Field(2, description="Further tries of a failed sample, before the run stops with the reward's error.")
+    retries: Annotated[int, Field(ge=0, le=20)] = Field(
+        2, description="Further tries of a failed sample, before onFailure."
+    )
+    on_failure: Literal["stop", "redraw"] = Field(
+        "stop",
+        description="stop: a sample that failed all its tries stops the run with the reward's error. redraw: its group"
+        " is sampled anew, at most rollout.maxRedraws times a step.",
+    )
 
 
 class EnvironmentSpec(Model):
@@ -258,7 +300,14 @@ class EnvironmentSpec(Model):
     max_turns: Annotated[int, Field(ge=1, le=256)] = Field(8, description="Most turns of one episode.")
     timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(30.0, description="Deadline of one reset or step. Past it the subprocess is killed, and the episodes in it begin again.")
     workers: Annotated[int, Field(ge=1, le=256)] = Field(2, description="Subprocesses beside each engine; each holds many episodes and runs one call at a time.")
-    retries: Annotated[int, Field(ge=0, le=20)] = Field(2, description="Further tries of an episode whose environment failed, before the run stops with the environment's error.")
+    retries: Annotated[int, Field(ge=0, le=20)] = Field(
+        2, description="Further tries of an episode whose environment failed, before onFailure."
+    )
+    on_failure: Literal["stop", "redraw"] = Field(
+        "stop",
+        description="stop: an episode that failed all its tries stops the run with the environment's error. redraw: its"
+        " group is sampled anew, at most rollout.maxRedraws times a step.",
+    )
     weight: Number = Field(1.0, description="Factor of an episode's summed rewards, which are added to spec.rewards.")
 
 
@@ -273,6 +322,10 @@ class RolloutSpec(Model):
     temperature: Annotated[float, Field(gt=0, le=10)] = Field(1.0, description="Sampling temperature; the trainer's log probabilities use the same.")
     seed: Seed | None = Field(None, description="Gives every sample a seed of its own, so that a resumed run draws the same samples. It costs speed on GPU (vLLM then samples request by request). Unset: each engine has one stream of random numbers, from trainer.seed.")
     staleness: Annotated[int, Field(ge=0, le=64)] = Field(0, description="Most steps between a sample's first token and its training. 0: generation and training take turns. More: they overlap, and the weights change under running requests; Separated only.")
+    max_redraws: Annotated[int, Field(ge=1, le=100000)] = Field(
+        16,
+        description="Most failed groups of a step that onFailure: redraw allows; one more stops the run with its error.",
+    )
     environment: EnvironmentSpec | None = Field(None, description="Multi-turn: a python class that answers the model's turns. Its observations are part of the completion, count in maxTokens, and have no loss.")
     deadline_seconds: Deadline = Field(1800.0, description="Deadline of one call of an engine: of its share of a step, or of one prompt's completions when staleness is more than 0.")
     engine_args: FreeObject = Field(default_factory=dict, description="Further vLLM engine arguments by their python names, such as max_model_len.")

@@ -209,6 +209,21 @@ def _judge_prompt(reward: RewardSpec) -> str:
     return "{completion} is missing" if reward.judge and "{completion}" not in reward.judge.prompt else ""
 
 
+def _clip_order(reward: RewardSpec) -> str:
+    clip = reward.clip
+    return f"low is {clip.low:g}, high is {clip.high:g}" if clip and clip.low >= clip.high else ""
+
+
+def _group_scope(reward: RewardSpec) -> str:
+    return f"type is {reward.type}" if reward.scope == "group" and reward.type not in ("python", "http") else ""
+
+
+def _compared(job: RLHFJob) -> Iterator[str]:
+    names = [reward.name for reward in job.spec.rewards if reward.normalize == "group"]
+    if names and job.spec.rollout.samples_per_prompt < 2:
+        yield f"samplesPerPrompt is {job.spec.rollout.samples_per_prompt}, rewards {', '.join(names)}"
+
+
 def _own_metric(reward: RewardSpec) -> str:
     return f"{reward.name} is taken" if reward.name in ("mean", "std", "overlong", "environment") else ""
 
@@ -464,6 +479,13 @@ RULES = (
     Rule("spec.rewards[]", "self.type != 'judge' || has(self.url) && has(self.judge)", "a judge reward needs url and judge", "rewards", _each_reward(_judge_reward)),
     Rule("spec.rewards[]", "!has(self.judge) || self.judge.low < self.judge.high", "judge.low must be below judge.high", "rewards", _each_reward(_judge_scale)),
     Rule("spec.rewards[]", "!has(self.judge) || self.judge.prompt.contains('{completion}')", "judge.prompt must hold {completion}", "rewards", _each_reward(_judge_prompt)),
+    Rule("spec.rewards[]", "!has(self.clip) || self.clip.low < self.clip.high",
+         "clip.low must be below clip.high", "rewards", _each_reward(_clip_order)),
+    Rule("spec.rewards[]", "self.scope == 'sample' || self.type in ['python', 'http']",
+         "only a python or http reward sees a whole group: set scope to sample", "rewards", _each_reward(_group_scope)),
+    Rule("spec", "self.rollout.samplesPerPrompt > 1 || self.rewards.all(r, r.normalize != 'group')",
+         "a reward is normalised within a group of at least two: raise rollout.samplesPerPrompt, or normalize by batch",
+         "rewards", _compared),
     Rule("spec.evaluation", "self.all(e, self.exists_one(one, one.name == e.name))", "names must be unique", "evaluation", lambda job: _unique([e.name for e in job.spec.evaluation])),
     Rule("spec.evaluation[]", "[has(self.data.jsonl), has(self.data.parquet), has(self.data.dataset), has(self.data.reasoningGym)].filter(x, x).size() == 1",
          "set exactly one of data.jsonl, data.parquet, data.dataset and data.reasoningGym", "evaluation", _each_evaluation(lambda e: _one_source(e.data))),

@@ -119,6 +119,16 @@ BROKEN: list[tuple[str, Object]] = [
     ("has(self.function)", a_job(rewards=[{**PYTHON, "code": "def reward(prompt, completion, **row): return 0.0"}])),
     ("'http' || has(self.url)", a_job(rewards=[{"name": "a", "type": "http"}])),
     ("'mean'", a_job(rewards=[{**PYTHON, "name": "std"}])),
+    ("self.clip.low <", a_job(rewards=[{**PYTHON, "clip": {"low": 1, "high": 1}}])),
+    ("self.scope ==", a_job(rewards=[{**JUDGE, "scope": "group"}])),
+    (
+        "r.normalize != 'group'",
+        a_job(
+            rewards=[{**PYTHON, "normalize": "group"}],
+            rollout__samplesPerPrompt=1,
+            algorithm={"name": "reinforce++"},
+        ),
+    ),
     ("has(self.url) && has(self.judge)", a_job(rewards=[without(JUDGE, "url")])),
     ("has(self.url) && has(self.judge)", a_job(rewards=[without(JUDGE, "judge")])),
     ("judge.low <", a_job(rewards=[{**JUDGE, "judge": {**JUDGE["judge"], "low": 5, "high": 5}}])),

@@ -104,4 +104,50 @@ def complex_number(prompt: str, completion: str, **row: Any) -> complex:
     return 1j
 
 
+class Unshowable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def unshowable(prompt: str, completion: str, **row: Any) -> Any:
+    return Unshowable()
+
+
+def in_kind(prompt: str, completion: str, kind: str, **row: Any) -> Any:
+    """1, or what counts as 1, in the type that a library would give."""
+    import decimal
+    import fractions
+
+    import numpy as np
+
+    return {
+        "np.bool_": np.bool_(True), "np.float32": np.float32(1), "np.int64": np.int64(1), "array": np.array(1.0),
+        "Decimal": decimal.Decimal(1), "Fraction": fractions.Fraction(1), "bool": True,
+    }[kind]  # fmt: skip
+
+
+def ranks(prompt: str, completions: list[str], **row: Any) -> list[tuple[float, dict[str, float]]]:
+    """The place of each completion by its length among its group's, and the group's size beside it."""
+    order = sorted(completions, key=len)
+    return [(float(order.index(text)), {"size": len(completions)}) for text in completions]
+
+
+def one_too_few(prompt: str, completions: list[str], **row: Any) -> list[float]:
+    return [1.0] * (len(completions) - 1)
+
+
+def of_all(prompt: str, completions: list[str], **row: Any) -> float:
+    return 1.0
+
+
+def named(prompt: str, completion: str, metric: str, **row: Any) -> tuple[float, dict[str, float]]:
+    return 1.0, {metric: 2.0}
+
+
+def fails_on_no(prompt: str, completion: str, **row: Any) -> float:
+    if completion == "no":
+        raise ValueError("it said no")
+    return 1.0
+
+
 not_callable = 3

@@ -176,6 +176,40 @@ async def test_a_failing_step_never_becomes_a_sample(step: str, words: str) -> N
     assert words in str(caught.value)
 
 
+async def test_a_failing_episode_that_may_be_drawn_anew_is_an_empty_sample_with_its_failure() -> None:
+    code = "class Environment:\n    def reset(self, **row): raise ValueError('no such tool')\n"
+    sample = await played({"code": code, "retries": 1, "onFailure": "redraw"}, says("4"), request())
+    assert "rollout.environment failed 2 times on prompt 0:7" in sample.failure and "no such tool" in sample.failure
+    assert (sample.token_ids, sample.mask, sample.text, sample.episode_reward) == ([], [], "", None)
+
+
+async def test_columns_of_any_name_reach_reset() -> None:
+    code = """
+class Environment:
+    def reset(self, prompt, **row): self.row = row
+    def step(self, completion):
+        return {"observation": "", "done": True, "reward": sum(self.row.values())}
+"""
+    row: dict[str, Any] = {"action": 1.0, "episode": 2.0, "arguments": 4.0, "function": 8.0, "completion": 16.0}
+    assert (await played({"code": code}, says("4"), request(**row))).episode_reward == 31.0
+
+
+async def test_numpys_done_and_reward_are_taken() -> None:
+    code = """
+from __future__ import annotations
+import dataclasses
+import numpy as np
+
+@dataclasses.dataclass
+class Environment:
+    turns: int = 0
+    def reset(self, **row): pass
+    def step(self, completion):
+        return {"observation": np.str_(" 1"), "done": np.bool_(True), "reward": np.float32(0.5)}
+"""
+    assert (await played({"code": code}, says("4"), request())).episode_reward == 0.5
+
+
 async def test_an_episode_begins_again_after_its_process_died(tmp_path: Any) -> None:
     code = f"""
 import os, pathlib

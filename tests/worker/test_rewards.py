@@ -1,8 +1,10 @@
 """Rewards: each way to fail ends in a clear error or, tried again, in a value; and nothing outlives `close`."""
 
 import contextlib
+import datetime
 import gc
 import json
+import math
 import os
 import socket
 import subprocess
@@ -11,15 +13,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from rlhf_api.job import RewardSpec
-from rlhf_worker.errors import BadSpec, RewardFailed
-from rlhf_worker.rewards.http import HttpReward
+from rlhf_worker.errors import BadData, BadSpec, RewardFailed
+from rlhf_worker.experience import Sample, mean_metrics
+from rlhf_worker.rewards.attempt import Verdict
+from rlhf_worker.rewards.http import HttpReward, proxy
 from rlhf_worker.rewards.judge import JudgeReward
 from rlhf_worker.rewards.pool import PythonReward
 from rlhf_worker.rewards.scorer import Scorer
@@ -92,6 +98,13 @@ def others() -> Iterator[set[int]]:
 def values(spec: RewardSpec, count: int = 1, **row: Any) -> list[float]:
     with Scorer([spec]) as scorer:
         return [s.reward for s in scorer.score([a_sample(i, text="x" * i, **row) for i in range(count)])]
+
+
+MODEL: dict[str, Any] = {"type": "model", "model": {"path": "some/model"}}
+
+
+def numbers(verdicts: list[Verdict]) -> list[float]:
+    return [verdict.value for verdict in verdicts]
 
 
 # Values
@@ -169,6 +182,7 @@ def test_reasoning_gym_judges_by_the_tasks_own_verifier() -> None:
         ("nothing", "returned None of type NoneType, a number is needed"),
         ("coroutine", "of type coroutine, a number is needed"),
         ("complex_number", "of type complex, a number is needed"),
+        ("unshowable", "a value whose __repr__ raises RuntimeError of type Unshowable, a number is needed"),
         ("killed", r"its process died: signal 9 \(SIGKILL\)"),
         ("ends", "its process died: exit status 7"),
         ("of_row", "KeyError: 'bonus'"),
@@ -308,6 +322,153 @@ def test_a_traceback_shows_the_line_of_inline_code() -> None:
         values(python(code="def reward(**row):\n    return 1 / 0\n"))
 
 
+POSTPONED = """
+from __future__ import annotations
+import dataclasses, pickle
+from pydantic import BaseModel
+
+@dataclasses.dataclass
+class Answer:
+    number: int
+
+class Inner(BaseModel):
+    number: int
+
+class Outer(BaseModel):
+    inner: Inner
+    others: list[Inner] = []
+
+def double(number):
+    return 2 * number
+
+def reward(prompt, completion, **row):
+    answer = pickle.loads(pickle.dumps(Answer(1)))
+    return pickle.loads(pickle.dumps(double))(answer.number + Outer(inner={"number": 2}).inner.number)
+"""
+
+
+def test_inline_code_is_a_module_to_dataclasses_pydantic_and_pickle() -> None:
+    assert values(python(code=POSTPONED)) == [6.0]
+
+
+@pytest.mark.parametrize("kind", ["np.bool_", "np.float32", "np.int64", "array", "Decimal", "Fraction", "bool"])
+def test_numbers_of_every_library_are_numbers(kind: str) -> None:
+    assert values(python("in_kind"), kind=kind) == [1.0]
+
+
+# Groups, metrics, clipping
+
+
+def group(prompt: int, *texts: str, **row: Any) -> list[Sample]:
+    return [a_sample(prompt, text=text, **row) for text in texts]
+
+
+def test_a_reward_of_scope_group_sees_each_prompts_completions() -> None:
+    samples = [*group(0, "aaa", "a", "aa"), *group(1, "b"), *group(2, "cc", "c")]
+    with Scorer([python("ranks", scope="group", workers=2)]) as scorer:
+        found = scorer.score(samples)
+    assert [item.reward for item in found] == [2.0, 0.0, 1.0, 0.0, 1.0, 0.0]
+    assert [item.metrics["r/size"] for item in found] == [3, 3, 3, 1, 2, 2]
+    assert mean_metrics(found) == {"r/size": 14 / 6}
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("one_too_few", "1 rewards for 2 samples"),
+        ("of_all", "returned 1.0 of type float, a list of numbers is needed"),
+        ("length", "unexpected keyword argument|missing 1 required positional argument: 'completion'"),
+    ],
+)
+def test_a_group_needs_a_number_a_completion(function: str, message: str) -> None:
+    with pytest.raises(RewardFailed, match=message), Scorer([python(function, scope="group")]) as scorer:
+        scorer.score(group(0, "a", "b"))
+
+
+def test_a_column_that_a_groups_argument_would_hide_is_refused() -> None:
+    with pytest.raises(BadData, match=r"prompt 0:0: .* gets `completions`, so no column may have that name"):
+        values(python("ranks", scope="group"), completions=["x"])
+
+
+def test_http_gets_a_group_in_one_request_and_may_answer_with_metrics() -> None:
+    def answer(_: int, samples: list[dict[str, Any]]) -> Answer:
+        count = len(samples)
+        return 200, json.dumps({"rewards": [count] * count, "metrics": [{"n": 1}] * count}).encode()
+
+    with Service(answer) as service, Scorer([http(service.url, scope="group")]) as scorer:
+        found = scorer.score([*group(0, "a", "b"), *group(1, "c")])
+    assert [(item.reward, item.metrics) for item in found] == [(2.0, {"h/n": 1.0})] * 2 + [(1.0, {"h/n": 1.0})]
+
+
+@pytest.mark.parametrize("name", ["Upper", "a-b", "", "1st", "x" * 41, "a/b"])
+def test_names_of_metrics_are_bounded(name: str) -> None:
+    with pytest.raises(RewardFailed, match="the name of a metric must match"):
+        values(python("named"), metric=name)
+
+
+def test_metrics_named_after_samples_are_refused() -> None:
+    with Scorer([python("named")]) as scorer:
+        scorer.score([a_sample(i, metric=f"m{i}") for i in range(32)])
+        with pytest.raises(RewardFailed, match="33 names of metrics so far, 32 are the most of a run"):
+            scorer.score([a_sample(metric="another")])
+        assert scorer.score([a_sample(metric="m7")])[0].metrics == {"r/m7": 2.0}
+
+
+def test_a_value_is_clipped_before_it_is_weighted() -> None:
+    clip = {"low": -1.0, "high": 2.0}
+    specs = [python("length", clip=clip, weight=10.0), RewardSpec.model_validate({**MODEL, "name": "m", "clip": clip})]
+    with Scorer(specs) as scorer:
+        found = scorer.score([a_sample(0, text=""), a_sample(1, text="four")], {"m": [-7.0, 0.5]})
+    assert [item.parts for item in found] == [{"r": 0.0, "m": -1.0}, {"r": 2.0, "m": 0.5}]
+    assert [item.reward for item in found] == [-1.0, 20.5]
+
+
+# Failures that are drawn anew
+
+
+def test_a_failed_sample_is_told_and_the_others_are_judged() -> None:
+    with Scorer([python("fails_on_no", on_failure="redraw", retries=1), python("length", name="l")]) as scorer:
+        found = scorer.score([*group(0, "yes", "no"), *group(1, "yes")])
+    assert [item.reward for item in found][::2] == [4.0, 4.0]
+    assert math.isnan(found[1].reward) and found[1].parts == {}
+    assert "rewards[r] failed 2 times on prompt 0:0, completion 'no': Traceback" in found[1].sample.failure
+
+
+def test_one_bad_sample_of_a_request_does_not_fail_the_rest() -> None:
+    def answer(_: int, samples: list[dict[str, Any]]) -> Answer:
+        return (500, b"oh no") if any(sample["completion"] == "no" for sample in samples) else judged(_, samples)
+
+    with Service(answer) as service:
+        reward = HttpReward(http(service.url, on_failure="redraw", workers=1), backoff=0.001)
+        found = reward.score([a_sample(i, text="no" if i == 3 else "x") for i in range(6)])
+    assert ["HTTP 500: 'oh no'" in verdict.failure for verdict in found] == [i == 3 for i in range(6)]
+    assert [verdict.value for verdict in found if not verdict.failure] == [1.0] * 5
+
+
+def test_no_reward_is_asked_about_the_group_of_an_episode_that_failed() -> None:
+    failed = replace(a_sample(0, text=""), failure="rollout.environment failed")
+    specs = [python("length"), RewardSpec.model_validate({**MODEL, "name": "m"})]
+    with Scorer(specs) as scorer:
+        found = scorer.score([*group(0, "a"), failed, *group(1, "bb")], {"m": [1.0, 2.0, 3.0]})
+    assert [item.parts for item in found] == [{}, {}, {"r": 2.0, "m": 3.0}]
+    assert [item.sample.failure for item in found] == ["", "rollout.environment failed", ""]
+
+
+# Tried at the start
+
+
+def test_every_reward_is_tried_and_all_that_fail_are_told_by_name() -> None:
+    model = RewardSpec.model_validate({**MODEL, "name": "m"})
+    well = [python("length"), python("ranks", name="g", scope="group"), model]
+    with Scorer(well) as scorer:
+        scorer.try_out(group(0, "a", "a"))
+    bad = [python("raises", name="bad", on_failure="redraw"), python("hangs", name="slow", timeout_seconds=0.3)]
+    with Scorer([*well, *bad]) as scorer, pytest.raises(RewardFailed) as caught:
+        scorer.try_out(group(0, "a", "a"))
+    assert "rewards[bad] failed once" in str(caught.value)
+    assert "rewards[slow] failed once" in str(caught.value) and "no answer within 0.3 s" in str(caught.value)
+
+
 # HTTP
 
 Answer = tuple[int, bytes]
@@ -383,7 +544,7 @@ def test_groups_are_scored_side_by_side_by_one_reward(kind: str) -> None:
     with Service(judged) as service:
         reward = HttpReward(http(service.url, workers=1)) if kind == "http" else PythonReward(python("length", workers=2))
         with ThreadPoolExecutor(4) as threads:
-            found = list(threads.map(reward.score, [samples] * 4))
+            found = list(threads.map(lambda given: numbers(reward.score(given)), [samples] * 4))
         reward.close()
     assert found == [[float(i) for i in range(150)]] * 4
 
@@ -427,7 +588,7 @@ def test_a_bad_answer_is_an_error_that_names_it(case: str) -> None:
 def test_a_bad_answer_and_then_a_good_one_is_a_value(case: str) -> None:
     with Service(lambda n, samples: BAD[case][0] if n == 1 else judged(n, samples)) as service:
         reward = HttpReward(http(service.url, timeout_seconds=3 if BAD[case][0] is None else 30), backoff=0.001)
-        assert reward.score([a_sample(text="four")]) == [4.0]
+        assert numbers(reward.score([a_sample(text="four")])) == [4.0]
 
 
 def test_a_service_that_is_not_there_is_named() -> None:
@@ -439,8 +600,51 @@ def test_a_service_that_is_not_there_is_named() -> None:
 
 
 def test_a_row_that_is_no_json_is_named() -> None:
-    with pytest.raises(RewardFailed, match="a column of the data is no JSON"):
+    with pytest.raises(BadData, match=r"prompt 0:0: column 'blob' is no JSON, .*type bytes is not JSON serializable"):
         HttpReward(http("http://127.0.0.1:9/"), backoff=0.001).score([a_sample(blob=b"\x00")])
+
+
+@pytest.mark.parametrize("value", [datetime.date(2026, 1, 1), float("nan"), {1, 2}])
+def test_the_column_that_is_no_json_is_named(value: Any) -> None:
+    with pytest.raises(BadData, match=r"prompt 0:1: column 'when' is no JSON"):
+        HttpReward(http("http://127.0.0.1:9/")).score([a_sample(0, when="now"), a_sample(1, when=value)])
+
+
+@pytest.mark.parametrize(
+    ("url", "variables", "through"),
+    [
+        ("http://judge:8000/", {}, None),
+        ("http://judge:8000/", {"http": "proxy:3128"}, "http://proxy:3128"),
+        ("https://judge/", {"http": "http://proxy:3128", "all": "http://all:1"}, "http://all:1"),
+        ("http://judge.default.svc/", {"http": "http://proxy:3128", "no": "fd00::/8,.svc"}, None),
+        ("http://[fd00::5]:80/", {"http": "http://proxy:3128", "no": "10.0.0.0/8,fd00::/8"}, None),
+        ("http://10.1.2.3/", {"http": "http://proxy:3128", "no": "10.0.0.0/8,fd00::/8"}, None),
+        ("http://11.1.2.3/", {"http": "http://proxy:3128", "no": "10.0.0.0/8, [::1, ://, *.example"}, "http://proxy:3128"),
+        ("http://judge/", {"http": "http://proxy:3128", "no": "*"}, None),
+    ],
+)
+def test_which_proxy_the_environment_names(url: str, variables: dict[str, str], through: str | None) -> None:
+    assert proxy(httpx.URL(url), variables)[0] == through
+
+
+def test_networks_in_no_proxy_stop_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "10.0.0.0/8,fd00::/8,::1,127.0.0.0/8")
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    with Service(judged) as service:
+        assert values(http(service.url)) == [0.0]
+
+
+@pytest.mark.parametrize("address", ["socks5://user:secret@proxy:1080", "ftp://user:secret@proxy:1", "http://user:secret@proxy:port"])
+def test_a_proxy_that_cannot_be_used_is_a_bad_spec_that_names_its_variable(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.delenv("HTTP_PROXY", raising=False)
+    monkeypatch.delenv("http_proxy", raising=False)
+    monkeypatch.setenv("ALL_PROXY", address)
+    with pytest.raises(BadSpec, match=r"rewards\[h\]\.url: ALL_PROXY of the trainer pods cannot be used") as caught:
+        Scorer([http("http://judge:8000/")])
+    assert "secret" not in str(caught.value)
 
 
 def test_a_url_that_is_none_is_refused_at_once() -> None:
@@ -492,7 +696,8 @@ def test_a_judge_is_asked_once_a_sample_and_its_last_score_counts() -> None:
         return says(f"A score: 9 is too much. score: {messages[0]['content'].count('x')}\n")
 
     with Service(answer, key="messages") as service:
-        assert judge(service.url).score([a_sample(i, text="x" * i, answer=2) for i in range(11)]) == [i / 10 for i in range(11)]
+        samples = [a_sample(i, text="x" * i, answer=2) for i in range(11)]
+        assert numbers(judge(service.url).score(samples)) == [i / 10 for i in range(11)]
     assert len(service.requests) == 11
 
 
@@ -545,11 +750,12 @@ def test_a_judges_garbage_is_asked_again_and_never_a_zero(case: str) -> None:
         judge(service.url).score([a_sample(3, answer=1)])
     assert service.requests == [0.0, 1.0]
     with Service(lambda n, _: answer if n == 1 else says("score: 0"), key="temperature") as service:
-        assert judge(service.url).score([a_sample(answer=1)]) == [0.0]
+        assert numbers(judge(service.url).score([a_sample(answer=1)])) == [0.0]
 
 
 def test_a_pattern_of_ones_own() -> None:
     with Service(lambda *_: says("<verdict>B</verdict> 0.25/1"), key="messages") as service:
-        assert judge(service.url, pattern=r"([\d.]+)/1", low=0, high=0.5).score([a_sample(answer=1)]) == [0.5]
+        asked = judge(service.url, pattern=r"([\d.]+)/1", low=0, high=0.5)
+        assert numbers(asked.score([a_sample(answer=1)])) == [0.5]
         with pytest.raises(RewardFailed, match="the score 'B' is no number"):
             judge(service.url, retries=0, pattern="<verdict>(.*)</verdict>").score([a_sample(answer=1)])

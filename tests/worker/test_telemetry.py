@@ -188,6 +188,21 @@ def test_prometheus_serves_the_newest_value_of_each_metric(tmp_path: Path, port:
     assert not serves(port)
 
 
+def test_metrics_whose_names_are_one_to_prometheus_are_series_of_their_own(tmp_path: Path, port: int) -> None:
+    """A reward named mean-reward beside an evaluation's mean_reward, a metric of reward a beside reward a-b."""
+    telemetry = Telemetry(config(tmp_path, prometheusPort=port), 1)
+    for step in (1, 2):
+        values = {"eval/e/mean-reward": 1.0, "eval/e/mean_reward": 2.0, "reward/a-b": 3.0, "reward/a/b": 4.0}
+        telemetry.log(step, values | {"reward/mean": float(step)})
+    until(lambda: serves(port) and scraped(port).get('rlhf_reward_mean{rlhfjob="tiny"}') == 2.0)
+    series = scraped(port)
+    assert telemetry.failures.counts["prometheusPort"] == 0
+    assert series['rlhf_eval_e_mean_reward{rlhfjob="tiny"}'] == 1.0 and series['rlhf_reward_a_b{rlhfjob="tiny"}'] == 3.0
+    alike = {name: value for name, value in series.items() if name.startswith(("rlhf_eval", "rlhf_reward_a"))}
+    assert sorted(alike.values()) == [1, 2, 3, 4]
+    telemetry.close()
+
+
 def test_a_port_that_is_taken_is_told_and_taken_once_it_is_free(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))

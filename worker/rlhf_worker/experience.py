@@ -5,7 +5,7 @@ Every step is deterministic in its input. Padding does not exist here; it is the
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from typing import Any, TypeVar
 
@@ -50,15 +50,29 @@ class Sample:
     text: str
     finish_reason: str  # "stop" | "length"
     episode_reward: float | None = None  # the sum of what the environment gave for its turns; None without one
+    failure: str = ""  # why the environment or a reward has no value for it: such a sample is never trained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredSample:
-    """`reward` is the weighted sum of `parts`, the unweighted value of each reward by its name."""
+    """`reward` is the weighted sum of `parts`, the unweighted value of each reward by its name.
+
+    `metrics`: what rewards gave beside their values, as <reward>/<metric>. Where the sample failed, `reward` is NaN.
+    """
 
     sample: Sample
     reward: float
     parts: dict[str, float]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def mean_metrics(scored: Sequence[ScoredSample]) -> dict[str, float]:
+    """Of each metric the mean over the samples that have it."""
+    values: dict[str, list[float]] = {}
+    for item in scored:
+        for name, value in item.metrics.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(each) / len(each) for name, each in values.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,9 +20,19 @@ from rlhf_worker.algorithm.shape import Shaped, passes, shape
 from rlhf_worker.calls import ask, call, call_all, gather
 from rlhf_worker.crew import Crew
 from rlhf_worker.errors import SaveFailed
-from rlhf_worker.experience import PackedBatch, ScoredSample, TrainSequence, add_column, chunks, dealt, to_train_sequences
+from rlhf_worker.experience import (
+    PackedBatch,
+    ScoredSample,
+    TrainSequence,
+    add_column,
+    chunks,
+    dealt,
+    mean_metrics,
+    to_train_sequences,
+)
 from rlhf_worker.feed.telemetry import PhaseTimer
 from rlhf_worker.progress import Reporter, drained
+from rlhf_worker.rewards.normalization import training_rewards
 from rlhf_worker.rollout.evaluation import evaluate
 from rlhf_worker.rollout.producer import Rollouts
 from rlhf_worker.stop import Stop, Terminated
@@ -137,7 +147,7 @@ class Loop:
     def _shape(self, sequences: list[TrainSequence], scored: list[ScoredSample]) -> Shaped:
         rollout, updates = self.config.rollout, self.config.trainer.updates_per_step
         groups = [index // rollout.samples_per_prompt for index in range(len(scored))]
-        rewards = [item.reward for item in scored]
+        rewards = training_rewards(self.config, scored, groups)
         return shape(self.config.algorithm, self.kl.coefficient, sequences, rewards, groups, updates=updates, max_tokens=rollout.max_tokens)
 
     def _train(self, number: int, shaped: Shaped) -> dict[str, float]:
@@ -243,6 +253,7 @@ def step_metrics(scored: list[ScoredSample], phases: dict[str, float], seconds: 
     return {
         "reward/mean": rewards.mean().item(), "reward/std": rewards.std(correction=0).item(),
         **{f"reward/{name}": sum(item.parts[name] for item in scored) / count for name in names},
+        **{f"reward/{name}": value for name, value in mean_metrics(scored).items()},
         "rollout/length": tokens / count, "rollout/truncated": cut / count, "rollout/tokens_per_second": tokens / seconds,
         **{f"seconds/{name}": value for name, value in phases.items()}, "seconds/step": seconds,
         **source_metrics(scored),

@@ -96,16 +96,15 @@ class Feed(Member):
         return self.sampler.state()
 
     def try_rewards(self) -> None:
-        """Each reward on a sample of each source that it judges. Raises RewardFailed."""
+        """Each reward on a prompt's text of each source that it judges, within its own deadlines.
+
+        Raises RewardFailed, BadData, BadSpec.
+        """
         from rlhf_worker.experience import Sample
 
-        samples = [
-            Sample(prompt=p, token_ids=[], logprobs=[], mask=[], versions=[], text=p.text, finish_reason="stop")
-            for p in self.sampler.first(1)
-        ]
-        models = [spec.name for spec in self.config.rewards if spec.type == "model"]
-        judged = {name: [0.0 for sample in samples if sample.prompt.judged_by(name)] for name in models}
-        self.scorer.score(samples, judged)
+        empty: dict[str, Any] = {"token_ids": [], "logprobs": [], "mask": [], "versions": [], "finish_reason": "stop"}
+        samples = [Sample(prompt=prompt, text=prompt.text, **empty) for prompt in self.sampler.first(1)]
+        self.scorer.try_out([[sample] * self.config.rollout.samples_per_prompt for sample in samples])
 
     def score(self, samples: "list[Sample]", models: Mapping[str, Sequence[float]] | None = None) -> "list[ScoredSample]":
         """`models`: what the rewards of type model gave, by name. Raises RewardFailed."""

@@ -106,7 +106,7 @@ def _block(index: int, item: ScoredSample) -> str:
 
 def compare(stored: Sequence[ScoredSample], specs: Sequence[RewardSpec], limit: int) -> Iterator[str]:
     """Score the same samples by these rewards, and tell how each differs from what is stored. Raises BadSpec or RewardFailed."""
-    mine = [spec for spec in specs if spec.type != "model"]
+    mine = [spec.model_copy(update={"on_failure": "stop"}) for spec in specs if spec.type != "model"]
     if not mine:
         raise BadSpec("spec.rewards: all are of type model, which needs the run's GPUs: nothing can be scored here")
     with Scorer(mine) as scorer:

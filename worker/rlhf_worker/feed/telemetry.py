@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import uuid
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -116,8 +117,17 @@ class Prometheus:
     def __init__(self, port: int, job: str) -> None:
         from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
-        registry = CollectorRegistry()
-        self._gauge = cache(lambda name: Gauge("rlhf_" + re.sub(r"\W", "_", name), f"{name} of the newest step", ["rlhfjob"], registry=registry).labels(job))
+        registry, series = CollectorRegistry(), dict[str, str]()
+
+        @cache
+        def gauge(name: str) -> Gauge:
+            """Of two metrics whose names are one to Prometheus, the later gets a mark of its own name."""
+            one = "rlhf_" + re.sub(r"\W", "_", name)
+            if series.setdefault(one, name) != name:
+                one = f"{one}_{zlib.crc32(name.encode()):08x}"
+            return Gauge(one, f"{name} of the newest step", ["rlhfjob"], registry=registry).labels(job)
+
+        self._gauge = gauge
         self._server, self._thread = start_http_server(port, registry=registry)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -3,17 +3,33 @@
 import asyncio
 import contextlib
 import math
-from collections.abc import Awaitable, Callable, Sequence
+import re
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, TypeVar
 
 from rlhf_api.job import RewardSpec
-from rlhf_worker.errors import RewardFailed
+from rlhf_worker.errors import BadData, RewardFailed
 from rlhf_worker.experience import Sample
 
 T = TypeVar("T")
-Once = Callable[[Sequence[Sample], int], Awaitable[list[float]]]  # a batch, and the number of the try -> a finite value a sample; raises Failure
 BACKOFF_LIMIT = 30.0  # seconds
+METRIC = re.compile(r"[a-z][a-z0-9_]{0,39}")
+METRICS = 32  # names of one reward in a run: each is a series of its own in telemetry
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Of one sample: a finite value and metrics beside it; NaN with a `failure`, which says why there is none."""
+
+    value: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    failure: str = ""
+
+
+Once = Callable[[Sequence[Sample], int], Awaitable[list[Verdict]]]  # a batch, the number of the try; raises Failure
 
 
 class Failure(Exception):
@@ -37,6 +53,21 @@ def arguments(sample: Sample) -> dict[str, Any]:
     return {"prompt": sample.prompt.text, **sample.prompt.fields, "completion": sample.text}
 
 
+def of_group(samples: Sequence[Sample]) -> dict[str, Any]:
+    """What a reward gets of all samples of a prompt: as above, with `completions` in their order. Raises BadData."""
+    row = arguments(samples[0])
+    del row["completion"]
+    if "completions" in row:
+        uid = samples[0].prompt.uid
+        raise BadData(f"prompt {uid}: a reward of scope group gets `completions`, so no column may have that name")
+    return {**row, "completions": [sample.text for sample in samples]}
+
+
+def groups(samples: Iterable[Sample]) -> list[list[Sample]]:
+    """Neighbours of one prompt."""
+    return [list(group) for _, group in groupby(samples, key=lambda sample: sample.prompt.uid)]
+
+
 def finite(value: Any) -> float:
     """A reward must be a finite number. Raises Failure."""
     with contextlib.suppress(OverflowError):  # an integer beyond the floats
@@ -46,41 +77,70 @@ def finite(value: Any) -> float:
 
 
 class Reward:
-    """`spec.workers` batches at a time, each tried up to `spec.retries` times again. What one try is, the subclass says. Threads may share it."""
+    """`spec.workers` batches at a time, each tried up to `spec.retries` times again. Threads may share it.
 
-    batch = 1  # most samples of one
+    What one try is, the subclass says.
+    """
+
+    batch = 1  # most samples of one, where spec.scope is sample
     backoff = 0.0  # seconds before the second try
 
     def __init__(self, spec: RewardSpec) -> None:
         self.spec = spec
+        self._metrics = frozenset[str]()
 
     def opened(self) -> AbstractAsyncContextManager[Once]:
         """What makes one try, for the length of one call of `score`."""
         raise NotImplementedError
 
-    def score(self, samples: Sequence[Sample]) -> list[float]:
-        """One value a sample, in order. Must not be called from a thread that runs an event loop.
+    def score(self, samples: Sequence[Sample]) -> list[Verdict]:
+        """One a sample, in order; samples of one prompt stand together. Not from a thread that runs an event loop.
 
-        Raises RewardFailed at the first batch that has failed every try; the others are given up.
+        Raises RewardFailed at the first batch that has failed every try, unless spec.onFailure is redraw: then its
+        verdicts hold the failure. Raises BadData and BadSpec for what no further try can mend.
         """
         return asyncio.run(self._score(samples))
 
-    async def _score(self, samples: Sequence[Sample]) -> list[float]:
-        size = max(1, min(self.batch, -(-len(samples) // self.spec.workers)))
+    async def _score(self, samples: Sequence[Sample]) -> list[Verdict]:
         gate = asyncio.Semaphore(self.spec.workers)
-        batches = [samples[start : start + size] for start in range(0, len(samples), size)]
         async with self.opened() as once:
-            values = await asyncio.gather(*(self._tried(once, gate, batch) for batch in batches))
-        return [value for found in values for value in found]
+            judged = await asyncio.gather(*(self._gated(once, gate, batch) for batch in self._batches(samples)))
+        return [verdict for batch in judged for verdict in batch]
 
-    async def _tried(self, once: Once, gate: asyncio.Semaphore, batch: Sequence[Sample]) -> list[float]:
+    def _batches(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
+        if self.spec.scope == "group":
+            return list(groups(samples))
+        size = max(1, min(self.batch, -(-len(samples) // self.spec.workers)))
+        return [samples[start : start + size] for start in range(0, len(samples), size)]
+
+    async def _gated(self, once: Once, gate: asyncio.Semaphore, batch: Sequence[Sample]) -> list[Verdict]:
         async with gate:
-            try:
-                return await tried(self.spec.retries, lambda attempt: once(batch, attempt), self.backoff)
-            except Failure as reason:
-                tries = f"{self.spec.retries + 1} times" if self.spec.retries else "once (retries is 0)"
-                which = f"prompt {batch[0].prompt.uid}, completion {batch[0].text!r:.120}"
-                raise RewardFailed(f"rewards[{self.spec.name}] failed {tries} on {which}: {reason}") from None
+            return await self._tried(once, batch, self.spec.retries)
+
+    async def _tried(self, once: Once, batch: Sequence[Sample], retries: int) -> list[Verdict]:
+        try:
+            return await tried(retries, lambda attempt: once(batch, attempt), self.backoff)
+        except Failure as reason:
+            tries = f"{self.spec.retries + 1} times" if self.spec.retries else "once (retries is 0)"
+            which = f"prompt {batch[0].prompt.uid}, completion {batch[0].text!r:.120}"
+            words = f"rewards[{self.spec.name}] failed {tries} on {which}: {reason}"
+        if self.spec.on_failure == "stop":
+            raise RewardFailed(words)
+        if self.spec.scope == "sample" and len(batch) > 1:  # whose fault it is
+            return [verdict for sample in batch for verdict in await self._tried(once, [sample], 0)]
+        return [Verdict(math.nan, failure=words)] * len(batch)
+
+    def verdicts(self, entries: Sequence[tuple[Any, dict[str, Any]]], count: int) -> list[Verdict]:
+        """Of `count` samples, from numbers with metrics beside them. Raises Failure."""
+        if len(entries) != count:
+            raise Failure(f"{len(entries)} rewards for {count} samples")
+        names = self._metrics.union(*(metrics for _, metrics in entries))
+        if bad := sorted(name for name in names if not METRIC.fullmatch(name)):
+            raise Failure(f"the name of a metric must match {METRIC.pattern}: {bad[0]!r:.80}")
+        if len(names) > METRICS:
+            raise Failure(f"{len(names)} names of metrics so far, {METRICS} are the most of a run: use fixed names")
+        self._metrics = names
+        return [Verdict(finite(value), {key: finite(of) for key, of in metrics.items()}) for value, metrics in entries]
 
     def close(self) -> None:
         """Nothing that it started outlives this."""

@@ -1,11 +1,11 @@
-"""A subprocess that calls one reward function, or holds episodes of one environment: `python -m rlhf_worker.rewards.child FD`, FD one end of a socket pair.
+"""A subprocess that calls one reward function, or holds episodes of one environment.
 
-The parent sends pickles (first what to load, then the arguments of one call each) and gets one line of JSON for each:
-{"value": float} or {"error": text}. What the function prints goes to standard error. When the parent is gone, so is the child,
-also in the middle of a call.
+`python -m rlhf_worker.rewards.child FD`, FD one end of a socket pair. The parent sends pickles (first what to load,
+then the arguments of one call each) and gets one line of JSON for each: {"value": ...} or {"error": text}. A reward's
+value is [[number, {metric: number}], ...], one a completion. What the function prints goes to standard error. When the
+parent is gone, so is the child, also in the middle of a call.
 """
 
-import builtins
 import importlib
 import json
 import linecache
@@ -17,7 +17,9 @@ import socket
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 ERROR_LIMIT = 2000  # characters of a traceback's tail
@@ -37,10 +39,12 @@ def load(function: str | None, code: str | None, field: str, kind: str, name: st
 
 
 def _from_code(code: str, filename: str, kind: str, name: str) -> Function:
-    linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)  # so that tracebacks show the line
-    namespace: dict[str, Any] = {"__name__": "rlhf_code", "__builtins__": builtins}
-    exec(compile(code, filename, "exec"), namespace)
-    found: Function | None = namespace.get(name.partition("(")[0])
+    """Of a module of its own: dataclasses, pydantic and pickle look their classes up in sys.modules."""
+    # So that tracebacks show the line.
+    linecache.cache[filename] = (len(code), None, code.splitlines(keepends=True), filename)
+    module = sys.modules["rlhf_code"] = types.ModuleType("rlhf_code")
+    exec(compile(code, filename, "exec", dont_inherit=True), module.__dict__)
+    found: Function | None = getattr(module, name.partition("(")[0], None)
     if not callable(found):
         raise LookupError(f"{filename} defines no {kind} {name}")
     return found
@@ -71,24 +75,59 @@ class Episodes:
 
     def _answer(self, step: Any) -> dict[str, Any]:
         match step:
-            case {"observation": str(observation), "done": bool(done), **rest} if rest.keys() <= {"reward"}:
+            case {"observation": str(said), "done": done, **rest} if _is_bool(done) and rest.keys() <= {"reward"}:
                 reward = rest.get("reward")
-                if reward is None or isinstance(reward, numbers.Real):
-                    return {"observation": observation, "done": done, "reward": None if reward is None else float(reward)}
-        raise TypeError(f'step returned {step!r:.200}, {{"observation": str, "done": bool, "reward": float or None}} is needed')
+                value = None if reward is None else number(reward)
+                return {"observation": said, "done": bool(done), "reward": value}
+        raise TypeError(
+            f'step returned {shown(step)}, {{"observation": str, "done": bool, "reward": float or None}} is needed'
+        )
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or type(value).__name__ in ("bool_", "bool")  # numpy's, which is not imported here
+
+
+def number(value: Any) -> float:
+    """Also of numpy's scalars and of tensors with one element. Raises TypeError, or OverflowError beyond the floats."""
+    if isinstance(value, numbers.Real) or (
+        hasattr(type(value), "__float__") and not isinstance(value, str | bytes | numbers.Complex)
+    ):
+        return float(value)
+    raise TypeError(f"returned {shown(value)} of type {type(value).__name__}, a number is needed")
+
+
+def shown(value: Any) -> str:
+    """As python shows it, cut; a value that cannot be shown is no reason to die."""
+    try:
+        return f"{value!r:.200}"
+    except BaseException as error:
+        return f"a value whose __repr__ raises {type(error).__name__}"
+
+
+def rewards(function: Function, group: bool, /, **arguments: Any) -> list[Any]:
+    """One entry a completion, each a number with metrics beside it. Raises what the function raises, or TypeError."""
+    value = function(**arguments)
+    if not group:
+        return [_entry(value)]
+    if isinstance(value, str | bytes | dict) or not hasattr(type(value), "__iter__"):
+        raise TypeError(f"returned {shown(value)} of type {type(value).__name__}, a list of numbers is needed")
+    return [_entry(item) for item in value]
+
+
+def _entry(value: Any) -> list[Any]:
+    reward, metrics = value if isinstance(value, tuple) and len(value) == 2 else (value, {})
+    if not isinstance(metrics, dict):
+        raise TypeError(f"returned {shown(value)}, beside a number only {{metric: number}} may stand")
+    return [number(reward), {str(name): number(metric) for name, metric in metrics.items()}]
 
 
 def call(function: Function, arguments: dict[str, Any]) -> dict[str, Any]:
     """The answer to one call. Also SystemExit is only an error of this sample."""
     try:
-        value = function(**arguments)
-        if isinstance(function, Episodes):
-            return {"value": value}
-        if isinstance(value, numbers.Real):
-            return {"value": float(value)}  # OverflowError of an integer beyond the floats
+        return {"value": function(**arguments)}
     except BaseException:
         return {"error": tail()}
-    return {"error": f"returned {value!r:.200} of type {type(value).__name__}, a number is needed"}
 
 
 def tail() -> str:
@@ -115,12 +154,12 @@ def _listen(connection: socket.socket, requests: "queue.SimpleQueue[Any]") -> No
             os._exit(status)
 
 
-def _loaded(spec: dict[str, Any], episodes: bool) -> tuple[Function | None, dict[str, Any]]:
+def _loaded(spec: dict[str, Any], episodes: bool, group: bool) -> tuple[Function | None, dict[str, Any]]:
     try:
         found = load(**spec)
     except BaseException:
         return None, {"error": tail()}
-    return Episodes(found) if episodes else found, {"value": 0.0}
+    return Episodes(found) if episodes else partial(rewards, found, group), {"value": None}
 
 
 def main() -> None:

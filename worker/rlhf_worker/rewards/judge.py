@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import Sample
-from rlhf_worker.rewards.attempt import Failure, arguments
+from rlhf_worker.rewards.attempt import Failure, Verdict, arguments
 from rlhf_worker.rewards.http import Service
 
 HOLE = re.compile(r"\{([A-Za-z_]\w*)\}")
@@ -23,9 +23,13 @@ class JudgeReward(Service):
         assert spec.judge is not None
         self.judge, self._pattern = spec.judge, re.compile(spec.judge.pattern)
         if name := spec.judge.api_key_env:
-            if not os.environ.get(name):
-                raise BadSpec(f"rewards[{spec.name}].judge.apiKeyEnv: {name} is not set in the trainer pods: set it in pods.trainer.env, from a Secret")
-            self.headers = {"authorization": f"Bearer {os.environ[name]}"}
+            field, key = f"rewards[{spec.name}].judge.apiKeyEnv", os.environ.get(name, "").strip()
+            if not key:
+                where = "set it in pods.trainer.env, from a Secret"
+                raise BadSpec(f"{field}: {name} is not set in the trainer pods: {where}")
+            if not (key.isascii() and key.isprintable()):
+                raise BadSpec(f"{field}: {name} holds characters that no header may have: correct the Secret")
+            self.headers = {"authorization": f"Bearer {key}"}
 
     def question(self, batch: Sequence[Sample], attempt: int) -> Mapping[str, Any]:
         # What a judge answers at temperature 0 it would answer again.
@@ -45,7 +49,7 @@ class JudgeReward(Service):
 
         return HOLE.sub(fill, self.judge.prompt)
 
-    def values(self, answer: Any, count: int) -> list[float]:
+    def values(self, answer: Any, count: int) -> list[Verdict]:
         try:
             text = answer["choices"][0]["message"]["content"]
             found = list(self._pattern.finditer(text or ""))
@@ -53,7 +57,7 @@ class JudgeReward(Service):
             raise Failure(f"no answer of chat completions: {json.dumps(answer):.300}") from None
         if not found:
             raise Failure(f"no score by judge.pattern in the judge's answer {text!r:.300}")
-        return [self._scaled(found[-1][1], text)]
+        return [Verdict(self._scaled(found[-1][1], text))]
 
     def _scaled(self, score: str | None, text: str) -> float:
         low, high = self.judge.low, self.judge.high

@@ -21,7 +21,7 @@ from typing import Any
 from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import BadSpec, RewardFailed
 from rlhf_worker.experience import Sample
-from rlhf_worker.rewards.attempt import Failure, Once, Reward, arguments, finite
+from rlhf_worker.rewards.attempt import Failure, Once, Reward, Verdict, arguments, of_group
 
 START_DEADLINE = 300.0  # seconds for a child's imports
 DEATH_GRACE = 1.0  # seconds that a child which closed its socket has to end by itself, for the sake of its exit status
@@ -32,11 +32,14 @@ class LoadFailure(Failure):
 
 
 class Child:
-    """A subprocess in a process group of its own: started when it is needed, and anew after its death. One call at a time; `close` from any thread."""
+    """A subprocess in a process group of its own: started when it is needed, and anew after its death.
 
-    def __init__(self, *, episodes: bool = False, **spec: str | None) -> None:
-        """spec: what it loads, as `child.load` takes it."""
-        self._first = {"spec": spec, "episodes": episodes}
+    One call at a time; `close` from any thread.
+    """
+
+    def __init__(self, *, episodes: bool = False, group: bool = False, **spec: str | None) -> None:
+        """spec: what it loads, as `child.load` takes it; group: a reward that sees all completions of a prompt."""
+        self._first = {"spec": spec, "episodes": episodes, "group": group}
         self._process: subprocess.Popen[bytes] | None = None
         self._calls = threading.Lock()
         self._closed = False
@@ -130,37 +133,38 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 class PythonReward(Reward):
-    """Calls a function once a sample. Raises BadSpec at once when the function cannot be loaded."""
+    """Calls a function once a sample, or once a group. Raises BadSpec at once when the function cannot be loaded."""
 
     def __init__(self, spec: RewardSpec) -> None:
         super().__init__(spec)
-        self._children = [
-            Child(function=spec.function, code=spec.code, field=f"rewards[{spec.name}]", kind="function", name="reward(prompt, completion, **row)")
-            for _ in range(spec.workers)
-        ]
-        self._idle: queue.LifoQueue[Child] = queue.LifoQueue()  # the one that was used last first, so that no more are started than are needed
+        field, group = f"rewards[{spec.name}]", spec.scope == "group"
+        what: dict[str, Any] = {"function": spec.function, "code": spec.code, "field": field, "kind": "function"}
+        name = f"reward(prompt, {'completions' if group else 'completion'}, **row)"
+        self._children = [Child(group=group, name=name, **what) for _ in range(spec.workers)]
+        # The one that was used last comes first, so that no more are started than are needed.
+        self._idle: queue.LifoQueue[Child] = queue.LifoQueue()
         for child in self._children:
             self._idle.put(child)
         try:
             self._children[-1].start()
         except LoadFailure as error:
-            field = "code" if spec.code is not None else "function"
-            raise BadSpec(f"rewards[{spec.name}].{field} cannot be loaded: {error}") from None
+            raise BadSpec(f"{field}.{'function' if spec.code is None else 'code'} cannot be loaded: {error}") from None
         except Failure as error:
-            raise RewardFailed(f"rewards[{spec.name}] did not start: {error}") from None
+            raise RewardFailed(f"{field} did not start: {error}") from None
 
     @contextlib.asynccontextmanager
     async def opened(self) -> AsyncIterator[Once]:
         with ThreadPoolExecutor(self.spec.workers, thread_name_prefix=f"reward-{self.spec.name}") as threads:
             yield partial(self._once, threads)
 
-    async def _once(self, threads: ThreadPoolExecutor, batch: Sequence[Sample], attempt: int) -> list[float]:
-        return [await asyncio.get_running_loop().run_in_executor(threads, self._call, batch[0])]
+    async def _once(self, threads: ThreadPoolExecutor, batch: Sequence[Sample], attempt: int) -> list[Verdict]:
+        return await asyncio.get_running_loop().run_in_executor(threads, self._call, batch)
 
-    def _call(self, sample: Sample) -> float:
+    def _call(self, batch: Sequence[Sample]) -> list[Verdict]:
+        asked = of_group(batch) if self.spec.scope == "group" else arguments(batch[0])
         child = self._idle.get()
         try:
-            return finite(child.ask(arguments(sample), self.spec.timeout_seconds))
+            return self.verdicts(child.ask(asked, self.spec.timeout_seconds), len(batch))
         finally:
             self._idle.put(child)
 

@@ -1,13 +1,20 @@
-"""All rewards of a run: each sample gets their weighted sum. A reward that fails ends the run with its own error; it is never a zero."""
+"""All rewards of a run: each sample gets their weighted sum.
 
+A reward that fails ends the run with its own error, or has the group drawn anew; it is never a zero.
+"""
+
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import compress
 from typing import Self
 
 from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import RewardFailed
 from rlhf_worker.experience import Sample, ScoredSample
-from rlhf_worker.rewards.attempt import Failure, Reward, finite
+from rlhf_worker.rewards.attempt import Failure, Reward, Verdict, finite
 from rlhf_worker.rewards.http import HttpReward
 from rlhf_worker.rewards.judge import JudgeReward
 from rlhf_worker.rewards.pool import PythonReward
@@ -33,24 +40,46 @@ class Scorer:
             self.close()
             raise
 
-    def score(self, samples: Sequence[Sample], models: Mapping[str, Sequence[float]] | None = None) -> list[ScoredSample]:
-        """In the order of `samples`; all rewards run side by side. One that does not judge a sample counts 0 for it.
+    def score(
+        self, samples: Sequence[Sample], models: Mapping[str, Sequence[float]] | None = None
+    ) -> list[ScoredSample]:
+        """In the order of `samples`, those of one prompt side by side; all rewards are computed at the same time.
 
-        models: by name of each reward of type model, a value for each sample that it judges. Raises RewardFailed.
+        `models`: by name of each reward of type model, a value for each sample that it judges. A reward that does not
+        judge a sample counts 0 for it. Where a sample's episode failed no reward is asked about its group. Raises
+        RewardFailed, BadData, BadSpec.
         """
-        names = [spec.name for spec in self._specs]
-        asked = {name: [sample for sample in samples if sample.prompt.judged_by(name)] for name in names}
+        failed = {sample.prompt.uid for sample in samples if sample.failure}
+        judged = {spec.name: [s for s in samples if s.prompt.judged_by(spec.name)] for spec in self._specs}
+        whole = {name: [sample.prompt.uid not in failed for sample in of] for name, of in judged.items()}
+        asked = {name: list(compress(of, whole[name])) for name, of in judged.items()}
         answers = self._executor.map(lambda reward: reward.score(asked[reward.spec.name]), self._rewards)
         values = dict(zip((reward.spec.name for reward in self._rewards), answers, strict=True))
-        values |= {name: _checked(name, given, asked[name]) for name, given in (models or {}).items()}
+        values |= {n: list(compress(_checked(n, of, judged[n]), whole[n])) for n, of in (models or {}).items()}
         each = {name: iter(given) for name, given in values.items()}
         return [
-            self._scored(sample, {name: next(each[name]) if sample.prompt.judged_by(name) else 0.0 for name in names})
+            _unscored(sample) if sample.prompt.uid in failed
+            else self._scored(sample, {n: next(given) for n, given in each.items() if sample.prompt.judged_by(n)})
             for sample in samples
         ]
 
-    def _scored(self, sample: Sample, parts: dict[str, float]) -> ScoredSample:
-        return ScoredSample(sample=sample, reward=sum(spec.weight * parts[spec.name] for spec in self._specs), parts=parts)
+    def _scored(self, sample: Sample, verdicts: Mapping[str, Verdict]) -> ScoredSample:
+        """`verdicts`: by the name of each reward that judges it."""
+        if failure := next((verdict.failure for verdict in verdicts.values() if verdict.failure), ""):
+            return _unscored(replace(sample, failure=failure))
+        parts = {s.name: _clipped(s, verdicts[s.name].value) if s.name in verdicts else 0.0 for s in self._specs}
+        metrics = {f"{name}/{key}": value for name, given in verdicts.items() for key, value in given.metrics.items()}
+        reward = sum(spec.weight * parts[spec.name] for spec in self._specs)
+        return ScoredSample(sample=sample, reward=reward, parts=parts, metrics=metrics)
+
+    def try_out(self, groups: Sequence[Sequence[Sample]]) -> None:
+        """Each reward on a sample of each group that it judges, or on the whole group where it wants one, within its own
+        deadlines, all side by side.
+
+        Raises RewardFailed, which tells of every one that failed; BadData, BadSpec.
+        """
+        if failures := list(filter(None, self._executor.map(partial(_tried_out, groups), self._rewards))):
+            raise RewardFailed("; ".join(failures))
 
     def close(self) -> None:
         """End every subprocess, also in the middle of a call."""
@@ -65,10 +94,30 @@ class Scorer:
         self.close()
 
 
-def _checked(name: str, values: Sequence[float], samples: Sequence[Sample]) -> list[float]:
+def _tried_out(groups: Sequence[Sequence[Sample]], reward: Reward) -> str:
+    """What is wrong; empty for nothing."""
+    count = None if reward.spec.scope == "group" else 1
+    judged = [group[:count] for group in groups if group[0].prompt.judged_by(reward.spec.name)]
+    try:
+        verdicts = [verdict for samples in judged for verdict in reward.score(samples)]
+    except RewardFailed as error:
+        return str(error)
+    return next((verdict.failure for verdict in verdicts if verdict.failure), "")
+
+
+def _unscored(sample: Sample) -> ScoredSample:
+    """Of a group in which an episode or a reward failed."""
+    return ScoredSample(sample=sample, reward=math.nan, parts={})
+
+
+def _clipped(spec: RewardSpec, value: float) -> float:
+    return value if spec.clip is None else min(max(value, spec.clip.low), spec.clip.high)
+
+
+def _checked(name: str, values: Sequence[float], samples: Sequence[Sample]) -> list[Verdict]:
     try:
         if len(values) != len(samples):
             raise Failure(f"{len(values)} values for {len(samples)} samples")
-        return [finite(value) for value in values]
+        return [Verdict(finite(value)) for value in values]
     except Failure as failure:
         raise RewardFailed(f"rewards[{name}], a model: {failure}") from None

@@ -17,12 +17,16 @@ from rlhf_worker.experience import Prompt, ScoredSample
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """One prompt on its way from the data to a step, or to an evaluation. `born`: steps that were finished when its generation began."""
+    """One prompt on its way from the data to a step, or to an evaluation.
+
+    `born`: steps that were finished when its generation began. `failed`: how often a sample of it had no value.
+    """
 
     prompt: Prompt
     born: int
     evaluation: EvaluationSpec | None = None
     samples: list[ScoredSample] = field(default_factory=list)
+    failed: int = 0
 
 
 class Admission:
@@ -64,6 +68,10 @@ class Admission:
         else:
             self.dropped += 1
             self._under_way.remove(group)
+
+    def leave_out(self, group: Group) -> None:
+        """It cannot be finished, which makes room for another."""
+        self._under_way.remove(group)
 
     @property
     def complete(self) -> bool:

@@ -61,11 +61,19 @@ class Environments:
             raise
 
     async def play(self, request: Request, turn: Callable[[Episode], Awaitable[Turn]]) -> Sample:
-        """Turns and observations until the environment is done, the turns are used up, or the completion is cut. Raises EnvironmentFailed, or what `turn` raises."""
+        """Turns and observations until the environment is done, the turns are used up, or the completion is cut.
+
+        Raises EnvironmentFailed, unless onFailure is redraw: then the sample is empty but for its failure. Raises what
+        `turn` raises.
+        """
         try:
             return await tried(self.spec.retries, lambda _: self._episode(request, turn))
         except Failure as reason:
-            raise EnvironmentFailed(f"{FIELD} failed {self.spec.retries + 1} times on prompt {request.prompt.uid}: {reason}") from None
+            words = f"{FIELD} failed {self.spec.retries + 1} times on prompt {request.prompt.uid}: {reason}"
+        if self.spec.on_failure == "stop":
+            raise EnvironmentFailed(words)
+        nothing: dict[str, Any] = {"token_ids": [], "logprobs": [], "mask": [], "versions": [], "text": ""}
+        return Sample(prompt=request.prompt, finish_reason="stop", failure=words, **nothing)
 
     async def _episode(self, request: Request, turn: Callable[[Episode], Awaitable[Turn]]) -> Sample:
         seat, number, episode, prompt = min(self._seats, key=lambda seat: seat.episodes), next(self._numbers), Episode(request), request.prompt

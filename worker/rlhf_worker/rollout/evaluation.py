@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf_api.job import EvaluationSpec
 from rlhf_api.run import RunConfig
-from rlhf_worker.experience import Prompt, ScoredSample, chunks
+from rlhf_worker.experience import Prompt, ScoredSample, chunks, mean_metrics
 
 Group = Sequence[ScoredSample]  # spec.samples completions of one prompt
 
@@ -30,7 +30,8 @@ def evaluate(
             # As many samples at a time as a step has: they have the same deadline.
             most = max(1, config.rollout.prompts_per_step * config.rollout.samples_per_prompt // spec.samples)
             groups = [group for part in chunks(prompts, -(-len(prompts) // most)) for group in judge(spec, part)]
-            values |= metrics(spec, groups) | {f"eval/{spec.name}/total_seconds": time.monotonic() - start}
+            values |= metrics(spec, groups) if groups else {}  # none: all were left out
+            values[f"eval/{spec.name}/total_seconds"] = time.monotonic() - start
     return values
 
 
@@ -41,6 +42,7 @@ def metrics(spec: EvaluationSpec, groups: Sequence[Group]) -> dict[str, float]:
     """
     scored = [item for group in groups for item in group]
     found = {name: sum(item.parts[name] for item in scored) / len(scored) for name in scored[0].parts}
+    found |= mean_metrics(scored)
     found["mean_reward"] = sum(item.reward for item in scored) / len(scored)
     found["best_reward"] = sum(max(item.reward for item in group) for group in groups) / len(groups)
     found["mean_length"] = sum(len(item.sample.token_ids) for item in scored) / len(scored)

@@ -7,6 +7,7 @@ they go on while the trainer works. There is no thread: `pump` moves them on whe
 calls of the trainer's ranks have one order. What may be under way is `admission`'s; every call has a deadline.
 """
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -22,8 +23,9 @@ from rlhf_api.run import RunConfig
 from rlhf_worker.algorithm.shape import informative
 from rlhf_worker.calls import SLICE_SECONDS, call
 from rlhf_worker.crew import Crew
-from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded, EngineFailed
+from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded, EngineFailed, RewardFailed
 from rlhf_worker.experience import Prompt, Sample, ScoredSample
+from rlhf_worker.rewards.normalization import training_rewards
 from rlhf_worker.rollout.admission import Admission, Group
 from rlhf_worker.rollout.episode import Request, request_seed
 from rlhf_worker.stop import interrupt_if_asked
@@ -31,6 +33,7 @@ from rlhf_worker.stop import interrupt_if_asked
 SCORE_DEADLINE_SECONDS = 7200.0
 DRAW_DEADLINE_SECONDS = 3600.0
 LOST = (RayActorError, EngineFailed)  # the engine is no more: it is no verdict on what it was asked for
+REDRAWS = 1  # of one prompt: what fails again is left out
 LATE_SECONDS = 60.0  # beyond the engine's own deadline, whose error says more
 
 
@@ -55,6 +58,7 @@ class Rollouts:
         self._calls: list[_Call] = []
         self._unscored: list[tuple[Group, list[Sample]]] = []
         self._homeless: list[Group] = []  # no engine is left for them
+        self._redrawn: list[Group] = []  # a sample of them failed: they are sampled once more
         self._scoring = 0.0  # when it began; 0: nothing is scored now
         self._load: Counter[ActorHandle] = Counter()  # groups in flight
         self._counts: Counter[str] = Counter()
@@ -68,6 +72,7 @@ class Rollouts:
         ages = [self.admission.version - group.born for group in taken]
         self.metrics = {
             "rollout/staleness": sum(ages) / len(ages), "rollout/staleness_max": max(ages), "rollout/dropped_groups": dropped,
+            "rollout/failed_groups": self._counts["failed"], "rollout/left_out_prompts": self._counts["left out"],
             "rollout/retried_groups": self._counts["retried"], "rollout/groups_under_way": len(self.admission.pending()), "seconds/score": self._counts["score"] / 1000,
         }  # fmt: skip
         self._counts.clear()
@@ -90,13 +95,13 @@ class Rollouts:
                 self._error = error
 
     def evaluate(self, spec: EvaluationSpec, prompts: Sequence[Prompt]) -> list[list[ScoredSample]]:
-        """Scored samples of each prompt, which no step trains. Raises what kept one from being finished."""
+        """Scored samples of each prompt that is not left out; no step trains them. Raises what kept it from them."""
         groups = [Group(prompt, self.admission.version, spec) for prompt in prompts]
         self._dispatch(groups)
         self._evaluating = True
-        self._until(lambda: all(group.samples for group in groups))
+        self._until(lambda: all(group.samples or group.failed > REDRAWS for group in groups))
         self._evaluating = False
-        return [group.samples for group in groups]
+        return [group.samples for group in groups if group.samples]
 
     def _until(self, done: Callable[[], bool]) -> None:
         while not done():
@@ -141,6 +146,9 @@ class Rollouts:
 
     def _admit(self) -> None:
         """Begin as many groups as there is room for; without staleness only when all before them are finished, so that batches do not depend on timing."""
+        if self._redrawn and (self.config.rollout.staleness or not (self._calls or self._unscored or self._homeless)):
+            groups, self._redrawn = sorted(self._redrawn, key=lambda group: group.prompt.uid), []
+            self._dispatch(groups)
         room = self.admission.room
         if room <= 0 or not (self.config.rollout.staleness or (self.admission.idle and not self._evaluating)):
             return
@@ -190,7 +198,12 @@ class Rollouts:
         rollout, of, prompt = self.config.rollout, group.evaluation, group.prompt
         temperature = of.temperature if of else rollout.temperature
         tokens = of.max_tokens if of and of.max_tokens else rollout.max_tokens
-        seeds = [None if rollout.seed is None else request_seed(rollout.seed, group.born + 1, prompt.uid, index) for index in range(self._size(group))]
+        size = self._size(group)
+        start = group.failed * size  # a group that is sampled anew gets other seeds
+        seeds = [
+            None if rollout.seed is None else request_seed(rollout.seed, group.born + 1, prompt.uid, index)
+            for index in range(start, start + size)
+        ]
         return [Request(prompt=prompt, seed=seed, temperature=temperature, max_tokens=tokens) for seed in seeds]
 
     def _generated(self, groups: list[Group], samples: list[Sample]) -> None:
@@ -235,10 +248,31 @@ class Rollouts:
         self._counts["score"] += round(1000 * (time.monotonic() - self._scoring))
         self._scoring = 0.0
         for group, made in groups:
-            group.samples = [self._with_episode(next(each)) for _ in made]
+            items = [self._with_episode(next(each)) for _ in made]
+            if failure := next((item.sample.failure for item in items if item.sample.failure), ""):
+                self._failed(group, failure)
+                continue
+            group.samples = items
             if group.evaluation is None:
-                self.admission.finish(group, informative=informative([item.reward for item in group.samples]))
+                rewards = training_rewards(self.config, items, [0] * len(items))
+                self.admission.finish(group, informative=informative(rewards))
         self._score()
+
+    def _failed(self, group: Group, failure: str) -> None:
+        """The prompt is sampled anew; one that fails again is left out for another. Raises RewardFailed."""
+        most, group.failed = self.config.rollout.max_redraws, group.failed + 1
+        self._counts["failed"] += 1
+        if self._counts["failed"] > most:
+            raise RewardFailed(f"more than spec.rollout.maxRedraws ({most}) groups of a step failed: {failure}")
+        left_out = group.failed > REDRAWS
+        then = "left out: it failed before" if left_out else "sampled anew"
+        print(f"warning: prompt {group.prompt.uid} is {then}: {failure}", file=sys.stderr, flush=True)
+        if not left_out:
+            self._redrawn.append(group)
+            return
+        self._counts["left out"] += 1
+        if group.evaluation is None:
+            self.admission.leave_out(group)
 
     def _with_episode(self, item: ScoredSample) -> ScoredSample:
         """With what the environment gave, as one more part of the sum."""
