@@ -86,7 +86,7 @@ class Feed:
     def restore(self, drawn: int) -> None:
         self.drawn = drawn
 
-    def score(self, samples: list[Sample], models: dict[str, list[float]]) -> list[ScoredSample]:
+    def score(self, samples: list[Sample], models: dict[str, list[float]], judge: str) -> list[ScoredSample]:
         if self.broken:
             raise RewardFailed("rewards[r] failed")
         values = [0.0 if sample.prompt.row in self.dull else float(index % SAMPLES) for index, sample in enumerate(samples)]

@@ -1,6 +1,7 @@
 """The part of a run that needs the files of a trainer pod but no GPU: prompts, rewards, telemetry."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ import ray
 
 from rlhf_api.job import EvaluationSpec
 from rlhf_api.run import RunConfig
-from rlhf_worker.errors import BadData, BadSpec
+from rlhf_worker.errors import BadData, BadSpec, RewardFailed
 from rlhf_worker.feed.logs import DriverLog
 from rlhf_worker.pretrained import load_tokenizer
 from rlhf_worker.roll import Member
@@ -29,21 +30,26 @@ class Feed(Member):
         from rlhf_worker.feed import telemetry
         from rlhf_worker.feed.data import PromptSampler, PromptSource
         from rlhf_worker.rewards.scorer import Scorer
+        from rlhf_worker.rollout.sampling import check_sampling
 
         telemetry.check(self.config.telemetry)
         tokenizer = load_tokenizer(self.config.model)
+        check_sampling(self.config, tokenizer)
         self.sampler = PromptSampler(PromptSource(self.config.data), tokenizer, self.config.data)
         self.sampler.check(self.config.trainer.steps * self.config.rollout.prompts_per_step)
         self.evaluations = {spec.name: self._evaluation(spec, tokenizer) for spec in self.config.evaluation}
         self.scorer = Scorer(self.config.rewards)
+        self.judges: dict[str, Scorer] = {}  # evaluation sets' own
+        for spec in self.config.evaluation:
+            if spec.rewards:
+                with _of(spec.name):
+                    self.judges[spec.name] = Scorer(spec.rewards)
 
     def _evaluation(self, spec: EvaluationSpec, tokenizer: Any) -> "list[Prompt]":
         from rlhf_worker.feed.data import PromptSampler, PromptSource
 
-        try:
+        with _of(spec.name):
             prompts = PromptSampler(PromptSource(spec.data), tokenizer, spec.data).first(spec.limit)
-        except (BadData, BadSpec) as error:
-            raise type(error)(f"evaluation[{spec.name}]: {error}") from None
         return [replace(prompt, uid=f"{spec.name}:{prompt.row}") for prompt in prompts]
 
     def begin(self, step: int, sampler: dict[str, Any] | None) -> None:
@@ -69,13 +75,17 @@ class Feed(Member):
         """Each reward on one sample. Raises RewardFailed."""
         from rlhf_worker.experience import Sample
 
-        prompt = self.sampler.first(1)[0]
-        sample = Sample(prompt=prompt, token_ids=[], logprobs=[], mask=[], versions=[], text=prompt.text, finish_reason="stop")
-        self.scorer.score([sample], {spec.name: [0.0] for spec in self.config.rewards if spec.type == "model"})
+        for judge in ("", *self.judges):
+            prompt = self.evaluations[judge][0] if judge else self.sampler.first(1)[0]
+            sample = Sample(prompt=prompt, token_ids=[], logprobs=[], mask=[], versions=[], text=prompt.text, finish_reason="stop")
+            self.score([sample], {} if judge else {spec.name: [0.0] for spec in self.config.rewards if spec.type == "model"}, judge)
 
-    def score(self, samples: "list[Sample]", models: Mapping[str, Sequence[float]] | None = None) -> "list[ScoredSample]":
-        """`models`: what the rewards of type model gave, by name. Raises RewardFailed."""
-        return self.scorer.score(samples, models)
+    def score(
+        self, samples: "list[Sample]", models: Mapping[str, Sequence[float]] | None = None, judge: str = ""
+    ) -> "list[ScoredSample]":
+        """`models`: what the rewards of type model gave, by name. `judge`: whose rewards, a set's by its name. Raises RewardFailed."""
+        with _of(judge):
+            return (self.judges[judge] if judge else self.scorer).score(samples, models)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.telemetry.log(step, values)
@@ -89,8 +99,20 @@ class Feed(Member):
         self.driver_logs.setdefault(attempt, DriverLog(self.config.checkpoint.path, attempt)).add(text)
 
     def close(self) -> None:
-        self.scorer.close()
+        for scorer in (self.scorer, *self.judges.values()):
+            scorer.close()
         self.telemetry.close()
+
+
+@contextmanager
+def _of(evaluation: str) -> Iterator[None]:
+    """Names the set in the words of what went wrong with it; "" for the run's own."""
+    try:
+        yield
+    except (BadData, BadSpec, RewardFailed) as error:
+        if not evaluation:
+            raise
+        raise type(error)(f"evaluation[{evaluation}]: {error}") from None
 
 
 RemoteFeed = ray.remote(Feed)
