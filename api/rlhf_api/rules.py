@@ -178,7 +178,10 @@ def _each_reward(complaint: Callable[[RewardSpec], str]) -> Check:
 
 
 def _each_own_reward(complaint: Callable[[RewardSpec], str]) -> Check:
-    return _each_evaluation(lambda e: next((f"rewards[{r.name}]: {text}" for r in e.rewards or () if (text := complaint(r))), ""))
+    def first(evaluation: EvaluationSpec) -> str:
+        return next((f"rewards[{r.name}]: {text}" for r in evaluation.rewards or () if (text := complaint(r))), "")
+
+    return _each_evaluation(first)
 
 
 def _python_reward(reward: RewardSpec) -> str:
@@ -364,13 +367,15 @@ TRAINER_GPUS = f"[{EACH_TRAINER_GPUS}].sum() + self.rewards.map(r, has(r.gpus) ?
 OF_A_REWARD: tuple[tuple[str, str, Callable[[RewardSpec], str]], ...] = (
     ("!(self.name in ['mean', 'std', 'overlong', 'environment'])",
      "mean, std, overlong and environment are metrics of the worker's own: give the reward another name", _own_metric),
-    ("self.type != 'python' || has(self.function) != has(self.code)", "a python reward needs exactly one of function and code", _python_reward),
+    ("self.type != 'python' || has(self.function) != has(self.code)",
+     "a python reward needs exactly one of function and code", _python_reward),
     ("self.type != 'http' || has(self.url)", "an http reward needs url", _http_reward),
     ("self.type == 'model' ? has(self.model) : !has(self.model) && !has(self.gpus)",
      "a model reward needs model, and no other has model or gpus", _model_reward),
     ("self.type != 'judge' || has(self.url) && has(self.judge)", "a judge reward needs url and judge", _judge_reward),
     ("!has(self.judge) || self.judge.low < self.judge.high", "judge.low must be below judge.high", _judge_scale),
-    ("!has(self.judge) || self.judge.prompt.contains('{completion}')", "judge.prompt must hold {completion}", _judge_prompt),
+    ("!has(self.judge) || self.judge.prompt.contains('{completion}')",
+     "judge.prompt must hold {completion}", _judge_prompt),
 )  # fmt: skip
 # A rule on an object whose default is {} is tried on that very {}, before the inner defaults are filled in: hence `has` of fields with defaults.
 RULES = (
@@ -386,15 +391,19 @@ RULES = (
          "an environment needs exactly one of function and code", "rollout.environment", _environment),
     Rule("spec.rollout.sampling", "has(self.topK) && self.topK > 0 || (!has(self.topP) || self.topP == 1.0)"
          " && (!has(self.minP) || self.minP == 0.0) && (!has(self.minTokens) || self.minTokens == 0)",
-         "topP, minP and minTokens leave out tokens, and the trainer's log probabilities leave out the same ones only where topK bounds what is"
-         " left: set topK, or remove them", "rollout.sampling", _unbounded),
+         "topP, minP and minTokens leave out tokens, and the trainer's log probabilities leave out the same ones only"
+         " where topK bounds what is left: set topK, or remove them", "rollout.sampling", _unbounded),
     Rule("spec", "!has(self.algorithm.correction.tokenCap) || self.algorithm.correction.tokenCap > 0.0"
          " || [self.rollout.sampling].all(s, (!has(s.repetitionPenalty) || s.repetitionPenalty == 1.0)"
-         " && (!has(s.presencePenalty) || s.presencePenalty == 0.0) && (!has(s.frequencyPenalty) || s.frequencyPenalty == 0.0))",
-         "a penalty makes the engine draw from another distribution than the policy, and only importance weights make up for it: set"
-         " algorithm.correction.tokenCap to at least 1, or remove the penalties", "rollout.sampling", _penalties),
-    Rule("spec.rollout", "!has(self.sampling) || !has(self.sampling.minTokens) || !has(self.maxTokens) || self.sampling.minTokens <= self.maxTokens",
-         "a completion has at most maxTokens: lower sampling.minTokens or raise maxTokens", "rollout.sampling.minTokens", _turn_length),
+         " && (!has(s.presencePenalty) || s.presencePenalty == 0.0)"
+         " && (!has(s.frequencyPenalty) || s.frequencyPenalty == 0.0))",
+         "a penalty makes the engine draw from another distribution than the policy, and only importance weights"
+         " make up for it: set algorithm.correction.tokenCap to at least 1, or remove the penalties",
+         "rollout.sampling", _penalties),
+    Rule("spec.rollout", "!has(self.sampling) || !has(self.sampling.minTokens) || !has(self.maxTokens)"
+         " || self.sampling.minTokens <= self.maxTokens",
+         "a completion has at most maxTokens: lower sampling.minTokens or raise maxTokens",
+         "rollout.sampling", _turn_length),
     Rule("spec", COLOCATED + "self.placement.fractions.trainer + self.placement.fractions.rollout <= 1.0",
          "the fractions of one GPU must sum to at most 1: lower fractions.trainer or fractions.rollout", "placement.fractions", _fractions),
     Rule("spec", "self.rollout.minEngines <= self.rollout.engines", "there are fewer engines: lower rollout.minEngines or raise rollout.engines", "rollout.minEngines", _min_engines),
@@ -475,21 +484,27 @@ RULES = (
     Rule("spec.evaluation", "self.all(e, self.exists_one(one, one.name == e.name))", "names must be unique", "evaluation", lambda job: _unique([e.name for e in job.spec.evaluation])),
     Rule("spec.evaluation[]", "[has(self.data.jsonl), has(self.data.parquet), has(self.data.dataset), has(self.data.reasoningGym)].filter(x, x).size() == 1",
          "set exactly one of data.jsonl, data.parquet, data.dataset and data.reasoningGym", "evaluation", _each_evaluation(lambda e: _one_source(e.data))),
-    Rule("spec", "self.evaluation.all(e, !has(e.sampling.minTokens) || e.sampling.minTokens <= (has(e.maxTokens) ? e.maxTokens"
-         " : self.rollout.maxTokens))", "a completion has at most maxTokens: lower sampling.minTokens or raise maxTokens", "evaluation",
-         _evaluation_length),
-    Rule("spec.evaluation", "self.all(e, !has(e.environment) || has(e.environment.function) != has(e.environment.code))",
-         "an environment needs exactly one of function and code", "evaluation", _each_evaluation(lambda e: _class_of(e.environment))),
+    Rule("spec", "self.evaluation.all(e, !has(e.sampling.minTokens)"
+         " || e.sampling.minTokens <= (has(e.maxTokens) ? e.maxTokens : self.rollout.maxTokens))",
+         "a completion has at most maxTokens: lower sampling.minTokens or raise maxTokens",
+         "evaluation", _evaluation_length),
+    Rule("spec.evaluation", "self.all(e, !has(e.environment)"
+         " || has(e.environment.function) != has(e.environment.code))",
+         "an environment needs exactly one of function and code", "evaluation",
+         _each_evaluation(lambda e: _class_of(e.environment))),
     Rule("spec.evaluation[]", "self.passAt.all(k, k <= self.samples) && self.majAt.all(k, k <= self.samples)",
-         "k completions are drawn from samples: lower k in passAt and majAt, or raise samples", "evaluation", _each_evaluation(_too_many)),
+         "k completions are drawn from samples: lower k in passAt and majAt, or raise samples", "evaluation",
+         _each_evaluation(_too_many)),
     Rule("spec.evaluation[]", "!has(self.answerPattern) || self.majAt.size() > 0",
          "only majAt reads answers: set it, or remove answerPattern", "evaluation", _each_evaluation(_answer)),
-    Rule("spec.evaluation[]", "!has(self.rewards) || self.rewards.all(r, self.rewards.exists_one(same, same.name == r.name))",
+    Rule("spec.evaluation[]", "!has(self.rewards)"
+         " || self.rewards.all(r, self.rewards.exists_one(same, same.name == r.name))",
          "names of rewards must be unique", "evaluation", _each_evaluation(_names_of_rewards)),
     Rule("spec.evaluation[]", "!has(self.rewards) || self.rewards.all(r, r.type != 'model')",
-         "a reward model sits on GPUs of the run: name it in spec.rewards, or use another type", "evaluation", _each_own_reward(_model_of_a_set)),
-    *(Rule("spec.evaluation[]", f"!has(self.rewards) || self.rewards.all(r, {cel.replace('self.', 'r.')})", message, "evaluation",
-           _each_own_reward(check)) for cel, message, check in OF_A_REWARD),
+         "a reward model sits on GPUs of the run: name it in spec.rewards, or use another type", "evaluation",
+         _each_own_reward(_model_of_a_set)),
+    *(Rule("spec.evaluation[]", f"!has(self.rewards) || self.rewards.all(r, {cel.replace('self.', 'r.')})",
+           message, "evaluation", _each_own_reward(check)) for cel, message, check in OF_A_REWARD),
     Rule("spec.evaluation[]", "self.samples == 1 || self.temperature > 0.0",
          "several samples at temperature 0 are all the same: set temperature, or samples to 1", "evaluation", _each_evaluation(_same_samples)),
 )
@@ -538,9 +553,11 @@ def violations(job: RLHFJob) -> list[str]:
 def _patterns(job: RLHFJob) -> Iterator[str]:
     """Python's regular expressions are not CEL's: the API server cannot judge them."""
     rewards = [(f"rewards[{index}]", reward) for index, reward in enumerate(job.spec.rewards)]
-    rewards += [(f"evaluation[{e.name}].rewards[{index}]", reward) for e in job.spec.evaluation for index, reward in enumerate(e.rewards or ())]
+    for e in job.spec.evaluation:
+        rewards += [(f"evaluation[{e.name}].rewards[{index}]", reward) for index, reward in enumerate(e.rewards or ())]
     patterns = {f"{field}.judge.pattern": reward.judge.pattern for field, reward in rewards if reward.judge}
-    patterns |= {f"evaluation[{e.name}].answerPattern": e.answer_pattern for e in job.spec.evaluation if e.answer_pattern}
+    answers = {f"evaluation[{e.name}].answerPattern": e.answer_pattern for e in job.spec.evaluation}
+    patterns |= {field: pattern for field, pattern in answers.items() if pattern}
     for field, pattern in patterns.items():
         if text := _pattern(pattern):
             yield f"spec.{field}: {text}"
@@ -551,4 +568,6 @@ def _pattern(pattern: str) -> str:
         groups = re.compile(pattern).groups
     except (re.error, OverflowError, RecursionError) as error:
         return f"no regular expression: {error}"
-    return "" if groups == 1 else f"needs exactly one group (...), what it reads: it has {groups}; write (?:...) for others"
+    if groups == 1:
+        return ""
+    return f"needs exactly one group (...), what it reads: it has {groups}; write (?:...) for others"

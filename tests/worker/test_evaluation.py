@@ -92,13 +92,24 @@ def test_maj_at_k_of_many_completions() -> None:
 def test_pass_and_majority_of_a_set() -> None:
     """Two prompts of four: answers 4 4 5 - and 1 2 2 2, of which 4 and 1 are right."""
     texts = [["so 4", "4? 4", "4 or 5", "none"], ["1", "2", "2", "2"]]
-    groups = [[score(replace(a_sample(row), text=text), float(text[-1] == "41"[row])) for text in row_texts] for row, row_texts in enumerate(texts)]
+    groups = [
+        [score(replace(a_sample(row), text=text), float(text[-1] == "41"[row])) for text in row_texts]
+        for row, row_texts in enumerate(texts)
+    ]
     found = metrics(spec(samples=4, temperature=1, pass_at=[1, 2, 4], maj_at=[1, 3, 4], answer_pattern=r"(\d)"), groups)
-    assert {name: found[f"eval/a/pass_at_{k}"] for name, k in (("1", 1), ("2", 2), ("4", 4))} == pytest.approx({"1": 3 / 8, "2": (5 / 6 + 1 / 2) / 2, "4": 1.0})
+    assert {name: found[f"eval/a/pass_at_{k}"] for name, k in (("1", 1), ("2", 2), ("4", 4))} == pytest.approx(
+        {"1": 3 / 8, "2": (5 / 6 + 1 / 2) / 2, "4": 1.0}
+    )
     assert found["eval/a/maj_at_1"] == pytest.approx(3 / 8) and found["eval/a/maj_at_4"] == 0.5
-    by_hand = [majority([answer(text, r"(\d)") for text in row], [text[-1] == "41"[i] for text in row], 3) for i, row in enumerate(texts)]
+    by_hand = [
+        majority([answer(text, r"(\d)") for text in row], [text[-1] == "41"[i] for text in row], 3)
+        for i, row in enumerate(texts)
+    ]
     assert found["eval/a/maj_at_3"] == pytest.approx(sum(by_hand) / 2)
-    whole = metrics(spec(samples=4, temperature=1, pass_at=[4], maj_at=[4], pass_reward=2.5), [[score(item.sample, 2.5 - 1e-12) for item in groups[1]]])
+    whole = metrics(
+        spec(samples=4, temperature=1, pass_at=[4], maj_at=[4], pass_reward=2.5),
+        [[score(item.sample, 2.5 - 1e-12) for item in groups[1]]],
+    )
     assert (whole["eval/a/pass_at_4"], whole["eval/a/maj_at_4"]) == (1.0, 1.0)
 
 
@@ -172,13 +183,23 @@ def test_a_set_has_rewards_of_its_own(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_sets_reward_that_fails_names_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    feed = opened(tmp_path, monkeypatch, jsonl(tmp_path / "test.jsonl", ROWS), rewards=[{**reward(0, "no"), "retries": 0}])
-    with pytest.raises(RewardFailed, match=r"(?s)evaluation\[held-out\]: rewards\[own\] failed once .* on prompt held-out:0.*ValueError: no"):
+    feed = opened(
+        tmp_path, monkeypatch, jsonl(tmp_path / "test.jsonl", ROWS), rewards=[{**reward(0, "no"), "retries": 0}]
+    )
+    with pytest.raises(
+        RewardFailed,
+        match=r"(?s)evaluation\[held-out\]: rewards\[own\] failed once .* on prompt held-out:0.*ValueError: no",
+    ):
         feed.try_rewards()
     for scorer in (feed.scorer, *feed.judges.values()):
         scorer.close()
     with pytest.raises(BadSpec, match=r"evaluation\[held-out\]: .*own.*"):
-        opened(tmp_path, monkeypatch, jsonl(tmp_path / "test.jsonl", ROWS), rewards=[{**reward(0), "code": "import nope_nope"}])
+        opened(
+            tmp_path,
+            monkeypatch,
+            jsonl(tmp_path / "test.jsonl", ROWS),
+            rewards=[{**reward(0), "code": "import nope_nope"}],
+        )
 
 
 @pytest.mark.parametrize(

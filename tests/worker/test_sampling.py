@@ -1,4 +1,4 @@
-"""Sampling options: the trainer's log probabilities are those of the distribution that the engine drew from, and turns end where they must."""
+"""Sampling: the trainer's log probabilities are of the distribution drawn from, and turns end where they must."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +21,14 @@ from tests.worker.samples import evenly
 
 TEMPERATURE = 0.7
 VOCABULARY = len(SPECIAL) + len(CHARACTERS)
-REPLAYED: list[dict[str, Any]] = [{}, {"topK": 5}, {"topK": 40, "topP": 0.6}, {"topK": 8, "minP": 0.7}, {"topK": 71, "minTokens": 12}, {"topK": 256, "topP": 0.9}]
+REPLAYED: list[dict[str, Any]] = [
+    {},
+    {"topK": 5},
+    {"topK": 40, "topP": 0.6},
+    {"topK": 8, "minP": 0.7},
+    {"topK": 71, "minTokens": 12},
+    {"topK": 256, "topP": 0.9},
+]
 ENVIRONMENT = """
 class Environment:
     def reset(self, **row): pass
@@ -37,13 +44,15 @@ def shown(token_ids: list[int]) -> str:
     return str(tokenizer().decode(token_ids, skip_special_tokens=True))
 
 
-def requests(count: int = 4, tokens: int = 24, trained: bool = True, temperature: float = TEMPERATURE, **sampling: Any) -> list[Request]:
+def requests(
+    count: int = 4, tokens: int = 24, trained: bool = True, temperature: float = TEMPERATURE, **sampling: Any
+) -> list[Request]:
     texts = [f"{row} + {'1' * (row + 1)} =" for row in range(count)]
     spec = SamplingSpec.model_validate(sampling)
     return [
         Request(
-            prompt=Prompt(uid=f"0:{row}", epoch=0, row=row, token_ids=ids(text), text=text, fields={}), seed=11 + row, temperature=temperature,
-            max_tokens=tokens, sampling=spec, trained=trained,
+            prompt=Prompt(uid=f"0:{row}", epoch=0, row=row, token_ids=ids(text), text=text, fields={}), seed=11 + row,
+            temperature=temperature, max_tokens=tokens, sampling=spec, trained=trained,
         )
         for row, text in enumerate(texts)
     ]  # fmt: skip
@@ -52,7 +61,8 @@ def requests(count: int = 4, tokens: int = 24, trained: bool = True, temperature
 def trainer(tiny: Path, root: Path, *, options: dict[str, Any] | None = None, **rollout: Any) -> Trainer:
     """With the hf engine, which holds its weights."""
     config = run_config(
-        model={"path": str(tiny), "dtype": "float32"}, trainer={"steps": 1, "learningRate": 0.01, **(options or {})}, checkpoint={"path": str(root)},
+        model={"path": str(tiny), "dtype": "float32"}, checkpoint={"path": str(root)},
+        trainer={"steps": 1, "learningRate": 0.01, **(options or {})},
         rollout={"engine": "hf", "maxTokens": 24, "temperature": TEMPERATURE, **rollout},
     )  # fmt: skip
     made = Trainer(config, list(config.roles), 0, 1, "cpu", 1)
@@ -61,7 +71,9 @@ def trainer(tiny: Path, root: Path, *, options: dict[str, Any] | None = None, **
     return made
 
 
-def distribution(lm: Any, before: Sequence[int], turn: Sequence[int], spec: SamplingSpec, ends: set[int], temperature: float) -> torch.Tensor:
+def distribution(
+    lm: Any, before: Sequence[int], turn: Sequence[int], spec: SamplingSpec, ends: set[int], temperature: float
+) -> torch.Tensor:
     """Log probabilities of the next token, (V,), by the options' definitions, one token at a time."""
     logits = lm(torch.tensor([[*before, *turn]])).logits[0, -1].detach().double()
     counts = Counter(turn)
@@ -84,10 +96,13 @@ def distribution(lm: Any, before: Sequence[int], turn: Sequence[int], spec: Samp
     return kept.log_softmax(0)
 
 
-def expected(lm: Any, sample: Sample, spec: SamplingSpec, temperature: float = TEMPERATURE) -> tuple[list[float], list[set[int]]]:
+def expected(
+    lm: Any, sample: Sample, spec: SamplingSpec, temperature: float = TEMPERATURE
+) -> tuple[list[float], list[set[int]]]:
     """Of each token: its log probability, and the set that it was drawn from."""
     steps = [
-        distribution(lm, sample.prompt.token_ids, sample.token_ids[:i], spec, {2, *spec.stop_token_ids}, temperature) for i in range(len(sample.token_ids))
+        distribution(lm, sample.prompt.token_ids, sample.token_ids[:i], spec, {2, *spec.stop_token_ids}, temperature)
+        for i in range(len(sample.token_ids))
     ]
     sets = [set(step.isfinite().nonzero().flatten().tolist()) for step in steps]
     return [float(step[token]) for step, token in zip(steps, sample.token_ids, strict=True)], sets
@@ -96,7 +111,12 @@ def expected(lm: Any, sample: Sample, spec: SamplingSpec, temperature: float = T
 def of_trainer(made: Trainer, samples: Sequence[Sample], *, padded: bool = False) -> list[float]:
     sequences = to_train_sequences(samples)
     values = made.logprobs("policy", pack(sequences, 60, padded=padded))
-    return [value for sequence in sequences for value, ours in zip(values[sequence.index], sequence.mask, strict=True) if ours]
+    return [
+        value
+        for sequence in sequences
+        for value, ours in zip(values[sequence.index], sequence.mask, strict=True)
+        if ours
+    ]
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
@@ -117,24 +137,36 @@ def test_trainer_and_engine_agree_under_every_option(tiny: Path, tmp_path: Path,
     restricted = made.generate(requests(topK=5), 60.0)
     for sample in restricted:
         object.__setattr__(sample, "support", None)
-    assert of_trainer(made, restricted) != pytest.approx([value for sample in restricted for value in sample.logprobs], abs=0.1)
+    assert of_trainer(made, restricted) != pytest.approx(
+        [value for sample in restricted for value in sample.logprobs], abs=0.1
+    )
 
 
 def test_a_step_trains_on_the_distribution_that_was_drawn_from(tiny: Path, tmp_path: Path, group: None) -> None:
-    """No mismatch before the update, and the entropy is that of the sets; the update raises what was good, over the sets."""
+    """No mismatch before the update, the entropy is that of the sets, and the update raises what was good over them."""
     made = trainer(tiny, tmp_path, options={"learningRate": 1e-4})
     assert made.generator is not None
     samples = made.generate(requests(topK=5, topP=0.9), 60.0)
     tokens = sum(len(sample.token_ids) for sample in samples)
     before = of_trainer(made, samples)
     sequences = [
-        s.with_columns(advantages=[1.0] * len(s.mask), old_logprobs=list(sample.logprobs), **evenly(4, len(s.mask), tokens))
+        s.with_columns(
+            advantages=[1.0] * len(s.mask), old_logprobs=list(sample.logprobs), **evenly(4, len(s.mask), tokens)
+        )
         for s, sample in zip(to_train_sequences(samples), samples, strict=True)
     ]
     metrics = made.train("policy", [dealt(sequences, 1, made.config.trainer)[0]])
-    assert metrics["mismatch/abs"] < 1e-5 and metrics["mismatch/kl"] < 1e-8 and metrics["ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert (
+        metrics["mismatch/abs"] < 1e-5
+        and metrics["mismatch/kl"] < 1e-8
+        and metrics["ratio"] == pytest.approx(1.0, abs=1e-5)
+    )
     drawn_from, lm = SamplingSpec(top_k=5, top_p=0.9), made.generator.lm
-    steps = [distribution(lm, s.prompt.token_ids, s.token_ids[:i], drawn_from, {2}, TEMPERATURE) for s in samples for i in range(len(s.token_ids))]
+    steps = [
+        distribution(lm, s.prompt.token_ids, s.token_ids[:i], drawn_from, {2}, TEMPERATURE)
+        for s in samples
+        for i in range(len(s.token_ids))
+    ]
     entropies = [-float((step.exp() * step.nan_to_num(neginf=0.0)).sum()) for step in steps]
     assert metrics["entropy"] == pytest.approx(sum(entropies) / tokens, abs=1e-3)
     assert sum(of_trainer(made, samples)) > sum(before)
@@ -151,9 +183,15 @@ def test_turns_with_observations_between_them_keep_their_sets(tiny: Path, tmp_pa
     assert of_trainer(made, samples) == pytest.approx(drawn, abs=1e-4)
 
 
-@pytest.mark.parametrize("sampling", [{"repetitionPenalty": 1.3}, {"repetitionPenalty": 0.8}, {"presencePenalty": 1.5, "frequencyPenalty": -0.5}], ids=str)
+@pytest.mark.parametrize(
+    "sampling",
+    [{"repetitionPenalty": 1.3}, {"repetitionPenalty": 0.8}, {"presencePenalty": 1.5, "frequencyPenalty": -0.5}],
+    ids=str,
+)
 @pytest.mark.parametrize("topk", [0, 6])
-def test_penalties_count_the_prompt_and_the_turn_and_no_padding(tiny: Path, tmp_path: Path, group: None, sampling: dict[str, Any], topk: int) -> None:
+def test_penalties_count_the_prompt_and_the_turn_and_no_padding(
+    tiny: Path, tmp_path: Path, group: None, sampling: dict[str, Any], topk: int
+) -> None:
     made = trainer(tiny, tmp_path)
     assert made.generator is not None
     spec = SamplingSpec.model_validate({**sampling, "topK": topk})
@@ -174,19 +212,23 @@ def test_a_text_ends_a_turn_with_the_token_that_completes_it(tiny: Path, tmp_pat
     assert len(later.token_ids) > end and stop in later.text + stop
 
 
-def test_a_token_ends_a_turn_and_is_trained_with_its_own_log_probability(tiny: Path, tmp_path: Path, group: None) -> None:
+def test_a_token_ends_a_turn_and_is_trained_with_its_own_log_probability(
+    tiny: Path, tmp_path: Path, group: None
+) -> None:
     made = trainer(tiny, tmp_path)
     whole = made.generate(requests(1), 60.0)[0]
     token = whole.token_ids[6]
     end = whole.token_ids.index(token) + 1
     cut = made.generate(requests(1, stopTokenIds=[token]), 60.0)[0]
     assert cut.token_ids == whole.token_ids[:end] and cut.mask == [True] * end
-    assert cut.logprobs == pytest.approx(whole.logprobs[:end]) and of_trainer(made, [cut]) == pytest.approx(cut.logprobs, abs=1e-4)
+    assert cut.logprobs == pytest.approx(whole.logprobs[:end]) and of_trainer(made, [cut]) == pytest.approx(
+        cut.logprobs, abs=1e-4
+    )
     assert (cut.text, cut.finish_reason) == (shown(whole.token_ids[: end - 1]), "stop")
 
 
 def test_what_was_returned_of_a_set_is_the_set() -> None:
-    """A third token is as likely as the second, and of topK 2 only one of them was returned: given that it was one of two."""
+    """Three are equally likely, and of topK 2 only two were returned: given that it was one of the two."""
     third = np.log(1 / 3)
     given, sets = support(np.array([[7, 4, 7], [9, 4, 7]]), np.array([[third, third, third], [third, third, third]]))
     assert given.tolist() == pytest.approx([np.log(1 / 2), third]) and sets.tolist() == [[7, 4, -1], [9, 4, 7]]
@@ -215,8 +257,9 @@ def test_ends_that_never_come_are_refused_together_by_their_fields() -> None:
     data = {"jsonl": {"path": "/x"}}
     evaluation = [{"name": "e", "data": data, "sampling": {"stop": ["ok", "a</s>"]}}]
     config = run_config(rollout={"maxTokens": 8, "sampling": {"stopTokenIds": [3, VOCABULARY]}}, evaluation=evaluation)
-    with pytest.raises(BadSpec, match=rf"spec\.rollout\.sampling\.stopTokenIds: the tokenizer has {VOCABULARY} tokens, .*; evaluation\[e\]\.sampling\.stop: 'a</s>' .*\(2\)"):
+    first = rf"spec\.rollout\.sampling\.stopTokenIds: the tokenizer has {VOCABULARY} tokens, .*"
+    with pytest.raises(BadSpec, match=rf"{first}; evaluation\[e\]\.sampling\.stop: 'a</s>' .*\(2\)"):
         check_sampling(config, tokenizer())
-    check_sampling(run_config(rollout={"maxTokens": 8, "sampling": {"stopTokenIds": [VOCABULARY - 1], "stop": ["x"]}}), tokenizer())
-
-
+    check_sampling(
+        run_config(rollout={"maxTokens": 8, "sampling": {"stopTokenIds": [VOCABULARY - 1], "stop": ["x"]}}), tokenizer()
+    )

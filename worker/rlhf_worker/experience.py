@@ -35,7 +35,8 @@ class Prompt:
 class Sample:
     """One completion, as the engine and the environment made it. The lists have one entry a completion token.
 
-    `logprobs` are the engine's, of the distribution that it drew from: at the temperature, over `support`; 0 where `mask` is False.
+    `logprobs` are the engine's, of the distribution that it drew from: at the temperature, over `support`; 0 where
+    `mask` is False.
     """
 
     prompt: Prompt
@@ -101,7 +102,9 @@ class PackedBatch:
     prompt_lengths: list[int]  # S
     sequence: Tensor  # (T,) int64: which of the S sequences a position belongs to
     columns: dict[str, Tensor]  # (T,) float32 each
-    support: Tensor | None = None  # (T, 1 + topK) int32: what each next token was drawn from, itself first, -1 where there are fewer
+    support: Tensor | None = (
+        None  # (T, 1 + topK) int32: what each next token was drawn from, itself first, -1 where there are fewer
+    )
 
 
 def to_train_sequences(samples: Sequence[Sample]) -> list[TrainSequence]:

@@ -236,8 +236,11 @@ class Engine(Member):
         return Turn(token_ids, logprobs, versions, output.finish_reason, stop, sets)
 
     def _params(self, episode: "Episode") -> "SamplingParams":
-        """With text only where it may end a turn, and one list of numbers in place of a dictionary a token: that work would be done
-        between any two steps of the GPU. Log probabilities are of the distribution drawn from; as many as topK show all of it."""
+        """Log probabilities are of the distribution drawn from; as many as topK show all of it.
+
+        With text only where it may end a turn, and one list of numbers in place of a dictionary a token: that work
+        would be done between any two steps of the GPU.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -245,10 +248,11 @@ class Engine(Member):
         vocabulary = self._running().model_config.get_vocab_size()
         return SamplingParams(
             temperature=request.temperature, top_p=spec.top_p, top_k=spec.top_k, min_p=spec.min_p, seed=episode.seed,
-            repetition_penalty=spec.repetition_penalty, presence_penalty=spec.presence_penalty, frequency_penalty=spec.frequency_penalty,
-            max_tokens=episode.left, min_tokens=episode.least, stop=list(spec.stop), stop_token_ids=list(spec.stop_token_ids),
-            logprobs=min(spec.top_k, vocabulary) if request.wants_support else 0, output_kind=RequestOutputKind.FINAL_ONLY,
-            detokenize=bool(spec.stop), flat_logprobs=True, skip_clone=True,
+            repetition_penalty=spec.repetition_penalty, presence_penalty=spec.presence_penalty,
+            frequency_penalty=spec.frequency_penalty, max_tokens=episode.left, min_tokens=episode.least,
+            stop=list(spec.stop), stop_token_ids=list(spec.stop_token_ids), detokenize=bool(spec.stop),
+            logprobs=min(spec.top_k, vocabulary) if request.wants_support else 0,
+            output_kind=RequestOutputKind.FINAL_ONLY, flat_logprobs=True, skip_clone=True,
         )  # fmt: skip
 
     async def _final(self, token_ids: list[int], params: "SamplingParams") -> "RequestOutput":

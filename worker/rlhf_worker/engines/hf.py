@@ -78,12 +78,19 @@ class Generator:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self._seed(episodes[0]))
             penalties = LogitsProcessorList([Penalties(request.sampling, mask)])
-            made = self.lm.generate(input_ids=ids, attention_mask=mask, generation_config=options, logits_processor=penalties)
+            made = self.lm.generate(
+                input_ids=ids, attention_mask=mask, generation_config=options, logits_processor=penalties
+            )
         # (rows, tokens, vocabulary): of the distributions drawn from
         logprobs = torch.stack(made.scores, 1).float().log_softmax(-1)
         tokens = made.sequences[:, ids.shape[1] :, None]
-        likeliest = logprobs.topk(min(request.sampling.top_k, logprobs.shape[-1]) if request.wants_support else 0, dim=-1)
-        token_ids, logprobs = torch.cat([tokens, likeliest.indices], 2), torch.cat([logprobs.gather(2, tokens), likeliest.values], 2)
+        likeliest = logprobs.topk(
+            min(request.sampling.top_k, logprobs.shape[-1]) if request.wants_support else 0, dim=-1
+        )
+        token_ids, logprobs = (
+            torch.cat([tokens, likeliest.indices], 2),
+            torch.cat([logprobs.gather(2, tokens), likeliest.values], 2),
+        )
         rows = zip(episodes, token_ids.cpu().numpy(), logprobs.cpu().numpy(), strict=True)
         return [self._turn(episode, *row) for episode, *row in rows]
 
@@ -97,10 +104,16 @@ class Generator:
     def _options(self, request: Request, tokens: int) -> GenerationConfig:
         spec, given = request.sampling, dict[str, Any](do_sample=request.temperature > 0)
         if request.temperature:
-            given |= {"temperature": request.temperature, "top_k": spec.top_k, "top_p": spec.top_p, "min_p": spec.min_p or None}
+            given |= {
+                "temperature": request.temperature,
+                "top_k": spec.top_k,
+                "top_p": spec.top_p,
+                "min_p": spec.min_p or None,
+            }
         return GenerationConfig(
-            **given, max_new_tokens=tokens, min_new_tokens=min(spec.min_tokens, tokens) or None, eos_token_id=self._ends_of(request),
-            pad_token_id=self.pad, return_dict_in_generate=True, output_scores=True,
+            **given, max_new_tokens=tokens, min_new_tokens=min(spec.min_tokens, tokens) or None,
+            eos_token_id=self._ends_of(request), pad_token_id=self.pad,
+            return_dict_in_generate=True, output_scores=True,
         )  # fmt: skip
 
     def _ends_of(self, request: Request) -> list[int]:
@@ -113,7 +126,7 @@ class Generator:
         return request_seed(self.config.sampling_seed, self.version, str(self.rank), self._batches) if seed is None else seed
 
     def _turn(self, episode: Episode, token_ids: NDArray[Any], logprobs: NDArray[Any]) -> Turn:
-        """token_ids, logprobs (tokens, 1 + n): the drawn one and the n likeliest; what came after the turn's end is dropped."""
+        """token_ids, logprobs (tokens, 1 + n): the drawn one and the n likeliest; what comes after its end too."""
         request, tokens = episode.request, token_ids[: episode.left, 0].tolist()
         ends = set(self._ends_of(request))
         end = next((index + 1 for index, token in enumerate(tokens) if token in ends), None)
@@ -123,7 +136,9 @@ class Generator:
         values, sets = logprobs[: len(tokens), 0], None
         if request.wants_support:
             values, sets = support(token_ids[: len(tokens)], logprobs[: len(tokens)])
-        return Turn(tokens, values.tolist(), [self.version] * len(tokens), "length" if end is None else "stop", stop, sets)
+        return Turn(
+            tokens, values.tolist(), [self.version] * len(tokens), "length" if end is None else "stop", stop, sets
+        )
 
     def _stop(self, episode: Episode, tokens: list[int]) -> tuple[int, str] | None:
         """Where a text of sampling.stop ends the turn, in tokens, and which."""
@@ -138,7 +153,7 @@ class Generator:
 
 
 class Penalties:
-    """As vLLM's, on logits before the temperature. transformers' own count the padding, and know no presence and frequency."""
+    """As vLLM's, on logits before the temperature. transformers' own count padding, and are not all of them."""
 
     def __init__(self, spec: SamplingSpec, mask: Tensor) -> None:
         """mask (rows, P): of the P tokens of the prompts, padded."""
@@ -149,7 +164,9 @@ class Penalties:
         spec, prompt = self.spec, self.mask.shape[1]
         if not spec.penalises:
             return scores
-        turn = torch.zeros_like(scores).scatter_add(1, input_ids[:, prompt:], torch.ones_like(scores[:, :1]).expand(-1, input_ids.shape[1] - prompt))
+        turn = torch.zeros_like(scores).scatter_add(
+            1, input_ids[:, prompt:], torch.ones_like(scores[:, :1]).expand(-1, input_ids.shape[1] - prompt)
+        )
         seen = turn.scatter_add(1, input_ids[:, :prompt], self.mask.to(scores.dtype)) > 0
         repeated = torch.where(scores > 0, scores / spec.repetition_penalty, scores * spec.repetition_penalty)
         return torch.where(seen, repeated, scores) - spec.frequency_penalty * turn - spec.presence_penalty * (turn > 0)

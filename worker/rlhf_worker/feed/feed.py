@@ -77,13 +77,22 @@ class Feed(Member):
 
         for judge in ("", *self.judges):
             prompt = self.evaluations[judge][0] if judge else self.sampler.first(1)[0]
-            sample = Sample(prompt=prompt, token_ids=[], logprobs=[], mask=[], versions=[], text=prompt.text, finish_reason="stop")
-            self.score([sample], {} if judge else {spec.name: [0.0] for spec in self.config.rewards if spec.type == "model"}, judge)
+            sample = Sample(
+                prompt=prompt, token_ids=[], logprobs=[], mask=[], versions=[], text=prompt.text, finish_reason="stop"
+            )
+            self.score(
+                [sample],
+                {} if judge else {spec.name: [0.0] for spec in self.config.rewards if spec.type == "model"},
+                judge,
+            )
 
     def score(
         self, samples: "list[Sample]", models: Mapping[str, Sequence[float]] | None = None, judge: str = ""
     ) -> "list[ScoredSample]":
-        """`models`: what the rewards of type model gave, by name. `judge`: whose rewards, a set's by its name. Raises RewardFailed."""
+        """`models`: what rewards of type model gave, by name; `judge`: a set, by name, with rewards of its own.
+
+        Raises RewardFailed.
+        """
         with _of(judge):
             return (self.judges[judge] if judge else self.scorer).score(samples, models)
 

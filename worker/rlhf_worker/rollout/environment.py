@@ -27,7 +27,9 @@ class Seat:
 
     def __init__(self, spec: EnvironmentSpec, field: str) -> None:
         self.episodes = 0
-        self.child = Child(episodes=True, function=spec.function, code=spec.code, field=field, kind="class", name="Environment")
+        self.child = Child(
+            episodes=True, function=spec.function, code=spec.code, field=field, kind="class", name="Environment"
+        )
         self._seconds = spec.timeout_seconds
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="environment")
 
@@ -52,7 +54,9 @@ class Environments:
             self._seats[0].child.start()
             speech.observation("probe", -1)
         except LoadFailure as error:
-            raise BadSpec(f"{field}.{'code' if spec.code is not None else 'function'} cannot be loaded: {error}") from None
+            raise BadSpec(
+                f"{field}.{'code' if spec.code is not None else 'function'} cannot be loaded: {error}"
+            ) from None
         except BaseException:
             self.close()
             raise
@@ -62,7 +66,9 @@ class Environments:
         try:
             return await tried(self.spec.retries, lambda _: self._episode(request, turn))
         except Failure as reason:
-            raise EnvironmentFailed(f"{self.field} failed {self.spec.retries + 1} times on prompt {request.prompt.uid}: {reason}") from None
+            raise EnvironmentFailed(
+                f"{self.field} failed {self.spec.retries + 1} times on prompt {request.prompt.uid}: {reason}"
+            ) from None
 
     async def _episode(self, request: Request, turn: Callable[[Episode], Awaitable[Turn]]) -> Sample:
         seat, number, episode, prompt = min(self._seats, key=lambda seat: seat.episodes), next(self._numbers), Episode(request), request.prompt

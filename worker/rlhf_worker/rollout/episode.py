@@ -152,7 +152,9 @@ class Episode:
 
     def last_turn(self, speech: Speech) -> str:
         """The text of the last turn."""
-        return self._text(speech, [*self.request.prompt.token_ids, *self.token_ids[: self._turn]], self.token_ids[self._turn :])
+        return self._text(
+            speech, [*self.request.prompt.token_ids, *self.token_ids[: self._turn]], self.token_ids[self._turn :]
+        )
 
     def _text(self, speech: Speech, before: list[int], token_ids: list[int]) -> str:
         """Without what ended the last turn, be it a token or a text."""

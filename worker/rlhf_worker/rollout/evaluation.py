@@ -40,8 +40,8 @@ def evaluate(
 def metrics(spec: EvaluationSpec, groups: Sequence[Group]) -> dict[str, float]:
     """eval/<name>/...: mean of each reward by its name, of their weighted sum, and of the best sum of a prompt's samples.
 
-    With rewards of 0 and 1 the best is pass@k, k = spec.samples; pass_at_<k> and maj_at_<k> are means over the prompts. Length in tokens.
-    Names with an underscore cannot be a reward's.
+    With rewards of 0 and 1 the best is pass@k, k = spec.samples; pass_at_<k> and maj_at_<k> are means over the prompts.
+    Length in tokens. Names with an underscore cannot be a reward's.
     """
     scored = [item for group in groups for item in group]
     values = {name: sum(item.parts[name] for item in scored) / len(scored) for name in scored[0].parts}
@@ -51,8 +51,12 @@ def metrics(spec: EvaluationSpec, groups: Sequence[Group]) -> dict[str, float]:
     values["truncated_share"] = sum(item.sample.finish_reason == "length" for item in scored) / len(scored)
     passed = [[item.reward >= spec.pass_reward - SAME for item in group] for group in groups]
     values |= {f"pass_at_{k}": sum(pass_at(len(ok), sum(ok), k) for ok in passed) / len(groups) for k in spec.pass_at}
-    answers = [[answer(item.sample.text, spec.answer_pattern) for item in group] for group in groups] if spec.maj_at else []
-    values |= {f"maj_at_{k}": sum(map(majority_at, answers, passed, [k] * len(groups))) / len(groups) for k in spec.maj_at}
+    answers = (
+        [[answer(item.sample.text, spec.answer_pattern) for item in group] for group in groups] if spec.maj_at else []
+    )
+    values |= {
+        f"maj_at_{k}": sum(map(majority_at, answers, passed, [k] * len(groups))) / len(groups) for k in spec.maj_at
+    }
     return {f"eval/{spec.name}/{name}": value for name, value in values.items()}
 
 

@@ -193,7 +193,13 @@ class Rollouts:
         plays = of.name if of and of.environment else ""
         seeds = [None if rollout.seed is None else request_seed(rollout.seed, group.born + 1, prompt.uid, index) for index in range(self._size(group))]
         alike = Request(
-            prompt=prompt, seed=None, temperature=given.temperature, max_tokens=tokens, sampling=given.sampling, trained=of is None, environment=plays
+            prompt=prompt,
+            seed=None,
+            temperature=given.temperature,
+            max_tokens=tokens,
+            sampling=given.sampling,
+            trained=of is None,
+            environment=plays,
         )
         return [replace(alike, seed=seed) for seed in seeds]
 
@@ -203,7 +209,7 @@ class Rollouts:
         self._score()
 
     def _score(self) -> None:
-        """Everything that was generated while the last was scored, and has the same rewards. Reward models first: they are the trainer's ranks."""
+        """What was generated while the last was scored and has one's rewards. Reward models first."""
         judge = _judge(self._unscored[0][0]) if self._unscored else ""
         names = [] if judge else [spec.name for spec in self.config.rewards if spec.type == "model"]
         alone = self.config.engines_sleep and any(self.crew.ranks[f"reward:{name}"] == self.crew.policy for name in names)

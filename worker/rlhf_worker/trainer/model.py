@@ -82,7 +82,7 @@ class PolicyModule(RoleModule):
         self.temperature = temperature
 
     def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
-        """targets (N,): the tokens that follow; and (N, 1 + topK) what they were drawn from, where not from all, as `PackedBatch.support`.
+        """targets (N,): the tokens that follow; and (N, 1 + topK) what they were drawn from, where not from all.
 
         -> (2, N) float32: their log probabilities, and entropies, of the distribution drawn from.
         Entropies have no gradient, and are 0 where none is recorded. No logits outlive their chunk.
