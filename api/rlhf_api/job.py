@@ -55,10 +55,22 @@ class PlacementMode(StrEnum):
     SEPARATED = "Separated"
 
 
+class HubSource(Model):
+    repo: Annotated[str, Field(max_length=256, pattern=r"^[\w.-]+(/[\w.-]+)?$")] = Field(
+        description="Hub id, such as Qwen/Qwen3-8B."
+    )
+    revision: Annotated[str, Field(min_length=1, max_length=256)] = Field("main", description="Branch, tag or commit.")
+
+
 class ModelSpec(Model):
     path: Path = Field(description="Hub id, or a directory inside the pods (a mounted volume) with a Hugging Face checkpoint.")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of the engine's weights and of the trainer's matrix products. The trainer's own weights are float32.")
     trust_remote_code: bool = Field(False, description="Run python code that comes with the checkpoint.")
+    source: HubSource | None = Field(
+        None, description="Where the checkpoint at path comes from, which is a directory then: what is not there yet is"
+        " downloaded once a run, by one pod; the others find it on the volume or copy it from that pod. Unset: path has"
+        " it.",
+    )  # fmt: skip
 
 
 class LoRASpec(Model):
@@ -73,7 +85,9 @@ class PolicySpec(ModelSpec):
     @property
     def base(self) -> ModelSpec:
         """As it was before training."""
-        return ModelSpec(path=self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        return ModelSpec(
+            path=self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code, source=self.source
+        )
 
 
 class KLSpec(Model):

@@ -332,6 +332,14 @@ def _path(job: RLHFJob) -> Iterator[str]:
         yield f"it is {path!r}"
 
 
+def _sources(job: RLHFJob) -> Iterator[str]:
+    spec = job.spec
+    models = [spec.model, spec.critic and spec.critic.model, spec.reference and spec.reference.model]
+    for model in (*models, *(reward.model for reward in spec.rewards)):
+        if model and model.source and not model.path.startswith("/"):
+            yield f"path is {model.path}, source is {model.source.repo}"
+
+
 def _claimed_path(job: RLHFJob) -> Iterator[str]:
     if job.spec.checkpoint.claim is not None and job.spec.checkpoint.directory is None:
         yield f"path is {job.spec.checkpoint.path}"
@@ -466,6 +474,14 @@ RULES = (
     Rule("spec.placement", f"!has(self.resourceName) || self.resourceName.matches('{RESOURCE_PATTERN}')"
          " && !self.resourceName.contains('kubernetes.io/') && !self.resourceName.startsWith('requests.')",
          "must be an extended resource of a device plugin, such as nvidia.com/gpu: cpu, memory and what else Kubernetes counts itself are no GPUs", "placement.resourceName", _resource_name),
+    Rule("spec", "(!has(self.model.source) || self.model.path.startsWith('/'))"
+         " && (!has(self.critic) || !has(self.critic.model) || !has(self.critic.model.source)"
+         " || self.critic.model.path.startsWith('/'))"
+         " && (!has(self.reference) || !has(self.reference.model) || !has(self.reference.model.source)"
+         " || self.reference.model.path.startsWith('/'))"
+         " && self.rewards.all(r, !has(r.model) || !has(r.model.source) || r.model.path.startsWith('/'))",
+         "a source is downloaded into the directory path: make path absolute, or remove source",
+         "model.path", _sources),
     Rule("spec.checkpoint", f"!has(self.path) || self.path.matches('{URL_PATTERN}') && !self.path.startsWith('file:')"
          f" || self.path.matches('{DIRECTORY_PATTERN}') && !self.path.matches('{NO_DIRECTORY_PATTERN}')",
          "a directory is absolute, not the root, and has no .. and no colon: correct it", "checkpoint.path", _path),

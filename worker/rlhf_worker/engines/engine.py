@@ -21,6 +21,7 @@ from rlhf_worker.engines.adapters import Adapters, adapter_args, version_of
 from rlhf_worker.engines.arguments import check_attention, check_context, check_engine_args, check_known, needed_context, refused
 from rlhf_worker.engines.pulse import Pulse, stopped
 from rlhf_worker.errors import DeadlineExceeded, EngineFailed
+from rlhf_worker.hub import ensure
 from rlhf_worker.placement import Seat
 from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, require_path
 from rlhf_worker.roll import Member
@@ -65,6 +66,7 @@ class Engine(Member):
     async def prepare(self, backend: str) -> None:
         """All of a start that takes no memory of the device: checks, and vLLM's import, which takes as long as the rest. Raises BadSpec."""
         check_engine_args(self.config)
+        await asyncio.to_thread(ensure, self.config.model)
         require_path(self.config.model)
         check_context(self.config, context_length(load_config(self.config.model)))
         self._environment(backend)
