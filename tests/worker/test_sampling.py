@@ -13,11 +13,13 @@ from hack.tiny_model import CHARACTERS, SPECIAL, tokenizer
 from rlhf_api.job import SamplingSpec
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import Prompt, Sample, dealt, pack, to_train_sequences
+from rlhf_worker.rollout.admission import Group
 from rlhf_worker.rollout.episode import Request
+from rlhf_worker.rollout.producer import Rollouts
 from rlhf_worker.rollout.sampling import check_sampling, first_stop, support
 from rlhf_worker.trainer.rank import Trainer
 from tests.worker.configs import run_config
-from tests.worker.samples import evenly
+from tests.worker.samples import a_prompt, evenly
 
 TEMPERATURE = 0.7
 VOCABULARY = len(SPECIAL) + len(CHARACTERS)
@@ -263,3 +265,19 @@ def test_ends_that_never_come_are_refused_together_by_their_fields() -> None:
     check_sampling(
         run_config(rollout={"maxTokens": 8, "sampling": {"stopTokenIds": [VOCABULARY - 1], "stop": ["x"]}}), tokenizer()
     )
+
+
+def test_training_and_each_evaluation_ask_for_their_own_sampling() -> None:
+    data = {"jsonl": {"path": "/x"}}
+    sets = [
+        {"name": "a", "data": data, "temperature": 0.5, "sampling": {"topP": 0.9}, "environment": {"function": "m:E"}},
+        {"name": "b", "data": data, "maxTokens": 3, "sampling": {"frequencyPenalty": 1}},
+    ]
+    config = run_config(rollout={"maxTokens": 8, "temperature": 0.7, "sampling": {"topK": 5}}, evaluation=sets)
+    rollouts = Rollouts(config, None, 0)  # type: ignore[arg-type]
+    asked = [rollouts._requests(Group(a_prompt(), 0, of))[0] for of in (None, *config.evaluation)]
+    given = [(one.temperature, one.max_tokens, one.environment) for one in asked]
+    assert given == [(0.7, 8, ""), (0.5, 8, "a"), (0.0, 3, "")]
+    specs = [{"top_k": 5}, {"top_p": 0.9}, {"frequency_penalty": 1}]
+    assert [one.sampling for one in asked] == [SamplingSpec.model_validate(spec) for spec in specs]
+    assert [one.wants_support for one in asked] == [True, False, False]
