@@ -57,10 +57,22 @@ class PlacementMode(StrEnum):
     SEPARATED = "Separated"
 
 
+class HubSource(Model):
+    repo: Annotated[str, Field(max_length=256, pattern=r"^[\w.-]+(/[\w.-]+)?$")] = Field(
+        description="Hub id, such as Qwen/Qwen3-8B."
+    )
+    revision: Annotated[str, Field(min_length=1, max_length=256)] = Field("main", description="Branch, tag or commit.")
+
+
 class ModelSpec(Model):
     path: Path = Field(description="Hub id, or a directory inside the pods (a mounted volume) with a Hugging Face checkpoint.")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Type of the engine's weights and of the trainer's matrix products. The trainer's own weights are float32.")
     trust_remote_code: bool = Field(False, description="Run python code that comes with the checkpoint.")
+    source: HubSource | None = Field(
+        None, description="Where the checkpoint at path comes from, which is a directory then: what is not there yet is"
+        " downloaded once a run, by one pod; the others find it on the volume or copy it from that pod. Unset: path has"
+        " it.",
+    )  # fmt: skip
 
 
 class LoRASpec(Model):
@@ -75,7 +87,9 @@ class PolicySpec(ModelSpec):
     @property
     def base(self) -> ModelSpec:
         """As it was before training."""
-        return ModelSpec(path=self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        return ModelSpec(
+            path=self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code, source=self.source
+        )
 
 
 class KLSpec(Model):
@@ -311,6 +325,51 @@ class EnvironmentSpec(Model):
     weight: Number = Field(1.0, description="Factor of an episode's summed rewards, which are added to spec.rewards.")
 
 
+Stops = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=256)], ...], Field(max_length=16)]
+TokenIds = Annotated[tuple[Annotated[int, Field(ge=0, le=10_000_000)], ...], Field(max_length=64)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+
+class SamplingSpec(Model):
+    """How tokens are drawn besides the temperature, as vLLM means these options. They work in each turn by itself."""
+
+    top_k: Annotated[int, Field(ge=0, le=256)] = Field(
+        0, description="Draw from the likeliest tokens, so many. 0: from all. In training the trainer computes its log"
+        " probabilities over the very tokens that the engine drew from, which travel with each sample: 4 bytes for each"
+        " of them a token.",
+    )  # fmt: skip
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="Draw from the likeliest tokens that have this probability together. In training with topK"
+        " only, which bounds the set.",
+    )  # fmt: skip
+    min_p: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="Draw from tokens of at least this share of the likeliest one's probability. In training with"
+        " topK only.",
+    )  # fmt: skip
+    min_tokens: Count = Field(
+        0, description="Nothing ends a turn before it has so many tokens: until then its end tokens are not drawn. In"
+        " training with topK only.",
+    )  # fmt: skip
+    stop: Stops = Field(
+        (), description="Texts that end a turn. They are left out of its text, and no special token is in them; their"
+        " tokens are trained.",
+    )  # fmt: skip
+    stop_token_ids: TokenIds = Field(
+        (), description="Tokens that end a turn besides the model's own. Left out of its text; trained as the model's"
+        " own are.",
+    )  # fmt: skip
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] = Field(
+        1.0, description="Divides a positive logit, and multiplies a negative one, of each token that stands in the"
+        " prompt or the turn. The trainer does not follow a penalty: see docs/rollouts.md.",
+    )  # fmt: skip
+    presence_penalty: Penalty = Field(0.0, description="Taken from the logit of each token that the turn has.")
+    frequency_penalty: Penalty = Field(0.0, description="Taken from a token's logit as often as the turn has it.")
+
+    @property
+    def penalises(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
 class RolloutSpec(Model):
     engine: Literal["vllm", "hf"] = Field("vllm", description="vllm: engines of their own. hf: the trainer's ranks generate by transformers' generate, slowly and without a weight sync: for debugging.")
     engines: Gpus = Field(1, description="Number of vLLM engines.")
@@ -319,7 +378,12 @@ class RolloutSpec(Model):
     prompts_per_step: PositiveInt = Field(64, description="Prompts drawn for one step.")
     samples_per_prompt: PositiveInt = Field(8, description="Completions of one prompt: the group that most algorithms compare within.")
     max_tokens: PositiveInt = Field(512, description="Most tokens of one completion, over all of its turns and observations.")
-    temperature: Annotated[float, Field(gt=0, le=10)] = Field(1.0, description="Sampling temperature; the trainer's log probabilities use the same.")
+    temperature: Annotated[float, Field(ge=0.01, le=2)] = Field(
+        1.0, description="Sampling temperature; the trainer's log probabilities use the same."
+    )
+    sampling: SamplingSpec = Field(
+        default_factory=SamplingSpec, description="How tokens are drawn besides the temperature."
+    )
     seed: Seed | None = Field(None, description="Gives every sample a seed of its own, so that a resumed run draws the same samples. It costs speed on GPU (vLLM then samples request by request). Unset: each engine has one stream of random numbers, from trainer.seed.")
     staleness: Annotated[int, Field(ge=0, le=64)] = Field(0, description="Most steps between a sample's first token and its training. 0: generation and training take turns. More: they overlap, and the weights change under running requests; Separated only.")
     max_redraws: Annotated[int, Field(ge=1, le=100000)] = Field(
@@ -396,7 +460,31 @@ class EvaluationSpec(Model):
     data: PromptsSpec = Field(description="The prompts, in the order of the source.")
     every_steps: PositiveInt = Field(50, description="Steps between two evaluations. One more comes before the first step and one after the last.")
     samples: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="Completions of one prompt.")
-    temperature: Annotated[float, Field(ge=0, le=10)] = Field(0.0, description="Sampling temperature; 0 takes the likeliest token.")
+    temperature: Annotated[float, Field(ge=0, le=2)] = Field(
+        0.0, description="Sampling temperature; 0 takes the likeliest token."
+    )
+    sampling: SamplingSpec = Field(
+        default_factory=SamplingSpec, description="How tokens are drawn besides the temperature; not rollout.sampling."
+    )
+    rewards: Annotated[tuple[RewardSpec, ...], Field(min_length=1, max_length=8)] | None = Field(
+        None, description="The set's own rewards, of any type but model. Unset: spec.rewards."
+    )
+    environment: EnvironmentSpec | None = Field(
+        None, description="The set's own environment. Unset: rollout.environment."
+    )
+    pass_at: Annotated[tuple[Annotated[int, Field(ge=1, le=1024)], ...], Field(max_length=16)] = Field(
+        (), description="Numbers k, at most samples: eval/<name>/pass_at_<k> is the probability that one of k"
+        " completions passes (arXiv 2107.03374).",
+    )  # fmt: skip
+    maj_at: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(max_length=16)] = Field(
+        (), description="Numbers k, at most samples: eval/<name>/maj_at_<k> is the probability that the commonest"
+        " answer of k completions passes.",
+    )  # fmt: skip
+    pass_reward: Number = Field(1.0, description="A completion passes whose weighted sum of rewards is at least this.")
+    answer_pattern: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(
+        None, description="Regular expression of python whose one group is the answer that majAt counts; its last match"
+        " in the completion. One without a match has no vote. Unset: the whole completion.",
+    )  # fmt: skip
     max_tokens: PositiveInt | None = Field(None, description="Most tokens of one completion. Default: rollout.maxTokens.")
     limit: PositiveInt | None = Field(None, description="Use the first rows only. Default: all.")
 

@@ -13,12 +13,14 @@ from rlhf_api.algorithms import OWN, UNGROUPED
 from rlhf_api.job import (
     AlgorithmSpec,
     CheckpointSpec,
+    EnvironmentSpec,
     EvaluationSpec,
     PlacementMode,
     PromptsSpec,
     RewardSpec,
     RLHFJob,
     RowsSpec,
+    SamplingSpec,
     SourceSpec,
 )
 from rlhf_api.placement import own_gpus
@@ -66,10 +68,41 @@ def _hf(job: RLHFJob) -> Iterator[str]:
         yield f"mode is {mode}, engines is {rollout.engines}, tensorParallelSize is {rollout.tensor_parallel_size}"
 
 
+def _class_of(spec: EnvironmentSpec | None) -> str:
+    if spec is None or (spec.function is None) != (spec.code is None):
+        return ""
+    return "neither is set" if spec.code is None else "both are set"
+
+
 def _environment(job: RLHFJob) -> Iterator[str]:
-    spec = job.spec.rollout.environment
-    if spec is not None and (spec.function is None) == (spec.code is None):
-        yield "neither is set" if spec.code is None else "both are set"
+    if text := _class_of(job.spec.rollout.environment):
+        yield text
+
+
+def _unbounded(job: RLHFJob) -> Iterator[str]:
+    sampling = job.spec.rollout.sampling
+    if not sampling.top_k and (sampling.top_p < 1 or sampling.min_p > 0 or sampling.min_tokens > 0):
+        yield f"topP is {sampling.top_p:g}, minP is {sampling.min_p:g}, minTokens is {sampling.min_tokens}, topK is 0"
+
+
+def _penalties(job: RLHFJob) -> Iterator[str]:
+    if job.spec.rollout.sampling.penalises and job.spec.algorithm.correction.token_cap == 0:
+        yield "tokenCap is 0"
+
+
+def _too_short(sampling: SamplingSpec, most: int) -> str:
+    return f"minTokens is {sampling.min_tokens}, maxTokens is {most}" if sampling.min_tokens > most else ""
+
+
+def _turn_length(job: RLHFJob) -> Iterator[str]:
+    if text := _too_short(job.spec.rollout.sampling, job.spec.rollout.max_tokens):
+        yield text
+
+
+def _evaluation_length(job: RLHFJob) -> Iterator[str]:
+    for evaluation in job.spec.evaluation:
+        if text := _too_short(evaluation.sampling, evaluation.max_tokens or job.spec.rollout.max_tokens):
+            yield f"evaluation[{evaluation.name}]: {text}"
 
 
 def _fractions(job: RLHFJob) -> Iterator[str]:
@@ -179,6 +212,13 @@ def _each_reward(complaint: Callable[[RewardSpec], str]) -> Check:
     return check
 
 
+def _each_own_reward(complaint: Callable[[RewardSpec], str]) -> Check:
+    def first(evaluation: EvaluationSpec) -> str:
+        return next((f"rewards[{r.name}]: {text}" for r in evaluation.rewards or () if (text := complaint(r))), "")
+
+    return _each_evaluation(first)
+
+
 def _python_reward(reward: RewardSpec) -> str:
     if reward.type != "python" or (reward.function is None) != (reward.code is None):
         return ""
@@ -240,6 +280,23 @@ def _each_evaluation(complaint: Callable[[EvaluationSpec], str]) -> Check:
                 yield f"evaluation[{evaluation.name}]: {text}"
 
     return check
+
+
+def _names_of_rewards(evaluation: EvaluationSpec) -> str:
+    return next(_unique([reward.name for reward in evaluation.rewards or ()]), "")
+
+
+def _model_of_a_set(reward: RewardSpec) -> str:
+    return "type is model" if reward.type == "model" else ""
+
+
+def _too_many(evaluation: EvaluationSpec) -> str:
+    most = max((*evaluation.pass_at, *evaluation.maj_at), default=1)
+    return f"k is {most}, samples is {evaluation.samples}" if most > evaluation.samples else ""
+
+
+def _answer(evaluation: EvaluationSpec) -> str:
+    return "majAt is empty" if evaluation.answer_pattern and not evaluation.maj_at else ""
 
 
 def _same_samples(evaluation: EvaluationSpec) -> str:
@@ -325,6 +382,14 @@ def _path(job: RLHFJob) -> Iterator[str]:
         yield f"it is {path!r}"
 
 
+def _sources(job: RLHFJob) -> Iterator[str]:
+    spec = job.spec
+    models = [spec.model, spec.critic and spec.critic.model, spec.reference and spec.reference.model]
+    for model in (*models, *(reward.model for reward in spec.rewards)):
+        if model and model.source and not model.path.startswith("/"):
+            yield f"path is {model.path}, source is {model.source.repo}"
+
+
 def _claimed_path(job: RLHFJob) -> Iterator[str]:
     if job.spec.checkpoint.claim is not None and job.spec.checkpoint.directory is None:
         yield f"path is {job.spec.checkpoint.path}"
@@ -364,6 +429,22 @@ TEMPLATED = (
 UNTEMPLATED = (
     "chatTemplateText, chatTemplateKwargs and tools are for a chat template: remove them, or leave chatTemplate true"
 )
+OF_A_REWARD: tuple[tuple[str, str, Callable[[RewardSpec], str]], ...] = (
+    ("!(self.name in ['mean', 'std', 'overlong', 'environment'])",
+     "mean, std, overlong and environment are metrics of the worker's own: give the reward another name", _own_metric),
+    ("self.type != 'python' || has(self.function) != has(self.code)",
+     "a python reward needs exactly one of function and code", _python_reward),
+    ("self.type != 'http' || has(self.url)", "an http reward needs url", _http_reward),
+    ("self.type == 'model' ? has(self.model) : !has(self.model) && !has(self.gpus)",
+     "a model reward needs model, and no other has model or gpus", _model_reward),
+    ("self.type != 'judge' || has(self.url) && has(self.judge)", "a judge reward needs url and judge", _judge_reward),
+    ("!has(self.judge) || self.judge.low < self.judge.high", "judge.low must be below judge.high", _judge_scale),
+    ("!has(self.judge) || self.judge.prompt.contains('{completion}')",
+     "judge.prompt must hold {completion}", _judge_prompt),
+    ("!has(self.clip) || self.clip.low < self.clip.high", "clip.low must be below clip.high", _clip_order),
+    ("self.scope == 'sample' || self.type in ['python', 'http']",
+     "only a python or http reward sees a whole group: set scope to sample", _group_scope),
+)  # fmt: skip
 # A rule on an object whose default is {} is tried on that very {}, before the inner defaults are filled in: hence `has` of fields with defaults.
 RULES = (
     Rule("", f"self.metadata.name.size() <= {NAME_MAX} && self.metadata.name.matches('{NAME_PATTERN}')",
@@ -376,6 +457,21 @@ RULES = (
          "hf generates on the trainer's own GPUs: set placement.mode to Colocated and leave rollout.engines and rollout.tensorParallelSize at 1", "rollout.engine", _hf),
     Rule("spec.rollout", "!has(self.environment) || has(self.environment.function) != has(self.environment.code)",
          "an environment needs exactly one of function and code", "rollout.environment", _environment),
+    Rule("spec.rollout.sampling", "has(self.topK) && self.topK > 0 || (!has(self.topP) || self.topP == 1.0)"
+         " && (!has(self.minP) || self.minP == 0.0) && (!has(self.minTokens) || self.minTokens == 0)",
+         "topP, minP and minTokens leave out tokens, and the trainer's log probabilities leave out the same ones only"
+         " where topK bounds what is left: set topK, or remove them", "rollout.sampling", _unbounded),
+    Rule("spec", "!has(self.algorithm.correction.tokenCap) || self.algorithm.correction.tokenCap > 0.0"
+         " || [self.rollout.sampling].all(s, (!has(s.repetitionPenalty) || s.repetitionPenalty == 1.0)"
+         " && (!has(s.presencePenalty) || s.presencePenalty == 0.0)"
+         " && (!has(s.frequencyPenalty) || s.frequencyPenalty == 0.0))",
+         "a penalty makes the engine draw from another distribution than the policy, and only importance weights"
+         " make up for it: set algorithm.correction.tokenCap to at least 1, or remove the penalties",
+         "rollout.sampling", _penalties),
+    Rule("spec.rollout", "!has(self.sampling) || !has(self.sampling.minTokens) || !has(self.maxTokens)"
+         " || self.sampling.minTokens <= self.maxTokens",
+         "a completion has at most maxTokens: lower sampling.minTokens or raise maxTokens",
+         "rollout.sampling", _turn_length),
     Rule("spec", COLOCATED + "self.placement.fractions.trainer + self.placement.fractions.rollout <= 1.0",
          "the fractions of one GPU must sum to at most 1: lower fractions.trainer or fractions.rollout", "placement.fractions", _fractions),
     Rule("spec", "self.rollout.minEngines <= self.rollout.engines", "there are fewer engines: lower rollout.minEngines or raise rollout.engines", "rollout.minEngines", _min_engines),
@@ -438,6 +534,14 @@ RULES = (
     Rule("spec.placement", f"!has(self.resourceName) || self.resourceName.matches('{RESOURCE_PATTERN}')"
          " && !self.resourceName.contains('kubernetes.io/') && !self.resourceName.startsWith('requests.')",
          "must be an extended resource of a device plugin, such as nvidia.com/gpu: cpu, memory and what else Kubernetes counts itself are no GPUs", "placement.resourceName", _resource_name),
+    Rule("spec", "(!has(self.model.source) || self.model.path.startsWith('/'))"
+         " && (!has(self.critic) || !has(self.critic.model) || !has(self.critic.model.source)"
+         " || self.critic.model.path.startsWith('/'))"
+         " && (!has(self.reference) || !has(self.reference.model) || !has(self.reference.model.source)"
+         " || self.reference.model.path.startsWith('/'))"
+         " && self.rewards.all(r, !has(r.model) || !has(r.model.source) || r.model.path.startsWith('/'))",
+         "a source is downloaded into the directory path: make path absolute, or remove source",
+         "model.path", _sources),
     Rule("spec.checkpoint", f"!has(self.path) || self.path.matches('{URL_PATTERN}') && !self.path.startsWith('file:')"
          f" || self.path.matches('{DIRECTORY_PATTERN}') && !self.path.matches('{NO_DIRECTORY_PATTERN}')",
          "a directory is absolute, not the root, and has no .. and no colon: correct it", "checkpoint.path", _path),
@@ -470,19 +574,7 @@ RULES = (
          "every reward judges a source: name it in data.sources[].rewards, or remove it", "rewards", _idle_reward),
     Rule("spec.data", TEMPLATED.replace("DATA", "self"), UNTEMPLATED, "data.chatTemplate", _untemplated),
     Rule("spec.rewards", "self.all(r, self.exists_one(other, other.name == r.name))", "names must be unique", "rewards", lambda job: _unique([r.name for r in job.spec.rewards])),
-    Rule("spec.rewards[]", "!(self.name in ['mean', 'std', 'overlong', 'environment'])", "mean, std, overlong and environment are metrics of the worker's own: give the reward another name", "rewards", _each_reward(_own_metric)),
-    Rule("spec.rewards[]", "self.type != 'python' || has(self.function) != has(self.code)",
-         "a python reward needs exactly one of function and code", "rewards", _each_reward(_python_reward)),
-    Rule("spec.rewards[]", "self.type != 'http' || has(self.url)", "an http reward needs url", "rewards", _each_reward(_http_reward)),
-    Rule("spec.rewards[]", "self.type == 'model' ? has(self.model) : !has(self.model) && !has(self.gpus)",
-         "a model reward needs model, and no other has model or gpus", "rewards", _each_reward(_model_reward)),
-    Rule("spec.rewards[]", "self.type != 'judge' || has(self.url) && has(self.judge)", "a judge reward needs url and judge", "rewards", _each_reward(_judge_reward)),
-    Rule("spec.rewards[]", "!has(self.judge) || self.judge.low < self.judge.high", "judge.low must be below judge.high", "rewards", _each_reward(_judge_scale)),
-    Rule("spec.rewards[]", "!has(self.judge) || self.judge.prompt.contains('{completion}')", "judge.prompt must hold {completion}", "rewards", _each_reward(_judge_prompt)),
-    Rule("spec.rewards[]", "!has(self.clip) || self.clip.low < self.clip.high",
-         "clip.low must be below clip.high", "rewards", _each_reward(_clip_order)),
-    Rule("spec.rewards[]", "self.scope == 'sample' || self.type in ['python', 'http']",
-         "only a python or http reward sees a whole group: set scope to sample", "rewards", _each_reward(_group_scope)),
+    *(Rule("spec.rewards[]", cel, message, "rewards", _each_reward(check)) for cel, message, check in OF_A_REWARD),
     Rule("spec", "self.rollout.samplesPerPrompt > 1 || self.rewards.all(r, r.normalize != 'group')",
          "a reward is normalised within a group of at least two: raise rollout.samplesPerPrompt, or normalize by batch",
          "rewards", _compared),
@@ -491,6 +583,27 @@ RULES = (
          "set exactly one of data.jsonl, data.parquet, data.dataset and data.reasoningGym", "evaluation", _each_evaluation(lambda e: _one_source(e.data))),
     Rule("spec.evaluation[]", TEMPLATED.replace("DATA", "self.data"), UNTEMPLATED, "evaluation",
          _each_evaluation(lambda e: _no_template(e.data))),
+    Rule("spec", "self.evaluation.all(e, !has(e.sampling.minTokens)"
+         " || e.sampling.minTokens <= (has(e.maxTokens) ? e.maxTokens : self.rollout.maxTokens))",
+         "a completion has at most maxTokens: lower sampling.minTokens or raise maxTokens",
+         "evaluation", _evaluation_length),
+    Rule("spec.evaluation", "self.all(e, !has(e.environment)"
+         " || has(e.environment.function) != has(e.environment.code))",
+         "an environment needs exactly one of function and code", "evaluation",
+         _each_evaluation(lambda e: _class_of(e.environment))),
+    Rule("spec.evaluation[]", "self.passAt.all(k, k <= self.samples) && self.majAt.all(k, k <= self.samples)",
+         "k completions are drawn from samples: lower k in passAt and majAt, or raise samples", "evaluation",
+         _each_evaluation(_too_many)),
+    Rule("spec.evaluation[]", "!has(self.answerPattern) || self.majAt.size() > 0",
+         "only majAt reads answers: set it, or remove answerPattern", "evaluation", _each_evaluation(_answer)),
+    Rule("spec.evaluation[]", "!has(self.rewards)"
+         " || self.rewards.all(r, self.rewards.exists_one(same, same.name == r.name))",
+         "names of rewards must be unique", "evaluation", _each_evaluation(_names_of_rewards)),
+    Rule("spec.evaluation[]", "!has(self.rewards) || self.rewards.all(r, r.type != 'model')",
+         "a reward model sits on GPUs of the run: name it in spec.rewards, or use another type", "evaluation",
+         _each_own_reward(_model_of_a_set)),
+    *(Rule("spec.evaluation[]", f"!has(self.rewards) || self.rewards.all(r, {cel.replace('self.', 'r.')})",
+           message, "evaluation", _each_own_reward(check)) for cel, message, check in OF_A_REWARD),
     Rule("spec.evaluation[]", "self.samples == 1 || self.temperature > 0.0",
          "several samples at temperature 0 are all the same: set temperature, or samples to 1", "evaluation", _each_evaluation(_same_samples)),
 )
@@ -538,9 +651,15 @@ def violations(job: RLHFJob) -> list[str]:
 
 def _patterns(job: RLHFJob) -> Iterator[str]:
     """Python's regular expressions are not CEL's: the API server cannot judge them."""
-    for index, reward in enumerate(job.spec.rewards):
-        if reward.judge and (text := _pattern(reward.judge.pattern)):
-            yield f"spec.rewards[{index}].judge.pattern: {text}"
+    rewards = [(f"rewards[{index}]", reward) for index, reward in enumerate(job.spec.rewards)]
+    for e in job.spec.evaluation:
+        rewards += [(f"evaluation[{e.name}].rewards[{index}]", reward) for index, reward in enumerate(e.rewards or ())]
+    patterns = {f"{field}.judge.pattern": reward.judge.pattern for field, reward in rewards if reward.judge}
+    answers = {f"evaluation[{e.name}].answerPattern": e.answer_pattern for e in job.spec.evaluation}
+    patterns |= {field: pattern for field, pattern in answers.items() if pattern}
+    for field, pattern in patterns.items():
+        if text := _pattern(pattern):
+            yield f"spec.{field}: {text}"
 
 
 def _pattern(pattern: str) -> str:
@@ -548,4 +667,6 @@ def _pattern(pattern: str) -> str:
         groups = re.compile(pattern).groups
     except (re.error, OverflowError, RecursionError) as error:
         return f"no regular expression: {error}"
-    return "" if groups == 1 else f"needs exactly one group (...), the score: it has {groups}; write (?:...) for others"
+    if groups == 1:
+        return ""
+    return f"needs exactly one group (...), what it reads: it has {groups}; write (?:...) for others"

@@ -1,15 +1,20 @@
 """Evaluation sets: when they are due, what is asked of the engines, and what the metrics mean."""
 
+import random
+from collections import Counter
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf_api.job import EvaluationSpec
-from rlhf_worker.errors import BadData, BadSpec
+from rlhf_worker.errors import BadData, BadSpec, RewardFailed
 from rlhf_worker.experience import Prompt, Sample, ScoredSample
 from rlhf_worker.feed.feed import Feed
-from rlhf_worker.rollout.evaluation import due, evaluate, metrics
+from rlhf_worker.rollout.estimates import majority_at, pass_at
+from rlhf_worker.rollout.evaluation import answer, due, evaluate, metrics
 from tests.worker.configs import run_config
 from tests.worker.samples import a_prompt, a_sample
 from tests.worker.test_data import ROWS, Characters, jsonl
@@ -37,6 +42,75 @@ def test_metrics_of_groups() -> None:
         "eval/a/exact": 1 / 6, "eval/a/length": 2.0, "eval/a/mean_reward": 1 / 6, "eval/a/best_reward": 0.5, "eval/a/mean_length": 2.0,
         "eval/a/truncated_share": 0.0,
     }  # fmt: skip
+
+
+def chosen(n: int, k: int) -> list[tuple[int, ...]]:
+    return list(combinations(range(n), k))
+
+
+@pytest.mark.parametrize(("n", "passed"), [(1, 0), (1, 1), (5, 0), (5, 2), (6, 5), (7, 7)])
+def test_pass_at_k_is_the_mean_over_all_sets_of_k(n: int, passed: int) -> None:
+    for k in range(1, n + 1):
+        sets = chosen(n, k)
+        assert pass_at(n, passed, k) == pytest.approx(sum(min(one) < passed for one in sets) / len(sets))
+
+
+def test_pass_at_k_of_the_paper() -> None:
+    """Also where its binomials are beyond the floats; k = 1 is the share, k = n whether any passed."""
+    assert [pass_at(4, 1, 2), pass_at(200, 7, 1), pass_at(9, 1, 9)] == pytest.approx([0.5, 0.035, 1.0])
+    assert pass_at(1024, 1, 512) == pytest.approx(0.5)
+
+
+def majority(answers: list[str | None], passed: list[bool], k: int) -> float:
+    """By hand: over every set of k."""
+    total = 0.0
+    for one in chosen(len(answers), k):
+        votes = Counter(answers[i] for i in one if answers[i] is not None)
+        best = [answer for answer, count in votes.items() if count == max(votes.values())]
+        shares = [[passed[i] for i in range(len(answers)) if answers[i] == answer] for answer in best]
+        total += sum(sum(share) / len(share) for share in shares) / max(1, len(best))
+    return total / len(chosen(len(answers), k))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_maj_at_k_is_the_mean_over_all_sets_of_k(seed: int) -> None:
+    """Ties, answers that are right now and then, and completions without one."""
+    rng = random.Random(seed)
+    answers: list[str | None] = [rng.choice(["1", "2", "3", "4", None]) for _ in range(rng.randint(1, 9))]
+    passed = [rng.random() < 0.5 if seed % 2 else answer == "2" for answer in answers]
+    for k in range(1, len(answers) + 1):
+        assert majority_at(answers, passed, k) == pytest.approx(majority(answers, passed, k)), (answers, passed, k)
+
+
+def test_maj_at_k_of_many_completions() -> None:
+    """Of 1,024 completions 60 % are right and the others all different: any 64 of them elect the right answer."""
+    right = [True] * 614 + [False] * 410
+    assert majority_at(["7"] * 614 + [str(-i) for i in range(410)], right, 64) == pytest.approx(1.0)
+    assert majority_at([None] * 1024, right, 64) == 0.0
+
+
+def test_pass_and_majority_of_a_set() -> None:
+    """Two prompts of four: answers 4 4 5 - and 1 2 2 2, of which 4 and 1 are right."""
+    texts = [["so 4", "4? 4", "4 or 5", "none"], ["1", "2", "2", "2"]]
+    groups = [
+        [score(replace(a_sample(row), text=text), float(text[-1] == "41"[row])) for text in row_texts]
+        for row, row_texts in enumerate(texts)
+    ]
+    found = metrics(spec(samples=4, temperature=1, pass_at=[1, 2, 4], maj_at=[1, 3, 4], answer_pattern=r"(\d)"), groups)
+    assert {name: found[f"eval/a/pass_at_{k}"] for name, k in (("1", 1), ("2", 2), ("4", 4))} == pytest.approx(
+        {"1": 3 / 8, "2": (5 / 6 + 1 / 2) / 2, "4": 1.0}
+    )
+    assert found["eval/a/maj_at_1"] == pytest.approx(3 / 8) and found["eval/a/maj_at_4"] == 0.5
+    by_hand = [
+        majority([answer(text, r"(\d)") for text in row], [text[-1] == "41"[i] for text in row], 3)
+        for i, row in enumerate(texts)
+    ]
+    assert found["eval/a/maj_at_3"] == pytest.approx(sum(by_hand) / 2)
+    whole = metrics(
+        spec(samples=4, temperature=1, pass_at=[4], maj_at=[4], pass_reward=2.5),
+        [[score(item.sample, 2.5 - 1e-12) for item in groups[1]]],
+    )
+    assert (whole["eval/a/pass_at_4"], whole["eval/a/maj_at_4"]) == (1.0, 1.0)
 
 
 class Engines:
@@ -93,6 +167,40 @@ def test_the_feed_draws_the_first_rows_in_the_order_of_the_source_each_time(tmp_
     assert feed.draw_evaluation("held-out") == prompts
     assert feed.sampler_state() == before
     feed.scorer.close()
+
+
+def reward(value: float, words: str = "") -> dict[str, Any]:
+    body = f"raise ValueError('{words}')" if words else f"return {value}"
+    return {"name": "own", "type": "python", "code": f"def reward(prompt, completion, **row): {body}"}
+
+
+def test_a_set_has_rewards_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = opened(tmp_path, monkeypatch, jsonl(tmp_path / "test.jsonl", ROWS), rewards=[{**reward(0.25), "weight": 2}])
+    (ours,), (theirs,) = feed.score([a_sample()]), feed.score([a_sample()], {}, "held-out")
+    assert (ours.parts, ours.reward) == ({"r": 1.0}, 1.0) and (theirs.parts, theirs.reward) == ({"own": 0.25}, 0.5)
+    feed.try_rewards()
+    for scorer in (feed.scorer, *feed.judges.values()):
+        scorer.close()
+
+
+def test_a_sets_reward_that_fails_names_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = opened(
+        tmp_path, monkeypatch, jsonl(tmp_path / "test.jsonl", ROWS), rewards=[{**reward(0, "no"), "retries": 0}]
+    )
+    with pytest.raises(
+        RewardFailed,
+        match=r"(?s)evaluation\[held-out\]: rewards\[own\] failed once .* on prompt held-out:0.*ValueError: no",
+    ):
+        feed.try_rewards()
+    for scorer in (feed.scorer, *feed.judges.values()):
+        scorer.close()
+    with pytest.raises(BadSpec, match=r"evaluation\[held-out\]: .*own.*"):
+        opened(
+            tmp_path,
+            monkeypatch,
+            jsonl(tmp_path / "test.jsonl", ROWS),
+            rewards=[{**reward(0), "code": "import nope_nope"}],
+        )
 
 
 @pytest.mark.parametrize(

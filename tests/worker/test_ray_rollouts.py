@@ -87,11 +87,12 @@ class Feed:
     def restore(self, drawn: int) -> None:
         self.drawn = drawn
 
-    def score(self, samples: list[Sample], models: dict[str, list[float]]) -> list[ScoredSample]:
+    def score(self, samples: list[Sample], models: dict[str, list[float]], judge: str) -> list[ScoredSample]:
         if self.broken:
             raise RewardFailed("rewards[r] failed")
         values = [0.0 if sample.prompt.row in self.dull else float(index % SAMPLES) for index, sample in enumerate(samples)]
-        return [ScoredSample(sample=sample, reward=value, parts={"r": value}) for sample, value in zip(samples, values, strict=True)]
+        pairs = zip(samples, values, strict=True)
+        return [ScoredSample(sample=sample, reward=value, parts={judge or "r": value}) for sample, value in pairs]
 
 
 class Scorer:
@@ -310,7 +311,11 @@ def test_reward_models_on_the_engines_gpus_wait_for_all_of_them_to_sleep() -> No
 
 def test_an_evaluation_takes_nothing_from_the_steps() -> None:
     rollouts, _ = make(["well"])
-    spec = EvaluationSpec.model_validate({"name": "e", "data": {"jsonl": {"path": "/x"}}, "samples": 3, "temperature": 0.5})
+    given = {"name": "e", "data": {"jsonl": {"path": "/x"}}, "samples": 3, "temperature": 0.5}
+    spec = EvaluationSpec.model_validate(given)
     found = rollouts.evaluate(spec, [a_prompt(90), a_prompt(91)])
     assert [[item.sample.prompt.row for item in group] for group in found] == [[90] * 3, [91] * 3]
     assert rows(rollouts.take()) == [0, 1, 2, 3]
+    judged = EvaluationSpec.model_validate({**given, "rewards": [{"name": "own", "type": "python", "function": "a:b"}]})
+    (group,) = rollouts.evaluate(judged, [a_prompt(92)])
+    assert [list(item.parts) for item in [*group, *found[0]]] == [["e"]] * 3 + [["r"]] * 3

@@ -461,10 +461,10 @@ def test_every_reward_is_tried_and_all_that_fail_are_told_by_name() -> None:
     model = RewardSpec.model_validate({**MODEL, "name": "m"})
     well = [python("length"), python("ranks", name="g", scope="group"), model]
     with Scorer(well) as scorer:
-        scorer.try_out(group(0, "a", "a"))
+        scorer.try_out([group(0, "a", "a")])
     bad = [python("raises", name="bad", on_failure="redraw"), python("hangs", name="slow", timeout_seconds=0.3)]
     with Scorer([*well, *bad]) as scorer, pytest.raises(RewardFailed) as caught:
-        scorer.try_out(group(0, "a", "a"))
+        scorer.try_out([group(0, "a", "a")])
     assert "rewards[bad] failed once" in str(caught.value)
     assert "rewards[slow] failed once" in str(caught.value) and "no answer within 0.3 s" in str(caught.value)
 

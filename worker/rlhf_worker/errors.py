@@ -40,6 +40,10 @@ class PreflightFailed(Exception):
     """A check before the first step failed, and another try may find it mended."""
 
 
+class DownloadFailed(Exception):
+    """The hub, or the way to it, gave nothing for too long. What came is kept, and gone on from."""
+
+
 class PlacementFailed(Exception):
     """Ray lacks what the placement asks for, or roles sit on other GPUs than planned."""
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_api.job import TrainerSpec
@@ -39,7 +40,8 @@ class Prompt:
 class Sample:
     """One completion, as the engine and the environment made it. The lists have one entry a completion token.
 
-    `logprobs` are the engine's, at the sampling temperature; 0 where `mask` is False.
+    `logprobs` are the engine's, of the distribution that it drew from: at the temperature, over `support`; 0 where
+    `mask` is False.
     """
 
     prompt: Prompt
@@ -51,6 +53,8 @@ class Sample:
     finish_reason: str  # "stop" | "length"
     episode_reward: float | None = None  # the sum of what the environment gave for its turns; None without one
     failure: str = ""  # why the environment or a reward has no value for it: such a sample is never trained
+    # (tokens, 1 + topK): the tokens that each was drawn from, itself first, -1 where there are fewer. None: from all.
+    support: NDArray[np.int32] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +88,7 @@ class TrainSequence:
     index: int  # of the sample in its step; -1: a filler
     mask: list[bool]
     columns: dict[str, list[float]]
+    support: NDArray[np.int32] | None = field(default=None, compare=False)  # as the sample's
 
     @property
     def length(self) -> int:
@@ -116,6 +121,9 @@ class PackedBatch:
     prompt_lengths: list[int]  # S
     sequence: Tensor  # (T,) int64: which of the S sequences a position belongs to
     columns: dict[str, Tensor]  # (T,) float32 each
+    support: Tensor | None = (
+        None  # (T, 1 + topK) int32: what each next token was drawn from, itself first, -1 where there are fewer
+    )
 
 
 def to_train_sequences(samples: Sequence[Sample]) -> list[TrainSequence]:
@@ -128,6 +136,8 @@ def _train_sequence(index: int, sample: Sample) -> TrainSequence:
     for name, values in (("logprobs", sample.logprobs), ("mask", sample.mask), ("versions", sample.versions)):
         if len(values) != tokens:
             raise ValueError(f"sample of prompt {uid}: {tokens} tokens but {len(values)} {name}")
+    if sample.support is not None and len(sample.support) != tokens:
+        raise ValueError(f"sample of prompt {uid}: {tokens} tokens drawn from {len(sample.support)} sets")
     if not sample.prompt.token_ids:
         raise ValueError(f"prompt {uid} has no tokens, so nothing predicts its completion's first")
     return TrainSequence(
@@ -136,6 +146,7 @@ def _train_sequence(index: int, sample: Sample) -> TrainSequence:
         index=index,
         mask=list(sample.mask),
         columns={"rollout_logprobs": list(sample.logprobs)},
+        support=sample.support,
     )
 
 
@@ -198,7 +209,14 @@ def _packed(sequences: Sequence[TrainSequence]) -> PackedBatch:
         prompt_lengths=[s.prompt_length for s in sequences],
         sequence=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         columns={name: _cat((_aligned(s, s.columns[name], 0.0) for s in sequences), np.float32) for name in sequences[0].columns},
+        support=_support(sequences),
     )
+
+
+def _support(sequences: Sequence[TrainSequence]) -> Tensor | None:
+    given = [(s.support, s.prompt_length) for s in sequences if s.support is not None]
+    rows = [np.pad(sets, ((prompt - 1, 1), (0, 0)), constant_values=-1) for sets, prompt in given]
+    return torch.from_numpy(np.concatenate(rows)) if rows else None
 
 
 def _cat(rows: Iterable[Sequence[T]], dtype: type[np.generic]) -> Tensor:

@@ -29,6 +29,7 @@ from rlhf_worker.calls import call, call_all, root_cause
 from rlhf_worker.crew import Crew, close, start
 from rlhf_worker.engines.arguments import check_engine_args
 from rlhf_worker.errors import BadData, BadSpec
+from rlhf_worker.hub import fetch
 from rlhf_worker.placement import Patience, Stage, reserve
 from rlhf_worker.pod import attempt, head
 from rlhf_worker.pod.job import POD_UID, OwnJob, in_cluster_client
@@ -92,6 +93,7 @@ def _drive(config: RunConfig, reporter: Reporter, stop: Stop, roll: Roll, pod: I
         if pod and pod.notices:
             pod.notices.listen()
         roll.watch()
+        fetch(config, stage, reporter)
         crew, seats = start(config, stage, reporter, roll)
         if pod:
             pod.log.send_to(crew.feed, pod.attempt)

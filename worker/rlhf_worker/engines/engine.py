@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 from pydantic import ValidationError
 
@@ -20,6 +21,7 @@ from rlhf_worker.engines.adapters import Adapters, adapter_args, version_of
 from rlhf_worker.engines.arguments import check_attention, check_context, check_engine_args, check_known, needed_context, refused
 from rlhf_worker.engines.pulse import Pulse, stopped
 from rlhf_worker.errors import DeadlineExceeded, EngineFailed
+from rlhf_worker.hub import ensure
 from rlhf_worker.placement import Seat
 from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, require_path
 from rlhf_worker.roll import Member
@@ -52,7 +54,7 @@ class Engine(Member):
         self.threads = threads
         self.version = 0
         self.stale = False  # between a sync's begin and its end: what it holds is no version
-        self.environments: Environments | None = None
+        self.environments: dict[str, Environments] = {}
         self.asleep = False
         self.sleep_level = 1  # with adapters for good: no sync brings the model below them, and vLLM keeps their slots where it keeps that
         self.llm: AsyncLLM | None = None
@@ -64,6 +66,7 @@ class Engine(Member):
     async def prepare(self, backend: str) -> None:
         """All of a start that takes no memory of the device: checks, and vLLM's import, which takes as long as the rest. Raises BadSpec."""
         check_engine_args(self.config)
+        await asyncio.to_thread(ensure, self.config.model)
         require_path(self.config.model)
         check_context(self.config, context_length(load_config(self.config.model)))
         self._environment(backend)
@@ -96,12 +99,11 @@ class Engine(Member):
         return str(vllm.__version__)
 
     def _open_environments(self) -> None:
-        from rlhf_worker.rollout.environment import Environments
+        from rlhf_worker.rollout.environment import opened
         from rlhf_worker.rollout.episode import Speech
 
         self.speech = Speech.of(load_tokenizer(self.config.model), self.config)
-        if self.config.rollout.environment is not None:
-            self.environments = Environments(self.config.rollout.environment, self.speech)
+        self.environments = opened(self.config, self.speech)
 
     def _environment(self, backend: str) -> None:
         env = {
@@ -137,6 +139,9 @@ class Engine(Member):
             # vLLM's CPU generators cannot be wound back, which a seeded request needs when its prompt is prefilled in chunks.
             args |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True, "enable_chunked_prefill": False}
         args |= config.rollout.engine_args
+        if config.rollout.sampling.top_k:  # vLLM's limit is 20; -1 is none
+            given = args.get("max_logprobs", 20)
+            args["max_logprobs"] = given if given == -1 else max(given, config.rollout.sampling.top_k)
         transfer = {} if self.adapter_args else {"weight_transfer_config": {"backend": engine_backend(backend)}}
         return args | transfer | self.adapter_args | {
             "model": str(Path(config.model.path).expanduser()) if config.model.path.startswith("~") else config.model.path,
@@ -207,31 +212,50 @@ class Engine(Member):
     async def _sample(self, request: "Request") -> "Sample":
         from rlhf_worker.rollout.episode import Episode
 
-        if self.environments is not None:
-            return await self.environments.play(request, self._turn)
+        if environments := self.environments.get(request.environment):
+            return await environments.play(request, self._turn)
         episode = Episode(request)
         episode.add(await self._turn(episode))
         return episode.sample(self.speech)
 
     async def _turn(self, episode: "Episode") -> "Turn":
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         from rlhf_worker.rollout.episode import Turn
+        from rlhf_worker.rollout.sampling import support
 
-        # Without text, and with one list of numbers in place of a dictionary a token: that work would be done between any two steps of the GPU.
-        params = SamplingParams(
-            temperature=episode.request.temperature, top_p=1.0, top_k=0, seed=episode.seed, max_tokens=episode.left, logprobs=0,
-            output_kind=RequestOutputKind.FINAL_ONLY, detokenize=False, flat_logprobs=True, skip_clone=True,
-        )  # fmt: skip
-        found = await self._final(episode.context, params)
+        found = await self._final(episode.context, self._params(episode))
         output = found.outputs[0]
         if output.finish_reason not in ("stop", "length") or output.logprobs is None or output.weight_versions is None:
             raise RuntimeError(f"engine {self.index}: a completion ended as {output.finish_reason!r}")
         versions = [int(span.version) for span in output.weight_versions for _ in range(span.end - span.start)]
         if found.lora_request is not None:  # a request keeps its adapter, whatever is loaded meanwhile
             versions = [version_of(found.lora_request)] * len(output.token_ids)
-        return Turn(list(output.token_ids), list(output.logprobs.logprobs), versions, output.finish_reason)
+        token_ids, logprobs, sets = list(output.token_ids), list(output.logprobs.logprobs), None
+        if episode.request.wants_support:
+            shape = len(token_ids), -1
+            given, sets = support(np.reshape(output.logprobs.token_ids, shape), np.reshape(logprobs, shape))
+            logprobs = given.tolist()
+        stop = output.stop_reason if isinstance(output.stop_reason, str) else ""
+        return Turn(token_ids, logprobs, versions, output.finish_reason, stop, sets)
+
+    def _params(self, episode: "Episode") -> "SamplingParams":
+        """Log probabilities are of the distribution drawn from; as many as topK show all of it.
+
+        With text only where it may end a turn, and one list of numbers in place of a dictionary a token: that work
+        would be done between any two steps of the GPU.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        request, spec = episode.request, episode.request.sampling
+        vocabulary = self._running().model_config.get_vocab_size()
+        return SamplingParams(
+            temperature=request.temperature, top_p=spec.top_p, top_k=spec.top_k, min_p=spec.min_p, seed=episode.seed,
+            repetition_penalty=spec.repetition_penalty, presence_penalty=spec.presence_penalty,
+            frequency_penalty=spec.frequency_penalty, max_tokens=episode.left, min_tokens=episode.least,
+            stop=list(spec.stop), stop_token_ids=list(spec.stop_token_ids), detokenize=bool(spec.stop),
+            logprobs=min(spec.top_k, vocabulary) if request.wants_support else 0,
+            output_kind=RequestOutputKind.FINAL_ONLY, flat_logprobs=True, skip_clone=True,
+        )  # fmt: skip
 
     async def _final(self, token_ids: list[int], params: "SamplingParams") -> "RequestOutput":
         from vllm.inputs.engine import tokens_input
@@ -342,8 +366,8 @@ class Engine(Member):
         await self._running().finish_weight_update()
 
     async def close(self) -> None:
-        if self.environments is not None:
-            self.environments.close()
+        for environments in self.environments.values():
+            environments.close()
         if self.llm is not None:
             self.llm.shutdown(timeout=0)
             self.llm = None

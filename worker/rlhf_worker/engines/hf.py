@@ -7,17 +7,21 @@ import asyncio
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
 
+from rlhf_api.job import SamplingSpec
 from rlhf_api.run import RunConfig
 from rlhf_worker.errors import DeadlineExceeded
 from rlhf_worker.experience import Sample
 from rlhf_worker.pretrained import load_config, load_tokenizer
-from rlhf_worker.rollout.environment import Environments
+from rlhf_worker.rollout.environment import Environments, opened
 from rlhf_worker.rollout.episode import Episode, Request, Speech, Turn, request_seed
+from rlhf_worker.rollout.sampling import first_stop, support
 
 SCORES = 1 << 28  # numbers that `generate` may keep of one batch: one a row, a token and an entry of the vocabulary
 
@@ -33,8 +37,7 @@ class Generator:
         self.pad: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.ends = _ends(config.model.path, tokenizer.eos_token_id)
         self.speech = Speech.of(tokenizer, config)
-        spec = config.rollout.environment
-        self.environments = None if spec is None else Environments(spec, self.speech)
+        self.environments = opened(config, self.speech)
         self.version = 0
         self._batches = 0
 
@@ -48,8 +51,8 @@ class Generator:
     def generate(self, requests: list[Request], deadline_seconds: float) -> list[Sample]:
         """One completion a request, in order. Raises DeadlineExceeded, EnvironmentFailed."""
         end = time.monotonic() + deadline_seconds
-        if self.environments is not None:
-            return asyncio.run(self._play(self.environments, requests, end))
+        if requests and (environments := self.environments.get(requests[0].environment)):
+            return asyncio.run(self._play(environments, requests, end))
         episodes = [Episode(request) for request in requests]
         rows = max(1, SCORES // (self.lm.config.vocab_size * max((episode.left for episode in episodes), default=1)))
         for start in range(0, len(episodes), rows):
@@ -66,17 +69,30 @@ class Generator:
 
     @torch.no_grad()
     def _turns(self, episodes: list[Episode], end: float) -> list[Turn]:
-        """One of each, of the same temperature."""
+        """One of each, of the same sampling."""
         if time.monotonic() > end:
             raise DeadlineExceeded(f"trainer rank {self.rank} did not generate its share in spec.rollout.deadlineSeconds")
         ids, mask = self._padded([episode.context for episode in episodes])
-        options = self._options(episodes[0].request.temperature, max(episode.left for episode in episodes))
+        request, tokens = episodes[0].request, max(episode.left for episode in episodes)
+        options = self._options(request, tokens)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self._seed(episodes[0]))
-            made = self.lm.generate(input_ids=ids, attention_mask=mask, generation_config=options)
-        logprobs = self.lm.compute_transition_scores(made.sequences, made.scores, normalize_logits=True)
-        rows = zip(episodes, made.sequences[:, ids.shape[1] :].tolist(), logprobs.tolist(), strict=True)
-        return [self._turn(tokens[: episode.left], values) for episode, tokens, values in rows]
+            penalties = LogitsProcessorList([Penalties(request.sampling, mask)])
+            made = self.lm.generate(
+                input_ids=ids, attention_mask=mask, generation_config=options, logits_processor=penalties
+            )
+        # (rows, tokens, vocabulary): of the distributions drawn from
+        logprobs = torch.stack(made.scores, 1).float().log_softmax(-1)
+        tokens = made.sequences[:, ids.shape[1] :, None]
+        likeliest = logprobs.topk(
+            min(request.sampling.top_k, logprobs.shape[-1]) if request.wants_support else 0, dim=-1
+        )
+        token_ids, logprobs = (
+            torch.cat([tokens, likeliest.indices], 2),
+            torch.cat([logprobs.gather(2, tokens), likeliest.values], 2),
+        )
+        rows = zip(episodes, token_ids.cpu().numpy(), logprobs.cpu().numpy(), strict=True)
+        return [self._turn(episode, *row) for episode, *row in rows]
 
     def _padded(self, contexts: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, (rows, longest), padded on the left."""
@@ -85,11 +101,23 @@ class Generator:
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in contexts], device=self.device)
         return ids, mask
 
-    def _options(self, temperature: float, tokens: int) -> GenerationConfig:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    def _options(self, request: Request, tokens: int) -> GenerationConfig:
+        spec, given = request.sampling, dict[str, Any](do_sample=request.temperature > 0)
+        if request.temperature:
+            given |= {
+                "temperature": request.temperature,
+                "top_k": spec.top_k,
+                "top_p": spec.top_p,
+                "min_p": spec.min_p or None,
+            }
         return GenerationConfig(
-            **sampling, max_new_tokens=tokens, eos_token_id=self.ends, pad_token_id=self.pad, return_dict_in_generate=True, output_scores=True
-        )
+            **given, max_new_tokens=tokens, min_new_tokens=min(spec.min_tokens, tokens) or None,
+            eos_token_id=self._ends_of(request), pad_token_id=self.pad,
+            return_dict_in_generate=True, output_scores=True,
+        )  # fmt: skip
+
+    def _ends_of(self, request: Request) -> list[int]:
+        return sorted({*self.ends, *request.sampling.stop_token_ids})
 
     def _seed(self, episode: Episode) -> int:
         """A batch has one: its first sample's, so that the same batch gives the same samples."""
@@ -97,14 +125,51 @@ class Generator:
         seed = episode.seed
         return request_seed(self.config.sampling_seed, self.version, str(self.rank), self._batches) if seed is None else seed
 
-    def _turn(self, tokens: list[int], logprobs: list[float]) -> Turn:
-        stop = next((index + 1 for index, token in enumerate(tokens) if token in self.ends), None)
-        tokens = tokens[:stop]
-        return Turn(tokens, logprobs[: len(tokens)], [self.version] * len(tokens), "length" if stop is None else "stop")
+    def _turn(self, episode: Episode, token_ids: NDArray[Any], logprobs: NDArray[Any]) -> Turn:
+        """token_ids, logprobs (tokens, 1 + n): the drawn one and the n likeliest; what comes after its end too."""
+        request, tokens = episode.request, token_ids[: episode.left, 0].tolist()
+        ends = set(self._ends_of(request))
+        end = next((index + 1 for index, token in enumerate(tokens) if token in ends), None)
+        text = self._stop(episode, tokens if end is None else tokens[: end - 1])
+        end, stop = text or (end, "")
+        tokens = tokens[:end]
+        values, sets = logprobs[: len(tokens), 0], None
+        if request.wants_support:
+            values, sets = support(token_ids[: len(tokens)], logprobs[: len(tokens)])
+        return Turn(
+            tokens, values.tolist(), [self.version] * len(tokens), "length" if end is None else "stop", stop, sets
+        )
+
+    def _stop(self, episode: Episode, tokens: list[int]) -> tuple[int, str] | None:
+        """Where a text of sampling.stop ends the turn, in tokens, and which."""
+        if not episode.request.sampling.stop:
+            return None
+        texts = [self.speech.text(episode.context, tokens[:count], "length") for count in range(len(tokens) + 1)]
+        return first_stop(texts, episode.request.sampling.stop, episode.least)
 
     def close(self) -> None:
-        if self.environments is not None:
-            self.environments.close()
+        for environments in self.environments.values():
+            environments.close()
+
+
+class Penalties:
+    """As vLLM's, on logits before the temperature. transformers' own count padding, and are not all of them."""
+
+    def __init__(self, spec: SamplingSpec, mask: Tensor) -> None:
+        """mask (rows, P): of the P tokens of the prompts, padded."""
+        self.spec, self.mask = spec, mask
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """input_ids (rows, P + tokens of the turn), scores (rows, V) -> (rows, V)"""
+        spec, prompt = self.spec, self.mask.shape[1]
+        if not spec.penalises:
+            return scores
+        turn = torch.zeros_like(scores).scatter_add(
+            1, input_ids[:, prompt:], torch.ones_like(scores[:, :1]).expand(-1, input_ids.shape[1] - prompt)
+        )
+        seen = turn.scatter_add(1, input_ids[:, :prompt], self.mask.to(scores.dtype)) > 0
+        repeated = torch.where(scores > 0, scores / spec.repetition_penalty, scores * spec.repetition_penalty)
+        return torch.where(seen, repeated, scores) - spec.frequency_penalty * turn - spec.presence_penalty * (turn > 0)
 
 
 def _ends(path: str, end: int) -> list[int]:

@@ -1,16 +1,16 @@
 """The part of a run that needs the files of a trainer pod but no GPU: prompts, rewards, telemetry."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from rlhf_api.job import EvaluationSpec, SourceSpec
+from rlhf_api.job import EvaluationSpec, RewardSpec, SourceSpec
 from rlhf_api.run import RunConfig
-from rlhf_worker.errors import BadData, BadSpec, together
+from rlhf_worker.errors import BadData, BadSpec, RewardFailed, together
 from rlhf_worker.feed.logs import DriverLog
 from rlhf_worker.pretrained import embedding_rows, load_tokenizer
 from rlhf_worker.roll import Member
@@ -31,24 +31,29 @@ class Feed(Member):
     def open(self) -> None:
         """Read the data, start the rewards. Raises BadSpec or BadData, with the words of all that is wrong."""
         from rlhf_worker.feed import telemetry
+        from rlhf_worker.rollout.sampling import check_sampling
 
         tokenizer, vocabulary = load_tokenizer(self.config.model), embedding_rows(self.config.model)
+        judging = [spec for spec in self.config.evaluation if spec.rewards]
         with ExitStack() as opened:
             checks: list[Callable[[], Any]] = [
-                partial(self._open_rewards, opened), partial(telemetry.check, self.config.telemetry),
-                partial(self._open_data, tokenizer, vocabulary),
+                partial(self._open_rewards, opened, self.config.rewards), partial(telemetry.check, self.config.telemetry),
+                partial(check_sampling, self.config, tokenizer), partial(self._open_data, tokenizer, vocabulary),
+                *(partial(self._open_rewards, opened, spec.rewards or [], spec.name) for spec in judging),
                 *(partial(self._evaluation, spec, tokenizer, vocabulary) for spec in self.config.evaluation),
             ]  # fmt: skip
-            scorer, _, _, *prompts = together(checks)
-            self.scorer: Scorer = scorer
+            scorer, _, _, _, *rest = together(checks)
             opened.pop_all()
+        self.scorer: Scorer = scorer
+        self.judges: dict[str, Scorer] = dict(zip((spec.name for spec in judging), rest, strict=False))
         names = [spec.name for spec in self.config.evaluation]
-        self.evaluations: dict[str, list[Prompt]] = dict(zip(names, prompts, strict=True))
+        self.evaluations: dict[str, list[Prompt]] = dict(zip(names, rest[len(judging) :], strict=True))
 
-    def _open_rewards(self, opened: ExitStack) -> "Scorer":
+    def _open_rewards(self, opened: ExitStack, specs: Sequence[RewardSpec], evaluation: str = "") -> "Scorer":
         from rlhf_worker.rewards.scorer import Scorer
 
-        return opened.enter_context(Scorer(self.config.rewards))
+        with _of(evaluation):
+            return opened.enter_context(Scorer(specs))
 
     def _open_data(self, tokenizer: Any, vocabulary: int) -> None:
         from rlhf_worker.feed.data import samplers
@@ -70,10 +75,8 @@ class Feed(Member):
     def _evaluation(self, spec: EvaluationSpec, tokenizer: Any, vocabulary: int) -> "list[Prompt]":
         from rlhf_worker.feed.data import sampler
 
-        try:
+        with _of(spec.name):
             prompts = sampler(spec.data, tokenizer, vocabulary, self._origin("data")).first(spec.limit)
-        except (BadData, BadSpec) as error:
-            raise type(error)(f"evaluation[{spec.name}]: {error}") from None
         return [replace(prompt, uid=f"{spec.name}:{prompt.row}") for prompt in prompts]
 
     def begin(self, step: int, sampler: dict[str, Any] | None) -> None:
@@ -96,19 +99,32 @@ class Feed(Member):
         return self.sampler.state()
 
     def try_rewards(self) -> None:
-        """Each reward on a prompt's text of each source that it judges, within its own deadlines.
+        """Each reward on a prompt's text of each source and set that it judges, within its own deadlines.
 
         Raises RewardFailed, BadData, BadSpec.
         """
         from rlhf_worker.experience import Sample
 
         empty: dict[str, Any] = {"token_ids": [], "logprobs": [], "mask": [], "versions": [], "finish_reason": "stop"}
-        samples = [Sample(prompt=prompt, text=prompt.text, **empty) for prompt in self.sampler.first(1)]
-        self.scorer.try_out([[sample] * self.config.rollout.samples_per_prompt for sample in samples])
 
-    def score(self, samples: "list[Sample]", models: Mapping[str, Sequence[float]] | None = None) -> "list[ScoredSample]":
-        """`models`: what the rewards of type model gave, by name. Raises RewardFailed."""
-        return self.scorer.score(samples, models)
+        def groups(prompts: "Sequence[Prompt]", size: int) -> "list[list[Sample]]":
+            return [[Sample(prompt=prompt, text=prompt.text, **empty)] * size for prompt in prompts]
+
+        self.scorer.try_out(groups(self.sampler.first(1), self.config.rollout.samples_per_prompt))
+        for spec in self.config.evaluation:
+            if judge := self.judges.get(spec.name):
+                with _of(spec.name):
+                    judge.try_out(groups(self.evaluations[spec.name][:1], spec.samples))
+
+    def score(
+        self, samples: "list[Sample]", models: Mapping[str, Sequence[float]] | None = None, judge: str = ""
+    ) -> "list[ScoredSample]":
+        """`models`: what rewards of type model gave, by name; `judge`: a set, by name, with rewards of its own.
+
+        Raises RewardFailed.
+        """
+        with _of(judge):
+            return (self.judges[judge] if judge else self.scorer).score(samples, models)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.telemetry.log(step, values)
@@ -122,8 +138,20 @@ class Feed(Member):
         self.driver_logs.setdefault(attempt, DriverLog(self.config.checkpoint.path, attempt)).add(text)
 
     def close(self) -> None:
-        self.scorer.close()
+        for scorer in (self.scorer, *self.judges.values()):
+            scorer.close()
         self.telemetry.close()
+
+
+@contextmanager
+def _of(evaluation: str) -> Iterator[None]:
+    """Names the set in the words of what went wrong with it; "" for the run's own."""
+    try:
+        yield
+    except (BadData, BadSpec, RewardFailed) as error:
+        if not evaluation:
+            raise
+        raise type(error)(f"evaluation[{evaluation}]: {error}") from None
 
 
 RemoteFeed = ray.remote(Feed)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rlhf_api.job import EnvironmentSpec
+from rlhf_api.run import RunConfig
 from rlhf_worker.errors import BadSpec, EnvironmentFailed
 from rlhf_worker.experience import Sample
 from rlhf_worker.rewards.attempt import Failure, finite, tried
@@ -25,9 +26,11 @@ FIELD = "rollout.environment"
 class Seat:
     """One subprocess, with a thread that talks to it."""
 
-    def __init__(self, spec: EnvironmentSpec) -> None:
+    def __init__(self, spec: EnvironmentSpec, field: str) -> None:
         self.episodes = 0
-        self.child = Child(episodes=True, function=spec.function, code=spec.code, field=FIELD, kind="class", name="Environment")
+        self.child = Child(
+            episodes=True, function=spec.function, code=spec.code, field=field, kind="class", name="Environment"
+        )
         self._seconds = spec.timeout_seconds
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="environment")
 
@@ -44,18 +47,20 @@ class Seat:
 class Environments:
     """Plays episodes. Raises BadSpec at once when the class cannot be loaded."""
 
-    def __init__(self, spec: EnvironmentSpec, speech: Speech) -> None:
-        self.spec, self.speech = spec, speech
+    def __init__(self, spec: EnvironmentSpec, speech: Speech, field: str = FIELD) -> None:
+        self.spec, self.speech, self.field = spec, speech, field
         self._numbers = itertools.count()
-        self._seats = [Seat(spec) for _ in range(spec.workers)]
+        self._seats = [Seat(spec, field) for _ in range(spec.workers)]
         try:
             self._seats[0].child.start()
             speech.observation("probe", -1)
         except LoadFailure as error:
-            raise BadSpec(f"{FIELD}.{'code' if spec.code is not None else 'function'} cannot be loaded: {error}") from None
+            raise BadSpec(
+                f"{field}.{'code' if spec.code is not None else 'function'} cannot be loaded: {error}"
+            ) from None
         except Unfit as error:
             self.close()
-            raise BadSpec(f"{FIELD}: no observation can be rendered: {error}") from None
+            raise BadSpec(f"{field}: no observation can be rendered: {error}") from None
         except BaseException:
             self.close()
             raise
@@ -69,7 +74,7 @@ class Environments:
         try:
             return await tried(self.spec.retries, lambda _: self._episode(request, turn))
         except Failure as reason:
-            words = f"{FIELD} failed {self.spec.retries + 1} times on prompt {request.prompt.uid}: {reason}"
+            words = f"{self.field} failed {self.spec.retries + 1} times on prompt {request.prompt.uid}: {reason}"
         if self.spec.on_failure == "stop":
             raise EnvironmentFailed(words)
         nothing: dict[str, Any] = {"token_ids": [], "logprobs": [], "mask": [], "versions": [], "text": ""}
@@ -106,3 +111,10 @@ class Environments:
     def close(self) -> None:
         for seat in self._seats:
             seat.close()
+
+
+def opened(config: RunConfig, speech: Speech) -> dict[str, Environments]:
+    """The run's own by "", those of evaluation sets by the set's name. Raises BadSpec."""
+    given = {"": (config.rollout.environment, FIELD)}
+    given |= {e.name: (e.environment, f"evaluation[{e.name}].environment") for e in config.evaluation}
+    return {name: Environments(spec, speech, field) for name, (spec, field) in given.items() if spec is not None}

@@ -6,13 +6,18 @@ assistant, and only that suffix is tokenised. Its tokens are masked out of the l
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from rlhf_api.job import SamplingSpec
 from rlhf_api.run import RunConfig
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import Prompt, Sample
 from rlhf_worker.pretrained import embedding_rows
+from rlhf_worker.rollout.sampling import NONE
 from rlhf_worker.template import Template
 
 TURN = "What the assistant said."  # stands for a turn when the template is asked what follows one
@@ -27,6 +32,13 @@ class Request:
     seed: int | None  # None: the engine's own stream of random numbers
     temperature: float
     max_tokens: int  # turns and observations together
+    sampling: SamplingSpec = field(default_factory=SamplingSpec)
+    trained: bool = False  # then with `Sample.support`
+    environment: str = ""  # whose plays it: an evaluation's, by name, or the run's own
+
+    @property
+    def wants_support(self) -> bool:
+        return self.trained and self.sampling.top_k > 0
 
 
 def request_seed(seed: int, step: int, uid: str, index: int) -> int:
@@ -43,6 +55,8 @@ class Turn:
     logprobs: list[float]
     versions: list[int]
     finish_reason: str  # "stop" | "length"
+    stop: str = ""  # the text that ended it, if it was one
+    support: NDArray[np.int32] | None = None  # (tokens, 1 + topK), as `Sample.support`
 
 
 class Speech:
@@ -99,6 +113,8 @@ class Episode:
         self.turns = 0
         self.reward: float | None = None
         self.finish_reason = ""
+        self.stop = ""
+        self._support: list[NDArray[np.int32]] = []
         self._turn = 0  # where the last turn begins
 
     @property
@@ -112,6 +128,11 @@ class Episode:
         return self.request.max_tokens - len(self.token_ids)
 
     @property
+    def least(self) -> int:
+        """Tokens that the next turn has at least."""
+        return min(self.request.sampling.min_tokens, self.left)
+
+    @property
     def seed(self) -> int | None:
         return None if self.request.seed is None else self.request.seed + self.turns
 
@@ -121,8 +142,9 @@ class Episode:
             raise ValueError(f"a turn of {len(turn.token_ids)} tokens, {len(turn.logprobs)} logprobs, {len(turn.versions)} versions, where {self.left} tokens are left")
         self._turn = len(self.token_ids)
         self._extend(turn.token_ids, turn.logprobs, turn.versions, mask=True)
+        self._support += [] if turn.support is None else [turn.support]
         self.turns += 1
-        self.finish_reason = turn.finish_reason
+        self.finish_reason, self.stop = turn.finish_reason, turn.stop
 
     def observe(self, token_ids: list[int]) -> None:
         """What the environment put there. It goes on, if a token of another turn still fits; else the completion was cut here."""
@@ -131,6 +153,7 @@ class Episode:
             return
         version = self.versions[-1] if self.versions else 0
         self._extend(token_ids, [0.0] * len(token_ids), [version] * len(token_ids), mask=False)
+        self._support += [np.full((len(token_ids), rows.shape[1]), NONE, np.int32) for rows in self._support[-1:]]
         self.finish_reason = ""
 
     def _extend(self, token_ids: list[int], logprobs: list[float], versions: list[int], *, mask: bool) -> None:
@@ -141,11 +164,23 @@ class Episode:
 
     def last_turn(self, speech: Speech) -> str:
         """The text of the last turn."""
-        return speech.text([*self.request.prompt.token_ids, *self.token_ids[: self._turn]], self.token_ids[self._turn :], self.finish_reason)
+        return self._text(
+            speech, [*self.request.prompt.token_ids, *self.token_ids[: self._turn]], self.token_ids[self._turn :]
+        )
+
+    def _text(self, speech: Speech, before: list[int], token_ids: list[int]) -> str:
+        """Without what ended the last turn, be it a token or a text."""
+        text = speech.text(before, token_ids, self.finish_reason)
+        if not self.stop:
+            return text
+        whole = speech.text(before, token_ids, "length")  # the token that completed the text has more in it, or less
+        end = whole.find(self.stop, max(0, len(text) - len(self.stop) + 1))
+        return whole if end < 0 else whole[:end]
 
     def sample(self, speech: Speech) -> Sample:
         """The finished completion; its text holds all turns and observations."""
         return Sample(
             prompt=self.request.prompt, token_ids=self.token_ids, logprobs=self.logprobs, mask=self.mask, versions=self.versions,
-            text=speech.text(self.request.prompt.token_ids, self.token_ids, self.finish_reason), finish_reason=self.finish_reason, episode_reward=self.reward,
+            text=self._text(speech, self.request.prompt.token_ids, self.token_ids), finish_reason=self.finish_reason,
+            episode_reward=self.reward, support=np.concatenate(self._support) if self._support else None,
         )  # fmt: skip

@@ -196,15 +196,20 @@ class Rollouts:
 
     def _requests(self, group: Group) -> list[Request]:
         rollout, of, prompt = self.config.rollout, group.evaluation, group.prompt
-        temperature = of.temperature if of else rollout.temperature
+        given = of or rollout
         tokens = of.max_tokens if of and of.max_tokens else rollout.max_tokens
+        plays = of.name if of and of.environment else ""
         size = self._size(group)
         start = group.failed * size  # a group that is sampled anew gets other seeds
         seeds = [
             None if rollout.seed is None else request_seed(rollout.seed, group.born + 1, prompt.uid, index)
             for index in range(start, start + size)
         ]
-        return [Request(prompt=prompt, seed=seed, temperature=temperature, max_tokens=tokens) for seed in seeds]
+        alike = Request(
+            prompt=prompt, seed=None, temperature=given.temperature, max_tokens=tokens, sampling=given.sampling,
+            trained=of is None, environment=plays,
+        )
+        return [replace(alike, seed=seed) for seed in seeds]
 
     def _generated(self, groups: list[Group], samples: list[Sample]) -> None:
         each = iter(samples)
@@ -212,14 +217,16 @@ class Rollouts:
         self._score()
 
     def _score(self) -> None:
-        """Everything that was generated while the last was scored. Reward models first: they are the trainer's ranks."""
-        names = [spec.name for spec in self.config.rewards if spec.type == "model"]
+        """What was generated while the last was scored and has one's rewards. Reward models first."""
+        judge = _judge(self._unscored[0][0]) if self._unscored else ""
+        names = [] if judge else [spec.name for spec in self.config.rewards if spec.type == "model"]
         alone = self.config.engines_sleep and any(self.crew.ranks[f"reward:{name}"] == self.crew.policy for name in names)
         if self._scoring or not self._unscored or (alone and (self._load.total() or self._homeless)):
             return
         if alone:  # on the engines' GPUs, in the memory that they lend
             self.crew.fleet.sleep()
-        groups, self._unscored, self._scoring = self._unscored, [], time.monotonic()
+        groups, self._scoring = [one for one in self._unscored if _judge(one[0]) == judge], time.monotonic()
+        self._unscored = [one for one in self._unscored if _judge(one[0]) != judge]
         samples = [sample for _, made in groups for sample in made]
         judged = {name: [sample for sample in samples if sample.prompt.judged_by(name)] for name in names}
         names = [name for name in names if judged[name]]
@@ -228,7 +235,7 @@ class Rollouts:
 
         def then(results: list[Any]) -> None:
             values = {name: results[start] for name, start in zip(names, starts, strict=True)}
-            ref = self.crew.feed.score.remote(samples, values)
+            ref = self.crew.feed.score.remote(samples, values, judge)
             self._calls.append(_Call([ref], SCORE_DEADLINE_SECONDS, "rewards", lambda results: self._scored(groups, results[0])))
 
         if names:
@@ -248,7 +255,7 @@ class Rollouts:
         self._counts["score"] += round(1000 * (time.monotonic() - self._scoring))
         self._scoring = 0.0
         for group, made in groups:
-            items = [self._with_episode(next(each)) for _ in made]
+            items = [self._with_episode(next(each), group.evaluation) for _ in made]
             if failure := next((item.sample.failure for item in items if item.sample.failure), ""):
                 self._failed(group, failure)
                 continue
@@ -274,12 +281,17 @@ class Rollouts:
         if group.evaluation is None:
             self.admission.leave_out(group)
 
-    def _with_episode(self, item: ScoredSample) -> ScoredSample:
+    def _with_episode(self, item: ScoredSample, of: EvaluationSpec | None) -> ScoredSample:
         """With what the environment gave, as one more part of the sum."""
-        spec, value = self.config.rollout.environment, item.sample.episode_reward or 0.0
+        spec, value = (of and of.environment) or self.config.rollout.environment, item.sample.episode_reward or 0.0
         if spec is None:
             return item
         return replace(item, reward=item.reward + spec.weight * value, parts={**item.parts, "environment": value})
 
     def _feed(self, method: str, *args: Any) -> Any:
         return call(self.crew.feed, method, *args, deadline_seconds=DRAW_DEADLINE_SECONDS, what=f"{method} of the feed")
+
+
+def _judge(group: Group) -> str:
+    """Whose rewards score it: an evaluation's, by its name, or the run's."""
+    return group.evaluation.name if group.evaluation and group.evaluation.rewards else ""

@@ -27,6 +27,7 @@ from rlhf_worker.trainer.context import check_heads, own_positions, read_at
 
 HEAD_CHUNK = 2048  # positions whose logits exist at the same time
 PREFIX = "lm."
+NOWHERE = -1e30  # a logit; finite, for entropies multiply it with its probability of 0
 
 
 class RoleModule(nn.Module):
@@ -81,17 +82,25 @@ class PolicyModule(RoleModule):
         self.temperature = temperature
 
     def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
-        """targets (N,), one: the tokens that follow -> (2, N) float32: their log probabilities, and entropies.
+        """targets (N,): the tokens that follow; and (N, 1 + topK) what they were drawn from, where not from all.
 
+        -> (2, N) float32: their log probabilities, and entropies, of the distribution drawn from.
         Entropies have no gradient, and are 0 where none is recorded. No logits outlive their chunk.
         """
-        parts = zip(torch.split(hidden, HEAD_CHUNK), torch.split(targets[0], HEAD_CHUNK), strict=True)
-        return torch.cat([checkpoint(self._chunk, h, t, use_reentrant=False) for h, t in parts], dim=1)
+        parts = zip(*(torch.split(x, HEAD_CHUNK) for x in (hidden, *targets)), strict=True)
+        return torch.cat([checkpoint(self._chunk, *part, use_reentrant=False) for part in parts], dim=1)
 
-    def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _chunk(self, hidden: Tensor, targets: Tensor, support: Tensor | None = None) -> Tensor:
         logits = self.lm.get_output_embeddings()(hidden).float() / self.temperature
+        if support is not None:  # the drawn token is the first of its set
+            logits, targets = _among(logits, support), torch.zeros_like(targets)
         logprobs = -F.cross_entropy(logits, targets, reduction="none")
         return torch.stack([logprobs, _entropy(logits) if torch.is_grad_enabled() else torch.zeros_like(logprobs)])
+
+
+def _among(logits: Tensor, support: Tensor) -> Tensor:
+    """(N, V), (N, S) -> (N, S): the logits of these tokens, and for -1 one so low that it counts for nothing."""
+    return logits.gather(1, support.clamp(min=0)).masked_fill(support < 0, NOWHERE)
 
 
 @torch.no_grad()
@@ -211,7 +220,8 @@ def _deal(module: nn.Module, mesh: DeviceMesh, weights: dict[str, Tensor]) -> No
 def policy_pass(module: nn.Module, batch: PackedBatch, device: torch.device) -> Tensor:
     """Of the batch's targets at the temperature, (2, N) float32 on `device`: log probabilities and entropies; for an empty batch (2, 1) of zeros with a gradient."""
     where = _targets(batch)
-    made: Tensor = module(*_inputs(batch, device), where.to(device), batch.targets[where].to(device))
+    support = [] if batch.support is None else [batch.support[where].long().to(device)]
+    made: Tensor = module(*_inputs(batch, device), where.to(device), batch.targets[where].to(device), *support)
     return made * float(batch.target_mask.any())
 
 
