@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hack.tiny_model import write
 from rlhf_worker.errors import BadSpec, Diverged
 from rlhf_worker.experience import PackedBatch, TrainSequence, add_column, dealt, empty_batch, pack
-from rlhf_worker.trainer.rank import Trainer, learning_rate
+from rlhf_worker.trainer.rank import Trainer
 from rlhf_worker.weights import mapped
 from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
@@ -281,9 +281,3 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch_on_disk_and_the_weights_
     assert dumped["role"] == "policy" and dumped["batches"][0].columns["advantages"].isnan().any()
     assert all(torch.equal(a, b) for a, b in zip(before, weights(made), strict=True))
     assert made.version == 0
-
-
-@pytest.mark.parametrize(("update", "rate"), [(0, 0.25), (1, 0.5), (3, 1.0), (9, 1.0)])
-def test_warm_up_is_linear(update: int, rate: float) -> None:
-    assert learning_rate(1.0, 4, update) == rate
-    assert learning_rate(1.0, 0, update) == 1.0

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from rlhf_api.run import RunConfig
+from rlhf_worker.algorithm import custom
 from rlhf_worker.algorithm.control import KLController
 from rlhf_worker.algorithm.correction import alarm, summary
 from rlhf_worker.algorithm.shape import Shaped, passes, shape
 from rlhf_worker.calls import ask, call, call_all, gather
 from rlhf_worker.crew import Crew
 from rlhf_worker.errors import SaveFailed
-from rlhf_worker.experience import PackedBatch, ScoredSample, TrainSequence, add_column, chunks, dealt, to_train_sequences
+from rlhf_worker.experience import PackedBatch, ScoredSample, TrainSequence, add_column, dealt, mini_batches, to_train_sequences
 from rlhf_worker.feed.telemetry import PhaseTimer
 from rlhf_worker.progress import Reporter, drained
 from rlhf_worker.rollout.evaluation import evaluate
@@ -42,6 +43,7 @@ class Loop:
         self.step = 0
         self.saved_step = -1
         self.kl = KLController(config.algorithm.kl)
+        self.advantage = custom.advantage(config)
         self._step_seconds = 0.0
         self._productive = 0.0  # seconds in steps that count: those of the checkpoint resumed from, and those after it
 
@@ -86,9 +88,11 @@ class Loop:
                 if self.config.engines_sleep:
                     self.crew.fleet.sleep()
             with self._phase(timer, "forward"):  # 2. What the algorithm must know of them before it trains.
-                sequences = self._forward(to_train_sequences([item.sample for item in scored]))
+                given = self.config.trainer
+                updates = mini_batches(len(scored), given.updates_per_step, given.epochs, f"{given.seed}/{number}")
+                sequences = self._forward(to_train_sequences([item.sample for item in scored]), updates)
             with self._phase(timer, "shape"):  # 3. Advantages, returns, and each token's weight in the loss.
-                shaped = self._shape(sequences, scored)
+                shaped = self._shape(sequences, scored, updates)
         with self._phase(timer, "train"):  # 4. Optimizer updates: the critic's, then the policy's.
             trained = self._train(number, shaped)
         with self._phase(timer, "sync"):  # 5. The new weights into the engines.
@@ -96,7 +100,7 @@ class Loop:
         self._finished(number, time.monotonic() - start)  # 6. The step is finished.
         self._report(scored, trained | shaped.metrics | self.rollouts.metrics, synced, timer, time.monotonic() - start)
         if self.config.telemetry.keeps_rollouts(number):
-            self._feed("record", number, scored, [sequence.columns["advantages"] for update in shaped.updates for sequence in update])
+            self._feed("record", number, scored, shaped.advantages)
         with self.stop.abandonable():
             self._evaluate()
 
@@ -121,11 +125,14 @@ class Loop:
         if values:
             self._feed("log", self.step, values)
 
-    def _forward(self, sequences: list[TrainSequence]) -> list[TrainSequence]:
-        """With a column for each forward pass that the algorithm needs. Packed as they will be trained, so that the first ratio is exactly 1."""
-        updates = chunks(sequences, self.config.trainer.updates_per_step)
+    def _forward(self, sequences: list[TrainSequence], updates: list[list[int]]) -> list[TrainSequence]:
+        """With a column for each forward pass that the algorithm needs.
+
+        Packed as the first epoch will be trained, so that the first ratio is exactly 1.
+        """
+        first = [[sequences[i] for i in update] for update in updates[: self.config.trainer.updates_per_step]]
         roles, asked = passes(self.config.algorithm, len(updates)), {}
-        packed = self._batches(roles.values(), updates)
+        packed = self._batches(roles.values(), first)
         for column, role in roles.items():
             batches = [[batch for update in rank for batch in update] for rank in packed[role]]
             asked[column] = ask(self.crew.ranks[role], *(("values",) if role == "critic" else ("logprobs", role)), arguments=batches)
@@ -133,11 +140,15 @@ class Loop:
             sequences = add_column(sequences, column, found)
         return sequences
 
-    def _shape(self, sequences: list[TrainSequence], scored: list[ScoredSample]) -> Shaped:
-        rollout, updates = self.config.rollout, self.config.trainer.updates_per_step
+    def _shape(self, sequences: list[TrainSequence], scored: list[ScoredSample], updates: list[list[int]]) -> Shaped:
+        rollout = self.config.rollout
         groups = [index // rollout.samples_per_prompt for index in range(len(scored))]
         rewards = [item.reward for item in scored]
-        return shape(self.config.algorithm, self.kl.coefficient, sequences, rewards, groups, updates=updates, max_tokens=rollout.max_tokens)
+        parts = {reward.name: [item.parts[reward.name] for item in scored] for reward in self.config.rewards}
+        return shape(
+            self.config.algorithm, self.kl.coefficient, sequences, rewards, groups, updates=updates,
+            max_tokens=rollout.max_tokens, parts=parts, custom=self.advantage,
+        )  # fmt: skip
 
     def _train(self, number: int, shaped: Shaped) -> dict[str, float]:
         """Metrics by their full names. The policy waits until the critic is warm."""
@@ -149,7 +160,7 @@ class Loop:
         found = {f"critic/{name}": value for name, value in made.get("critic", {}).items()}
         if "policy" in made:
             policy = summary(made["policy"])
-            self.kl.observe(policy.get("kl", 0.0), sum(map(len, shaped.updates)))
+            self.kl.observe(policy.get("kl", 0.0), len(shaped.advantages))
             found |= {name if "/" in name else f"train/{name}": value for name, value in policy.items()}
             if words := alarm(self.config.algorithm.correction, policy):
                 print(f"step {number}: {words}", file=sys.stderr, flush=True)

@@ -88,6 +88,7 @@ def _drive(config: RunConfig, reporter: Reporter, stop: Stop, roll: Roll, pod: I
     with stop.abandonable(), reporter.bounded():
         reporter.update(state="Starting", detail="checking the run config")
         check_engine_args(config)
+        check_functions(config)
         stage = _reserve(config, reporter, stop)
         if pod and pod.notices:
             pod.notices.listen()
@@ -108,6 +109,14 @@ def _drive(config: RunConfig, reporter: Reporter, stop: Stop, roll: Roll, pod: I
     roll.close()
     close(crew)
     return Result(loop.step, export, seats)
+
+
+def check_functions(config: RunConfig) -> None:
+    """The user's own advantage and loss, before anything is started. Raises BadSpec."""
+    if config.algorithm.advantage or config.algorithm.loss:
+        from rlhf_worker.algorithm import custom  # brings torch
+
+        custom.check(config)
 
 
 def _reserve(config: RunConfig, reporter: Reporter, stop: Stop) -> Stage:

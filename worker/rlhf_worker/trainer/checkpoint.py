@@ -362,16 +362,17 @@ class Saver:
     def _load(self, name: str, roles: Roles) -> None:
         path = self.store.url(name)
         for role, (module, optimizer) in roles.items():
-            tensors, settings = _tensors(module, optimizer), _settings(optimizer)
+            tensors = _tensors(module, optimizer)
+            # Groups, and their rates and decays, are the spec's, which may be another than when the checkpoint was made.
+            groups = tensors["optimizer"].pop("param_groups")
             try:
                 load_tensors(tensors, storage_reader=FsspecReader(f"{path}/{role}"), process_group=self.group)
             except (OSError, RuntimeError, ValueError, CheckpointException) as error:
                 raise BadData(
                     f"checkpoint {path} does not fit {role} ({_cause(error)}): set spec.checkpoint.path to an empty directory, or the spec to what made it"
                 ) from error
-            set_state_dict(module, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"], options=PARTIAL)
-            for group, given in zip(optimizer.param_groups, settings, strict=True):
-                group.update(given)
+            optim = {**tensors["optimizer"], "param_groups": groups}
+            set_state_dict(module, optimizer, model_state_dict=tensors["model"], optim_state_dict=optim, options=PARTIAL)
         self._load_rng(f"{name}/{next(iter(roles))}/{RNG}")
 
     def _load_rng(self, name: str) -> None:
@@ -431,11 +432,6 @@ def _tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     model, optim = get_state_dict(module, optimizer)
     frozen = {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
     return {"model": {name: tensor for name, tensor in model.items() if name not in frozen}, "optimizer": optim}
-
-
-def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Rate, decay and the like of each group: the spec's, which may be another than when the checkpoint was made."""
-    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
 
 
 def _rng() -> dict[str, torch.Tensor]:

@@ -79,11 +79,12 @@ class PolicyModule(RoleModule):
     def __init__(self, lm: PreTrainedModel, temperature: float, *, padded: bool = False) -> None:
         super().__init__(lm, padded=padded)
         self.temperature = temperature
+        self.entropy_gradient = False  # it costs the softmax of a chunk
 
     def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
         """targets (N,), one: the tokens that follow -> (2, N) float32: their log probabilities, and entropies.
 
-        Entropies have no gradient, and are 0 where none is recorded. No logits outlive their chunk.
+        Entropies are 0 where no gradient is recorded. No logits outlive their chunk.
         """
         parts = zip(torch.split(hidden, HEAD_CHUNK), torch.split(targets[0], HEAD_CHUNK), strict=True)
         return torch.cat([checkpoint(self._chunk, h, t, use_reentrant=False) for h, t in parts], dim=1)
@@ -91,10 +92,11 @@ class PolicyModule(RoleModule):
     def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self.lm.get_output_embeddings()(hidden).float() / self.temperature
         logprobs = -F.cross_entropy(logits, targets, reduction="none")
-        return torch.stack([logprobs, _entropy(logits) if torch.is_grad_enabled() else torch.zeros_like(logprobs)])
+        if not torch.is_grad_enabled():
+            return torch.stack([logprobs, torch.zeros_like(logprobs)])
+        return torch.stack([logprobs, _entropy(logits if self.entropy_gradient else logits.detach())])
 
 
-@torch.no_grad()
 def _entropy(logits: Tensor) -> Tensor:
     """(N, V) -> (N,)"""
     return logits.logsumexp(-1) - torch.einsum("nv,nv->n", logits.softmax(-1), logits)
