@@ -117,7 +117,7 @@ class FunctionSpec(Model):
         None, max_length=512, description="module:function, importable in the image by driver and trainer."
     )
     code: str | None = Field(
-        None, max_length=65536, description="Source text that defines a function of the field's name: advantage or loss."
+        None, max_length=65536, description="Source text that defines a function named as the field: advantage or loss."
     )
 
 

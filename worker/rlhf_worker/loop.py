@@ -17,10 +17,19 @@ from rlhf_worker.algorithm import custom
 from rlhf_worker.algorithm.control import KLController
 from rlhf_worker.algorithm.correction import alarm, summary
 from rlhf_worker.algorithm.shape import Shaped, passes, shape
+from rlhf_worker.best import Best
 from rlhf_worker.calls import ask, call, call_all, gather
 from rlhf_worker.crew import Crew
 from rlhf_worker.errors import SaveFailed
-from rlhf_worker.experience import PackedBatch, ScoredSample, TrainSequence, add_column, dealt, mini_batches, to_train_sequences
+from rlhf_worker.experience import (
+    PackedBatch,
+    ScoredSample,
+    TrainSequence,
+    add_column,
+    dealt,
+    mini_batches,
+    to_train_sequences,
+)
 from rlhf_worker.feed.telemetry import PhaseTimer
 from rlhf_worker.progress import Reporter, drained
 from rlhf_worker.rollout.evaluation import evaluate
@@ -44,6 +53,7 @@ class Loop:
         self.saved_step = -1
         self.kl = KLController(config.algorithm.kl)
         self.advantage = custom.advantage(config)
+        self.best = Best(config.checkpoint.best)
         self._step_seconds = 0.0
         self._productive = 0.0  # seconds in steps that count: those of the checkpoint resumed from, and those after it
 
@@ -52,6 +62,7 @@ class Loop:
         self.saved_step = step
         if memory:
             self.kl.restore(memory["kl"])
+            self.best.restore(memory)
             self._productive = memory.get("productive_seconds", 0.0)
         self.rollouts = Rollouts(self.config, self.crew, step, memory.get("pending", ()))
         synced = self.crew.fleet.sync(prove=self.config.weight_sync.verify)
@@ -59,7 +70,7 @@ class Loop:
         self.reporter.update(productive_seconds=int(self._productive))
         self._finished(step, 0.0)
         if not step:
-            self._evaluate()
+            self.best.require(self._evaluate(), evaluated=True)
 
     def run(self) -> None:
         """To the last step. Raises Terminated, after saving, when asked to stop."""
@@ -69,7 +80,8 @@ class Loop:
                     self._drain()
                 self._step()
                 self._told_of_saves(wait=False)
-                if self.step % self.config.checkpoint.every_steps == 0 or self.step == self.config.trainer.steps:
+                every, last = self.config.checkpoint.every_steps, self.config.trainer.steps
+                if self.step % every == 0 or self.step == last or self.best.improved:
                     self._begin_save()
                 self.stop.check()
             self.save()
@@ -119,11 +131,13 @@ class Loop:
         except Terminated:
             return None
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> dict[str, float]:
         with self.reporter.bounded():
             values = evaluate(self.config, self.step, self.rollouts.evaluate, self._feed)
         if values:
             self._feed("log", self.step, values)
+            self.best.observe(values)
+        return values
 
     def _forward(self, sequences: list[TrainSequence], updates: list[list[int]]) -> list[TrainSequence]:
         """With a column for each forward pass that the algorithm needs.
@@ -182,6 +196,7 @@ class Loop:
         self.sampler, pending = self.rollouts.finish(number)
         self._productive += seconds
         self.step = number
+        self.best.finished()
         self.memory = {"pending": pending, "kl": self.kl.state(), "productive_seconds": round(self._productive, 1)}
 
     def save(self) -> None:
@@ -193,7 +208,7 @@ class Loop:
     def _begin_save(self) -> None:
         """Unless it is there already, or being written. Training goes on while it is written, and when that fails: the next one may not."""
         if self.step != self.saved_step:
-            given = self.step, self.sampler, self.memory
+            given = self.step, self.sampler, self.memory | self.best.saved()
             with self.reporter.bounded():
                 call_all(self.crew.savers, "save", *given, deadline_seconds=FILE_DEADLINE_SECONDS, what="checkpoint")
             self.saved_step = self.step
@@ -233,6 +248,10 @@ class Loop:
         values = values | step_metrics(scored, timer.seconds, seconds) | {"seconds/productive": self._productive}
         values |= {"sync/seconds": synced.seconds} if synced else {}
         self._feed("log", self.step, values)
+        self.best.observe(values)
+        critic = self.config.critic
+        if self.step == 1 + (critic.warmup_steps if critic else 0):  # the first with all of its metrics
+            self.best.require(values, evaluated=False)
         self._step_seconds = seconds if not self._step_seconds else 0.8 * self._step_seconds + 0.2 * seconds
         left = int(self._step_seconds * (self.config.trainer.steps - self.step))
         self.reporter.stepped(self.step, values, eta_seconds=left, synced=synced)

@@ -158,9 +158,14 @@ def _export(config: RunConfig, crew: Crew, reporter: Reporter) -> str | None:
     if not config.checkpoint.export:
         return None
     reporter.update(detail="exporting the model")
-    path: str = call_all(crew.policy, "export", deadline_seconds=FILE_DEADLINE_SECONDS, what="export")[0]
-    print(f"exported the model to {path}", flush=True)
-    return path
+    paths: list[str] = [
+        call_all(crew.policy, "export", best, deadline_seconds=FILE_DEADLINE_SECONDS, what="export")[0]
+        for best in ([False, True] if config.checkpoint.best else [False])
+    ]
+    for path in paths:
+        none = "no whole checkpoint has the metric of spec.checkpoint.best"
+        print(f"exported the model to {path}" if path else none, flush=True)
+    return paths[0]
 
 
 def guarded(work: Callable[[], object]) -> int:

@@ -41,7 +41,8 @@ def loss(config: RunConfig, device: torch.device) -> Callable[..., Answer] | Non
     names += ["kl_weights"] if config.algorithm.kl.coefficient and config.algorithm.kl.place == "loss" else []
     example = {
         "logprobs": torch.zeros_like(targets, requires_grad=True), "old_logprobs": targets, "advantages": targets,
-        "entropy": targets, "sequence": torch.tensor([0, 0, 1], device=device), "columns": dict.fromkeys(names, targets),
+        "entropy": targets, "sequence": torch.tensor([0, 0, 1], device=device),
+        "columns": dict.fromkeys(names, targets),
     }  # fmt: skip
     return Custom("loss", spec, example)
 

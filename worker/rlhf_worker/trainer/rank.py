@@ -92,7 +92,8 @@ class Trainer:
             if self.config.rollout.engine == "hf":
                 self.generator = Generator(self.config, self.rank, self.device)
         expected = [name for name in self.config.roles if name in TRAINED]
-        self.saver = Saver(self.config.checkpoint.path, self.config.checkpoint.keep, expected, _driver(), leads="policy" in self.names)
+        given, leads = self.config.checkpoint, "policy" in self.names
+        self.saver = Saver(given.path, given.keep, expected, _driver(), leads=leads, best=given.best)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's parameters, or its adapters, sharded."""
@@ -304,13 +305,20 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         return identity(self.config.model, load_config(self.config.model))
 
-    def export(self) -> str:
-        """The model as a Hugging Face checkpoint, or its adapters in PEFT's format, under <checkpoint.path>/export, in the engine's dtype. Raises Fenced."""
+    def export(self, *, best: bool = False) -> str:
+        """The model as a Hugging Face checkpoint, or its adapters in PEFT's format, under <checkpoint.path>/export, in
+        the engine's dtype. Raises Fenced.
+
+        best: that of the best checkpoint, under export-best; the policy is that one then. Where there is none, "".
+        """
+        name = "export-best" if best else "export"
         with self._briefly("policy") as role:
+            if best and not self.saver.load_best(role.module):
+                return ""
             weights = {name: tensor.cpu() for name, tensor in self._whole() if self.rank == 0}
         if self.rank == 0:
             adapters = self.config.model.lora is not None
-            with self.saver.publishing("export", lora.CONFIG if adapters else "config.json") as target:
+            with self.saver.publishing(name, lora.CONFIG if adapters else "config.json") as target:
                 if adapters:
                     lora.write(target, lora.files(self.config.model, weights))
                 else:
@@ -318,7 +326,7 @@ class Trainer:
                 load_tokenizer(self.config.model).save_pretrained(target)
                 make_readable(target)
         dist.barrier()
-        return self.store.url("export")
+        return self.store.url(name)
 
     def close(self) -> None:
         if self.generator is not None:

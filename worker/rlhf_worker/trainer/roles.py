@@ -33,8 +33,9 @@ class Role:
         self.module.to(device)
         self.optimizer: AdamW | None = None
         if name in TRAINED:
-            groups, betas = decayed(self.module, config.trainer.weight_decay), (config.trainer.adam_beta1, config.trainer.adam_beta2)
-            self.optimizer = AdamW(groups, betas=betas, eps=config.trainer.adam_epsilon, fused=device.type == "cuda")
+            spec, cuda = config.trainer, device.type == "cuda"
+            groups, betas = decayed(self.module, spec.weight_decay), (spec.adam_beta1, spec.adam_beta2)
+            self.optimizer = AdamW(groups, betas=betas, eps=spec.adam_epsilon, fused=cuda)
         self.tokenizer: Any = load_tokenizer(config.roles[name], model_field(name)) if name.startswith("reward:") else None
         self.steps = 0  # steps of the run in which it was trained, or was left out of
         self._away: Away = []
