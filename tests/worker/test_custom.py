@@ -109,7 +109,7 @@ ADVANTAGE, LOSS = "def advantage(rewards, **more): ", "def loss(logprobs, **more
         ("loss", {"code": LOSS + "return logprobs.detach()"}, "has no gradient"),
         ("loss", {"code": LOSS + "return logprobs.log()"}, "is not finite"),
         ("loss", {"code": LOSS + "return logprobs, {'a': 1.0}"}, "names to a tensor like what it returns"),
-        ("loss", {"function": "math:exp"}, "spec.algorithm.loss"),
+        ("loss", {"function": "math:exp"}, "TypeError"),
     ],
     ids=str,
 )  # fmt: skip

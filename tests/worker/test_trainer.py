@@ -165,7 +165,7 @@ class Book:
     def __init__(self, tiny: Path) -> None:
         self.lm = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32)
         named = dict(self.lm.named_parameters())
-        decays = {0.5 * ("norm" not in name): [] for name in named}
+        decays: dict[float, list[nn.Parameter]] = {0.0: [], 0.5: []}
         for name, parameter in named.items():
             decays[0.5 * ("norm" not in name)].append(parameter)
         groups = [{"params": parameters, "weight_decay": decay} for decay, parameters in decays.items()]
@@ -178,8 +178,9 @@ class Book:
     def read(self, item: TrainSequence) -> tuple[torch.Tensor, torch.Tensor]:
         """Log probabilities and entropies of the completion's tokens."""
         tokens, at = torch.tensor(item.token_ids), slice(item.prompt_length - 1, item.length - 1)
-        choice = torch.distributions.Categorical(logits=self.lm(tokens[None]).logits[0, at])
-        return choice.log_prob(tokens[item.prompt_length :]), choice.entropy()
+        logprobs = torch.log_softmax(self.lm(tokens[None]).logits[0, at], -1)
+        chosen = logprobs.gather(-1, tokens[item.prompt_length :, None])[:, 0]
+        return chosen, -(logprobs.exp() * logprobs).sum(-1)
 
     def step(self, items: list[TrainSequence], advantages: list[float], updates: list[list[int]]) -> None:
         with torch.no_grad():

@@ -4,6 +4,7 @@ The loop moves values between actors and decides nothing about placement, engine
 it trains, its advantages and its losses are `algorithm`'s; where the samples come from is `rollout`'s.
 """
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -158,7 +159,8 @@ class Loop:
         rollout = self.config.rollout
         groups = [index // rollout.samples_per_prompt for index in range(len(scored))]
         rewards = [item.reward for item in scored]
-        parts = {reward.name: [item.parts[reward.name] for item in scored] for reward in self.config.rewards}
+        names = dict.fromkeys(name for item in scored for name in item.parts)
+        parts = {name: [item.parts.get(name, math.nan) for item in scored] for name in names}
         return shape(
             self.config.algorithm, self.kl.coefficient, sequences, rewards, groups, updates=updates,
             max_tokens=rollout.max_tokens, parts=parts, custom=self.advantage,

@@ -3,6 +3,7 @@
 import inspect
 import numbers
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +25,11 @@ def advantage(config: RunConfig) -> Callable[..., Answer] | None:
     size = config.rollout.samples_per_prompt
     groups = torch.arange(2).repeat_interleave(size)
     table = torch.zeros(len(groups), 3, dtype=torch.float64)
+    names = [reward.name for reward in config.rewards] + ["environment"] * bool(config.rollout.environment)
     example = {
         "rewards": torch.linspace(0, 1, len(groups), dtype=torch.float64), "groups": groups, "mask": table == 0,
         "columns": dict.fromkeys(["rollout_logprobs", *_passed(config)], table),
-        "parts": {reward.name: table[:, 0] for reward in config.rewards},
+        "parts": dict.fromkeys(names, table[:, 0]),
     }  # fmt: skip
     return Custom("advantage", spec, example)
 
@@ -49,10 +51,10 @@ def loss(config: RunConfig, device: torch.device) -> Callable[..., Answer] | Non
 
 def check(config: RunConfig) -> None:
     """Raises BadSpec with what is wrong of both."""
-    faults = []
-    for find in (lambda: advantage(config), lambda: loss(config, torch.device("cpu"))):
+    faults, tries = [], (partial(advantage, config), partial(loss, config, torch.device("cpu")))
+    for attempt in tries:
         try:
-            find()
+            attempt()
         except BadSpec as error:
             faults.append(str(error))
     if faults:
