@@ -73,8 +73,8 @@ def learned(config: RunConfig, steps: int = STEPS) -> list[float]:
 
 # Options of algorithm and trainer that a run has besides: each must leave it able to learn.
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "ppo": ({}, {"epochs": 2}),
-    "grpo": ({"entropyCoefficient": 0.003}, {"epochs": 2, "updatesPerStep": 4}),
+    "ppo": ({}, {"epochs": 2, "updatesPerStep": 1}),
+    "grpo": ({"entropyCoefficient": 0.003}, {"epochs": 2}),
     "dr_grpo": ({}, {"learningRateSchedule": "linear", "learningRateFloor": 0.2}),
     "reinforce++": ({}, {"weightDecay": 0.1, "adamBeta2": 0.999, "adamEpsilon": 1e-6}),
 }

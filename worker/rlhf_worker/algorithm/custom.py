@@ -24,12 +24,12 @@ def advantage(config: RunConfig) -> Callable[..., Answer] | None:
         return None
     size = config.rollout.samples_per_prompt
     groups = torch.arange(2).repeat_interleave(size)
-    table = torch.zeros(len(groups), 3, dtype=torch.float64)
+    rewards, table = torch.linspace(0, 1, len(groups), dtype=torch.float64), torch.zeros(len(groups), 3).double()
     names = [reward.name for reward in config.rewards] + ["environment"] * bool(config.rollout.environment)
     example = {
-        "rewards": torch.linspace(0, 1, len(groups), dtype=torch.float64), "groups": groups, "mask": table == 0,
+        "rewards": rewards, "groups": groups, "mask": table == 0,
         "columns": dict.fromkeys(["rollout_logprobs", *_passed(config)], table),
-        "parts": dict.fromkeys(names, table[:, 0]),
+        "parts": dict.fromkeys(names, rewards),
     }  # fmt: skip
     return Custom("advantage", spec, example)
 
