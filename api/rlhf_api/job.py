@@ -126,6 +126,17 @@ class CorrectionSpec(Model):
     alarm: PositiveFloat | None = Field(None, description="A KL of engine from trainer above this, in nats a token, is warned of.")
 
 
+class FunctionSpec(Model):
+    """Exactly one of function and code."""
+
+    function: str | None = Field(
+        None, max_length=512, description="module:function, importable in the image by driver and trainer."
+    )
+    code: str | None = Field(
+        None, max_length=65536, description="Source text that defines a function named as the field: advantage or loss."
+    )
+
+
 class AlgorithmSpec(Model):
     """Options that are not set are the algorithm's own."""
 
@@ -141,6 +152,21 @@ class AlgorithmSpec(Model):
     dynamic_sampling: DynamicSamplingSpec = Field(default_factory=DynamicSamplingSpec, description="Steps of informative groups only.")
     overlong: OverlongSpec = Field(default_factory=OverlongSpec, description="Soft punishment of long completions.")
     correction: CorrectionSpec = Field(default_factory=CorrectionSpec, description="Correction of the difference between engine and trainer.")
+    entropy_coefficient: NonNegativeFloat = Field(
+        0.0,
+        description="Weight of the policy's entropy, in nats a token, which is added to what is maximised. 0: none.",
+    )
+    advantage: FunctionSpec | None = Field(
+        None,
+        description="Advantages of your own, in place of the algorithm's and of advantageNormalization: "
+        "f(*, rewards, groups, mask, columns, parts), of tensors; docs/algorithms.md has the shapes.",
+    )
+    loss: FunctionSpec | None = Field(
+        None,
+        description="Each token's policy loss of your own, in place of the algorithm's clipped one: "
+        "f(*, logprobs, old_logprobs, advantages, entropy, sequence, columns), of tensors; "
+        "docs/algorithms.md has the shapes.",
+    )
 
 
 class JsonlData(Model):
@@ -246,7 +272,10 @@ class ClipSpec(Model):
 
 class CriticSpec(Model):
     model: ModelSpec | None = Field(None, description="Where the critic's backbone starts; its value head starts at zero. Unset: spec.model.")
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="Learning rate of the critic's AdamW.")
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(
+        1e-5,
+        description="Learning rate of the critic's AdamW after the warm-up; schedule and all else are the trainer's.",
+    )
     warmup_steps: Count = Field(0, description="First steps in which the critic alone is trained.")
     gpus: Gpus | None = Field(None, description="FSDP ranks with a GPU each of their own, in the trainer's pods. Unset: the critic shares the trainer's ranks.")
 
@@ -399,10 +428,31 @@ class TrainerSpec(Model):
     gpus: Gpus = Field(1, description="FSDP ranks, one GPU (or fraction of one) each.")
     steps: PositiveInt = Field(description="Training steps; one step is one batch of promptsPerStep x samplesPerPrompt.")
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(1e-6, description="Learning rate of AdamW after the warm-up.")
-    warmup_steps: Count = Field(0, description="Optimizer updates of linear warm-up.")
-    weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay.")
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="How the learning rate falls from the end of the warm-up to the last update of the run."
+    )
+    learning_rate_floor: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="linear, cosine: where the schedule ends, as a share of the learning rate."
+    )
+    warmup_steps: Count = Field(0, description="Optimizer updates of linear warm-up, of policy and critic alike.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled weight decay; none for norms and biases.")
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.9, description="AdamW's decay of the gradient's mean, an update."
+    )
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.95, description="AdamW's decay of the squared gradient's mean, an update."
+    )
+    adam_epsilon: Annotated[float, Field(gt=0, le=1)] = Field(
+        1e-8, description="What AdamW adds to the root of that mean, by which it divides."
+    )
     max_grad_norm: PositiveFloat = Field(1.0, description="Gradient norm is clipped to this.")
-    updates_per_step: PositiveInt = Field(1, description="Optimizer updates a step: the batch is split into as many parts.")
+    epochs: Annotated[int, Field(ge=1, le=1000)] = Field(
+        1, description="Passes over each step's batch, against the log probabilities from before the first."
+    )
+    updates_per_step: PositiveInt = Field(
+        1,
+        description="Optimizer updates an epoch: the step's samples are shuffled and split into as many mini-batches.",
+    )
     context_parallel: Gpus = Field(1, description="FSDP ranks that share each sequence, for sequences whose activations one GPU cannot hold; a divisor of gpus and of the model's attention heads.")
     tokens_per_micro_batch: PositiveInt = Field(8192, description="Token budget of one packed micro-batch on one rank; one sequence may take more.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass.")
@@ -440,11 +490,27 @@ class ClaimSpec(Model):
     on_delete: Literal["Keep", "Delete"] = Field("Keep", description="What becomes of the claim when the RLHFJob is deleted. A kept one is taken up by a later job of the same name, which resumes.")
 
 
+class BestSpec(Model):
+    metric: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[A-Za-z0-9_.@/-]+$")] = Field(
+        description="Name of a logged metric, such as eval/<name>/mean_reward or reward/mean."
+    )
+    mode: Literal["max", "min"] = Field("max", description="Whether the highest or the lowest value is the best.")
+
+
 class CheckpointSpec(Model):
     path: Annotated[str, Field(min_length=2, max_length=4096, pattern=r"^(/|[a-z][a-z0-9+.-]*://).+")] = Field("/checkpoints", description="Directory inside the trainer pods, on a volume (pods.trainer.volumes) if it is to outlive the cluster; or a URL that fsspec knows, such as s3://bucket/run, with its driver in spec.image and its credentials in pods.trainer.env.")
     every_steps: PositiveInt = Field(20, description="Steps between two checkpoints; the last step is always saved.")
     keep: PositiveInt = Field(3, description="Newest checkpoints kept.")
-    export: bool = Field(True, description="Write the final model as a Hugging Face checkpoint to <path>/export.")
+    export: bool = Field(
+        True,
+        description="Write the final model as a Hugging Face checkpoint to <path>/export, "
+        "and that of the best checkpoint, if there is one, to <path>/export-best.",
+    )
+    best: BestSpec | None = Field(
+        None,
+        description="Keep the best checkpoint by a metric too, beside the newest. "
+        "An evaluation that improves on it makes a checkpoint.",
+    )
     claim: ClaimSpec | None = Field(None, description="Make a PersistentVolumeClaim for path. Unset: path is on a volume of pods.trainer, or a URL, or dies with the trainer's pod.")
     ephemeral: bool = Field(False, description="That the checkpoints die with the trainer's pod is meant: spec.suspend then ends the run's pods all the same, and a resumed run begins anew.")
 

@@ -349,6 +349,26 @@ def _no_buffer(spec: AlgorithmSpec) -> bool:
     return bool(spec.overlong.penalty) and not (spec.name == "dapo" if spec.overlong.buffer_tokens is None else spec.overlong.buffer_tokens)
 
 
+def _function(name: str) -> Check:
+    def check(job: RLHFJob) -> Iterator[str]:
+        given = getattr(job.spec.algorithm, name)
+        if given is not None and (given.function is None) == (given.code is None):
+            yield "neither is set" if given.code is None else "both are set"
+
+    return check
+
+
+def _floor(job: RLHFJob) -> Iterator[str]:
+    if job.spec.trainer.learning_rate_floor and job.spec.trainer.learning_rate_schedule == "constant":
+        yield f"learningRateFloor is {job.spec.trainer.learning_rate_floor:g}"
+
+
+def _best_set(job: RLHFJob) -> Iterator[str]:
+    best, sets = job.spec.checkpoint.best, [evaluation.name for evaluation in job.spec.evaluation]
+    if best and best.metric.startswith("eval/") and best.metric.split("/")[1] not in sets:
+        yield f"metric is {best.metric}, sets are {', '.join(sets) or 'none'}"
+
+
 def _group(job: RLHFJob) -> Iterator[str]:
     if job.spec.rollout.samples_per_prompt < 2 and job.spec.algorithm.name not in UNGROUPED:
         yield f"samplesPerPrompt is {job.spec.rollout.samples_per_prompt}, algorithm.name is {job.spec.algorithm.name}"
@@ -551,6 +571,16 @@ RULES = (
          "several trainer pods save, and each must mount the claim: set accessMode to ReadWriteMany, or lower trainer.gpus to one pod's", "checkpoint.claim.accessMode", _shared_claim),
     Rule("spec.checkpoint", "!has(self.ephemeral) || !self.ephemeral || !has(self.claim) && (self.path.startsWith('/') || self.path.startsWith('file:'))",
          "it says that the checkpoints die with the trainer's pod, and here they do not: remove it, or the claim or URL", "checkpoint.ephemeral", _lasting),
+    Rule("spec", "!has(self.checkpoint.best) || !self.checkpoint.best.metric.startsWith('eval/')"
+         " || has(self.evaluation) && self.evaluation.exists(e,"
+         " self.checkpoint.best.metric.startsWith('eval/' + e.name + '/'))",
+         "no such set is evaluated: add it to evaluation, or correct the metric's name", "checkpoint.best", _best_set),
+    *(Rule("spec.algorithm", f"!has(self.{name}) || has(self.{name}.function) != has(self.{name}.code)",
+           f"{name} needs exactly one of function and code", f"algorithm.{name}", _function(name))
+      for name in ("advantage", "loss")),
+    Rule("spec.trainer", "self.learningRateFloor == 0.0 || self.learningRateSchedule != 'constant'",
+         "a constant rate falls to no floor: remove it, or set learningRateSchedule to linear or cosine",
+         "trainer.learningRateFloor", _floor),
     Rule("spec", "!self.runPolicy.finalSave || !has(self.checkpoint.claim) || self.checkpoint.claim.onDelete == 'Keep'",
          "a deletion would wait for a save and then delete it: set checkpoint.claim.onDelete to Keep, or finalSave to false", "runPolicy.finalSave", _saved_for_nothing),
     Rule("spec.data",

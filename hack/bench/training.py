@@ -58,7 +58,8 @@ def batches(run: Any, given: argparse.Namespace) -> list[Any]:
         for i in range(count)
     ]  # fmt: skip
     rewards = [float(i % 2) for i in range(count)]
-    shaped = shape(run.algorithm, 0.0, sequences, rewards, [i // 4 for i in range(count)], updates=1, max_tokens=length - prompt)
+    groups, whole = [i // 4 for i in range(count)], [range(count)]
+    shaped = shape(run.algorithm, 0.0, sequences, rewards, groups, updates=whole, max_tokens=length - prompt)
     return pack(shaped.updates[0], given.tokens)
 
 

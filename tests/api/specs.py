@@ -182,6 +182,11 @@ BROKEN: list[tuple[str, Object]] = [
     ("self.checkpoint.claim.accessMode", a_job(checkpoint__claim={"size": "1Gi", "accessMode": "ReadWriteOncePod"}, rewards=[{**MODEL, "gpus": 1}], placement__gpusPerNode=1)),
     ("!self.ephemeral", a_job(checkpoint={"claim": {"size": "1Gi"}, "ephemeral": True})),
     ("!self.ephemeral", a_job(checkpoint={"path": "s3://bucket/run", "ephemeral": True})),
+    ("'eval/'", a_job(checkpoint__best={"metric": "eval/held-out/mean_reward"})),
+    ("'eval/'", a_job(checkpoint__best={"metric": "eval/held/mean_reward"}, evaluation=[EVALUATION])),
+    ("has(self.advantage)", a_job(algorithm__advantage={})),
+    ("has(self.loss)", a_job(algorithm__loss={"function": "m:loss", "code": "def loss(**given): ..."})),
+    ("self.learningRateFloor", a_job(trainer__learningRateFloor=0.1)),
     ("self.runPolicy.finalSave", a_job(checkpoint__claim={"size": "1Gi", "onDelete": "Delete"}, runPolicy__finalSave=True)),
 ]
 
@@ -213,6 +218,7 @@ HELD: list[tuple[str, Any]] = [
     ("checkpoint", {"everySteps": 1}),
     ("checkpoint", {"keep": 1}),
     ("checkpoint", {"export": False}),
+    ("checkpoint", {"best": {"metric": "reward/mean"}}),
     ("evaluation", [EVALUATION]),
     ("telemetry", {"rolloutsEverySteps": 1}),
     ("critic", {"warmupSteps": 1}),

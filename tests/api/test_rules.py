@@ -9,7 +9,7 @@ from rlhf_api.job import RLHFJob
 from rlhf_api.rules import MUTABLE, NEVER, RULES, transitions, violations
 from tests.api.cel import allows
 from tests.api.schema import fill_defaults
-from tests.api.specs import BROKEN, FREE, FROZEN, HELD, LIVING, a_job, edited, rule
+from tests.api.specs import BROKEN, EVALUATION, FREE, FROZEN, HELD, LIVING, a_job, edited, rule
 
 
 def parsed(raw: dict[str, Any]) -> RLHFJob:
@@ -56,6 +56,10 @@ def test_bad_names(name: str) -> None:
         {"rollout__engine": "hf", "trainer__gpus": 2},
         {"rollout__staleness": 3, "placement__mode": "Separated"},
         {"rollout__environment": {"function": "package.module:Class"}},
+        {"algorithm": {"advantage": {"function": "m:a"}, "loss": {"code": "def loss(**given): ..."}}},
+        {"trainer__learningRateFloor": 0.1, "trainer__learningRateSchedule": "cosine"},
+        {"checkpoint__best": {"metric": "reward/mean", "mode": "min"}},
+        {"checkpoint__best": {"metric": "eval/held-out/mean_reward"}, "evaluation": [EVALUATION]},
     ],
 )
 def test_jobs_that_fit(changes: dict[str, Any]) -> None:

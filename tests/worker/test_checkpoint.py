@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 
 from hack.tiny_model import write
+from rlhf_api.job import BestSpec, TrainerSpec
+from rlhf_worker.algorithm.schedule import learning_rate
 from rlhf_worker.errors import BadData, BadSpec, Fenced
-from rlhf_worker.experience import dealt, equalise, pack, split
+from rlhf_worker.experience import dealt, equalise, mini_batches, pack, split
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer import checkpoint
 from rlhf_worker.trainer.checkpoint import Restored, RunState, Saver, SummingFiles, whole
 from rlhf_worker.trainer.fence import Writer
-from rlhf_worker.trainer.rank import Trainer, learning_rate
+from rlhf_worker.trainer.rank import Trainer
 from tests.worker.buckets import Bucket
 from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
@@ -115,6 +118,41 @@ def test_only_the_newest_are_kept_and_a_half_written_one_does_not_count(root: st
     saved(root, 12)
     assert [name for name in store.names() if name.startswith("step")] == [named(10), named(12)]
     assert saver(f"{root}/nothing").restore(MODEL, {"policy": made(0)}) == Restored(None, [])
+
+
+def scores(root: str | Path, values: dict[int, float | None], best: BestSpec | None, driver: str = "a") -> Saver:
+    """A save of each step with the score that the loop remembers of it; only the newest is kept, besides the best."""
+    its = Saver(str(root), 1, ("policy",), driver, leads=True, best=best)
+    for step, value in values.items():
+        memory = {} if value is None else {"score": {"eval/a/mean_reward": value}}
+        its.begin(replace(state(step), loop=memory), {"policy": made(step)})
+        assert its.finished(wait=True)[0].error is None
+    return its
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("max", [4, 12]), ("min", [2, 12]), (None, [12])])
+def test_the_best_is_kept_beside_the_newest_and_read_back(root: str, mode: Any, kept: list[int]) -> None:
+    best = BestSpec(metric="eval/a/mean_reward", mode=mode) if mode else None
+    its = scores(root, {2: 0.1, 4: 0.8, 6: None, 8: 0.8, 10: 0.3, 12: None}, best)
+    assert whole(Store(root)) == [named(step) for step in kept]
+    module, _ = held = made(99)
+    assert its.load_best(module) == (named(kept[0]) if mode else "")
+    assert same(weights(held), weights(made(kept[0] if mode else 99)))
+    resumed = Saver(root, 1, ("policy",), "a", leads=True, best=best).restore(MODEL, {"policy": made(1)})
+    assert resumed.state is not None and resumed.state.step == 12
+
+
+def test_another_metric_a_damaged_and_a_void_checkpoint_are_not_the_best(root: str) -> None:
+    best = BestSpec(metric="eval/a/mean_reward")
+    early = scores(root, {2: 0.1, 3: 0.2}, None, "a")
+    early.keep = 9
+    late = Saver(root, 9, ("policy",), "b", leads=True, best=best)
+    late.restore(MODEL, {"policy": made(0)})
+    Store(root).write(f"{named(4)}/run.json", Store(root).read(f"{named(3)}/run.json").replace(b"0.2", b"0.9"))
+    assert Saver(root, 9, ("policy",), "c", leads=True, best=BestSpec(metric="reward/mean"))._ranked() == []
+    assert late._ranked() == [named(3)]
+    spoil(Store(root), f"{named(3)}/policy/__0_0.distcp", "flipped")
+    assert late.load_best(made(0)[0]) == ""
 
 
 def spoil(store: Store, name: str, how: str) -> None:
@@ -286,17 +324,25 @@ def test_two_ranks_save_and_one_or_two_load(tmp_path: Path) -> None:
 
 def _life(rank: int, world: int, model: str, root: str, last: int) -> list[torch.Tensor]:
     """Policy and critic of the real trainer, from the newest checkpoint to step `last`; every step is saved while the next one changes what is saved."""
-    given = {"steps": last, "learningRate": 0.01, "gradientCheckpointing": False}
-    config = run_config(model={"path": model, "dtype": "float32"}, algorithm={"name": "ppo"}, checkpoint={"path": root, "keep": 9}, trainer=given)
+    given = {
+        "steps": 4, "learningRate": 0.01, "gradientCheckpointing": False, "epochs": 2, "updatesPerStep": 2,
+        "warmupSteps": 3, "learningRateSchedule": "cosine", "learningRateFloor": 0.1, "weightDecay": 0.1,
+        "adamBeta2": 0.99,
+    }  # fmt: skip
+    config = run_config(
+        model={"path": model, "dtype": "float32"}, algorithm={"name": "ppo", "entropyCoefficient": 0.01},
+        checkpoint={"path": root, "keep": 9}, trainer=given,
+    )  # fmt: skip
     trainer = Trainer(config, list(config.roles), rank, world, "cpu", 1)
     trainer.load()
     found = trainer.restore().state
     for step in range(found.step if found else 0, last):
         items = sequences([(3, 5), (2, 9), (4, 4), (3, 7)], step, 70)
         items = [item.with_columns(values=[0.0] * item.targets, returns=item.columns["advantages"]) for item in items]
-        batches = equalise([pack(own, 24) for own in split(items, world)])[rank]
+        parts = mini_batches(4, 2, 2, f"0/{step}")
+        updates = [equalise([pack(own, 24) for own in split([items[i] for i in part], world)])[rank] for part in parts]
         for role in ("critic", "policy"):
-            trainer.train(role, [batches])
+            trainer.train(role, updates)
         trainer.save(step + 1, {}, {})
     assert all(outcome.error is None for outcome in trainer.saved(wait=True))
     modules = [trainer.roles[role].module for role in ("policy", "critic")]
@@ -306,7 +352,9 @@ def _life(rank: int, world: int, model: str, root: str, last: int) -> list[torch
 
 
 def test_the_real_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
-    """2N steps == N + resume + N, bit for bit; with another number of ranks within float tolerance."""
+    """2N steps == N + resume + N, bit for bit, with epochs of mini-batches and a schedule; with another number of
+    ranks within float tolerance.
+    """
     write(tmp_path / "model")
 
     def life(root: str, last: int, world: int = 1) -> list[torch.Tensor]:
@@ -343,7 +391,9 @@ def _changed_life(rank: int, world: int, model: str, root: str, changes: dict[st
 @pytest.mark.parametrize(
     ("world", "changes"),
     [
-        (1, {"learningRate": 0.002, "weightDecay": 0.1}), (1, {"updatesPerStep": 2, "warmupSteps": 10}), (1, {"batching": "padded", "offload": True}),
+        (1, {"learningRate": 0.002, "weightDecay": 0.1}),
+        (1, {"updatesPerStep": 2, "warmupSteps": 10, "learningRateSchedule": "linear"}),
+         (1, {"batching": "padded", "offload": True}),
         (2, {"contextParallel": 2}), (2, {"updatesPerStep": 2, "weightDecay": 0.1}),
     ],
 )  # fmt: skip
@@ -353,10 +403,11 @@ def test_a_resumed_run_takes_its_numbers_from_the_spec_and_its_moments_from_the_
     assert version == 0
     for version, metrics, groups in over_ranks(world, _changed_life, str(tmp_path / "model"), str(tmp_path / "run"), changes):
         updates, base = changes.get("updatesPerStep", 1), changes.get("learningRate", 0.01)
-        rates = [learning_rate(base, changes.get("warmupSteps", 0), 1 + update) for update in range(updates)]
+        spec = TrainerSpec.model_validate({"steps": 9} | changes)
+        rates = [learning_rate(spec, base, updates + update, 9 * updates) for update in range(updates)]
         assert version == 1
         assert metrics["learning_rate"] == pytest.approx(sum(rates) / len(rates))
-        assert {group["weight_decay"] for group in groups} == {changes.get("weightDecay", 0.0)}
+        assert {group["weight_decay"] for group in groups} == {changes.get("weightDecay", 0.0), 0.0}
 
 
 def _dies_while_it_saves(rank: int, world: int, tmp_path: Path) -> tuple[str | None, float]:

@@ -16,6 +16,7 @@ from rlhf_worker.experience import (
     chunks,
     empty_batch,
     equalise,
+    mini_batches,
     pack,
     split,
     to_train_sequences,
@@ -163,6 +164,25 @@ def test_at_the_targets_of_a_filler_there_is_one_zero() -> None:
     columns, sequence = at_targets(empty_batch(["advantages"]), CPU)
     assert columns["advantages"].tolist() == [0.0]
     assert sequence.tolist() == [0]
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 4), st.integers(0, 9))
+def test_an_epoch_has_every_sample_once(samples: int, updates: int, epochs: int, step: int) -> None:
+    found = mini_batches(samples, updates, epochs, f"0/{step}")
+    assert len(found) == updates * epochs
+    for epoch in range(epochs):
+        own = found[epoch * updates : (epoch + 1) * updates]
+        assert sorted(i for part in own for i in part) == list(range(samples))
+        assert max(map(len, own)) - min(map(len, own)) <= 1
+    assert found == mini_batches(samples, updates, epochs, f"0/{step}")
+
+
+def test_the_order_is_the_seeds_the_steps_and_the_epochs_own() -> None:
+    """The same in every version of python, for a run may be resumed by another: these numbers never change."""
+    assert mini_batches(6, 2, 2, "0/1") == [[0, 1, 3], [2, 4, 5], [0, 2, 4], [1, 3, 5]]
+    assert mini_batches(6, 1, 2, "0/1") == [[0, 1, 2, 3, 4, 5]] * 2
+    orders = {str(mini_batches(20, 2, 1, seed)) for seed in ("0/1", "0/2", "1/1")}
+    assert len(orders | {str(mini_batches(20, 2, 2, "0/1")[2:])}) == 4
 
 
 @given(st.integers(0, 40), st.integers(1, 9))

@@ -42,7 +42,7 @@ def packed_loss(model: Tiny, reference: Tiny, batch: PackedBatch) -> Tensor:
     columns, sequence = at_targets(batch, torch.device("cpu"))
     columns = {name: column.double() for name, column in columns.items()}
     columns |= {"old_logprobs": columns["rollout_logprobs"], "ref_logprobs": ref, "kl_weights": BETA * columns["loss_weights"]}
-    return policy_loss(SPEC, new, columns, sequence)[0]
+    return policy_loss(SPEC, new, torch.zeros_like(new), columns, sequence)[0]
 
 
 def oracle_loss(model: Tiny, reference: Tiny, items: list[TrainSequence]) -> Tensor:

@@ -22,12 +22,15 @@ class Stand:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.metrics: dict[str, float] = {}  # of the samples taken last
+        self.updates: list[list[list[PackedBatch]]] = []  # of each call to train
 
     def __getattr__(self, method: str) -> Any:
         return SimpleNamespace(remote=lambda *args: self.answer(method, *args))
 
     def answer(self, method: str, *args: Any) -> Any:
         self.asked.append(" ".join([method, *(arg for arg in args if isinstance(arg, str))]))
+        if method == "train":
+            self.updates.append(args[-1])
         return {} if method == "train" else zeros(args[-1])
 
     # The fleet, and where samples come from.
@@ -95,6 +98,31 @@ def test_engines_that_share_gpus_sleep_from_the_last_completion_to_the_sync(monk
     forward, train = ["logprobs policy", "logprobs reference", "values"], ["train critic", "train policy"]
     assert stand.asked == ["take", *sleep, *forward, *train, "sync"]
     assert told.further == 5  # a phase each
+
+
+def test_a_step_has_epochs_of_mini_batches_after_one_pass_for_the_old_log_probabilities(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also a resumed run's, which begins with the same step; and another step has another order."""
+    monkeypatch.setattr(module, "gather", lambda calls, *rest: calls)
+    monkeypatch.setattr(module, "call", lambda *args, **more: None)
+    config = run_config(trainer={"steps": 9, "epochs": 3, "updatesPerStep": 4}, rollout={"maxTokens": 16})
+
+    def steps(first: int, count: int) -> list[list[list[int]]]:
+        stand = Stand()
+        loop, _ = looping(config, stand, Stop())
+        loop.step = first
+        for _ in range(count):
+            loop._step()
+        assert [one for one in stand.asked if one.startswith("logprobs")] == ["logprobs policy"] * count
+        return [[sorted(i for batch in one for i in batch.indices) for one in updates] for updates in stand.updates]
+
+    through = steps(0, 3)
+    assert through[2:] == steps(2, 1) and len({str(step) for step in through}) == 3
+    for step in through:
+        assert [len(update) for update in step] == [32] * 12
+        for epoch in range(0, 12, 4):
+            assert sorted(i for update in step[epoch : epoch + 4] for i in update) == list(range(128))
 
 
 @pytest.mark.parametrize(("during", "finished"), [

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from rlhf_api.job import BestSpec
 from rlhf_worker import loop as module
+from rlhf_worker.best import Best
 from rlhf_worker.errors import SaveFailed
 from rlhf_worker.loop import Loop
 from rlhf_worker.stop import Stop, Terminated
@@ -70,6 +72,29 @@ def test_training_goes_on_when_a_save_fails_and_the_next_one_counts(monkeypatch:
     made.run()
     assert (ranks.tries, told.good) == ([2, 4, 6], [6])
     assert told.errors == [f"no checkpoint of step {n}: OSError: [Errno 28] No space left on device" for n in (2, 4)]
+
+
+def test_an_evaluation_that_improves_makes_a_checkpoint_that_remembers_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, ranks, _ = looping(monkeypatch, full=set())
+    made.best, scores, told = Best(BestSpec(metric="eval/a/mean_reward")), iter([0.1, 0.3, 0.3, 0.2, 0.4, 0.1]), []
+    monkeypatch.setattr(module, "evaluate", lambda *args: {"eval/a/mean_reward": next(scores)})
+    made.rollouts = SimpleNamespace(evaluate=None)  # type: ignore[assignment]
+    monkeypatch.setattr(made, "_feed", lambda *args: None)
+    step, save = made._step, ranks.all
+
+    def evaluated() -> None:
+        step()
+        made.best.finished()
+        made._evaluate()
+
+    def noted(actors: Any, method: str, step: int, *rest: Any, **more: Any) -> list[Any]:
+        told.extend([rest[-1]["score"]["eval/a/mean_reward"]] if method == "save" else [])
+        return save(actors, method, step, *rest, **more)
+
+    monkeypatch.setattr(made, "_step", evaluated)
+    monkeypatch.setattr(module, "call_all", noted)
+    made.run()
+    assert (ranks.tries, told) == ([1, 2, 4, 5, 6], [0.1, 0.3, 0.2, 0.4, 0.1])
 
 
 def test_the_run_fails_when_its_last_save_does(monkeypatch: pytest.MonkeyPatch) -> None:

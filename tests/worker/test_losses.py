@@ -26,7 +26,8 @@ def policy(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     columns = {"advantages": advantages, "loss_weights": weights, "token_weights": weights, "rollout_logprobs": torch.zeros(len(new))}
     columns |= {} if old is None else {"old_logprobs": old}
-    return policy_loss(algorithm(**options), new, columns, torch.tensor(sequence or [0] * len(new)))
+    numbers = torch.tensor(sequence or [0] * len(new))
+    return policy_loss(algorithm(**options), new, torch.zeros_like(new), columns, numbers)
 
 
 def loss_of(ratio: float, advantage: float, **options: Any) -> float:
@@ -179,6 +180,20 @@ def test_at_the_first_update_the_ratio_is_exactly_one(name: str) -> None:
         _, metrics = policy(new, old, torch.ones(50), torch.full((50,), 1 / 64), name=name)
         assert float(metrics["ratio"]) == 50 / 64
         assert float(metrics["clip_fraction"]) == float(metrics["policy_kl"]) == 0
+
+
+def test_an_entropy_bonus_is_weighted_as_the_loss_and_adds_its_own_gradient() -> None:
+    new, entropy = (torch.tensor(values, requires_grad=True) for values in ([-1.0, -2.0], [0.5, 1.5]))
+    columns = {
+        "advantages": torch.tensor([2.0, -1.0]), "loss_weights": torch.tensor([0.75, 0.25]),
+        "token_weights": torch.full((2,), 0.5), "rollout_logprobs": torch.zeros(2),
+    }  # fmt: skip
+    loss, metrics = policy_loss(algorithm(entropyCoefficient=0.1), new, entropy, columns, torch.zeros(2).long())
+    backward(loss)
+    assert loss.item() == pytest.approx(-(0.75 * 2 - 0.25) - 0.1 * (0.75 * 0.5 + 0.25 * 1.5))
+    assert metrics["entropy"].item() == 1.0
+    torch.testing.assert_close(new.grad, torch.tensor([-1.5, 0.25]))
+    torch.testing.assert_close(entropy.grad, torch.tensor([-0.075, -0.025]))
 
 
 @pytest.mark.parametrize(("new", "expected"), [(1.1, 0.5 * 0.9**2), (1.9, 0.5 * 0.1**2), (0.0, 0.5 * 2.0**2), (-3.0, 0.5 * 5.0**2)])

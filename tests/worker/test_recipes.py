@@ -75,7 +75,11 @@ class Step:
 
 def product(step: Step, spec: Algorithm, ranks: int, budget: int) -> list[Tensor]:
     """The loss of every micro-batch of every rank."""
-    (part,) = shape(spec, spec.kl.coefficient, step.items, step.rewards, step.groups, updates=1, max_tokens=MAX_TOKENS).updates
+    whole = [range(len(step.items))]
+    made = shape(
+        spec, spec.kl.coefficient, step.items, step.rewards, step.groups, updates=whole, max_tokens=MAX_TOKENS
+    )
+    (part,) = made.updates
     return [_batch_loss(step.model, spec, batch) for batches in equalise([pack(own, budget) for own in split(part, ranks)]) for batch in batches]
 
 
@@ -85,7 +89,7 @@ def _batch_loss(model: Tiny, spec: Algorithm, batch: PackedBatch) -> Tensor:
     new = model(batch.token_ids, batch.position_ids, allowed).gather(-1, batch.targets[:, None])[:, 0][mask]
     columns, sequence = at_targets(batch, torch.device("cpu"))
     columns = {name: column.double() for name, column in columns.items()}
-    loss = policy_loss(spec, new, columns, sequence)[0]
+    loss = policy_loss(spec, new, torch.zeros_like(new), columns, sequence)[0]
     return loss + value_loss(spec, new, columns)[0] if spec.name == "ppo" else loss
 
 

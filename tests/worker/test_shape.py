@@ -10,7 +10,7 @@ from rlhf_api.algorithms import OWN, Algorithm, fill
 from rlhf_api.job import AlgorithmSpec
 from rlhf_worker.algorithm.control import KLController
 from rlhf_worker.algorithm.shape import Shaped, informative, overlong, passes, shape
-from rlhf_worker.experience import TrainSequence
+from rlhf_worker.experience import TrainSequence, mini_batches
 from tests.worker.samples import sequences
 
 LENGTHS = [(2, 4), (1, 2), (3, 0), (1, 6), (2, 3), (2, 1)]
@@ -26,19 +26,22 @@ def items(**columns: float) -> list[TrainSequence]:
     return [s.with_columns(**{name: [value] * len(s.mask) for name, value in columns.items()}) for s in sequences(LENGTHS)]
 
 
-def shaped(spec: Algorithm, given_: list[TrainSequence] | None = None, updates: int = 1, rewards: list[float] = REWARDS) -> Shaped:
-    return shape(spec, spec.kl.coefficient, given_ or items(), rewards, GROUPS, updates=updates, max_tokens=10)
+def shaped(spec: Algorithm, given_: list[TrainSequence] | None = None, updates: int = 1, epochs: int = 1) -> Shaped:
+    parts = mini_batches(6, updates, epochs, "0")
+    return shape(spec, spec.kl.coefficient, given_ or items(), REWARDS, GROUPS, updates=parts, max_tokens=10)
 
 
 def sums(made: Shaped, column: str) -> list[float]:
     return [sum(value for s in part for value, counts in zip(s.columns[column], s.mask, strict=True) if counts) for part in made.updates]
 
 
-@given(st.sampled_from(sorted(OWN)), st.integers(1, 6))
-def test_every_update_has_its_own_normaliser(name: str, updates: int) -> None:
+@given(st.sampled_from(sorted(OWN)), st.integers(1, 6), st.integers(1, 3))
+def test_every_update_has_its_own_normaliser(name: str, updates: int, epochs: int) -> None:
     given_ = items(values=0.0)
-    made = shaped(algorithm(name), given_, updates)
-    assert [s.index for part in made.updates for s in part] == [s.index for s in given_]
+    made = shaped(algorithm(name), given_, updates, epochs)
+    assert sorted(s.index for part in made.updates for s in part) == sorted([s.index for s in given_] * epochs)
+    for part in made.updates:
+        assert all(s.columns["advantages"] == made.advantages[s.index] for s in part)
     for part, loss, metric in zip(made.updates, sums(made, "loss_weights"), sums(made, "token_weights"), strict=True):
         tokens, filled = sum(s.targets for s in part), sum(s.targets > 0 for s in part)
         wanted = {"tokens": float(tokens > 0), "sequences": filled / len(part), "constant": tokens / (len(part) * 10)}
@@ -72,7 +75,7 @@ def test_a_kl_in_the_reward_falls_on_each_token_of_reinforce() -> None:
 
 def test_a_kl_in_the_loss_has_weights_of_its_own() -> None:
     spec = algorithm(kl={"coefficient": 0.5})
-    made = shape(spec, 0.25, items(), REWARDS, GROUPS, updates=1, max_tokens=10)
+    made = shape(spec, 0.25, items(), REWARDS, GROUPS, updates=[range(6)], max_tokens=10)
     assert made.metrics == {"kl/coefficient": 0.25}
     for s in made.updates[0]:
         assert s.columns["kl_weights"] == pytest.approx([0.25 * w for w in s.columns["loss_weights"]])

@@ -6,13 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
-from transformers import AutoTokenizer, PreTrainedModel
+from torch.optim.lr_scheduler import LinearLR, SequentialLR
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 from hack.tiny_model import write
+from rlhf_worker.algorithm.shape import shape
 from rlhf_worker.errors import BadSpec, Diverged
-from rlhf_worker.experience import PackedBatch, TrainSequence, add_column, dealt, empty_batch, pack
-from rlhf_worker.trainer.rank import Trainer, learning_rate
+from rlhf_worker.experience import PackedBatch, TrainSequence, add_column, dealt, empty_batch, mini_batches, pack
+from rlhf_worker.trainer.rank import Trainer
+from rlhf_worker.trainer.roles import decayed
 from rlhf_worker.weights import mapped
 from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
@@ -66,10 +70,12 @@ def same(one: tuple[dict[str, float], list[torch.Tensor]], two: tuple[dict[str, 
 
 
 def test_packing_padding_and_empty_batches_change_nothing(tiny: Path, tmp_path: Path, group: None) -> None:
-    one = after(trainer(tiny, tmp_path), [pack(sequences(), 1000)])
+    algorithm = {"entropyCoefficient": 0.5}
+    one = after(trainer(tiny, tmp_path, algorithm=algorithm), [pack(sequences(), 1000)])
     assert one[0]["ratio"] == pytest.approx(1.0) and one[0]["clip_fraction"] == 0.0 and one[0]["entropy"] > 1
-    same(one, after(trainer(tiny, tmp_path), [[*pack(sequences(), 12), empty_batch(sequences()[0].columns)]]))
-    padded = trainer(tiny, tmp_path, options={"batching": "padded"})
+    small = trainer(tiny, tmp_path, algorithm=algorithm)
+    same(one, after(small, [[*pack(sequences(), 12), empty_batch(sequences()[0].columns)]]))
+    padded = trainer(tiny, tmp_path, options={"batching": "padded"}, algorithm=algorithm)
     same(one, after(padded, [[*pack(sequences(), 24, padded=True), empty_batch(sequences()[0].columns)]]))
 
 
@@ -96,19 +102,27 @@ def test_ranks_change_nothing_and_only_the_first_reads_the_checkpoint(tiny: Path
     same(first, second)
 
 
-def _sharing(rank: int, world: int, tiny: str, root: str, options: dict[str, Any], algorithm: str) -> tuple[dict[int, list[float]], Any]:
+def _sharing(
+    rank: int, world: int, tiny: str, root: str, options: dict[str, Any], algorithm: dict[str, Any]
+) -> tuple[dict[int, list[float]], Any]:
     """What this rank finds of its samples, and what training makes of all."""
-    made = trainer(Path(tiny), Path(root), rank=rank, world=world, options=options, algorithm={"name": algorithm})
+    made = trainer(Path(tiny), Path(root), rank=rank, world=world, options=options, algorithm=algorithm)
     items = dealt(sequences(), world, made.config.trainer)[rank]
     found = made.logprobs("policy", items)
-    if algorithm == "ppo":
+    if algorithm["name"] == "ppo":
         torch.nn.init.ones_(made.roles["critic"].module.head.weight)
         found = {index: row + made.values(items)[index] for index, row in found.items()}
     return found, after(made, [[*items, empty_batch(sequences()[0].columns)]])
 
 
-@pytest.mark.parametrize(("world", "algorithm", "budget"), [(2, "ppo", 100), (4, "gspo", 5)], ids=["one micro-batch", "two groups with several"])
-def test_ranks_that_share_every_sequence_change_nothing(tiny: Path, tmp_path: Path, group: None, world: int, algorithm: str, budget: int) -> None:
+@pytest.mark.parametrize(
+    ("world", "algorithm", "budget"),
+    [(2, {"name": "ppo"}, 100), (4, {"name": "gspo", "entropyCoefficient": 0.5}, 5)],
+    ids=["one micro-batch", "two groups with several"],
+)
+def test_ranks_that_share_every_sequence_change_nothing(
+    tiny: Path, tmp_path: Path, group: None, world: int, algorithm: dict[str, Any], budget: int
+) -> None:
     found, trained = _sharing(0, 1, str(tiny), str(tmp_path), {}, algorithm)
     options = {"gpus": world, "contextParallel": 2, "tokensPerMicroBatch": budget, "gradientCheckpointing": True}
     ranks = over_ranks(world, _sharing, str(tiny), str(tmp_path), options, algorithm)
@@ -135,6 +149,90 @@ def test_later_updates_are_measured_against_the_policy_that_sampled(tiny: Path, 
     first, second = (pack(part, 1000) for part in (items[:2], items[2:]))
     assert made.train("policy", [first])["ratio"] == pytest.approx(sum(first[0].columns["token_weights"].tolist()), abs=1e-6)
     assert made.train("policy", [second])["ratio"] != pytest.approx(sum(second[0].columns["token_weights"].tolist()), abs=1e-4)
+
+
+BOOK: dict[str, Any] = {
+    "steps": 4, "epochs": 2, "updatesPerStep": 2, "learningRate": 0.01, "learningRateSchedule": "linear",
+    "learningRateFloor": 0.1, "warmupSteps": 2, "weightDecay": 0.5, "adamBeta1": 0.8, "adamBeta2": 0.9,
+    "adamEpsilon": 1e-3, "maxGradNorm": 0.2, "gradientCheckpointing": True,
+}  # fmt: skip
+REWARDS, BONUS = [1.0, 0.0, 0.0, 2.0], 0.2
+
+
+class Book:
+    """PPO's epochs (arXiv 1707.06347) of GRPO's loss with an entropy bonus, a sample at a time, by torch alone."""
+
+    def __init__(self, tiny: Path) -> None:
+        self.lm = LlamaForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+        named = dict(self.lm.named_parameters())
+        decays: dict[float, list[nn.Parameter]] = {0.0: [], 0.5: []}
+        for name, parameter in named.items():
+            decays[0.5 * ("norm" not in name)].append(parameter)
+        groups = [{"params": parameters, "weight_decay": decay} for decay, parameters in decays.items()]
+        self.optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.9), eps=1e-3)
+        falls = LinearLR(self.optimizer, 1.0, 0.1, 14)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.01
+        self.scheduler = SequentialLR(self.optimizer, [LinearLR(self.optimizer, 0.5, 1.0, 1), falls], [2])
+
+    def read(self, item: TrainSequence) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log probabilities and entropies of the completion's tokens."""
+        tokens, at = torch.tensor(item.token_ids), slice(item.prompt_length - 1, item.length - 1)
+        logprobs = torch.log_softmax(self.lm(tokens[None]).logits[0, at], -1)
+        chosen = logprobs.gather(-1, tokens[item.prompt_length :, None])[:, 0]
+        return chosen, -(logprobs.exp() * logprobs).sum(-1)
+
+    def step(self, items: list[TrainSequence], advantages: list[float], updates: list[list[int]]) -> None:
+        with torch.no_grad():
+            old = [self.read(item)[0] for item in items]
+        for update in updates:
+            losses = [self.loss(items[i], old[i], advantages[i]) for i in update]
+            torch.autograd.backward(torch.stack(losses).mean())
+            torch.nn.utils.clip_grad_norm_(self.lm.parameters(), 0.2)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.scheduler.step()
+
+    def loss(self, item: TrainSequence, old: torch.Tensor, advantage: float) -> torch.Tensor:
+        logprobs, entropies = self.read(item)
+        ratio = torch.exp(logprobs - old)
+        gain = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        return -(gain.mean() + BONUS * entropies.mean())
+
+
+def test_epochs_of_mini_batches_are_ppos_by_the_book(tiny: Path, tmp_path: Path, group: None) -> None:
+    """With warm-up, schedule, betas, epsilon, decay of weights but not of norms, and entropy bonus, over two steps."""
+    made = trainer(tiny, tmp_path, options=BOOK, algorithm={"entropyCoefficient": BONUS, "correction": {"tokenCap": 0}})
+    book, spec = Book(tiny), made.config.algorithm
+    for step in (1, 2):
+        items, updates = sequences(), mini_batches(4, 2, 2, f"0/{step}")
+        known = with_logprobs(made, items, "old_logprobs", "policy")
+        shaped = shape(spec, 0.0, known, REWARDS, [0, 0, 1, 1], updates=updates, max_tokens=16)
+        metrics = made.train("policy", [pack(update, 1000) for update in shaped.updates])
+        book.step(items, [2**-0.5, -(2**-0.5), -(2**-0.5), 2**-0.5], updates)
+        assert 0 < metrics["clip_fraction"] < 1
+    module = made.roles["policy"].module
+    module.reshard()
+    for name, parameter in book.lm.named_parameters():
+        found = module.get_parameter(f"lm.{name}").detach().full_tensor()
+        torch.testing.assert_close(found, parameter.detach(), atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_nothing_of_one_dimension_no_bias_and_no_norm_decays() -> None:
+    class HeadNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 4))
+
+    parts = {"embed": nn.Embedding(5, 4), "up": nn.Linear(4, 4), "norm": nn.LayerNorm(4), "q": HeadNorm()}
+    module = nn.ModuleDict(parts)
+    module.register_parameter("experts_bias", nn.Parameter(torch.zeros(2, 4)))
+    module["frozen"] = nn.Linear(4, 4).requires_grad_(False)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = [(sorted(names[id(p)] for p in group["params"]), group["weight_decay"]) for group in decayed(module, 0.1)]
+    free = ["experts_bias", "norm.bias", "norm.weight", "q.weight", "up.bias"]
+    assert groups == [(["embed.weight", "up.weight"], 0.1), (free, 0.0)]
+    assert [group["weight_decay"] for group in decayed(nn.Linear(4, 4, bias=False), 0.1)] == [0.1]
 
 
 def test_the_reference_stays_the_model_before_training(tiny: Path, tmp_path: Path, group: None) -> None:
@@ -218,6 +316,23 @@ def test_offload_leaves_one_role_on_the_device_and_none_at_rest(tiny: Path, tmp_
         assert all(torch.equal(a, b) for a, b in zip(weights(made, role), weights(again, role), strict=True))
 
 
+def test_the_export_of_the_best_is_that_of_its_step(tiny: Path, tmp_path: Path, group: None) -> None:
+    kept = {"path": str(tmp_path), "best": {"metric": "m"}}
+    model, spec = {"path": str(tiny), "dtype": "float32"}, {"steps": 3, "learningRate": 0.01}
+    made = Trainer(run_config(model=model, trainer=spec, checkpoint=kept), ["policy"], 0, 1, "cpu", 1)
+    made.load()
+    each = []
+    for step, score in ((1, 0.5), (2, 0.9), (3, 0.1)):
+        made.train("policy", [pack(sequences(), 1000)])
+        made.save(step, {}, {"score": {"m": score}})
+        each.append(weights(made))
+    assert all(outcome.error is None for outcome in made.saved(wait=True))
+    names = [name.removeprefix("lm.") for name, _ in made.roles["policy"].module.named_parameters()]
+    for best, wanted in ((False, each[2]), (True, each[1])):
+        found = dict(LlamaForCausalLM.from_pretrained(made.export(best=best)).named_parameters())
+        assert all(torch.equal(found[name], tensor) for name, tensor in zip(names, wanted, strict=True))
+
+
 def test_what_engines_read_in_shared_memory_stays(tiny: Path, tmp_path: Path, group: None) -> None:
     made = trainer(tiny, tmp_path, options={"offload": True})
     made._use("policy")
@@ -281,9 +396,3 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch_on_disk_and_the_weights_
     assert dumped["role"] == "policy" and dumped["batches"][0].columns["advantages"].isnan().any()
     assert all(torch.equal(a, b) for a, b in zip(before, weights(made), strict=True))
     assert made.version == 0
-
-
-@pytest.mark.parametrize(("update", "rate"), [(0, 0.25), (1, 0.5), (3, 1.0), (9, 1.0)])
-def test_warm_up_is_linear(update: int, rate: float) -> None:
-    assert learning_rate(1.0, 4, update) == rate
-    assert learning_rate(1.0, 0, update) == 1.0

@@ -7,6 +7,7 @@ Every step is deterministic in its input. Padding does not exist here; it is the
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
+from random import Random
 from typing import Any, TypeVar
 
 import numpy as np
@@ -157,9 +158,19 @@ def add_column(sequences: Sequence[TrainSequence], name: str, found: Iterable[Ma
 
 
 def chunks(items: Sequence[T], count: int) -> list[list[T]]:
-    """`items` in `count` runs whose sizes differ by at most one: a step's samples by optimizer update."""
+    """`items` in `count` runs whose sizes differ by at most one."""
     cuts = [len(items) * i // count for i in range(count + 1)]
     return [list(items[start:end]) for start, end in pairwise(cuts)]
+
+
+def mini_batches(samples: int, updates: int, epochs: int, seed: str) -> list[list[int]]:
+    """The numbers of the samples of each optimizer update of a step, epoch after epoch: in each epoch every sample is
+    in one of `updates` mini-batches, by an order drawn anew from the seed (PPO, arXiv 1707.06347, algorithm 1).
+    """
+    orders = [list(range(samples)) for _ in range(epochs)]
+    for epoch, order in enumerate(orders if updates > 1 else ()):
+        Random(f"{seed}/{epoch}").shuffle(order)
+    return [sorted(part) for order in orders for part in chunks(order, updates)]
 
 
 def split(sequences: Sequence[TrainSequence], parts: int) -> list[list[TrainSequence]]:

@@ -4,6 +4,7 @@ The loop moves values between actors and decides nothing about placement, engine
 it trains, its advantages and its losses are `algorithm`'s; where the samples come from is `rollout`'s.
 """
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,9 +15,11 @@ from typing import Any
 import torch
 
 from rlhf_api.run import RunConfig
+from rlhf_worker.algorithm import custom
 from rlhf_worker.algorithm.control import KLController
 from rlhf_worker.algorithm.correction import alarm, summary
 from rlhf_worker.algorithm.shape import Shaped, passes, shape
+from rlhf_worker.best import Best
 from rlhf_worker.calls import ask, call, call_all, gather
 from rlhf_worker.crew import Crew
 from rlhf_worker.errors import SaveFailed
@@ -25,9 +28,9 @@ from rlhf_worker.experience import (
     ScoredSample,
     TrainSequence,
     add_column,
-    chunks,
     dealt,
     mean_metrics,
+    mini_batches,
     to_train_sequences,
 )
 from rlhf_worker.feed.telemetry import PhaseTimer
@@ -53,6 +56,8 @@ class Loop:
         self.step = 0
         self.saved_step = -1
         self.kl = KLController(config.algorithm.kl)
+        self.advantage = custom.advantage(config)
+        self.best = Best(config.checkpoint.best)
         self._step_seconds = 0.0
         self._productive = 0.0  # seconds in steps that count: those of the checkpoint resumed from, and those after it
 
@@ -61,6 +66,7 @@ class Loop:
         self.saved_step = step
         if memory:
             self.kl.restore(memory["kl"])
+            self.best.restore(memory)
             self._productive = memory.get("productive_seconds", 0.0)
         self.rollouts = Rollouts(self.config, self.crew, step, memory.get("pending", ()))
         synced = self.crew.fleet.sync(prove=self.config.weight_sync.verify)
@@ -68,7 +74,7 @@ class Loop:
         self.reporter.update(productive_seconds=int(self._productive))
         self._finished(step, 0.0)
         if not step:
-            self._evaluate()
+            self.best.require(self._evaluate(), evaluated=True)
 
     def run(self) -> None:
         """To the last step. Raises Terminated, after saving, when asked to stop."""
@@ -78,7 +84,8 @@ class Loop:
                     self._drain()
                 self._step()
                 self._told_of_saves(wait=False)
-                if self.step % self.config.checkpoint.every_steps == 0 or self.step == self.config.trainer.steps:
+                every, last = self.config.checkpoint.every_steps, self.config.trainer.steps
+                if self.step % every == 0 or self.step == last or self.best.improved:
                     self._begin_save()
                 self.stop.check()
             self.save()
@@ -97,9 +104,11 @@ class Loop:
                 if self.config.engines_sleep:
                     self.crew.fleet.sleep()
             with self._phase(timer, "forward"):  # 2. What the algorithm must know of them before it trains.
-                sequences = self._forward(to_train_sequences([item.sample for item in scored]))
+                given = self.config.trainer
+                updates = mini_batches(len(scored), given.updates_per_step, given.epochs, f"{given.seed}/{number}")
+                sequences = self._forward(to_train_sequences([item.sample for item in scored]), updates)
             with self._phase(timer, "shape"):  # 3. Advantages, returns, and each token's weight in the loss.
-                shaped = self._shape(sequences, scored)
+                shaped = self._shape(sequences, scored, updates)
         with self._phase(timer, "train"):  # 4. Optimizer updates: the critic's, then the policy's.
             trained = self._train(number, shaped)
         with self._phase(timer, "sync"):  # 5. The new weights into the engines.
@@ -107,7 +116,7 @@ class Loop:
         self._finished(number, time.monotonic() - start)  # 6. The step is finished.
         self._report(scored, trained | shaped.metrics | self.rollouts.metrics, synced, timer, time.monotonic() - start)
         if self.config.telemetry.keeps_rollouts(number):
-            self._feed("record", number, scored, [sequence.columns["advantages"] for update in shaped.updates for sequence in update])
+            self._feed("record", number, scored, shaped.advantages)
         with self.stop.abandonable():
             self._evaluate()
 
@@ -126,17 +135,22 @@ class Loop:
         except Terminated:
             return None
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> dict[str, float]:
         with self.reporter.bounded():
             values = evaluate(self.config, self.step, self.rollouts.evaluate, self._feed)
         if values:
             self._feed("log", self.step, values)
+            self.best.observe(values)
+        return values
 
-    def _forward(self, sequences: list[TrainSequence]) -> list[TrainSequence]:
-        """With a column for each forward pass that the algorithm needs. Packed as they will be trained, so that the first ratio is exactly 1."""
-        updates = chunks(sequences, self.config.trainer.updates_per_step)
+    def _forward(self, sequences: list[TrainSequence], updates: list[list[int]]) -> list[TrainSequence]:
+        """With a column for each forward pass that the algorithm needs.
+
+        Packed as the first epoch will be trained, so that the first ratio is exactly 1.
+        """
+        first = [[sequences[i] for i in update] for update in updates[: self.config.trainer.updates_per_step]]
         roles, asked = passes(self.config.algorithm, len(updates)), {}
-        packed = self._batches(roles.values(), updates)
+        packed = self._batches(roles.values(), first)
         for column, role in roles.items():
             batches = [[batch for update in rank for batch in update] for rank in packed[role]]
             asked[column] = ask(self.crew.ranks[role], *(("values",) if role == "critic" else ("logprobs", role)), arguments=batches)
@@ -144,11 +158,16 @@ class Loop:
             sequences = add_column(sequences, column, found)
         return sequences
 
-    def _shape(self, sequences: list[TrainSequence], scored: list[ScoredSample]) -> Shaped:
-        rollout, updates = self.config.rollout, self.config.trainer.updates_per_step
+    def _shape(self, sequences: list[TrainSequence], scored: list[ScoredSample], updates: list[list[int]]) -> Shaped:
+        rollout = self.config.rollout
         groups = [index // rollout.samples_per_prompt for index in range(len(scored))]
         rewards = training_rewards(self.config, scored, groups)
-        return shape(self.config.algorithm, self.kl.coefficient, sequences, rewards, groups, updates=updates, max_tokens=rollout.max_tokens)
+        names = dict.fromkeys(name for item in scored for name in item.parts)
+        parts = {name: [item.parts.get(name, math.nan) for item in scored] for name in names}
+        return shape(
+            self.config.algorithm, self.kl.coefficient, sequences, rewards, groups, updates=updates,
+            max_tokens=rollout.max_tokens, parts=parts, custom=self.advantage,
+        )  # fmt: skip
 
     def _train(self, number: int, shaped: Shaped) -> dict[str, float]:
         """Metrics by their full names. The policy waits until the critic is warm."""
@@ -160,7 +179,7 @@ class Loop:
         found = {f"critic/{name}": value for name, value in made.get("critic", {}).items()}
         if "policy" in made:
             policy = summary(made["policy"])
-            self.kl.observe(policy.get("kl", 0.0), sum(map(len, shaped.updates)))
+            self.kl.observe(policy.get("kl", 0.0), len(shaped.advantages))
             found |= {name if "/" in name else f"train/{name}": value for name, value in policy.items()}
             if words := alarm(self.config.algorithm.correction, policy):
                 print(f"step {number}: {words}", file=sys.stderr, flush=True)
@@ -182,6 +201,7 @@ class Loop:
         self.sampler, pending = self.rollouts.finish(number)
         self._productive += seconds
         self.step = number
+        self.best.finished()
         self.memory = {"pending": pending, "kl": self.kl.state(), "productive_seconds": round(self._productive, 1)}
 
     def save(self) -> None:
@@ -193,7 +213,7 @@ class Loop:
     def _begin_save(self) -> None:
         """Unless it is there already, or being written. Training goes on while it is written, and when that fails: the next one may not."""
         if self.step != self.saved_step:
-            given = self.step, self.sampler, self.memory
+            given = self.step, self.sampler, self.memory | self.best.saved()
             with self.reporter.bounded():
                 call_all(self.crew.savers, "save", *given, deadline_seconds=FILE_DEADLINE_SECONDS, what="checkpoint")
             self.saved_step = self.step
@@ -235,6 +255,10 @@ class Loop:
         if self.config.data.overlong_prompts == "drop":
             values["data/dropped_prompts"] = float(self.sampler["dropped"])
         self._feed("log", self.step, values)
+        self.best.observe(values)
+        critic = self.config.critic
+        if self.step == 1 + (critic.warmup_steps if critic else 0):  # the first with all of its metrics
+            self.best.require(values, evaluated=False)
         self._step_seconds = seconds if not self._step_seconds else 0.8 * self._step_seconds + 0.2 * seconds
         left = int(self._step_seconds * (self.config.trainer.steps - self.step))
         self.reporter.stepped(self.step, values, eta_seconds=left, synced=synced)

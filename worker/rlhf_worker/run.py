@@ -89,6 +89,7 @@ def _drive(config: RunConfig, reporter: Reporter, stop: Stop, roll: Roll, pod: I
     with stop.abandonable(), reporter.bounded():
         reporter.update(state="Starting", detail="checking the run config")
         check_engine_args(config)
+        check_functions(config)
         stage = _reserve(config, reporter, stop)
         if pod and pod.notices:
             pod.notices.listen()
@@ -110,6 +111,14 @@ def _drive(config: RunConfig, reporter: Reporter, stop: Stop, roll: Roll, pod: I
     roll.close()
     close(crew)
     return Result(loop.step, export, seats)
+
+
+def check_functions(config: RunConfig) -> None:
+    """The user's own advantage and loss, before anything is started. Raises BadSpec."""
+    if config.algorithm.advantage or config.algorithm.loss:
+        from rlhf_worker.algorithm import custom  # brings torch
+
+        custom.check(config)
 
 
 def _reserve(config: RunConfig, reporter: Reporter, stop: Stop) -> Stage:
@@ -151,9 +160,14 @@ def _export(config: RunConfig, crew: Crew, reporter: Reporter) -> str | None:
     if not config.checkpoint.export:
         return None
     reporter.update(detail="exporting the model")
-    path: str = call_all(crew.policy, "export", deadline_seconds=FILE_DEADLINE_SECONDS, what="export")[0]
-    print(f"exported the model to {path}", flush=True)
-    return path
+    paths: list[str] = [
+        call_all(crew.policy, "export", best, deadline_seconds=FILE_DEADLINE_SECONDS, what="export")[0]
+        for best in ([False, True] if config.checkpoint.best else [False])
+    ]
+    for path in paths:
+        none = "no whole checkpoint has the metric of spec.checkpoint.best"
+        print(f"exported the model to {path}" if path else none, flush=True)
+    return paths[0]
 
 
 def guarded(work: Callable[[], object]) -> int:

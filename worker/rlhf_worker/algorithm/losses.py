@@ -5,7 +5,8 @@ metrics (a mean over the update's tokens). So the sums of all micro-batches of a
 the packing. All tensors of a call have one shape, (N,), one entry a target; a target that must not count has weight 0 and finite values.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,14 @@ Metrics = dict[str, Tensor]
 Columns = Mapping[str, Tensor]
 
 
-def policy_loss(spec: Algorithm, logprobs: Tensor, columns: Columns, sequence: Tensor) -> tuple[Tensor, Metrics]:
-    """The loss of any algorithm, a scalar, and its metrics, weighted sums, detached. Gradients flow through `logprobs` only.
+def policy_loss(
+    spec: Algorithm, logprobs: Tensor, entropy: Tensor, columns: Columns, sequence: Tensor,
+    custom: Callable[..., tuple[Tensor, dict[str, Any]]] | None = None,
+) -> tuple[Tensor, Metrics]:  # fmt: skip
+    """The loss of any algorithm, a scalar, and its metrics, weighted sums, detached.
+
+    Gradients flow through `logprobs`, and with an entropy bonus (arXiv 1602.01783), which has the weights of the loss,
+    through `entropy`. `custom`: the user's own terms, in place of the clipped ones; all else stays.
 
     `columns`: advantages, loss_weights, token_weights, rollout_logprobs; old_logprobs unless the policy is the one at the step's
     begin (then the ratio is exactly 1); ref_logprobs and kl_weights for a KL term. `sequence`: which sequence a target belongs to,
@@ -28,13 +35,21 @@ def policy_loss(spec: Algorithm, logprobs: Tensor, columns: Columns, sequence: T
     """
     old, weights = columns.get("old_logprobs", logprobs).detach(), columns["token_weights"]
     log_ratio = _log_ratio(spec, logprobs, old, sequence)
-    terms, clipped = _surrogate(spec, log_ratio.exp(), logprobs, columns["advantages"])
+    if custom:
+        terms, told = custom(
+            logprobs=logprobs, old_logprobs=old, advantages=columns["advantages"], entropy=entropy, sequence=sequence,
+            columns=columns,
+        )  # fmt: skip
+    else:
+        terms, clipped = _surrogate(spec, log_ratio.exp(), logprobs, columns["advantages"])
+        told = {"clip_fraction": clipped}
     factor, metrics = correction(spec.correction, old, columns["rollout_logprobs"], sequence, weights)
     loss = (columns["loss_weights"] * factor * terms).sum()
+    if spec.entropy_coefficient:
+        loss = loss - spec.entropy_coefficient * (columns["loss_weights"] * entropy).sum()
     with torch.no_grad():
-        metrics["ratio"] = (weights * log_ratio.exp()).sum()
-        metrics["clip_fraction"] = (weights * clipped).sum()
-        metrics["policy_kl"] = (weights * k3(-log_ratio)).sum()
+        told |= {"ratio": log_ratio.exp(), "policy_kl": k3(-log_ratio), "entropy": entropy}
+        metrics |= {name: (weights * value).sum() for name, value in told.items()}
     if "ref_logprobs" in columns:
         term = kl(spec.kl.estimator, logprobs, columns["ref_logprobs"])
         metrics["kl"] = (weights * term).sum().detach()

@@ -1,7 +1,8 @@
 """From scored samples to what the optimizer's updates are made of: advantages, returns and each token's weight in the one sum of its update."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,17 +11,18 @@ from torch.nn.utils.rnn import pad_sequence
 from rlhf_api.algorithms import UNGROUPED, Algorithm
 from rlhf_worker.algorithm import advantage
 from rlhf_worker.algorithm.divergence import kl
-from rlhf_worker.experience import TrainSequence, chunks
+from rlhf_worker.experience import TrainSequence
 
 
 @dataclass(frozen=True, slots=True)
 class Shaped:
     updates: list[list[TrainSequence]]  # each the samples of one optimizer update, over all ranks
+    advantages: list[list[float]]  # of each sample's tokens
     metrics: dict[str, float]
 
 
 def passes(spec: Algorithm, updates: int) -> dict[str, str]:
-    """The forward passes that a step needs before `shape`: column -> role. `updates`: optimizer updates of the step.
+    """The forward passes that a step needs before `shape`: column -> role. `updates`: of the step, all epochs.
 
     With one update the policy that is trained is the policy at the step's begin, and its own training pass says what the old
     log probabilities are; only a KL term in the rewards wants them earlier.
@@ -42,24 +44,36 @@ def informative(rewards: Sequence[float]) -> bool:
 
 def shape(
     spec: Algorithm, kl_coefficient: float, sequences: Sequence[TrainSequence], rewards: Sequence[float], groups: Sequence[int],
-    *, updates: int, max_tokens: int,
+    *, updates: Sequence[Sequence[int]], max_tokens: int, parts: Mapping[str, Sequence[float]] | None = None,
+    custom: Callable[..., tuple[Tensor, dict[str, Any]]] | None = None,
 ) -> Shaped:  # fmt: skip
-    """All B samples of a step, over all ranks, cut into `updates`, with the columns that the losses want.
+    """All B samples of a step, over all ranks, in the `updates` that name them, with the columns that the losses want.
 
-    `rewards` and `groups` have one entry a sample; samples of one prompt have one group number. `max_tokens`: of one completion.
-    Columns added: advantages, loss_weights, token_weights (1 / targets of the update: what metrics are weighted with); with a
-    critic returns; with the KL in the loss kl_weights.
+    `rewards` and `groups` have one entry a sample; samples of one prompt have one group number. `max_tokens`: of one
+    completion. `custom`: in place of the algorithm's advantages, with `parts`, each reward's own values.
+    Columns added: advantages, loss_weights, token_weights (1 / targets of the update: what metrics are weighted with);
+    with a critic returns; with the KL in the loss kl_weights.
     """
     punished = overlong(spec, [len(s.mask) for s in sequences], max_tokens)
     mask = pad_sequence([torch.tensor(s.mask, dtype=torch.bool) for s in sequences], batch_first=True)
     penalty = kl_coefficient * _reference_kl(spec, sequences) * mask if _penalises(spec) else torch.zeros(mask.shape, dtype=torch.float64)
-    advantages, returns = _advantages(spec, torch.tensor(rewards, dtype=torch.float64) - punished, penalty, torch.tensor(groups), mask, sequences)
+    outcome, numbers = torch.tensor(rewards, dtype=torch.float64) - punished, torch.tensor(groups)
+    advantages, returns = _advantages(spec, outcome, penalty, numbers, mask, sequences)
+    metrics = {"kl/coefficient": kl_coefficient} if spec.kl.coefficient else {}
+    if custom:
+        tables = {name: _table(sequences, name) for name in sequences[0].columns}
+        values = {name: torch.tensor(own, dtype=torch.float64) for name, own in (parts or {}).items()}
+        estimate, told = custom(
+            rewards=outcome - penalty.sum(1), groups=numbers, mask=mask, columns=tables, parts=values
+        )
+        advantages = (estimate if estimate.dim() == 2 else estimate[:, None]) * mask
+        metrics |= {name: float(value) for name, value in told.items()}
     columns = {"advantages": advantages} | ({"returns": returns} if spec.name == "ppo" else {})
     shaped = [s.with_columns(**{name: values[i, : len(s.mask)].tolist() for name, values in columns.items()}) for i, s in enumerate(sequences)]
-    metrics = {"kl/coefficient": kl_coefficient} if spec.kl.coefficient else {}
     if spec.overlong.buffer_tokens:
         metrics["reward/overlong"] = -punished.mean().item()
-    return Shaped([_weighted(spec, kl_coefficient, part, max_tokens) for part in chunks(shaped, updates)], metrics)
+    mini_batches = [_weighted(spec, kl_coefficient, [shaped[i] for i in numbers], max_tokens) for numbers in updates]
+    return Shaped(mini_batches, [s.columns["advantages"] for s in shaped], metrics)
 
 
 def overlong(spec: Algorithm, lengths: Sequence[int], max_tokens: int) -> Tensor:

@@ -13,7 +13,7 @@ def training_rewards(config: RunConfig, scored: Sequence[ScoredSample], groups: 
     """What the algorithm maximises of each sample: sum_k weight_k z_k, over the rewards k and the environment.
 
     z = (v - mean) / (sigma + 1e-6) where normalize is group (mean and unbiased sigma of the sample's group) or batch
-    (of all of `scored`), after GDPO (arXiv 2601.05242); else z is the value. Values that are all equal get exactly 0.
+    (of all that the reward judges), after GDPO (arXiv 2601.05242); else z is the value. Values that are all equal get exactly 0.
     `groups`: one number a sample, alike for samples of one prompt. Nothing is kept from step to step.
     """
     if all(spec.normalize == "none" for spec in config.rewards):
@@ -22,7 +22,8 @@ def training_rewards(config: RunConfig, scored: Sequence[ScoredSample], groups: 
     total = torch.zeros(len(scored), dtype=torch.float64)
     for spec in config.rewards:
         values = torch.tensor([item.parts[spec.name] for item in scored], dtype=torch.float64)
-        among = torch.tensor(groups) if spec.normalize == "group" else torch.zeros(len(scored), dtype=torch.int64)
+        judged = torch.tensor([item.sample.prompt.judged_by(spec.name) for item in scored])
+        among = torch.tensor(groups) if spec.normalize == "group" else (~judged).long()  # what it does not judge apart
         total += spec.weight * (values if spec.normalize == "none" else by_deviation(centred(values, among), among))
     if environment is not None:
         total += environment.weight * torch.tensor([item.parts["environment"] for item in scored], dtype=torch.float64)

@@ -26,17 +26,25 @@ from torch import nn
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 from torch.optim import Optimizer
 
+from rlhf_api.job import BestSpec
+from rlhf_worker.best import ranked
 from rlhf_worker.errors import BadData, Fenced
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer.fence import Fence, Writer, standing
 
 NAME = re.compile(r"step-(\d+)(?:\.(attempt-\d+-[0-9a-f]{8}))?")  # without a writer: made before there was a fence
-STAGED = re.compile(r"\.(?:step-(\d+)|export)(?:\.(attempt-\d+-[0-9a-f]{8}))?\.(?:partial|replaced)")
+STAGED = re.compile(r"\.(?:step-(\d+)|export|export-best)(?:\.(attempt-\d+-[0-9a-f]{8}))?\.(?:partial|replaced)")
 RUN, PART, RNG, LATEST = "run.json", "part.json", "rng.pt", "latest"
 PARTS_DEADLINE_SECONDS = 1800.0
 POLL_SECONDS = 0.2
@@ -82,9 +90,12 @@ class Saver:
     driver: the same in all processes of one driver, and in no other.
     """
 
-    def __init__(self, root: str, keep: int, expected: Sequence[str], driver: str, *, leads: bool) -> None:
+    def __init__(
+        self, root: str, keep: int, expected: Sequence[str], driver: str, *, leads: bool, best: BestSpec | None = None
+    ) -> None:
         self.store = Store(root)
         self.keep = keep
+        self.best = best
         self.expected = expected
         self.driver = driver
         self.leads = leads
@@ -247,8 +258,12 @@ class Saver:
             time.sleep(POLL_SECONDS)
 
     def _prune(self, step: int) -> None:
-        """All but the newest `keep` that count, and what earlier saves and earlier drivers left undone. Nothing of a later driver's, which may have come by now."""
+        """All but the best and the newest `keep` that count, and what earlier saves and earlier drivers left undone.
+
+        Nothing of a later driver's, which may have come by now.
+        """
         kept, ours = self._counting()[-self.keep :], {None, self.fenced.writer.mark, *self.fenced.earlier()}
+        kept += self._ranked()[:1]
         for name in self.store.names():
             match = NAME.fullmatch(name) or STAGED.fullmatch(name)
             if match and name not in kept and match[2] in ours and int(match[1] or 0) < step:
@@ -327,6 +342,26 @@ class Saver:
         self._load(name, roles)
         return Restored(state, [])
 
+    def _ranked(self) -> list[str]:
+        """Whole checkpoints of steps that have the metric of spec.checkpoint.best, the best first."""
+        if self.best is None:
+            return []
+        states = ((name, read_run(data)[0]) for name, data in reversed(self._candidates()))
+        return ranked(self.best, {name: state.loop for name, state in states if isinstance(state, RunState)})
+
+    def load_best(self, module: nn.Module) -> str:
+        """The policy of the best whole checkpoint into `module`; its name, "" where there is none. Raises BadData."""
+        for name, data in self._agreed(lambda: [(one, self.store.read(f"{one}/{RUN}")) for one in self._ranked()]):
+            policys = {file: sums for file, sums in read_run(data)[1].items() if file.startswith("policy/")}
+            if faults := self._faults(name, policys):
+                print(f"checkpoint {self.store.url(name)} is damaged ({faults[0]}) and was passed over", flush=True)
+                continue
+            tensors = {"model": _weights(module)}
+            self._read(name, "policy", tensors)
+            set_model_state_dict(module, tensors["model"], options=PARTIAL)
+            return str(name)
+        return ""
+
     def _candidates(self) -> list[tuple[str, bytes]]:
         """Newest first, with run.json. An earlier driver may still prune."""
         found = []
@@ -360,19 +395,25 @@ class Saver:
             raise BadData(f"checkpoint {self.store.url(name)} is of another model ({told}): set spec.checkpoint.path to an empty directory, or spec.model to that model")
 
     def _load(self, name: str, roles: Roles) -> None:
-        path = self.store.url(name)
         for role, (module, optimizer) in roles.items():
-            tensors, settings = _tensors(module, optimizer), _settings(optimizer)
-            try:
-                load_tensors(tensors, storage_reader=FsspecReader(f"{path}/{role}"), process_group=self.group)
-            except (OSError, RuntimeError, ValueError, CheckpointException) as error:
-                raise BadData(
-                    f"checkpoint {path} does not fit {role} ({_cause(error)}): set spec.checkpoint.path to an empty directory, or the spec to what made it"
-                ) from error
-            set_state_dict(module, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"], options=PARTIAL)
-            for group, given in zip(optimizer.param_groups, settings, strict=True):
-                group.update(given)
+            tensors = _tensors(module, optimizer)
+            # Groups, and their rates and decays, are the spec's, which may be another than the checkpoint's.
+            groups = tensors["optimizer"].pop("param_groups")
+            self._read(name, role, tensors)
+            optim = {**tensors["optimizer"], "param_groups": groups}
+            model = tensors["model"]
+            set_state_dict(module, optimizer, model_state_dict=model, optim_state_dict=optim, options=PARTIAL)
         self._load_rng(f"{name}/{next(iter(roles))}/{RNG}")
+
+    def _read(self, name: str, role: str, tensors: dict[str, Any]) -> None:
+        path = self.store.url(name)
+        try:
+            load_tensors(tensors, storage_reader=FsspecReader(f"{path}/{role}"), process_group=self.group)
+        except (OSError, RuntimeError, ValueError, CheckpointException) as error:
+            raise BadData(
+                f"checkpoint {path} does not fit {role} ({_cause(error)}): set spec.checkpoint.path to an empty "
+                "directory, or the spec to what made it"
+            ) from error
 
     def _load_rng(self, name: str) -> None:
         """Only of as many ranks: with another number every rank's stream is another anyway."""
@@ -427,15 +468,14 @@ def _cause(error: BaseException) -> str:
 
 
 def _tensors(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    return {"model": _weights(module), "optimizer": get_optimizer_state_dict(module, optimizer)}
+
+
+def _weights(module: nn.Module) -> dict[str, Any]:
     """Without what adapters leave frozen, which comes from the model's own files; a tied weight has two names."""
-    model, optim = get_state_dict(module, optimizer)
-    frozen = {name for name, parameter in module.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
-    return {"model": {name: tensor for name, tensor in model.items() if name not in frozen}, "optimizer": optim}
-
-
-def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Rate, decay and the like of each group: the spec's, which may be another than when the checkpoint was made."""
-    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    named = module.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in named if not parameter.requires_grad}
+    return {name: tensor for name, tensor in get_model_state_dict(module).items() if name not in frozen}
 
 
 def _rng() -> dict[str, torch.Tensor]:

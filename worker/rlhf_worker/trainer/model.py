@@ -80,12 +80,13 @@ class PolicyModule(RoleModule):
     def __init__(self, lm: PreTrainedModel, temperature: float, *, padded: bool = False) -> None:
         super().__init__(lm, padded=padded)
         self.temperature = temperature
+        self.entropy_gradient = False  # it costs the softmax of a chunk
 
     def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
         """targets (N,): the tokens that follow; and (N, 1 + topK) what they were drawn from, where not from all.
 
         -> (2, N) float32: their log probabilities, and entropies, of the distribution drawn from.
-        Entropies have no gradient, and are 0 where none is recorded. No logits outlive their chunk.
+        Entropies are 0 where no gradient is recorded. No logits outlive their chunk.
         """
         parts = zip(*(torch.split(x, HEAD_CHUNK) for x in (hidden, *targets)), strict=True)
         return torch.cat([checkpoint(self._chunk, *part, use_reentrant=False) for part in parts], dim=1)
@@ -95,7 +96,9 @@ class PolicyModule(RoleModule):
         if support is not None:  # the drawn token is the first of its set
             logits, targets = _among(logits, support), torch.zeros_like(targets)
         logprobs = -F.cross_entropy(logits, targets, reduction="none")
-        return torch.stack([logprobs, _entropy(logits) if torch.is_grad_enabled() else torch.zeros_like(logprobs)])
+        if not torch.is_grad_enabled():
+            return torch.stack([logprobs, torch.zeros_like(logprobs)])
+        return torch.stack([logprobs, _entropy(logits if self.entropy_gradient else logits.detach())])
 
 
 def _among(logits: Tensor, support: Tensor) -> Tensor:
@@ -103,7 +106,6 @@ def _among(logits: Tensor, support: Tensor) -> Tensor:
     return logits.gather(1, support.clamp(min=0)).masked_fill(support < 0, NOWHERE)
 
 
-@torch.no_grad()
 def _entropy(logits: Tensor) -> Tensor:
     """(N, V) -> (N,)"""
     return logits.logsumexp(-1) - torch.einsum("nv,nv->n", logits.softmax(-1), logits)

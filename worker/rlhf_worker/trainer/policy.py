@@ -98,8 +98,8 @@ class Policy(Member):
     def restore(self) -> "Restored":
         return self.trainer.restore()
 
-    def export(self) -> str:
-        return self.trainer.export()
+    def export(self, best: bool) -> str:
+        return self.trainer.export(best=best)
 
     def close(self) -> None:
         self.trainer.close()

@@ -21,7 +21,9 @@ from torch.optim import Optimizer
 
 from rlhf_api.run import TRAINED, RunConfig
 from rlhf_worker import lora
+from rlhf_worker.algorithm import custom
 from rlhf_worker.algorithm.losses import policy_loss, value_loss
+from rlhf_worker.algorithm.schedule import learning_rate
 from rlhf_worker.engines.hf import Generator
 from rlhf_worker.errors import Diverged, RewardFailed
 from rlhf_worker.experience import PackedBatch, Sample, TrainSequence, at_targets, by_sample, dealt, pack
@@ -36,11 +38,6 @@ from rlhf_worker.weights.layout import layout_of
 from rlhf_worker.weights.source import PolicySource
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-
-
-def learning_rate(base: float, warmup: int, update: int) -> float:
-    """Linear warm-up over the first `warmup` updates, then constant. `update` counts from 0."""
-    return base * min(1.0, (update + 1) / warmup) if warmup else base
 
 
 def _driver() -> str:
@@ -78,6 +75,7 @@ class Trainer:
 
     def load(self) -> None:
         """Every role's model, one after the other. Raises BadSpec."""
+        self.custom_loss = custom.loss(self.config, self.device)
         cp = self.config.trainer.context_parallel
         mesh, cp_mesh = init_device_mesh(self.device.type, (self.world,)), None
         if cp > 1:
@@ -94,7 +92,8 @@ class Trainer:
             if self.config.rollout.engine == "hf":
                 self.generator = Generator(self.config, self.rank, self.device)
         expected = [name for name in self.config.roles if name in TRAINED]
-        self.saver = Saver(self.config.checkpoint.path, self.config.checkpoint.keep, expected, _driver(), leads="policy" in self.names)
+        given, leads = self.config.checkpoint, "policy" in self.names
+        self.saver = Saver(given.path, given.keep, expected, _driver(), leads=leads, best=given.best)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's parameters, or its adapters, sharded."""
@@ -163,17 +162,21 @@ class Trainer:
 
     def train(self, name: str, updates: list[list[PackedBatch]]) -> dict[str, float]:
         """This rank's micro-batches of each optimizer update. Returns means over the step, the same on every rank. Raises Diverged."""
-        role = self._use(name)
-        left_out = self.config.critic.warmup_steps if name == "policy" and self.config.critic else 0
+        role, spec = self._use(name), self.config.trainer
+        critic = self.config.critic
+        left_out = critic.warmup_steps if name == "policy" and critic else 0
+        base = critic.learning_rate if name == "critic" and critic else spec.learning_rate
         role.steps = max(role.steps, left_out) + 1
+        # By the step, so that a run that is resumed with other updatesPerStep or epochs ends at the floor too.
+        before, total = ((steps - left_out) * len(updates) for steps in (role.steps - 1, spec.steps))
         sums: dict[str, Tensor] = {}
-        for batches in updates:
-            for key, value in self._update(role, batches).items():
+        for number, batches in enumerate(updates, before):
+            for key, value in self._update(role, batches, learning_rate(spec, base, number, total)).items():
                 sums[key] = sums.get(key, torch.zeros((), device=self.device)) + value / len(updates)
         self._rest(parameters=False)  # the policy's are wanted by the sync next
         return self._reduced(sums)
 
-    def _update(self, role: Role, batches: list[PackedBatch]) -> dict[str, Tensor]:
+    def _update(self, role: Role, batches: list[PackedBatch], rate: float) -> dict[str, Tensor]:
         """One optimizer update; this rank's share of its metrics. Raises Diverged, with the weights as they were."""
         made: dict[str, Tensor] = {}
         for batch in batches:
@@ -181,16 +184,9 @@ class Trainer:
                 made[key] = made.get(key, torch.zeros((), device=self.device)) + value
         norm = role.gradient_norm(self.config.trainer.max_grad_norm)
         self._require_finite(role, made["loss"], norm, batches)
-        rate = self._rate(role)
         role.update(rate)
         self.version += role.name == "policy"
         return {**made, "grad_norm": norm / self.world, "learning_rate": torch.tensor(rate / self.world, device=self.device)}
-
-    def _rate(self, role: Role) -> float:
-        if role.name == "critic":
-            assert self.config.critic is not None
-            return self.config.critic.learning_rate
-        return learning_rate(self.config.trainer.learning_rate, self.config.trainer.warmup_steps, self.version)
 
     def _backward(self, role: Role, batch: PackedBatch) -> dict[str, Tensor]:
         """Gradients of one micro-batch. FSDP averages over ranks, so the loss is multiplied by their number."""
@@ -199,8 +195,7 @@ class Trainer:
             loss, metrics = value_loss(self.config.algorithm, values_of(role.module, batch, self.device), columns)
         else:
             logprobs, entropy = policy_pass(role.module, batch, self.device)
-            loss, metrics = policy_loss(self.config.algorithm, logprobs, columns, sequence)
-            metrics["entropy"] = (columns["token_weights"] * entropy).sum().detach()
+            loss, metrics = policy_loss(self.config.algorithm, logprobs, entropy, columns, sequence, self.custom_loss)
         torch.autograd.backward(loss * self.world)
         # Each of the ranks that share a batch has the loss of all of it, and its metrics.
         return {name: value.detach() / self.config.trainer.context_parallel for name, value in (metrics | {"loss": loss}).items()}
@@ -310,13 +305,20 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         return identity(self.config.model, load_config(self.config.model))
 
-    def export(self) -> str:
-        """The model as a Hugging Face checkpoint, or its adapters in PEFT's format, under <checkpoint.path>/export, in the engine's dtype. Raises Fenced."""
+    def export(self, *, best: bool = False) -> str:
+        """The model as a Hugging Face checkpoint, or its adapters in PEFT's format, under <checkpoint.path>/export, in
+        the engine's dtype. Raises Fenced.
+
+        best: that of the best checkpoint, under export-best; the policy is that one then. Where there is none, "".
+        """
+        name = "export-best" if best else "export"
         with self._briefly("policy") as role:
+            if best and not self.saver.load_best(role.module):
+                return ""
             weights = {name: tensor.cpu() for name, tensor in self._whole() if self.rank == 0}
         if self.rank == 0:
             adapters = self.config.model.lora is not None
-            with self.saver.publishing("export", lora.CONFIG if adapters else "config.json") as target:
+            with self.saver.publishing(name, lora.CONFIG if adapters else "config.json") as target:
                 if adapters:
                     lora.write(target, lora.files(self.config.model, weights))
                 else:
@@ -324,7 +326,7 @@ class Trainer:
                 load_tokenizer(self.config.model).save_pretrained(target)
                 make_readable(target)
         dist.barrier()
-        return self.store.url("export")
+        return self.store.url(name)
 
     def close(self) -> None:
         if self.generator is not None:

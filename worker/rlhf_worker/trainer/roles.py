@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
@@ -14,8 +14,6 @@ from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import TrainSequence
 from rlhf_worker.pretrained import context_length, load_tokenizer, model_field
 from rlhf_worker.trainer.model import RoleModule, load_critic, load_policy, load_reward, shard
-
-ADAM_BETAS = (0.9, 0.95)
 
 Text = str | list[dict[str, Any]]  # a prompt as the data has it: text, or chat messages
 Away = list[tuple[torch.UntypedStorage, Tensor]]  # emptied storages, and their bytes on the host
@@ -35,9 +33,9 @@ class Role:
         self.module.to(device)
         self.optimizer: AdamW | None = None
         if name in TRAINED:
-            decay = config.trainer.weight_decay
-            trained = [p for p in self.module.parameters() if p.requires_grad]
-            self.optimizer = AdamW(trained, betas=ADAM_BETAS, weight_decay=decay, fused=device.type == "cuda")
+            spec, cuda = config.trainer, device.type == "cuda"
+            groups, betas = decayed(self.module, spec.weight_decay), (spec.adam_beta1, spec.adam_beta2)
+            self.optimizer = AdamW(groups, betas=betas, eps=spec.adam_epsilon, fused=cuda)
         self.tokenizer: Any = load_tokenizer(config.roles[name], model_field(name)) if name.startswith("reward:") else None
         self.steps = 0  # steps of the run in which it was trained, or was left out of
         self._away: Away = []
@@ -86,6 +84,17 @@ class Role:
             self._away += _to_host(self.module.parameters())
 
 
+def decayed(module: nn.Module, decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups of what is trained: biases, weights of norms and whatever has one dimension do not decay."""
+    free = {
+        parameter for owner in module.modules() for name, parameter in owner.named_parameters(recurse=False)
+        if parameter.ndim < 2 or name.endswith("bias") or "norm" in type(owner).__name__.lower()
+    }  # fmt: skip
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [([p for p in trained if p not in free], decay), ([p for p in trained if p in free], 0.0)]
+    return [{"params": parameters, "weight_decay": rate} for parameters, rate in groups if parameters]
+
+
 def _load(config: RunConfig, name: str, *, whole: bool) -> RoleModule:
     spec, trainer, field = config.roles[name], config.trainer, model_field(name)
     if name.startswith("reward:"):
@@ -94,7 +103,9 @@ def _load(config: RunConfig, name: str, *, whole: bool) -> RoleModule:
         raise BadSpec(f"{field}: {spec.path} has another vocabulary than {config.model.path}, whose tokens it is given: use a model of the same tokenizer")
     if name == "critic":
         return load_critic(spec, trainer, field, whole=whole)
-    return load_policy(spec, config.rollout.temperature, trainer, field, whole=whole)
+    module = load_policy(spec, config.rollout.temperature, trainer, field, whole=whole)
+    module.entropy_gradient = bool(config.algorithm.entropy_coefficient or config.algorithm.loss)
+    return module
 
 
 def _storages(tensors: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
