@@ -28,7 +28,7 @@ def require_path(spec: ModelSpec, field: str = "spec.model.path") -> None:
 
 
 def load_config(spec: ModelSpec, field: str = "spec.model.path") -> "PreTrainedConfig":
-    """Raises BadSpec for a checkpoint or hub id that cannot be read, or a head that the trainer does not compute."""
+    """Raises BadSpec for a checkpoint or hub id that cannot be read."""
     require_path(spec, field)
     from transformers import AutoConfig
 
@@ -36,9 +36,6 @@ def load_config(spec: ModelSpec, field: str = "spec.model.path") -> "PreTrainedC
         config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise BadSpec(f"{field}: {spec.path}: transformers cannot read its config: {error}") from error
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise BadSpec(f"{field}: {spec.path}: its config sets {name}, which the trainer's log probabilities leave out")
     return config
 
 

@@ -15,18 +15,47 @@ from transformers import PreTrainedConfig
 
 from rlhf_worker.errors import BadSpec
 
-ATTENTION = {"full_attention", "sliding_attention"}  # kinds of layers in which nothing else looks at other positions
+# Kinds of layers by transformers' names: in the first, attention alone looks at other positions, and sequences of any length are packed as
+# short ones are. The second carry a state along; with kernels that know sequence borders they may be packed, which the self-test finds out.
+ATTENTION = {"full_attention", "sliding_attention"}
+RECURRENT = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"}
+ELSEWHERE = {"mlp", "moe", "sparse", "dense"}  # such layers look at no other positions
 
 
-def check_heads(config: PreTrainedConfig, ranks: int) -> None:
+def kinds_of_layers(config: PreTrainedConfig) -> set[str]:
+    for field in ("layer_types", "layers_block_type"):
+        if kinds := getattr(config, field, None):
+            return set(kinds) - ELSEWHERE
+    return ATTENTION if getattr(config, "num_attention_heads", None) else RECURRENT
+
+
+def packable(config: PreTrainedConfig) -> bool:
+    """Whether packed batches may serve. Other attentions (chunks, sparse ones) differ in long sequences only, which no self-test has."""
+    return kinds_of_layers(config) <= ATTENTION | RECURRENT
+
+
+def check_context(config: PreTrainedConfig, ranks: int, field: str) -> None:
     """Raises BadSpec for a model that cannot be spread over so many ranks."""
     if ranks == 1:
         return
-    heads, other = config.num_attention_heads, set(getattr(config, "layer_types", None) or ATTENTION) - ATTENTION
-    if other:
-        raise BadSpec(f"spec.trainer.contextParallel is {ranks}, but {config.name_or_path} has layers of {', '.join(sorted(other))}, which cannot be spread over ranks: set it to 1")
-    if heads % ranks:
-        raise BadSpec(f"spec.trainer.contextParallel is {ranks}, but {config.name_or_path} has {heads} attention heads: use a divisor of that")
+    setting, name = f"spec.trainer.contextParallel is {ranks}", f"{config.name_or_path} ({field}, {config.model_type})"
+    if other := sorted(kinds_of_layers(config) - ATTENTION):
+        raise BadSpec(f"{setting}, but {name} has layers of {', '.join(other)}, which cannot be spread over ranks: set it to 1")
+    if config.num_attention_heads % ranks:
+        raise BadSpec(f"{setting}, but {name} has {config.num_attention_heads} attention heads: use a divisor of that")
+
+
+def check_rope(config: PreTrainedConfig, longest: int, field: str) -> None:
+    """Raises BadSpec where the positions of a sequence of `longest` tokens would change those of the others in its batch."""
+    given = getattr(config, "rope_parameters", None) or {}
+    for rope in (given, *(part for part in given.values() if isinstance(part, dict))):
+        scaled = rope.get("rope_type") in ("dynamic", "longrope")
+        limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings if scaled else longest
+        if longest > limit:
+            raise BadSpec(
+                f"{field}: {config.name_or_path}: rope_type {rope['rope_type']} turns positions by the longest sequence of a batch beyond "
+                f"{limit} tokens: lower spec.data.maxPromptTokens or spec.rollout.maxTokens, which add up to {longest}"
+            )
 
 
 def own_positions(cp_mesh: DeviceMesh, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,9 +1,12 @@
 """Every role's model as one torch module: load, forward over a packed batch, FSDP2.
 
-A batch is packed: sequences end to end in one row, attention block-diagonal by `cu_seqlens`. With `padded` the same batch is laid out
-one sequence a row for the model's own attention, and the results are put end to end again.
+A batch is packed: sequences end to end in one row, attention block-diagonal by `cu_seqlens`. Under an attention of transformers' own
+the same batch is laid out one sequence a row, padded, and the results are put end to end again.
 """
 
+import operator
+from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -23,25 +26,53 @@ from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import PackedBatch
 from rlhf_worker.pretrained import decoder_layers, load_config
 from rlhf_worker.trainer.attention import PACKED_ATTENTION
-from rlhf_worker.trainer.context import check_heads, own_positions, read_at
+from rlhf_worker.trainer.context import check_context, own_positions, packable, read_at
 
 HEAD_CHUNK = 2048  # positions whose logits exist at the same time
 PREFIX = "lm."
 
 
+def _capped(logits: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(logits / cap)
+
+
+# What models of transformers do to the head's logits, by the config's field.
+LOGITS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "logits_scaling": operator.truediv, "logit_scale": operator.mul, "lm_head_multiplier": operator.mul,
+    "final_logit_softcapping": _capped,
+}  # fmt: skip
+
+
 class RoleModule(nn.Module):
     """A model of transformers under a head of ours. The root of FSDP, so that the head's weights are whole in `forward`."""
 
-    def __init__(self, lm: PreTrainedModel, *, padded: bool = False) -> None:
+    def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
-        self.padded = padded
+        self.own_attention = self.attention  # transformers' choice
         self.cp_mesh: DeviceMesh | None = None  # ranks that share every batch
 
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder's. Raises BadSpec."""
         return decoder_layers(self.lm)
+
+    @property
+    def attention(self) -> str:
+        """By transformers' name."""
+        return str(self.lm.config._attn_implementation)
+
+    def attend(self, attention: str) -> bool:
+        """From now on by this one. False for a model that has it not."""
+        try:
+            self.lm.set_attn_implementation(attention)
+        except ValueError:
+            return False
+        return self.attention == attention
+
+    def alone(self, token_ids: Tensor) -> Tensor:
+        """One sequence, (L,), by the model's own forward pass -> (..., L - 1) float32: what `selftest` compares at all but the last position."""
+        return self.lm.base_model(input_ids=token_ids[None], use_cache=False).last_hidden_state[0, :-1].float().T
 
     def forward(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int, where: Tensor, *targets: Tensor) -> Tensor:
         """token_ids, position_ids (T,); cu_seqlens (S + 1,); where (N,): the positions that are read; targets (N,) each -> what `read` makes of them."""
@@ -56,11 +87,12 @@ class RoleModule(nn.Module):
 
     def _hidden(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
         """token_ids, position_ids (T,): all, or this rank's -> last hidden states (T, H)."""
-        if self.padded:
+        if self.attention != PACKED_ATTENTION:
             return self._by_row(token_ids, position_ids, cu_seqlens, max_length)
         made: Tensor = self.lm.base_model(
             input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, cp_mesh=self.cp_mesh,
             cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=max_length, max_length_k=max_length,
+            seq_idx=(position_ids == 0).cumsum(0, dtype=torch.int32)[None] - 1,  # borders for kernels of convolutions and states
         ).last_hidden_state[0]
         return made
 
@@ -76,8 +108,8 @@ class RoleModule(nn.Module):
 class PolicyModule(RoleModule):
     """Tokens in, log probabilities of the targets out."""
 
-    def __init__(self, lm: PreTrainedModel, temperature: float, *, padded: bool = False) -> None:
-        super().__init__(lm, padded=padded)
+    def __init__(self, lm: PreTrainedModel, temperature: float) -> None:
+        super().__init__(lm)
         self.temperature = temperature
 
     def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
@@ -88,8 +120,16 @@ class PolicyModule(RoleModule):
         parts = zip(torch.split(hidden, HEAD_CHUNK), torch.split(targets[0], HEAD_CHUNK), strict=True)
         return torch.cat([checkpoint(self._chunk, h, t, use_reentrant=False) for h, t in parts], dim=1)
 
+    def alone(self, token_ids: Tensor) -> Tensor:
+        logits = self.lm(input_ids=token_ids[None], use_cache=False).logits[0, :-1].float() / self.temperature
+        return -F.cross_entropy(logits, token_ids[1:], reduction="none")
+
     def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = self.lm.get_output_embeddings()(hidden).float() / self.temperature
+        logits = self.lm.get_output_embeddings()(hidden).float()
+        for field, change in LOGITS.items():
+            if (value := getattr(self.lm.config, field, None)) not in (None, 1):
+                logits = change(logits, value)
+        logits = logits / self.temperature
         logprobs = -F.cross_entropy(logits, targets, reduction="none")
         return torch.stack([logprobs, _entropy(logits) if torch.is_grad_enabled() else torch.zeros_like(logprobs)])
 
@@ -103,8 +143,8 @@ def _entropy(logits: Tensor) -> Tensor:
 class ScalarModule(RoleModule):
     """Tokens in, one number a position out: the critic's value of the state before the next token, or a reward model's score."""
 
-    def __init__(self, lm: PreTrainedModel, head: nn.Linear, *, padded: bool = False) -> None:
-        super().__init__(lm, padded=padded)
+    def __init__(self, lm: PreTrainedModel, head: nn.Linear) -> None:
+        super().__init__(lm)
         self.head = head
 
     def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
@@ -118,7 +158,7 @@ def load_policy(spec: ModelSpec, temperature: float, trainer: TrainerSpec, field
 
     Raises BadSpec, which names `field`.
     """
-    module = PolicyModule(_pretrained(AutoModelForCausalLM, spec, trainer, field, whole), temperature, padded=trainer.batching == "padded")
+    module = PolicyModule(_pretrained(AutoModelForCausalLM, spec, trainer, field, whole), temperature)
     if isinstance(spec, PolicySpec) and spec.lora is not None:
         lora.inject(module, module.layers, spec, trainer.seed)
     return _ready(module, trainer)
@@ -129,7 +169,7 @@ def load_critic(spec: ModelSpec, trainer: TrainerSpec, field: str, *, whole: boo
     lm = _pretrained(AutoModel, spec, trainer, field, whole)
     head = nn.Linear(lm.config.hidden_size, 1, bias=False)
     nn.init.zeros_(head.weight)
-    return _ready(ScalarModule(lm, head, padded=trainer.batching == "padded"), trainer)
+    return _ready(ScalarModule(lm, head), trainer)
 
 
 def load_reward(spec: ModelSpec, trainer: TrainerSpec, field: str, *, whole: bool = True) -> ScalarModule:
@@ -138,14 +178,13 @@ def load_reward(spec: ModelSpec, trainer: TrainerSpec, field: str, *, whole: boo
     head = getattr(lm, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise BadSpec(f"{field}: {spec.path}: {type(lm).__name__} must score by one linear head `score` with one label (num_labels: 1 in its config)")
-    return _ready(ScalarModule(lm.base_model, head, padded=trainer.batching == "padded"), trainer)
+    return _ready(ScalarModule(lm.base_model, head), trainer)
 
 
 def _pretrained(kind: Any, spec: ModelSpec, trainer: TrainerSpec, field: str, whole: bool) -> PreTrainedModel:
     config = load_config(spec, field)
-    check_heads(config, trainer.context_parallel)
+    check_context(config, trainer.context_parallel, field)
     options = {"dtype": torch.float32, "trust_remote_code": spec.trust_remote_code}
-    options |= {} if trainer.batching == "padded" else {"attn_implementation": PACKED_ATTENTION}
     if not whole:
         with no_init_weights():
             empty: PreTrainedModel = kind.from_config(config, **options)
@@ -156,7 +195,8 @@ def _pretrained(kind: Any, spec: ModelSpec, trainer: TrainerSpec, field: str, wh
     except (OSError, ValueError) as error:
         raise BadSpec(f"{field}: {spec.path}: transformers cannot load it: {error}") from error
     if missing := sorted(loaded["missing_keys"]):
-        raise BadSpec(f"{field}: {spec.path}: the checkpoint lacks {len(missing)} weights of {type(lm).__name__}, such as {missing[0]}")
+        lacking = f"{len(missing)} weights of {type(lm).__name__}, such as {missing[0]}"
+        raise BadSpec(f"{field}: {spec.path}: the checkpoint lacks {lacking}")
     return lm
 
 
@@ -166,13 +206,25 @@ M = TypeVar("M", bound=RoleModule)
 def _ready(module: M, trainer: TrainerSpec) -> M:
     """Without dropout, which would make two passes over one batch differ."""
     module.eval()
-    if trainer.gradient_checkpointing:
-        module.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for layer in module.layers:
-        layer.training = True  # of the layer itself alone: it checkpoints only then
-        if trainer.compile:
-            layer.forward = torch.compile(layer.forward, dynamic=True)  # not the module: FSDP's hooks stay outside, and names as they are
+    module.attend(attentions(module, trainer)[0])
     return module
+
+
+def attentions(module: RoleModule, trainer: TrainerSpec) -> list[str]:
+    """The ones that may serve, the best first: packed batches, padded ones by transformers' choice, padded ones by the plainest code."""
+    padded = [] if trainer.context_parallel > 1 else [module.own_attention, "eager"]
+    packed = [PACKED_ATTENTION] if trainer.batching == "packed" and packable(module.lm.config) else []
+    return list(dict.fromkeys([*packed, *padded]))
+
+
+def wrap_layers(module: RoleModule, trainer: TrainerSpec) -> None:
+    """Compile and checkpoint decoder layers, in place. Checkpoints of transformers' own want layers in training mode, with their dropout."""
+    for layer in module.layers:
+        # Not the module: FSDP's hooks stay outside, and names as they are.
+        if trainer.compile:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if trainer.gradient_checkpointing:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def shard(module: RoleModule, mesh: DeviceMesh, cp_mesh: DeviceMesh | None, dtype: str) -> None:
@@ -193,6 +245,7 @@ def shard(module: RoleModule, mesh: DeviceMesh, cp_mesh: DeviceMesh | None, dtyp
     for layer in module.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(module, "alone")
     if mesh.size() > 1:
         _deal(module, mesh, weights)
 
