@@ -67,12 +67,19 @@ def skeleton(spec: ModelSpec) -> "PreTrainedModel":
         return made
 
 
+def backbone(lm: "PreTrainedModel") -> "PreTrainedModel":
+    """What is under the head. transformers' `base_model` does not know Llama 4's."""
+    below: PreTrainedModel = getattr(lm, "model", lm) if lm.base_model is lm else lm.base_model
+    return below
+
+
 def decoder_layers(lm: "PreTrainedModel") -> "ModuleList":
     """Raises BadSpec for a model that names them otherwise."""
     from torch.nn import ModuleList
 
-    base = lm.base_model
-    found = next((getattr(base, name) for name in ("layers", "h") if hasattr(base, name)), None)
+    base = backbone(lm)
+    places = [(place, name) for place in (base, base.get_decoder()) for name in ("layers", "h", "blocks")]
+    found = next((getattr(*place) for place in places if hasattr(*place)), None)
     if not isinstance(found, ModuleList):
         raise BadSpec(f"{lm.config.name_or_path}: {type(base).__name__} has no list of decoder layers, by which the trainer would shard it")
     return found

@@ -31,7 +31,8 @@ def kinds_of_layers(config: PreTrainedConfig) -> set[str]:
 
 def packable(config: PreTrainedConfig) -> bool:
     """Whether packed batches may serve. Other attentions (chunks, sparse ones) differ in long sequences only, which no self-test has."""
-    return kinds_of_layers(config) <= ATTENTION | RECURRENT
+    sparse = any(getattr(config, field, None) for field in ("index_topk", "indexer_budget"))
+    return not sparse and kinds_of_layers(config) <= ATTENTION | RECURRENT
 
 
 def check_context(config: PreTrainedConfig, ranks: int, field: str) -> None:

@@ -24,7 +24,7 @@ from rlhf_api.job import ModelSpec, PolicySpec, TrainerSpec
 from rlhf_worker import lora
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import PackedBatch
-from rlhf_worker.pretrained import decoder_layers, load_config
+from rlhf_worker.pretrained import backbone, decoder_layers, load_config
 from rlhf_worker.trainer.attention import PACKED_ATTENTION
 from rlhf_worker.trainer.context import check_context, own_positions, packable, read_at
 
@@ -39,7 +39,7 @@ def _capped(logits: Tensor, cap: float) -> Tensor:
 # What models of transformers do to the head's logits, by the config's field.
 LOGITS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "logits_scaling": operator.truediv, "logit_scale": operator.mul, "lm_head_multiplier": operator.mul,
-    "final_logit_softcapping": _capped,
+    "logits_mup_width_multiplier": operator.truediv, "final_logit_softcapping": _capped,
 }  # fmt: skip
 
 
@@ -72,7 +72,7 @@ class RoleModule(nn.Module):
 
     def alone(self, token_ids: Tensor) -> Tensor:
         """One sequence, (L,), by the model's own forward pass -> (..., L - 1) float32: what `selftest` compares at all but the last position."""
-        return self.lm.base_model(input_ids=token_ids[None], use_cache=False).last_hidden_state[0, :-1].float().T
+        return backbone(self.lm)(input_ids=token_ids[None], use_cache=False).last_hidden_state[0, :-1].float().T
 
     def forward(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int, where: Tensor, *targets: Tensor) -> Tensor:
         """token_ids, position_ids (T,); cu_seqlens (S + 1,); where (N,): the positions that are read; targets (N,) each -> what `read` makes of them."""
@@ -89,7 +89,7 @@ class RoleModule(nn.Module):
         """token_ids, position_ids (T,): all, or this rank's -> last hidden states (T, H)."""
         if self.attention != PACKED_ATTENTION:
             return self._by_row(token_ids, position_ids, cu_seqlens, max_length)
-        made: Tensor = self.lm.base_model(
+        made: Tensor = backbone(self.lm)(
             input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, cp_mesh=self.cp_mesh,
             cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=max_length, max_length_k=max_length,
             seq_idx=(position_ids == 0).cumsum(0, dtype=torch.int32)[None] - 1,  # borders for kernels of convolutions and states
@@ -101,7 +101,7 @@ class RoleModule(nn.Module):
         rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         tokens, mask = token_ids.new_zeros(2, len(lengths), max_length)
         tokens[rows, position_ids], mask[rows, position_ids] = token_ids, 1
-        made: Tensor = self.lm.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+        made: Tensor = backbone(self.lm)(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
         return made[rows, position_ids]
 
 
@@ -178,7 +178,7 @@ def load_reward(spec: ModelSpec, trainer: TrainerSpec, field: str, *, whole: boo
     head = getattr(lm, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise BadSpec(f"{field}: {spec.path}: {type(lm).__name__} must score by one linear head `score` with one label (num_labels: 1 in its config)")
-    return _ready(ScalarModule(lm.base_model, head), trainer)
+    return _ready(ScalarModule(backbone(lm), head), trainer)
 
 
 def _pretrained(kind: Any, spec: ModelSpec, trainer: TrainerSpec, field: str, whole: bool) -> PreTrainedModel:
