@@ -99,7 +99,7 @@ def test_ranks_change_nothing_and_only_the_first_reads_the_checkpoint(tiny: Path
 def _sharing(rank: int, world: int, tiny: str, root: str, options: dict[str, Any], algorithm: str) -> tuple[dict[int, list[float]], Any]:
     """What this rank finds of its samples, and what training makes of all."""
     made = trainer(Path(tiny), Path(root), rank=rank, world=world, options=options, algorithm={"name": algorithm})
-    items = dealt(sequences(), world, made.config.trainer)[rank]
+    items = dealt(sequences(), world, made.config.trainer, padded=False)[rank]
     found = made.logprobs("policy", items)
     if algorithm == "ppo":
         torch.nn.init.ones_(made.roles["critic"].module.head.weight)

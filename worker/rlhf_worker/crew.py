@@ -62,7 +62,8 @@ def start(config: RunConfig, stage: Stage, reporter: Reporter, roll: Roll) -> tu
         gather(started, START_DEADLINE_SECONDS, "start of engines")
         started = []
     loads = [rank.load.remote() for group in groups for rank in group]
-    batchings = [one for answer in gather([*loads, *started], START_DEADLINE_SECONDS, "start")[: len(loads)] for one in answer.items()]
+    answers = gather([*loads, *started], START_DEADLINE_SECONDS, "start")[: len(loads)]
+    batchings = [one for answer in answers for one in answer.items()]
     for words in dict.fromkeys(f"{name}: {batching.words}" for name, batching in batchings):
         print(words, flush=True)
     seats = _prove_seats(config, ranks, engines)

@@ -199,7 +199,9 @@ def _aligned(sequence: TrainSequence, completion: Sequence[T], fill: T) -> list[
     return [fill] * (sequence.prompt_length - 1) + list(completion) + [fill]
 
 
-def dealt(sequences: Sequence[TrainSequence], ranks: int, spec: TrainerSpec, *, padded: bool) -> list[list[PackedBatch]]:
+def dealt(
+    sequences: Sequence[TrainSequence], ranks: int, spec: TrainerSpec, *, padded: bool
+) -> list[list[PackedBatch]]:  # fmt: skip
     """Each rank's micro-batches, as many on every rank; ranks that are neighbours in context parallelism share theirs.
 
     padded: whether a model that they are for lays them out one sequence a row.

@@ -1,4 +1,4 @@
-"""Attention over packed batches, under transformers' interface for it: block-diagonal by `cu_seqlens`, causal within each sequence."""
+"""Attention over packed batches, under transformers' interface: block-diagonal by `cu_seqlens`, each causal."""
 
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,13 +18,14 @@ PACKED_ATTENTION = "rlhf_packed"
 
 
 def packed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
-    cu_seq_lens_q: Tensor | None = None, max_length_q: int = 0, sliding_window: int | None = None, softcap: float | None = None,
-    s_aux: Tensor | None = None, cp_mesh: DeviceMesh | None = None, **_: Any,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, cu_seq_lens_q: Tensor | None = None, max_length_q: int = 0,
+    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+    cp_mesh: DeviceMesh | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention interface: query (1, H, T, D), key (1, H_kv, T, D), value (1, H_kv, T, E) -> (1, T, H, E). Causal in each sequence.
+    """transformers' interface: query (1, H, T, D), key (1, H_kv, T, D), value (1, H_kv, T, E) -> (1, T, H, E).
 
-    softcap: scores become softcap * tanh(score / softcap) (Gemma 2); s_aux: (H,) attention sinks (gpt-oss).
+    Causal in each sequence. softcap: scores become softcap * tanh(score / softcap) (Gemma 2); s_aux: sinks (H,).
     cp_mesh: T are this rank's positions, cu_seq_lens_q are all.
     """
     if cu_seq_lens_q is None:
@@ -34,13 +35,18 @@ def packed_attention(
         shape = Shape(scaling, sliding_window, softcap, s_aux)
         return _attended(q, k, v, cu_seq_lens_q, max_length_q, shape)[None], None
     q, k, v = by_heads(cp_mesh, q, k, v)
-    shape = Shape(scaling, sliding_window, softcap, None if s_aux is None else s_aux.chunk(cp_mesh.size())[cp_mesh.get_local_rank()])
+    shape = Shape(
+        scaling,
+        sliding_window,
+        softcap,
+        None if s_aux is None else s_aux.chunk(cp_mesh.size())[cp_mesh.get_local_rank()],
+    )
     return by_positions(cp_mesh, _attended(q, k, v, cu_seq_lens_q, max_length_q, shape))[None], None
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What an attention does besides looking back. `scale` None: 1 / sqrt(D); `window`: positions seen, with the own."""
+    """What an attention does besides looking back. `scale` None: 1 / sqrt(D); `window`: positions seen, its own too."""
 
     scale: float | None
     window: int | None
@@ -69,10 +75,14 @@ def _by_sequence(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], shape: Sha
     out, start = [], 0
     for length, run in groupby(lengths):
         count = len(list(run))
-        query, key, value = (x[start : start + length * count].reshape(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        query, key, value = (
+            x[start : start + length * count].reshape(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
+        )
         if shape.plain(length):
             grouped = q.shape[1] != k.shape[1]
-            attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=shape.scale, enable_gqa=grouped)
+            attended = F.scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=shape.scale, enable_gqa=grouped
+            )
         else:
             attended = _scored(query, key, value, shape)
         out.append(attended.transpose(1, 2).reshape(count * length, *attended.shape[1::2]))
@@ -81,7 +91,7 @@ def _by_sequence(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], shape: Sha
 
 
 def _scored(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
-    """(S, H, L, D), (S, H_kv, L, D), (S, H_kv, L, E) -> (S, H, L, E), with all scores in memory: what no fused kernel computes."""
+    """(S, H, L, D), (S, H_kv, L, D), (S, H_kv, L, E) -> (S, H, L, E), by all scores: for what no fused kernel has."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = q @ k.mT * (q.shape[-1] ** -0.5 if shape.scale is None else shape.scale)
     if shape.softcap is not None:

@@ -15,8 +15,8 @@ from transformers import PreTrainedConfig
 
 from rlhf_worker.errors import BadSpec
 
-# Kinds of layers by transformers' names: in the first, attention alone looks at other positions, and sequences of any length are packed as
-# short ones are. The second carry a state along; with kernels that know sequence borders they may be packed, which the self-test finds out.
+# Kinds of layers, named as in transformers. In the first, attention alone looks at other positions, at any length. The
+# second carry a state along: kernels that know sequence borders may pack them, which the self-test finds out.
 ATTENTION = {"full_attention", "sliding_attention"}
 RECURRENT = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"}
 ELSEWHERE = {"mlp", "moe", "sparse", "dense"}  # such layers look at no other positions
@@ -30,7 +30,7 @@ def kinds_of_layers(config: PreTrainedConfig) -> set[str]:
 
 
 def packable(config: PreTrainedConfig) -> bool:
-    """Whether packed batches may serve. Other attentions (chunks, sparse ones) differ in long sequences only, which no self-test has."""
+    """Whether packed batches may serve. Other attentions (chunks, sparse ones) show in long sequences only."""
     sparse = any(getattr(config, field, None) for field in ("index_topk", "indexer_budget"))
     return not sparse and kinds_of_layers(config) <= ATTENTION | RECURRENT
 
@@ -41,25 +41,30 @@ def check_context(config: PreTrainedConfig, ranks: int, field: str) -> None:
         return
     setting, name = f"spec.trainer.contextParallel is {ranks}", f"{config.name_or_path} ({field}, {config.model_type})"
     if other := sorted(kinds_of_layers(config) - ATTENTION):
-        raise BadSpec(f"{setting}, but {name} has layers of {', '.join(other)}, which cannot be spread over ranks: set it to 1")
+        raise BadSpec(
+            f"{setting}, but {name} has layers of {', '.join(other)}, which cannot be spread over ranks: set it to 1"
+        )
     if config.num_attention_heads % ranks:
         raise BadSpec(f"{setting}, but {name} has {config.num_attention_heads} attention heads: use a divisor of that")
 
 
 def check_rope(config: PreTrainedConfig, longest: int, field: str) -> None:
-    """Raises BadSpec where the positions of a sequence of `longest` tokens would change those of the others in its batch."""
+    """Raises BadSpec where a sequence of `longest` tokens would change the positions of the others in its batch."""
     given = getattr(config, "rope_parameters", None) or {}
     for rope in (given, *(part for part in given.values() if isinstance(part, dict))):
         scaled = rope.get("rope_type") in ("dynamic", "longrope")
         limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings if scaled else longest
         if longest > limit:
             raise BadSpec(
-                f"{field}: {config.name_or_path}: rope_type {rope['rope_type']} turns positions by the longest sequence of a batch beyond "
-                f"{limit} tokens: lower spec.data.maxPromptTokens or spec.rollout.maxTokens, which add up to {longest}"
+                f"{field}: {config.name_or_path}: rope_type {rope['rope_type']} turns positions by the longest "
+                f"sequence of a batch beyond {limit} tokens: "
+                f"lower spec.data.maxPromptTokens or spec.rollout.maxTokens, which add up to {longest}"
             )
 
 
-def own_positions(cp_mesh: DeviceMesh, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def own_positions(
+    cp_mesh: DeviceMesh, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(T,), (T,), (S + 1,) -> this rank's run of both, (T'/c,), and the whole batch's cu_seqlens.
 
     T' is T made a multiple of the c ranks by a sequence of fillers, which nothing reads.
@@ -77,7 +82,10 @@ def by_heads(cp_mesh: DeviceMesh, *projections: Tensor) -> list[Tensor]:
     """Query, key, value: (T/c, H, D) each -> (T, H/c, D). Heads of keys that are too few for the ranks are repeated."""
     ranks = cp_mesh.size()
     shares = [next(n for n in range(1, ranks + 1) if n * x.shape[1] % ranks == 0) for x in projections]
-    return [_moved(cp_mesh, x.repeat_interleave(share, dim=1) if share > 1 else x, 0, 1) for x, share in zip(projections, shares, strict=True)]
+    return [
+        _moved(cp_mesh, x.repeat_interleave(share, dim=1) if share > 1 else x, 0, 1)
+        for x, share in zip(projections, shares, strict=True)
+    ]
 
 
 def by_positions(cp_mesh: DeviceMesh, made: Tensor) -> Tensor:
@@ -85,7 +93,9 @@ def by_positions(cp_mesh: DeviceMesh, made: Tensor) -> Tensor:
     return _moved(cp_mesh, made, 1, 0)
 
 
-def read_at(cp_mesh: DeviceMesh, read: Callable[..., Tensor], hidden: Tensor, where: Tensor, *targets: Tensor) -> Tensor:
+def read_at(
+    cp_mesh: DeviceMesh, read: Callable[..., Tensor], hidden: Tensor, where: Tensor, *targets: Tensor
+) -> Tensor:
     """`read(hidden[where], *targets)` of the whole batch, (..., N), on every rank; each reads at its own positions of hidden (T/c, H).
 
     Every rank's loss has the same gradient then, and passes on that of its own positions.
@@ -100,4 +110,6 @@ def read_at(cp_mesh: DeviceMesh, read: Callable[..., Tensor], hidden: Tensor, wh
 
 def _moved(cp_mesh: DeviceMesh, x: Tensor, sharded: int, wanted: int) -> Tensor:
     placements: list[Placement] = [Shard(sharded)]
-    return DTensor.from_local(x, cp_mesh, placements, run_check=False).redistribute(placements=[Shard(wanted)]).to_local()
+    return (
+        DTensor.from_local(x, cp_mesh, placements, run_check=False).redistribute(placements=[Shard(wanted)]).to_local()
+    )

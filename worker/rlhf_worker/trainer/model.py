@@ -1,7 +1,7 @@
 """Every role's model as one torch module: load, forward over a packed batch, FSDP2.
 
-A batch is packed: sequences end to end in one row, attention block-diagonal by `cu_seqlens`. Under an attention of transformers' own
-the same batch is laid out one sequence a row, padded, and the results are put end to end again.
+A batch is packed: sequences end to end in one row, attention block-diagonal by `cu_seqlens`. Under an attention of
+transformers' own the same batch is laid out one sequence a row, padded, and the results are put end to end again.
 """
 
 import operator
@@ -70,11 +70,20 @@ class RoleModule(nn.Module):
             return False
         return self.attention == attention
 
-    def alone(self, token_ids: Tensor) -> Tensor:
-        """One sequence, (L,), by the model's own forward pass -> (..., L - 1) float32: what `selftest` compares at all but the last position."""
-        return backbone(self.lm)(input_ids=token_ids[None], use_cache=False).last_hidden_state[0, :-1].float().T
+    def alone(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """One sequence, (L,), by the model's own forward pass -> what `selftest` compares, (..., L); targets (L,)."""
+        hidden = backbone(self.lm)(input_ids=token_ids[None], use_cache=False).last_hidden_state[0]
+        return hidden.float().T, torch.zeros_like(token_ids)
 
-    def forward(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int, where: Tensor, *targets: Tensor) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_length: int,
+        where: Tensor,
+        *targets: Tensor,
+    ) -> Tensor:
         """token_ids, position_ids (T,); cu_seqlens (S + 1,); where (N,): the positions that are read; targets (N,) each -> what `read` makes of them."""
         if self.cp_mesh is None:
             return self.read(self._hidden(token_ids, position_ids, cu_seqlens, max_length)[where], *targets)
@@ -90,9 +99,16 @@ class RoleModule(nn.Module):
         if self.attention != PACKED_ATTENTION:
             return self._by_row(token_ids, position_ids, cu_seqlens, max_length)
         made: Tensor = backbone(self.lm)(
-            input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, cp_mesh=self.cp_mesh,
-            cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=max_length, max_length_k=max_length,
-            seq_idx=(position_ids == 0).cumsum(0, dtype=torch.int32)[None] - 1,  # borders for kernels of convolutions and states
+            input_ids=token_ids[None],
+            position_ids=position_ids[None],
+            use_cache=False,
+            cp_mesh=self.cp_mesh,
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+            max_length_q=max_length,
+            max_length_k=max_length,
+            seq_idx=(position_ids == 0).cumsum(0, dtype=torch.int32)[None]
+            - 1,  # borders for kernels of convolutions and states
         ).last_hidden_state[0]
         return made
 
@@ -120,9 +136,11 @@ class PolicyModule(RoleModule):
         parts = zip(torch.split(hidden, HEAD_CHUNK), torch.split(targets[0], HEAD_CHUNK), strict=True)
         return torch.cat([checkpoint(self._chunk, h, t, use_reentrant=False) for h, t in parts], dim=1)
 
-    def alone(self, token_ids: Tensor) -> Tensor:
-        logits = self.lm(input_ids=token_ids[None], use_cache=False).logits[0, :-1].float() / self.temperature
-        return -F.cross_entropy(logits, token_ids[1:], reduction="none")
+    def alone(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the likeliest tokens, whose log probabilities round least."""
+        logits = self.lm(input_ids=token_ids[None], use_cache=False).logits[0].float() / self.temperature
+        likeliest = logits.log_softmax(-1).max(-1)
+        return likeliest.values, likeliest.indices
 
     def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self.lm.get_output_embeddings()(hidden).float()
@@ -150,10 +168,14 @@ class ScalarModule(RoleModule):
     def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
         """-> (N,) float32. No targets."""
         made: Tensor = self.head(hidden.float())
-        return made[:, 0].clone()  # a view would lose the hooks that FSDP hangs on what it returns, should someone write into it
+        return made[
+            :, 0
+        ].clone()  # a view would lose the hooks that FSDP hangs on what it returns, should someone write into it
 
 
-def load_policy(spec: ModelSpec, temperature: float, trainer: TrainerSpec, field: str = "spec.model.path", *, whole: bool = True) -> PolicyModule:
+def load_policy(
+    spec: ModelSpec, temperature: float, trainer: TrainerSpec, field: str = "spec.model.path", *, whole: bool = True
+) -> PolicyModule:
     """The checkpoint in float32 on the CPU, with the spec's adapters; if not `whole`, memory of its shape that is never written and so takes none.
 
     Raises BadSpec, which names `field`.
@@ -177,7 +199,10 @@ def load_reward(spec: ModelSpec, trainer: TrainerSpec, field: str, *, whole: boo
     lm = _pretrained(AutoModelForSequenceClassification, spec, trainer, field, whole)
     head = getattr(lm, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
-        raise BadSpec(f"{field}: {spec.path}: {type(lm).__name__} must score by one linear head `score` with one label (num_labels: 1 in its config)")
+        raise BadSpec(
+            f"{field}: {spec.path}: {type(lm).__name__} must score by one linear head `score` "
+            "with one label (num_labels: 1 in its config)"
+        )
     return _ready(ScalarModule(backbone(lm), head), trainer)
 
 
@@ -211,14 +236,17 @@ def _ready(module: M, trainer: TrainerSpec) -> M:
 
 
 def attentions(module: RoleModule, trainer: TrainerSpec) -> list[str]:
-    """The ones that may serve, the best first: packed batches, padded ones by transformers' choice, padded ones by the plainest code."""
+    """The ones that may serve, best first: packed batches; padded ones by transformers' choice, by plain code."""
     padded = [] if trainer.context_parallel > 1 else [module.own_attention, "eager"]
     packed = [PACKED_ATTENTION] if trainer.batching == "packed" and packable(module.lm.config) else []
     return list(dict.fromkeys([*packed, *padded]))
 
 
 def wrap_layers(module: RoleModule, trainer: TrainerSpec) -> None:
-    """Compile and checkpoint decoder layers, in place. Checkpoints of transformers' own want layers in training mode, with their dropout."""
+    """Compile and checkpoint decoder layers, in place.
+
+    transformers' own checkpoints want layers in training mode, in which some have dropout.
+    """
     for layer in module.layers:
         # Not the module: FSDP's hooks stay outside, and names as they are.
         if trainer.compile:
@@ -235,10 +263,18 @@ def shard(module: RoleModule, mesh: DeviceMesh, cp_mesh: DeviceMesh | None, dtyp
     """
     module.cp_mesh = cp_mesh
     first = mesh.get_local_rank() == 0
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if dtype == "bfloat16" else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if dtype == "bfloat16"
+        else MixedPrecisionPolicy()
+    )
     for parameter in module.lm.parameters():
         if not parameter.requires_grad:
-            parameter.data = parameter.data.to(getattr(torch, dtype)) if first else torch.empty_like(parameter, dtype=getattr(torch, dtype))
+            parameter.data = (
+                parameter.data.to(getattr(torch, dtype))
+                if first
+                else torch.empty_like(parameter, dtype=getattr(torch, dtype))
+            )
     weights = {name: parameter.data for name, parameter in module.named_parameters()} if first else {}
     if isinstance(module, ScalarModule):
         fully_shard(module.head, mesh=mesh)
@@ -264,23 +300,23 @@ def _deal(module: nn.Module, mesh: DeviceMesh, weights: dict[str, Tensor]) -> No
 def policy_pass(module: nn.Module, batch: PackedBatch, device: torch.device) -> Tensor:
     """Of the batch's targets at the temperature, (2, N) float32 on `device`: log probabilities and entropies; for an empty batch (2, 1) of zeros with a gradient."""
     where = _targets(batch)
-    made: Tensor = module(*_inputs(batch, device), where.to(device), batch.targets[where].to(device))
+    made: Tensor = module(*inputs_of(batch, device), where.to(device), batch.targets[where].to(device))
     return made * float(batch.target_mask.any())
 
 
 def values_of(module: nn.Module, batch: PackedBatch, device: torch.device) -> Tensor:
     """The critic's values before each of the batch's targets, (N,) float32 on `device`; for an empty batch (1,) of a zero with a gradient."""
-    made: Tensor = module(*_inputs(batch, device), _targets(batch).to(device))
+    made: Tensor = module(*inputs_of(batch, device), _targets(batch).to(device))
     return made * float(batch.target_mask.any())
 
 
 def scores_of(module: nn.Module, batch: PackedBatch, device: torch.device) -> Tensor:
     """A reward model's score at the last token of each sequence, (S,) float32 on `device`."""
-    made: Tensor = module(*_inputs(batch, device), (batch.cu_seqlens[1:] - 1).to(device))
+    made: Tensor = module(*inputs_of(batch, device), (batch.cu_seqlens[1:] - 1).to(device))
     return made
 
 
-def _inputs(batch: PackedBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+def inputs_of(batch: PackedBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
     tokens, positions, cu_seqlens = (t.to(device) for t in (batch.token_ids, batch.position_ids, batch.cu_seqlens))
     return tokens, positions, cu_seqlens, batch.max_length
 
