@@ -35,12 +35,8 @@ def packed_attention(
         shape = Shape(scaling, sliding_window, softcap, s_aux)
         return _attended(q, k, v, cu_seq_lens_q, max_length_q, shape)[None], None
     q, k, v = by_heads(cp_mesh, q, k, v)
-    shape = Shape(
-        scaling,
-        sliding_window,
-        softcap,
-        None if s_aux is None else s_aux.chunk(cp_mesh.size())[cp_mesh.get_local_rank()],
-    )
+    sinks = None if s_aux is None else s_aux.chunk(cp_mesh.size())[cp_mesh.get_local_rank()]
+    shape = Shape(scaling, sliding_window, softcap, sinks)
     return by_positions(cp_mesh, _attended(q, k, v, cu_seq_lens_q, max_length_q, shape))[None], None
 
 

@@ -40,10 +40,9 @@ def check_context(config: PreTrainedConfig, ranks: int, field: str) -> None:
     if ranks == 1:
         return
     setting, name = f"spec.trainer.contextParallel is {ranks}", f"{config.name_or_path} ({field}, {config.model_type})"
-    if other := sorted(kinds_of_layers(config) - ATTENTION):
-        raise BadSpec(
-            f"{setting}, but {name} has layers of {', '.join(other)}, which cannot be spread over ranks: set it to 1"
-        )
+    if other := sorted(kinds_of_layers(config) - ATTENTION) or ([] if packable(config) else ["sparse attention"]):
+        why = f"layers of {', '.join(other)}, which cannot be spread over ranks"
+        raise BadSpec(f"{setting}, but {name} has {why}: set it to 1")
     if config.num_attention_heads % ranks:
         raise BadSpec(f"{setting}, but {name} has {config.num_attention_heads} attention heads: use a divisor of that")
 

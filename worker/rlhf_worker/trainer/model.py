@@ -76,14 +76,8 @@ class RoleModule(nn.Module):
         return hidden.float().T, torch.zeros_like(token_ids)
 
     def forward(
-        self,
-        token_ids: Tensor,
-        position_ids: Tensor,
-        cu_seqlens: Tensor,
-        max_length: int,
-        where: Tensor,
-        *targets: Tensor,
-    ) -> Tensor:
+        self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int, where: Tensor, *targets: Tensor
+    ) -> Tensor:  # fmt: skip
         """token_ids, position_ids (T,); cu_seqlens (S + 1,); where (N,): the positions that are read; targets (N,) each -> what `read` makes of them."""
         if self.cp_mesh is None:
             return self.read(self._hidden(token_ids, position_ids, cu_seqlens, max_length)[where], *targets)
@@ -98,17 +92,10 @@ class RoleModule(nn.Module):
         """token_ids, position_ids (T,): all, or this rank's -> last hidden states (T, H)."""
         if self.attention != PACKED_ATTENTION:
             return self._by_row(token_ids, position_ids, cu_seqlens, max_length)
+        borders = {f"cu_seq_lens_{of}": cu_seqlens for of in "qk"} | {f"max_length_{of}": max_length for of in "qk"}
+        borders["seq_idx"] = (position_ids == 0).cumsum(0, dtype=torch.int32)[None] - 1  # for kernels of convolutions
         made: Tensor = backbone(self.lm)(
-            input_ids=token_ids[None],
-            position_ids=position_ids[None],
-            use_cache=False,
-            cp_mesh=self.cp_mesh,
-            cu_seq_lens_q=cu_seqlens,
-            cu_seq_lens_k=cu_seqlens,
-            max_length_q=max_length,
-            max_length_k=max_length,
-            seq_idx=(position_ids == 0).cumsum(0, dtype=torch.int32)[None]
-            - 1,  # borders for kernels of convolutions and states
+            input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, cp_mesh=self.cp_mesh, **borders
         ).last_hidden_state[0]
         return made
 
@@ -168,9 +155,7 @@ class ScalarModule(RoleModule):
     def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
         """-> (N,) float32. No targets."""
         made: Tensor = self.head(hidden.float())
-        return made[
-            :, 0
-        ].clone()  # a view would lose the hooks that FSDP hangs on what it returns, should someone write into it
+        return made[:, 0].clone()  # a view that someone writes into would lose the hooks of FSDP
 
 
 def load_policy(
@@ -263,18 +248,12 @@ def shard(module: RoleModule, mesh: DeviceMesh, cp_mesh: DeviceMesh | None, dtyp
     """
     module.cp_mesh = cp_mesh
     first = mesh.get_local_rank() == 0
-    policy = (
-        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        if dtype == "bfloat16"
-        else MixedPrecisionPolicy()
-    )
+    lower = torch.bfloat16 if dtype == "bfloat16" else None
+    policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32)
     for parameter in module.lm.parameters():
         if not parameter.requires_grad:
-            parameter.data = (
-                parameter.data.to(getattr(torch, dtype))
-                if first
-                else torch.empty_like(parameter, dtype=getattr(torch, dtype))
-            )
+            kind = getattr(torch, dtype)
+            parameter.data = parameter.data.to(kind) if first else torch.empty_like(parameter, dtype=kind)
     weights = {name: parameter.data for name, parameter in module.named_parameters()} if first else {}
     if isinstance(module, ScalarModule):
         fully_shard(module.head, mesh=mesh)
