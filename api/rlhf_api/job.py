@@ -456,7 +456,11 @@ class TrainerSpec(Model):
     context_parallel: Gpus = Field(1, description="FSDP ranks that share each sequence, for sequences whose activations one GPU cannot hold; a divisor of gpus and of the model's attention heads.")
     tokens_per_micro_batch: PositiveInt = Field(8192, description="Token budget of one packed micro-batch on one rank; one sequence may take more.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass.")
-    batching: Literal["packed", "padded"] = Field("packed", description="packed: sequences end to end, without padding. padded: one a row, by the model's own attention, for models without variable-length attention; slower.")
+    batching: Literal["packed", "padded"] = Field(
+        "packed",
+        description="packed: sequences end to end, without padding; a model that the start finds wrong on such batches is "
+        "padded. padded: one a row, by the model's own attention; slower.",
+    )
     compile: bool = Field(False, description="torch.compile of every decoder layer: slower first steps, faster later ones.")
     offload: bool = Field(False, description="Parameters and optimizer state of a role lie in the host's memory while the role is not used.")
     seed: Seed = Field(0, description="Seed of the job.")

@@ -381,7 +381,7 @@ def _changed_life(rank: int, world: int, model: str, root: str, changes: dict[st
     items = [item.with_columns(values=[0.0] * item.targets, returns=item.columns["advantages"]) for item in items]
     for role in ("critic", "policy"):
         parts = [items[i :: config.trainer.updates_per_step] for i in range(config.trainer.updates_per_step)]
-        metrics = made.train(role, [dealt(part, world, config.trainer)[rank] for part in parts])
+        metrics = made.train(role, [dealt(part, world, config.trainer, padded=False)[rank] for part in parts])
     made.save(1, {}, {})
     assert all(outcome.error is None for outcome in made.saved(wait=True))
     optimizers = [made.roles[role].optimizer for role in ("policy", "critic")]

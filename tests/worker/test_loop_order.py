@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_api.run import RunConfig
 from rlhf_worker import loop as module
-from rlhf_worker.experience import PackedBatch, by_sample
+from rlhf_worker.experience import PackedBatch, TrainSequence, by_sample
 from rlhf_worker.loop import Loop
 from rlhf_worker.stop import Stop, Terminated
 from rlhf_worker.weights.sync import Synced
@@ -77,9 +77,9 @@ def zeros(batches: list[PackedBatch]) -> dict[int, list[float]]:
     return {index: row for batch in batches for index, row in by_sample(batch, batch.targets[batch.target_mask] * 0.0).items()}
 
 
-def looping(config: RunConfig, stand: Stand, stop: Stop) -> tuple[Loop, Told]:
+def looping(config: RunConfig, stand: Stand, stop: Stop, *, padded: bool = False) -> tuple[Loop, Told]:
     told, ranks = Told(), {role: [stand] for role in ("policy", "reference", "critic")}
-    crew = SimpleNamespace(fleet=stand, ranks=ranks, feed=stand, policy=[stand], savers=[stand])
+    crew = SimpleNamespace(fleet=stand, ranks=ranks, feed=stand, policy=[stand], savers=[stand], padded=padded)
     loop = Loop(config, crew, told, stop)  # type: ignore[arg-type]
     loop.rollouts = stand  # type: ignore[assignment]
     return loop, told
@@ -178,3 +178,16 @@ def test_seconds_of_steps_are_those_of_the_lineage(monkeypatch: pytest.MonkeyPat
     resumed.begin(6, memory)
     resumed._finished(7, 12.0)
     assert (again.fields["productive_seconds"], resumed.memory["productive_seconds"]) == (60, 72.0)
+
+
+@pytest.mark.parametrize(("padded", "micro_batches"), [(False, 1), (True, 2)])
+def test_batches_that_a_model_pads_hold_the_budget_with_their_padding(padded: bool, micro_batches: int) -> None:
+    loop, _ = looping(run_config(trainer={"steps": 1, "tokensPerMicroBatch": 64}), Stand(), Stop(), padded=padded)
+    lengths = (32, *[4] * 8)
+    items = [
+        TrainSequence(token_ids=[5] * length, prompt_length=1, index=index, mask=[True] * (length - 1), columns={})
+        for index, length in enumerate(lengths)
+    ]
+    ((batches,),) = loop._batches(["policy"], [items])["policy"]
+    assert len(batches) == micro_batches
+    assert not padded or all(len(batch.indices) * batch.max_length <= 64 for batch in batches)

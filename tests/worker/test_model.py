@@ -12,7 +12,16 @@ from rlhf_api.job import ModelSpec, PolicySpec, TrainerSpec
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import TrainSequence, empty_batch, pack
 from rlhf_worker.pretrained import identity, load_config, load_tokenizer
-from rlhf_worker.trainer.model import PolicyModule, load_critic, load_policy, load_reward, policy_pass, scores_of, values_of
+from rlhf_worker.trainer.model import (
+    PolicyModule,
+    load_critic,
+    load_policy,
+    load_reward,
+    policy_pass,
+    scores_of,
+    values_of,
+    wrap_layers,
+)
 from tests.worker.rewards import write_reward
 
 CPU = torch.device("cpu")
@@ -23,12 +32,15 @@ def spec_of(path: Path) -> ModelSpec:
 
 
 def module(path: Path, temperature: float = 1.0, **trainer: Any) -> PolicyModule:
-    return load_policy(spec_of(path), temperature, TrainerSpec.model_validate({"steps": 1, **trainer}))
+    spec = TrainerSpec.model_validate({"steps": 1, **trainer})
+    loaded = load_policy(spec_of(path), temperature, spec)
+    wrap_layers(loaded, spec)
+    return loaded
 
 
-def sequence(length: int, prompt: int = 3) -> TrainSequence:
+def sequence(length: int, prompt: int = 3, index: int = 0) -> TrainSequence:
     ids = torch.randint(3, 70, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-    return TrainSequence(token_ids=ids, prompt_length=prompt, index=0, mask=[True] * (length - prompt), columns={})
+    return TrainSequence(token_ids=ids, prompt_length=prompt, index=index, mask=[True] * (length - prompt), columns={})
 
 
 def alone(lm: torch.nn.Module, item: TrainSequence, temperature: float) -> Tensor:

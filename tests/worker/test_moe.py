@@ -18,7 +18,6 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import pack
-from rlhf_worker.trainer.attention import packed_attention
 from rlhf_worker.trainer.model import policy_pass
 from rlhf_worker.weights.layout import layout_of
 from rlhf_worker.weights.plan import Extent, Move, View
@@ -73,12 +72,6 @@ def test_a_checkpoint_in_another_form_is_refused(tiny: Path) -> None:
     lm._weight_conversions = [WeightConverter("mlp.experts.down_proj", "mlp.experts.down_proj", [Transpose(1, 2)])]
     with pytest.raises(BadSpec, match=r"spec\.model\.path: .*: the trainer computes with model\.layers\.1\.mlp\.experts\.down_proj in another form"):
         layout_of(lm)
-
-
-def test_attention_sinks_are_not_left_out() -> None:
-    one = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(BadSpec, match=r"attention sinks: set spec\.trainer\.batching to padded"):
-        packed_attention(torch.nn.Module(), one, one, one, None, cu_seq_lens_q=torch.tensor([0, 2]), s_aux=torch.zeros(1))
 
 
 @pytest.mark.parametrize(("kernel", "trouble", "packed"), [("TRITON", None, False), ("CPU", None, True), ("FLASHINFER_TRTLLM", "another form: .*moe_backend: triton", False)])

@@ -107,7 +107,7 @@ def _sharing(
 ) -> tuple[dict[int, list[float]], Any]:
     """What this rank finds of its samples, and what training makes of all."""
     made = trainer(Path(tiny), Path(root), rank=rank, world=world, options=options, algorithm=algorithm)
-    items = dealt(sequences(), world, made.config.trainer)[rank]
+    items = dealt(sequences(), world, made.config.trainer, padded=False)[rank]
     found = made.logprobs("policy", items)
     if algorithm["name"] == "ppo":
         torch.nn.init.ones_(made.roles["critic"].module.head.weight)

@@ -32,6 +32,7 @@ class Crew:
     feed: ActorHandle
     ranks: dict[str, list[ActorHandle]]  # by role; roles that share GPUs share actors
     fleet: Fleet | Hosts
+    padded: bool  # whether a role lays its batches out one sequence a row
 
     @property
     def policy(self) -> list[ActorHandle]:
@@ -60,9 +61,15 @@ def start(config: RunConfig, stage: Stage, reporter: Reporter, roll: Roll) -> tu
         # Sharing a GPU, vLLM measures its free memory while it starts: the trainer takes its own after that.
         gather(started, START_DEADLINE_SECONDS, "start of engines")
         started = []
-    gather([*started, *(rank.load.remote() for group in groups for rank in group)], START_DEADLINE_SECONDS, "start")
+    loads = [rank.load.remote() for group in groups for rank in group]
+    answers = gather([*loads, *started], START_DEADLINE_SECONDS, "start")[: len(loads)]
+    batchings = [one for answer in answers for one in answer.items()]
+    for words in dict.fromkeys(f"{name}: {batching.words}" for name, batching in batchings):
+        print(words, flush=True)
     seats = _prove_seats(config, ranks, engines)
-    crew = Crew(stage, feed, ranks, _fleet(config, stage, ranks["policy"], engines, backend, reporter))
+    # Rewards deal their batches themselves.
+    padded = any(batching.padded for name, batching in batchings if not name.startswith("reward:"))
+    crew = Crew(stage, feed, ranks, _fleet(config, stage, ranks["policy"], engines, backend, reporter), padded)
     roll.release(engines)  # the fleet starts them anew
     return crew, seats
 

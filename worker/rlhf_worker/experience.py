@@ -127,6 +127,14 @@ class PackedBatch:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How a role's model gets its batches, which its rank tried when it was loaded."""
+
+    padded: bool  # one sequence a row, for a model that is wrong on packed ones
+    words: str  # what was measured
+
+
 def to_train_sequences(samples: Sequence[Sample]) -> list[TrainSequence]:
     """Numbered in order, with the one column that every sample brings: rollout_logprobs. Raises ValueError for lists of unlike length."""
     return [_train_sequence(index, sample) for index, sample in enumerate(samples)]
@@ -239,11 +247,16 @@ def _aligned(sequence: TrainSequence, completion: Sequence[T], fill: T) -> list[
     return [fill] * (sequence.prompt_length - 1) + list(completion) + [fill]
 
 
-def dealt(sequences: Sequence[TrainSequence], ranks: int, spec: TrainerSpec) -> list[list[PackedBatch]]:
-    """Each rank's micro-batches, as many on every rank; ranks that are neighbours in context parallelism share theirs."""
+def dealt(
+    sequences: Sequence[TrainSequence], ranks: int, spec: TrainerSpec, *, padded: bool
+) -> list[list[PackedBatch]]:  # fmt: skip
+    """Each rank's micro-batches, as many on every rank; ranks that are neighbours in context parallelism share theirs.
+
+    padded: whether a model that they are for lays them out one sequence a row.
+    """
     cp = spec.context_parallel
     parts = split(sequences, ranks // cp)
-    shares = equalise([pack(own, spec.tokens_per_micro_batch * cp, padded=spec.batching == "padded") for own in parts])
+    shares = equalise([pack(own, spec.tokens_per_micro_batch * cp, padded=padded) for own in parts])
     return [share for share in shares for _ in range(cp)]
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -188,7 +189,8 @@ class Loop:
     def _batches(self, roles: Iterable[str], updates: Sequence[Sequence[TrainSequence]]) -> dict[str, list[list[list[PackedBatch]]]]:
         """[rank][update][micro-batch] for each role's ranks; as many micro-batches on every rank. Roles of as many ranks share theirs."""
         ranks = {role: len(self.crew.ranks[role]) for role in roles}
-        dealings = {count: [dealt(part, count, self.config.trainer) for part in updates] for count in set(ranks.values())}
+        deal = partial(dealt, spec=self.config.trainer, padded=self.crew.padded)
+        dealings = {count: [deal(part, count) for part in updates] for count in set(ranks.values())}
         return {role: [[update[rank] for update in dealings[count]] for rank in range(count)] for role, count in ranks.items()}
 
     def _answers(self, what: str, asked: dict[str, list[Any]]) -> dict[str, list[Any]]:

@@ -28,7 +28,7 @@ def require_path(spec: ModelSpec, field: str = "spec.model.path") -> None:
 
 
 def load_config(spec: ModelSpec, field: str = "spec.model.path") -> "PreTrainedConfig":
-    """Raises BadSpec for a checkpoint or hub id that cannot be read, or a head that the trainer does not compute."""
+    """Raises BadSpec for a checkpoint or hub id that cannot be read."""
     require_path(spec, field)
     from transformers import AutoConfig
 
@@ -36,9 +36,6 @@ def load_config(spec: ModelSpec, field: str = "spec.model.path") -> "PreTrainedC
         config = AutoConfig.from_pretrained(spec.path, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise BadSpec(f"{field}: {spec.path}: transformers cannot read its config: {error}") from error
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise BadSpec(f"{field}: {spec.path}: its config sets {name}, which the trainer's log probabilities leave out")
     return config
 
 
@@ -76,12 +73,19 @@ def skeleton(spec: ModelSpec) -> "PreTrainedModel":
         return made
 
 
+def backbone(lm: "PreTrainedModel") -> "PreTrainedModel":
+    """What is under the head. transformers' `base_model` does not know Llama 4's."""
+    below: PreTrainedModel = getattr(lm, "model", lm) if lm.base_model is lm else lm.base_model
+    return below
+
+
 def decoder_layers(lm: "PreTrainedModel") -> "ModuleList":
     """Raises BadSpec for a model that names them otherwise."""
     from torch.nn import ModuleList
 
-    base = lm.base_model
-    found = next((getattr(base, name) for name in ("layers", "h") if hasattr(base, name)), None)
+    base = backbone(lm)
+    places = [(place, name) for place in (base, base.get_decoder()) for name in ("layers", "h", "blocks")]
+    found = next((getattr(*place) for place in places if hasattr(*place)), None)
     if not isinstance(found, ModuleList):
         raise BadSpec(f"{lm.config.name_or_path}: {type(base).__name__} has no list of decoder layers, by which the trainer would shard it")
     return found

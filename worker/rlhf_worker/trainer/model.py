@@ -1,9 +1,12 @@
 """Every role's model as one torch module: load, forward over a packed batch, FSDP2.
 
-A batch is packed: sequences end to end in one row, attention block-diagonal by `cu_seqlens`. With `padded` the same batch is laid out
-one sequence a row for the model's own attention, and the results are put end to end again.
+A batch is packed: sequences end to end in one row, attention block-diagonal by `cu_seqlens`. Under an attention of
+transformers' own the same batch is laid out one sequence a row, padded, and the results are put end to end again.
 """
 
+import operator
+from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -21,22 +24,33 @@ from rlhf_api.job import ModelSpec, PolicySpec, TrainerSpec
 from rlhf_worker import lora
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import PackedBatch
-from rlhf_worker.pretrained import decoder_layers, load_config
+from rlhf_worker.pretrained import backbone, decoder_layers, load_config
 from rlhf_worker.trainer.attention import PACKED_ATTENTION
-from rlhf_worker.trainer.context import check_heads, own_positions, read_at
+from rlhf_worker.trainer.context import check_context, own_positions, packable, read_at
 
 HEAD_CHUNK = 2048  # positions whose logits exist at the same time
 PREFIX = "lm."
 NOWHERE = -1e30  # a logit; finite, for entropies multiply it with its probability of 0
 
 
+def _capped(logits: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(logits / cap)
+
+
+# What models of transformers do to the head's logits, by the config's field.
+LOGITS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "logits_scaling": operator.truediv, "logit_scale": operator.mul, "lm_head_multiplier": operator.mul,
+    "logits_mup_width_multiplier": operator.truediv, "final_logit_softcapping": _capped,
+}  # fmt: skip
+
+
 class RoleModule(nn.Module):
     """A model of transformers under a head of ours. The root of FSDP, so that the head's weights are whole in `forward`."""
 
-    def __init__(self, lm: PreTrainedModel, *, padded: bool = False) -> None:
+    def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
         self.lm = lm
-        self.padded = padded
+        self.own_attention = self.attention  # transformers' choice
         self.cp_mesh: DeviceMesh | None = None  # ranks that share every batch
 
     @property
@@ -44,7 +58,27 @@ class RoleModule(nn.Module):
         """The decoder's. Raises BadSpec."""
         return decoder_layers(self.lm)
 
-    def forward(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int, where: Tensor, *targets: Tensor) -> Tensor:
+    @property
+    def attention(self) -> str:
+        """By transformers' name."""
+        return str(self.lm.config._attn_implementation)
+
+    def attend(self, attention: str) -> bool:
+        """From now on by this one. False for a model that has it not."""
+        try:
+            self.lm.set_attn_implementation(attention)
+        except ValueError:
+            return False
+        return self.attention == attention
+
+    def alone(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """One sequence, (L,), by the model's own forward pass -> what `selftest` compares, (..., L); targets (L,)."""
+        hidden = backbone(self.lm)(input_ids=token_ids[None], use_cache=False).last_hidden_state[0]
+        return hidden.float().T, torch.zeros_like(token_ids)
+
+    def forward(
+        self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int, where: Tensor, *targets: Tensor
+    ) -> Tensor:  # fmt: skip
         """token_ids, position_ids (T,); cu_seqlens (S + 1,); where (N,): the positions that are read; targets (N,) each -> what `read` makes of them."""
         if self.cp_mesh is None:
             return self.read(self._hidden(token_ids, position_ids, cu_seqlens, max_length)[where], *targets)
@@ -57,11 +91,12 @@ class RoleModule(nn.Module):
 
     def _hidden(self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int) -> Tensor:
         """token_ids, position_ids (T,): all, or this rank's -> last hidden states (T, H)."""
-        if self.padded:
+        if self.attention != PACKED_ATTENTION:
             return self._by_row(token_ids, position_ids, cu_seqlens, max_length)
-        made: Tensor = self.lm.base_model(
-            input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, cp_mesh=self.cp_mesh,
-            cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens, max_length_q=max_length, max_length_k=max_length,
+        borders = {f"cu_seq_lens_{of}": cu_seqlens for of in "qk"} | {f"max_length_{of}": max_length for of in "qk"}
+        borders["seq_idx"] = (position_ids == 0).cumsum(0, dtype=torch.int32)[None] - 1  # for kernels of convolutions
+        made: Tensor = backbone(self.lm)(
+            input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, cp_mesh=self.cp_mesh, **borders
         ).last_hidden_state[0]
         return made
 
@@ -70,15 +105,15 @@ class RoleModule(nn.Module):
         rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
         tokens, mask = token_ids.new_zeros(2, len(lengths), max_length)
         tokens[rows, position_ids], mask[rows, position_ids] = token_ids, 1
-        made: Tensor = self.lm.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+        made: Tensor = backbone(self.lm)(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
         return made[rows, position_ids]
 
 
 class PolicyModule(RoleModule):
     """Tokens in, log probabilities of the targets out."""
 
-    def __init__(self, lm: PreTrainedModel, temperature: float, *, padded: bool = False) -> None:
-        super().__init__(lm, padded=padded)
+    def __init__(self, lm: PreTrainedModel, temperature: float) -> None:
+        super().__init__(lm)
         self.temperature = temperature
         self.entropy_gradient = False  # it costs the softmax of a chunk
 
@@ -91,8 +126,18 @@ class PolicyModule(RoleModule):
         parts = zip(*(torch.split(x, HEAD_CHUNK) for x in (hidden, *targets)), strict=True)
         return torch.cat([checkpoint(self._chunk, *part, use_reentrant=False) for part in parts], dim=1)
 
+    def alone(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the likeliest tokens, whose log probabilities round least."""
+        logits = self.lm(input_ids=token_ids[None], use_cache=False).logits[0].float() / self.temperature
+        likeliest = logits.log_softmax(-1).max(-1)
+        return likeliest.values, likeliest.indices
+
     def _chunk(self, hidden: Tensor, targets: Tensor, support: Tensor | None = None) -> Tensor:
-        logits = self.lm.get_output_embeddings()(hidden).float() / self.temperature
+        logits = self.lm.get_output_embeddings()(hidden).float()
+        for field, change in LOGITS.items():
+            if (value := getattr(self.lm.config, field, None)) not in (None, 1):
+                logits = change(logits, value)
+        logits = logits / self.temperature
         if support is not None:  # the drawn token is the first of its set
             logits, targets = _among(logits, support), torch.zeros_like(targets)
         logprobs = -F.cross_entropy(logits, targets, reduction="none")
@@ -114,22 +159,24 @@ def _entropy(logits: Tensor) -> Tensor:
 class ScalarModule(RoleModule):
     """Tokens in, one number a position out: the critic's value of the state before the next token, or a reward model's score."""
 
-    def __init__(self, lm: PreTrainedModel, head: nn.Linear, *, padded: bool = False) -> None:
-        super().__init__(lm, padded=padded)
+    def __init__(self, lm: PreTrainedModel, head: nn.Linear) -> None:
+        super().__init__(lm)
         self.head = head
 
     def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
         """-> (N,) float32. No targets."""
         made: Tensor = self.head(hidden.float())
-        return made[:, 0].clone()  # a view would lose the hooks that FSDP hangs on what it returns, should someone write into it
+        return made[:, 0].clone()  # a view that someone writes into would lose the hooks of FSDP
 
 
-def load_policy(spec: ModelSpec, temperature: float, trainer: TrainerSpec, field: str = "spec.model.path", *, whole: bool = True) -> PolicyModule:
+def load_policy(
+    spec: ModelSpec, temperature: float, trainer: TrainerSpec, field: str = "spec.model.path", *, whole: bool = True
+) -> PolicyModule:
     """The checkpoint in float32 on the CPU, with the spec's adapters; if not `whole`, memory of its shape that is never written and so takes none.
 
     Raises BadSpec, which names `field`.
     """
-    module = PolicyModule(_pretrained(AutoModelForCausalLM, spec, trainer, field, whole), temperature, padded=trainer.batching == "padded")
+    module = PolicyModule(_pretrained(AutoModelForCausalLM, spec, trainer, field, whole), temperature)
     if isinstance(spec, PolicySpec) and spec.lora is not None:
         lora.inject(module, module.layers, spec, trainer.seed)
     return _ready(module, trainer)
@@ -140,7 +187,7 @@ def load_critic(spec: ModelSpec, trainer: TrainerSpec, field: str, *, whole: boo
     lm = _pretrained(AutoModel, spec, trainer, field, whole)
     head = nn.Linear(lm.config.hidden_size, 1, bias=False)
     nn.init.zeros_(head.weight)
-    return _ready(ScalarModule(lm, head, padded=trainer.batching == "padded"), trainer)
+    return _ready(ScalarModule(lm, head), trainer)
 
 
 def load_reward(spec: ModelSpec, trainer: TrainerSpec, field: str, *, whole: bool = True) -> ScalarModule:
@@ -148,15 +195,17 @@ def load_reward(spec: ModelSpec, trainer: TrainerSpec, field: str, *, whole: boo
     lm = _pretrained(AutoModelForSequenceClassification, spec, trainer, field, whole)
     head = getattr(lm, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
-        raise BadSpec(f"{field}: {spec.path}: {type(lm).__name__} must score by one linear head `score` with one label (num_labels: 1 in its config)")
-    return _ready(ScalarModule(lm.base_model, head, padded=trainer.batching == "padded"), trainer)
+        raise BadSpec(
+            f"{field}: {spec.path}: {type(lm).__name__} must score by one linear head `score` "
+            "with one label (num_labels: 1 in its config)"
+        )
+    return _ready(ScalarModule(backbone(lm), head), trainer)
 
 
 def _pretrained(kind: Any, spec: ModelSpec, trainer: TrainerSpec, field: str, whole: bool) -> PreTrainedModel:
     config = load_config(spec, field)
-    check_heads(config, trainer.context_parallel)
+    check_context(config, trainer.context_parallel, field)
     options = {"dtype": torch.float32, "trust_remote_code": spec.trust_remote_code}
-    options |= {} if trainer.batching == "padded" else {"attn_implementation": PACKED_ATTENTION}
     if not whole:
         with no_init_weights():
             empty: PreTrainedModel = kind.from_config(config, **options)
@@ -167,7 +216,8 @@ def _pretrained(kind: Any, spec: ModelSpec, trainer: TrainerSpec, field: str, wh
     except (OSError, ValueError) as error:
         raise BadSpec(f"{field}: {spec.path}: transformers cannot load it: {error}") from error
     if missing := sorted(loaded["missing_keys"]):
-        raise BadSpec(f"{field}: {spec.path}: the checkpoint lacks {len(missing)} weights of {type(lm).__name__}, such as {missing[0]}")
+        lacking = f"{len(missing)} weights of {type(lm).__name__}, such as {missing[0]}"
+        raise BadSpec(f"{field}: {spec.path}: the checkpoint lacks {lacking}")
     return lm
 
 
@@ -177,13 +227,28 @@ M = TypeVar("M", bound=RoleModule)
 def _ready(module: M, trainer: TrainerSpec) -> M:
     """Without dropout, which would make two passes over one batch differ."""
     module.eval()
-    if trainer.gradient_checkpointing:
-        module.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for layer in module.layers:
-        layer.training = True  # of the layer itself alone: it checkpoints only then
-        if trainer.compile:
-            layer.forward = torch.compile(layer.forward, dynamic=True)  # not the module: FSDP's hooks stay outside, and names as they are
+    module.attend(attentions(module, trainer)[0])
     return module
+
+
+def attentions(module: RoleModule, trainer: TrainerSpec) -> list[str]:
+    """The ones that may serve, best first: packed batches; padded ones by transformers' choice, by plain code."""
+    padded = [] if trainer.context_parallel > 1 else [module.own_attention, "eager"]
+    packed = [PACKED_ATTENTION] if trainer.batching == "packed" and packable(module.lm.config) else []
+    return list(dict.fromkeys([*packed, *padded]))
+
+
+def wrap_layers(module: RoleModule, trainer: TrainerSpec) -> None:
+    """Compile and checkpoint decoder layers, in place.
+
+    transformers' own checkpoints want layers in training mode, in which some have dropout.
+    """
+    for layer in module.layers:
+        # Not the module: FSDP's hooks stay outside, and names as they are.
+        if trainer.compile:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if trainer.gradient_checkpointing:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def shard(module: RoleModule, mesh: DeviceMesh, cp_mesh: DeviceMesh | None, dtype: str) -> None:
@@ -194,16 +259,19 @@ def shard(module: RoleModule, mesh: DeviceMesh, cp_mesh: DeviceMesh | None, dtyp
     """
     module.cp_mesh = cp_mesh
     first = mesh.get_local_rank() == 0
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if dtype == "bfloat16" else MixedPrecisionPolicy()
+    lower = torch.bfloat16 if dtype == "bfloat16" else None
+    policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32)
     for parameter in module.lm.parameters():
         if not parameter.requires_grad:
-            parameter.data = parameter.data.to(getattr(torch, dtype)) if first else torch.empty_like(parameter, dtype=getattr(torch, dtype))
+            kind = getattr(torch, dtype)
+            parameter.data = parameter.data.to(kind) if first else torch.empty_like(parameter, dtype=kind)
     weights = {name: parameter.data for name, parameter in module.named_parameters()} if first else {}
     if isinstance(module, ScalarModule):
         fully_shard(module.head, mesh=mesh)
     for layer in module.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(module, "alone")
     if mesh.size() > 1:
         _deal(module, mesh, weights)
 
@@ -223,23 +291,23 @@ def policy_pass(module: nn.Module, batch: PackedBatch, device: torch.device) -> 
     """Of the batch's targets at the temperature, (2, N) float32 on `device`: log probabilities and entropies; for an empty batch (2, 1) of zeros with a gradient."""
     where = _targets(batch)
     support = [] if batch.support is None else [batch.support[where].long().to(device)]
-    made: Tensor = module(*_inputs(batch, device), where.to(device), batch.targets[where].to(device), *support)
+    made: Tensor = module(*inputs_of(batch, device), where.to(device), batch.targets[where].to(device), *support)
     return made * float(batch.target_mask.any())
 
 
 def values_of(module: nn.Module, batch: PackedBatch, device: torch.device) -> Tensor:
     """The critic's values before each of the batch's targets, (N,) float32 on `device`; for an empty batch (1,) of a zero with a gradient."""
-    made: Tensor = module(*_inputs(batch, device), _targets(batch).to(device))
+    made: Tensor = module(*inputs_of(batch, device), _targets(batch).to(device))
     return made * float(batch.target_mask.any())
 
 
 def scores_of(module: nn.Module, batch: PackedBatch, device: torch.device) -> Tensor:
     """A reward model's score at the last token of each sequence, (S,) float32 on `device`."""
-    made: Tensor = module(*_inputs(batch, device), (batch.cu_seqlens[1:] - 1).to(device))
+    made: Tensor = module(*inputs_of(batch, device), (batch.cu_seqlens[1:] - 1).to(device))
     return made
 
 
-def _inputs(batch: PackedBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+def inputs_of(batch: PackedBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
     tokens, positions, cu_seqlens = (t.to(device) for t in (batch.token_ids, batch.position_ids, batch.cu_seqlens))
     return tokens, positions, cu_seqlens, batch.max_length
 

@@ -15,7 +15,7 @@ from rlhf_worker.pretrained import model_field, require_path
 from rlhf_worker.roll import Member
 
 if TYPE_CHECKING:
-    from rlhf_worker.experience import PackedBatch, Sample
+    from rlhf_worker.experience import Batching, PackedBatch, Sample
     from rlhf_worker.rollout.episode import Request
     from rlhf_worker.trainer.checkpoint import Outcome, Restored
     from rlhf_worker.trainer.roles import Text
@@ -53,8 +53,8 @@ class Policy(Member):
     def seat(self) -> Seat:
         return Seat.here(self.device)
 
-    def load(self) -> None:
-        self.trainer.load()
+    def load(self) -> "dict[str, Batching]":
+        return self.trainer.load()
 
     def logprobs(self, role: str, batches: "list[PackedBatch]") -> dict[int, list[float]]:
         return self.trainer.logprobs(role, batches)

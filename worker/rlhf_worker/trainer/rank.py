@@ -26,7 +26,7 @@ from rlhf_worker.algorithm.losses import policy_loss, value_loss
 from rlhf_worker.algorithm.schedule import learning_rate
 from rlhf_worker.engines.hf import Generator
 from rlhf_worker.errors import Diverged, RewardFailed
-from rlhf_worker.experience import PackedBatch, Sample, TrainSequence, at_targets, by_sample, dealt, pack
+from rlhf_worker.experience import Batching, PackedBatch, Sample, TrainSequence, at_targets, by_sample, dealt, pack
 from rlhf_worker.pretrained import identity, load_config, load_tokenizer, make_readable
 from rlhf_worker.rollout.episode import Request
 from rlhf_worker.storage import Store
@@ -73,8 +73,8 @@ class Trainer:
         host, port = address
         dist.init_process_group(backend, init_method=f"tcp://{host}:{port}", rank=self.rank, world_size=self.world, timeout=COLLECTIVE_TIMEOUT)
 
-    def load(self) -> None:
-        """Every role's model, one after the other. Raises BadSpec."""
+    def load(self) -> dict[str, Batching]:
+        """Every role's model, one after the other; how each wants its batches. Raises BadSpec."""
         self.custom_loss = custom.loss(self.config, self.device)
         cp = self.config.trainer.context_parallel
         mesh, cp_mesh = init_device_mesh(self.device.type, (self.world,)), None
@@ -94,6 +94,7 @@ class Trainer:
         expected = [name for name in self.config.roles if name in TRAINED]
         given, leads = self.config.checkpoint, "policy" in self.names
         self.saver = Saver(given.path, given.keep, expected, _driver(), leads=leads, best=given.best)
+        return {name: role.batching for name, role in self.roles.items()}
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's parameters, or its adapters, sharded."""
@@ -148,7 +149,7 @@ class Trainer:
     def scores(self, name: str, prompts: Sequence[Text], completions: Sequence[str]) -> list[float]:
         """Of a reward model, one a sample, in their order; every rank gets all samples and returns all. Raises BadSpec, RewardFailed."""
         sequences = [self.roles[name].read(index, *pair) for index, pair in enumerate(zip(prompts, completions, strict=True))]
-        batches = dealt(sequences, self.world, self.config.trainer)[self.rank]
+        batches = dealt(sequences, self.world, self.config.trainer, padded=self.roles[name].batching.padded)[self.rank]
         with self._briefly(name) as role:
             own = {index: value for b in batches for index, value in zip(b.indices, scores_of(role.module, b, self.device).tolist(), strict=True)}
         found: list[dict[int, float]] = [own] * self.world

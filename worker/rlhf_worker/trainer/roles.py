@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -11,9 +12,11 @@ from torch.optim import AdamW
 
 from rlhf_api.run import TRAINED, RunConfig
 from rlhf_worker.errors import BadSpec
-from rlhf_worker.experience import TrainSequence
+from rlhf_worker.experience import Batching, TrainSequence
 from rlhf_worker.pretrained import context_length, load_tokenizer, model_field
-from rlhf_worker.trainer.model import RoleModule, load_critic, load_policy, load_reward, shard
+from rlhf_worker.trainer.context import check_rope
+from rlhf_worker.trainer.model import RoleModule, attentions, load_critic, load_policy, load_reward, shard, wrap_layers
+from rlhf_worker.trainer.selftest import choose
 
 Text = str | list[dict[str, Any]]  # a prompt as the data has it: text, or chat messages
 Away = list[tuple[torch.UntypedStorage, Tensor]]  # emptied storages, and their bytes on the host
@@ -31,6 +34,8 @@ class Role:
             self.module.requires_grad_(False)
         shard(self.module, mesh, cp_mesh, config.roles[name].dtype)
         self.module.to(device)
+        self.batching = _tried(config, name, self.module, mesh, device)
+        wrap_layers(self.module, config.trainer)
         self.optimizer: AdamW | None = None
         if name in TRAINED:
             spec, cuda = config.trainer, device.type == "cuda"
@@ -95,7 +100,26 @@ def decayed(module: nn.Module, decay: float) -> list[dict[str, Any]]:
     return [{"params": parameters, "weight_decay": rate} for parameters, rate in groups if parameters]
 
 
+def _tried(config: RunConfig, name: str, module: RoleModule, mesh: DeviceMesh, device: torch.device) -> Batching:
+    def worst(apart: float) -> float:
+        value = torch.tensor(apart, device=device)
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=mesh.get_group())
+        return value.item()
+
+    spec = config.roles[name]
+    what = f"{model_field(name)}: {spec.path} ({module.lm.config.model_type})"
+    batching = choose(module, attentions(module, config.trainer), spec.dtype, device, worst, what)
+    module.reshard()  # type: ignore[operator]  # of FSDP
+    return batching
+
+
 def _load(config: RunConfig, name: str, *, whole: bool) -> RoleModule:
+    module = _module(config, name, whole=whole)
+    check_rope(module.lm.config, config.data.max_prompt_tokens + config.rollout.max_tokens, model_field(name))
+    return module
+
+
+def _module(config: RunConfig, name: str, *, whole: bool) -> RoleModule:
     spec, trainer, field = config.roles[name], config.trainer, model_field(name)
     if name.startswith("reward:"):
         return load_reward(spec, trainer, field, whole=whole)
