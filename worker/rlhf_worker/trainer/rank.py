@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from rlhf_api.run import TRAINED, RunConfig
 from rlhf_worker import lora
 from rlhf_worker.algorithm.losses import policy_loss, value_loss
+from rlhf_worker.deadlines import collective_seconds, work_seconds
 from rlhf_worker.engines.hf import Generator
 from rlhf_worker.errors import Diverged, RewardFailed
 from rlhf_worker.experience import PackedBatch, Sample, TrainSequence, at_targets, by_sample, dealt, pack
@@ -34,8 +35,6 @@ from rlhf_worker.trainer.roles import Role, Text
 from rlhf_worker.weights.backends import Sender
 from rlhf_worker.weights.layout import layout_of
 from rlhf_worker.weights.source import PolicySource
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def learning_rate(base: float, warmup: int, update: int) -> float:
@@ -74,7 +73,10 @@ class Trainer:
             torch.cuda.set_device(0)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         host, port = address
-        dist.init_process_group(backend, init_method=f"tcp://{host}:{port}", rank=self.rank, world_size=self.world, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            backend, init_method=f"tcp://{host}:{port}", rank=self.rank, world_size=self.world,
+            timeout=timedelta(seconds=collective_seconds(self.config)),
+        )  # fmt: skip
 
     def load(self) -> None:
         """Every role's model, one after the other. Raises BadSpec."""
@@ -94,7 +96,8 @@ class Trainer:
             if self.config.rollout.engine == "hf":
                 self.generator = Generator(self.config, self.rank, self.device)
         expected = [name for name in self.config.roles if name in TRAINED]
-        self.saver = Saver(self.config.checkpoint.path, self.config.checkpoint.keep, expected, _driver(), leads="policy" in self.names)
+        root, keep, seconds = self.config.checkpoint.path, self.config.checkpoint.keep, work_seconds(self.config)
+        self.saver = Saver(root, keep, expected, _driver(), leads="policy" in self.names, seconds=seconds)
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's parameters, or its adapters, sharded."""
