@@ -4,6 +4,7 @@ A way is a function from (trainer, engine) to a `Connected`; what is timed is it
 drives a sync from there.
 """
 
+import asyncio
 import gc
 import pickle
 import time
@@ -63,6 +64,9 @@ class BenchEngine(Engine):
     def __init__(self) -> None:
         self.llm = None
         self.index = 0
+        self.asleep = self.stale = False
+        self.adapters = None
+        self._gate = asyncio.Lock()
 
     async def start(self, backend: str, *, model: str = "", dtype: str = "bfloat16", device: str = "cuda") -> str:
         """One engine has one backend for life. Returns vLLM's version."""

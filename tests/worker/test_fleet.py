@@ -99,7 +99,9 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Fleet,
             actor = PretenderActor.remote(broken)
             return actor, actor.start.remote()
 
-        made.append(Fleet(actors, PretendedSync(list(actors)), spawn, amiss.append, least=least))  # type: ignore[arg-type]
+        made.append(Fleet(
+            actors, PretendedSync(list(actors)), spawn, amiss.append, least=least, start_seconds=60.0, sleep_seconds=5.0  # type: ignore[arg-type]
+        ))  # fmt: skip
         made[-1].sync(prove=False)
         return made[-1], amiss
 
@@ -151,8 +153,7 @@ def test_engines_that_sleep_serve_nothing_until_a_sync_reaches_those_that_still_
     assert ray.get([second.held.remote(), second.sleeps.remote()]) == [3, False]
 
 
-def test_sleep_reaches_an_engine_that_came_back_and_goes_on_without_one_that_hangs(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SLEEP_SECONDS", 5.0)
+def test_sleep_reaches_an_engine_that_came_back_and_goes_on_without_one_that_hangs(make: Callable[..., Any]) -> None:
     fleet, amiss = make()
     first, victim = fleet.actors
     kill(victim)

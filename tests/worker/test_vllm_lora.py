@@ -15,6 +15,7 @@ from rlhf_worker import crew as crews
 from rlhf_worker.calls import call, gather
 from rlhf_worker.crew import Crew
 from rlhf_worker.engines import fleet as fleets
+from rlhf_worker.engines.engine import GROUPS
 from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.engines.ledger import Health
 from rlhf_worker.errors import SyncMismatch
@@ -67,7 +68,7 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
         rewards=[{"name": "r", "type": "python", "function": "tests.worker.reward_functions:length"}],
     )
     with pytest.MonkeyPatch.context() as patch, local_ray(config, verbose=False):
-        patch.setattr(crews, "RemoteEngine", ray.remote(AdapterEngine))
+        patch.setattr(crews, "RemoteEngine", ray.remote(concurrency_groups=GROUPS)(AdapterEngine))
         made = crews.start(config, reserve(config.placement, Patience(60, lambda: True), name="lora"), ConsoleReporter(config), Roll(Stop()))[0]
         made.fleet.close()
         yield made

@@ -171,7 +171,7 @@ class Engine(Member):
         found: list[Seat] = await self._running().collective_rpc(_worker_seat)
         return found
 
-    @ray.method(concurrency_group="work")
+    @ray.method(concurrency_group="work")  # type: ignore[untyped-decorator]
     async def generate(self, requests: "list[Request]", deadline_seconds: float) -> "list[Sample | None]":
         """One completion a request, in order; None for each that the deadline cut off.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
 from rlhf_api.job import EvaluationSpec
 from rlhf_api.run import RunConfig
@@ -32,10 +32,11 @@ from rlhf_worker.stop import interrupt_if_asked
 LATE_SECONDS = 60.0  # beyond the engine's own deadline, whose error says more
 
 
-def is_lost(error: Exception) -> bool:
-    """Whether the engine is no more, or answers no more: that is no verdict on what it was asked for."""
-    hangs = isinstance(error, DeadlineExceeded) and not isinstance(error, RayTaskError)  # no actor's own words
-    return hangs or isinstance(error, (RayActorError, EngineFailed))
+class NoAnswer(DeadlineExceeded):
+    """An actor does not even say that it was too slow."""
+
+
+LOST = (RayActorError, EngineFailed, NoAnswer)  # the engine is no more: it is no verdict on what it was asked for
 
 
 class _Call:
@@ -130,7 +131,7 @@ class Rollouts:
         try:
             ray.get(done)
             if one.waiting and time.monotonic() > one.end:
-                raise DeadlineExceeded(f"{one.what}: {len(one.waiting)} of {len(one.refs)} calls did not come back in time")
+                raise NoAnswer(f"{one.what}: {len(one.waiting)} of {len(one.refs)} calls did not come back in time")
         except (BadSpec, BadData):
             raise
         except Exception as error:
@@ -155,7 +156,7 @@ class Rollouts:
         """To the engines with the least to do; a group stays on one, for its prefix cache. Raises `error` when every living engine was tried."""
         engines = [engine for engine in self.crew.fleet.serving if engine not in tried]
         if not engines:
-            if error is not None and not is_lost(error) and self.crew.fleet.serving:
+            if error is not None and not isinstance(error, LOST) and self.crew.fleet.serving:
                 raise error
             self._homeless += groups
             return
@@ -180,7 +181,7 @@ class Rollouts:
 
         def failed(error: Exception) -> None:
             self._load[engine] -= len(groups)
-            if is_lost(error):
+            if isinstance(error, LOST):
                 self.crew.fleet.lost(engine)
             self._counts["retried"] += len(groups)
             print(f"generation: {len(groups)} groups are tried on another engine: {type(error).__name__}: {str(error)[-500:]}", flush=True)
