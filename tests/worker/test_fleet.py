@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 
 from rlhf_worker.calls import gather
 from rlhf_worker.engines import fleet as module
+from rlhf_worker.engines.engine import Engine
 from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.engines.ledger import Health
 from rlhf_worker.errors import EnginesLost, LinkBroken
@@ -221,3 +222,33 @@ def test_engines_that_never_start_again_end_the_run_by_name(make: Callable[..., 
     fleet.lost(fleet.actors[1])
     with pytest.raises(EnginesLost, match=r"fewer than spec\.rollout\.minEngines \(2\) engines are left.*engine 1 is dead; engine 1: no memory"):
         fleet.ensure()
+
+
+class Working(Engine):
+    """An engine without vLLM, whose completions wait to be let go."""
+
+    def __init__(self) -> None:
+        self.llm, self.index, self.free = self, 0, asyncio.Event()  # type: ignore[assignment]
+
+    async def begin(self) -> None:
+        self._loop = asyncio.get_running_loop()
+
+    async def _completions(self, requests: list[Any], deadline_seconds: float) -> list[Any]:
+        await self.free.wait()
+        assert asyncio.get_running_loop() is self._loop  # vLLM's, whose sockets belong to it
+        return [None]
+
+    async def ping(self) -> None: ...
+
+    async def let_go(self) -> None:
+        self.free.set()
+
+
+def test_control_is_answered_while_more_work_waits_than_may_run() -> None:
+    """Ray's cap is on the calls of a group: what is beyond it waits, and before there were groups pings did too."""
+    actor = ray.remote(num_cpus=0, concurrency_groups={"work": 2})(Working).remote()
+    ray.get(actor.begin.remote())
+    work = [actor.generate.remote([], 60.0) for _ in range(6)]
+    ray.get(actor.ping.remote(), timeout=30)
+    ray.get(actor.let_go.remote(), timeout=30)
+    assert ray.get(work, timeout=30) == [[None]] * 6
