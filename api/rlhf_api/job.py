@@ -330,8 +330,9 @@ class RunPolicySpec(Model):
     reprovisioning_deadline_seconds: Seconds = Field(86400, description="Longest time that a run whose pods were ready once waits for lost ones to be ready again; queued time is not counted.")
     stall_timeout_seconds: Seconds = Field(
         STALL_TIMEOUT_SECONDS,
-        description="Longest time in which the run does not get further, by its own account (status.progress.activityTime), while Running. The driver's own waits for "
-        "starts, training, rewards and files end before.",
+        description="Longest time in which the run does not get further, by its own account "
+        "(status.progress.activityTime), while Running. The driver's own waits for starts, training, rewards and files "
+        "end before.",
     )
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=315_360_000)] | None = Field(None, description="Delete the RLHFJob this long after its end.")
     cleanup: CleanupSpec = Field(default_factory=CleanupSpec, description="What becomes of the RayCluster at the end.")

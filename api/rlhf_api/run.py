@@ -121,7 +121,8 @@ def resolve(job: RLHFJob) -> RunConfig:
         job=JobRef(name=job.metadata.name, namespace=job.metadata.namespace, uid=job.metadata.uid),
         model=spec.model, algorithm=fill(spec.algorithm, spec.rollout.max_tokens), data=spec.data, rewards=spec.rewards, critic=_critic(spec), reference=_reference(spec), rollout=spec.rollout,
         trainer=spec.trainer, placement=plan_placement(spec), weight_sync=spec.weight_sync, checkpoint=_checkpoint(spec),
-        evaluation=spec.evaluation, telemetry=spec.telemetry, stall_timeout_seconds=spec.run_policy.stall_timeout_seconds,
+        evaluation=spec.evaluation, telemetry=spec.telemetry,
+        stall_timeout_seconds=spec.run_policy.stall_timeout_seconds,
     )
 
 

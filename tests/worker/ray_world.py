@@ -18,7 +18,9 @@ NEVER = object()
 
 class Ref:
     def __init__(self) -> None:
-        self.done, self.value, self.error = False, None, None
+        self.done = False
+        self.value: Any = None
+        self.error: Exception | None = None
 
     def end(self, value: Any = None, error: Exception | None = None) -> None:
         if not self.done:  # a call ends once

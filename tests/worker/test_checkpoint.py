@@ -159,7 +159,10 @@ class Flaky:
         return self.call(*args, **more)
 
 
-PASSING = [OSError(errno.EIO, "Input/output error"), ConnectionResetError("reset"), TimeoutError(), OSError(errno.ESTALE, "Stale file handle")]
+PASSING = [
+    OSError(errno.EIO, "Input/output error"), ConnectionResetError("reset"), TimeoutError(),
+    OSError(errno.ESTALE, "Stale file handle"),
+]  # fmt: skip
 
 
 def flaky(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception, times: int) -> Flaky:

@@ -43,7 +43,8 @@ def test_who_shares_no_gpu_starts_side_by_side(
         "_fleet": lambda *args: None,
     }.items():  # fmt: skip
         monkeypatch.setattr(module, name, value)
-    config = run_config(placement={"mode": mode}, rollout={"maxTokens": 16, "engines": 2}, trainer={"steps": 1, "gpus": 2})
+    rollout, trainer = {"maxTokens": 16, "engines": 2}, {"steps": 1, "gpus": 2}
+    config = run_config(placement={"mode": mode}, rollout=rollout, trainer=trainer)
     stage: Any = SimpleNamespace(device=device, bundles={}, options=lambda *args: {})
     began = world.now
     module.start(config, stage, Told(), Roll(Stop()))  # type: ignore[arg-type]
@@ -62,8 +63,9 @@ class Ending:
         self.engine = Actor(world, "engine", close=engine)
         if engine == "dead":
             self.engine.die()
-        parts = SimpleNamespace(close=fleet or (lambda: None), serving=[self.engine])
-        self.crew = Crew(SimpleNamespace(close=stage or (lambda: None)), self.feed, {"policy": [self.rank]}, parts)  # type: ignore[arg-type]
+        engines: Any = SimpleNamespace(close=fleet or (lambda: None), serving=[self.engine])
+        placed: Any = SimpleNamespace(close=stage or (lambda: None))
+        self.crew = Crew(placed, self.feed, {"policy": [self.rank]}, engines)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("engine", "fleet", "stage"), [
@@ -74,10 +76,11 @@ def test_a_finished_run_is_done_whatever_its_actors_do_on_the_way_out(
     world: World, monkeypatch: pytest.MonkeyPatch, engine: Any, fleet: Any, stage: Any
 ) -> None:
     ending = Ending(world, engine, fleet, stage)
-    for name, value in {
+    stands: dict[str, Any] = {
         "_reserve": lambda *args: None, "start": lambda *args: (ending.crew, {}), "_restore": lambda *args: (0, {}),
         "_export": lambda *args: "/out/export", "check_engine_args": lambda config: None,
-    }.items():
+    }  # fmt: skip
+    for name, value in stands.items():
         monkeypatch.setattr(run, name, value)
     stub = SimpleNamespace(begin=lambda *args: None, run=lambda: None, step=4)
     monkeypatch.setattr(loops, "Loop", lambda *args: stub)

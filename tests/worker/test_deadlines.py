@@ -35,8 +35,9 @@ def test_a_long_wait_is_written_in_one_place() -> None:
 
 def _seconds(node: ast.Assign) -> float:
     name, value = ast.unparse(node.targets[0]), node.value
-    timed = isinstance(value, ast.Constant) and isinstance(value.value, float) and ("SECONDS" in name or "DEADLINE" in name)
-    return float(value.value) if timed else 0.0  # type: ignore[attr-defined]
+    if isinstance(value, ast.Constant) and isinstance(value.value, float) and ("SECONDS" in name or "DEADLINE" in name):
+        return value.value
+    return 0.0
 
 
 def test_the_drivers_own_job_says_how_long() -> None:

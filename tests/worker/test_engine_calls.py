@@ -1,4 +1,4 @@
-"""An engine's actor around a core that only pretends: what is held together, what a deadline leaves, what waits for what. No vLLM."""
+"""An engine's actor around a core that only pretends: what is held together, and what a deadline leaves. No vLLM."""
 
 import asyncio
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from tests.worker.samples import a_prompt
 
 
 class Core:
-    """vLLM's front end and core: notes what reaches the core, in order. The first request waits for an answer of the core."""
+    """vLLM's front end and core: notes what reaches the core, in order. The first request asks it something."""
 
     def __init__(self) -> None:
         self.heard: list[str] = []
@@ -56,7 +56,8 @@ class Core:
 def engine(core: Core, staleness: int = 0) -> Engine:
     rollout = {"maxTokens": 16, "staleness": staleness}
     one = Engine(run_config(rollout=rollout, placement={"mode": "Separated"}), 0, "cpu", [0], [], 1)
-    one.llm, one.speech, one._turn = core, SimpleNamespace(text=lambda *_: "made"), core.turn  # type: ignore[assignment, method-assign]
+    one.llm, one._turn = core, core.turn  # type: ignore[assignment, method-assign]
+    one.speech = SimpleNamespace(text=lambda *_: "made")  # type: ignore[assignment]
     return one
 
 
@@ -93,10 +94,11 @@ async def test_a_core_that_does_not_answer_past_a_deadline_hangs(monkeypatch: py
     monkeypatch.setattr(module, "ANSWER_SECONDS", 0.05)
     core = Core()
     core.never, core.hangs = {1}, True
-    with pytest.raises(EngineFailed, match=r"engine 0 hangs: of 2 completions it finished 1 in 0\.05 s, and does not answer"):
+    said = r"engine 0 hangs: of 2 completions it finished 1 in 0\.05 s, and does not answer"
+    with pytest.raises(EngineFailed, match=said):
         await engine(core)._completions(requests(0, 1), 0.05)
     one = engine(core, staleness=1)
-    one._whole = lambda seconds: asyncio.sleep(0)  # type: ignore[assignment, method-assign]
+    one._whole = lambda seconds: asyncio.sleep(0)  # type: ignore[method-assign]
     one.stale = True  # a sync is under way, which has a deadline of its own
     assert await one._completions(requests(1), 0.05) == [None]
 

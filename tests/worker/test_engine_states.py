@@ -1,4 +1,4 @@
-"""What the fleet and the producer answer in each state of an engine (the tables of docs/rollouts.md), without processes."""
+"""What fleet and producer answer in each state of an engine (the tables of docs/rollouts.md), without processes."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import pytest
 from rlhf_worker import calls
 from rlhf_worker.engines import fleet as fleets
 from rlhf_worker.engines.fleet import Fleet
-from rlhf_worker.engines.ledger import Health
+from rlhf_worker.engines.ledger import Event, Health
 from rlhf_worker.errors import DeadlineExceeded, EngineFailed, EnginesLost, EnvironmentFailed
 from rlhf_worker.experience import Prompt, Sample, ScoredSample
 from rlhf_worker.rollout import producer as producers
@@ -50,7 +50,8 @@ class Engines:
         self.starts: Any = None  # what the start of a new one answers
         self.sync = Sync(list(self.actors))
         self.fleet = Fleet(
-            self.actors, self.sync, self.spawn, lambda amiss: None, least=least, start_seconds=2 * START, sleep_seconds=30.0  # type: ignore[arg-type]
+            self.actors, self.sync, self.spawn, lambda amiss: None,  # type: ignore[arg-type]
+            least=least, start_seconds=2 * START, sleep_seconds=30.0,
         )  # fmt: skip
         self.fleet.sync(prove=False)
         self._again()
@@ -73,9 +74,9 @@ class Engines:
     def ping(self) -> None:
         """As `_probe`, which waits: a wait within the clock's own work would move it."""
         for number, health in enumerate(self.fleet.health()):
-            if health in fleets.RUNNING and isinstance(self.fleet.actors[number].does.get("ping"), Exception):  # type: ignore[attr-defined]
-                self.fleet._note(number, fleets.Event.LOST)
-                self.world.kill(self.fleet.actors[number])  # type: ignore[arg-type]
+            if health in fleets.RUNNING and isinstance(self.fleet.actors[number].does.get("ping"), Exception):
+                self.fleet._note(number, Event.LOST)
+                self.world.kill(self.fleet.actors[number])
 
 
 @pytest.fixture
@@ -95,12 +96,14 @@ def bring(engines: Engines, state: Health) -> Actor:
     elif state is not Health.HEALTHY:
         engines.starts = None if state is not Health.DEAD else RuntimeError("no memory")
         world.kill(victim)
-        fleet.lost(victim)  # type: ignore[arg-type]
+        fleet.lost(victim)
     if state in (Health.RESTARTING, Health.STALE):
         fleet._restart()
         world.sleep(START + 4.0 if state is Health.STALE else 4.0)
     assert fleet.health()[1] is state
-    return fleet.actors[1]  # type: ignore[return-value]
+    actor: Any = fleet.actors[1]
+    assert isinstance(actor, Actor)
+    return actor
 
 
 def told() -> Iterator[tuple[str, list[str]]]:
@@ -164,7 +167,7 @@ def test_no_engine_begins_to_load_once_the_others_lend_their_memory(world: World
 
 def test_one_that_does_not_start_in_its_time_is_given_up_and_its_late_answer_changes_nothing(world: World) -> None:
     engines = Engines(world, 2)
-    engines.fleet.lost(engines.actors[1])  # type: ignore[arg-type]
+    engines.fleet.lost(engines.actors[1])
     engines.starts = NEVER
     engines.fleet._restart()
     (late,) = engines.spawned
@@ -172,7 +175,7 @@ def test_one_that_does_not_start_in_its_time_is_given_up_and_its_late_answer_cha
     world.sleep(2 * START + 10.0)
     assert late.dead and len(engines.spawned) == 2
     late.calls[0][2].end()
-    engines.fleet.lost(late)  # type: ignore[arg-type]
+    engines.fleet.lost(late)
     world.sleep(START + 4.0)
     assert engines.fleet.health() == [Health.HEALTHY, Health.STALE]
 
@@ -253,7 +256,8 @@ def test_whatever_an_engine_answers_each_completion_is_made_once(world: World, n
     if not staleness:
         assert [group.prompt.row for group in groups] == [0, 1]
         assert (sizes(one), sizes(other)) == (first, second)
-        assert engines.fleet.health()[0] in ((health,) if health is Health.HEALTHY else (Health.DEAD, Health.RESTARTING))
+        states = (health,) if health is Health.HEALTHY else (Health.DEAD, Health.RESTARTING)
+        assert engines.fleet.health()[0] in states
         assert (one in engines.fleet.serving) == (health is Health.HEALTHY)
 
 
@@ -271,7 +275,8 @@ def test_of_five_hundred_and_twelve_the_five_hundred_that_came_are_kept(world: W
 def test_the_lone_engine_that_finishes_nothing_in_its_deadline_ends_the_run_with_the_field(world: World) -> None:
     rollouts, engines, _ = make(world, 1)
     engines.actors[0].does["generate"] = lambda requests, deadline: completed(requests, len(requests))
-    with pytest.raises(DeadlineExceeded, match=r"0 of 8 completions in spec\.rollout\.deadlineSeconds \(600 s\): raise it"):
+    said = r"0 of 8 completions in spec\.rollout\.deadlineSeconds \(600 s\): raise it"
+    with pytest.raises(DeadlineExceeded, match=said):
         rollouts.take()
 
 
@@ -292,7 +297,7 @@ def test_a_step_waits_for_min_engines_and_goes_on_when_they_are_back(world: Worl
     rollouts, engines, _ = make(world, 4, least=3, staleness=staleness)
     for victim in engines.actors[1:]:
         victim.die()
-        engines.fleet.lost(victim)  # type: ignore[arg-type]
+        engines.fleet.lost(victim)
     start = world.now
     rollouts.take()
     assert world.now - start >= START and len(engines.fleet.serving) == 4 and not engines.fleet.short
@@ -311,7 +316,7 @@ def test_engines_that_fall_below_it_in_the_middle_of_a_step_are_waited_for_too(w
 def test_too_few_that_never_come_back_end_the_run_by_name(world: World) -> None:
     rollouts, engines, _ = make(world, 2, least=2)
     engines.starts = RuntimeError("no memory")
-    engines.fleet.lost(engines.actors[1])  # type: ignore[arg-type]
+    engines.fleet.lost(engines.actors[1])
     with pytest.raises(EnginesLost, match=r"fewer than spec\.rollout\.minEngines \(2\).*no memory"):
         rollouts.take()
 

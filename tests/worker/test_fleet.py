@@ -101,7 +101,8 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Fleet,
             return actor, actor.start.remote()
 
         made.append(Fleet(
-            actors, PretendedSync(list(actors)), spawn, amiss.append, least=least, start_seconds=60.0, sleep_seconds=5.0  # type: ignore[arg-type]
+            actors, PretendedSync(list(actors)), spawn, amiss.append,  # type: ignore[arg-type]
+            least=least, start_seconds=60.0, sleep_seconds=5.0,
         ))  # fmt: skip
         made[-1].sync(prove=False)
         return made[-1], amiss
@@ -228,7 +229,8 @@ class Working(Engine):
     """An engine without vLLM, whose completions wait to be let go."""
 
     def __init__(self) -> None:
-        self.llm, self.index, self.free = self, 0, asyncio.Event()  # type: ignore[assignment]
+        self.llm: Any = self
+        self.index, self.free = 0, asyncio.Event()
 
     async def begin(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -178,7 +178,9 @@ ENGINE_ENDS = [EnginesLost("x"), LinkBroken("x"), DeadlineExceeded("x"), ActorDi
 
 
 @pytest.mark.parametrize("error", ENGINE_ENDS, ids=lambda error: type(error).__name__)
-def test_a_run_whose_last_step_is_trained_needs_its_engines_no_more(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_a_run_whose_last_step_is_trained_needs_its_engines_no_more(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     loop, told = stepping(monkeypatch, error, 3)
     loop._step()
     assert (loop.step, told.steps) == (4, [(4, None)])

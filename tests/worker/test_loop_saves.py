@@ -135,8 +135,9 @@ def test_pods_that_are_to_go_are_given_up_once_saved_and_used_when_they_stay(mon
 
 
 ENDS = [
-    RewardFailed("r"), EnvironmentFailed("e"), EnginesLost("two"), DeadlineExceeded("generation"), BadData("line 7"), BadSpec("late"),
-    EngineFailed("core"), LinkBroken("cable"), SyncMismatch("sum"), ActorLost("feed died"), RuntimeError("what no one foresaw"),
+    RewardFailed("r"), EnvironmentFailed("e"), EnginesLost("two"), DeadlineExceeded("generation"), BadData("line 7"),
+    BadSpec("late"), EngineFailed("core"), LinkBroken("cable"), SyncMismatch("sum"), ActorLost("feed died"),
+    RuntimeError("what no one foresaw"),
 ]  # fmt: skip
 
 
@@ -162,13 +163,14 @@ def test_whatever_ends_a_run_what_it_finished_is_saved(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("error", "half", "gone", "tries", "lost"), [
     (Diverged("nan"), True, None, [2], "step 3 is not saved: the next had begun to train"),
     (DeadlineExceeded("training"), True, None, [2], "step 3 is not saved: the next had begun to train"),
-    (ActorLost("trainer rank 1"), False, ActorLost("trainer rank 1"), [2], "step 3 is not saved: ActorLost: trainer rank 1"),
-    (DeadlineExceeded("forward"), False, DeadlineExceeded("an answer"), [2], "step 3 is not saved: DeadlineExceeded: an answer"),
+    (ActorLost("rank 1"), False, ActorLost("rank 1"), [2], "step 3 is not saved: ActorLost: rank 1"),
+    (DeadlineExceeded("f"), False, DeadlineExceeded("a"), [2], "step 3 is not saved: DeadlineExceeded: a"),
     (Fenced("a later one"), False, None, [2], None),
     (Ended("the job is gone"), False, None, [2], None),
 ])  # fmt: skip
 def test_what_cannot_or_must_not_be_saved_is_told_and_the_save_under_way_ends(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, half: bool, gone: Exception | None, tries: list[int], lost: str | None
+    monkeypatch: pytest.MonkeyPatch, error: Exception, half: bool, gone: Exception | None, tries: list[int],
+    lost: str | None,
 ) -> None:
     made, ranks, told = looping(monkeypatch, full=set())
     step = made._step

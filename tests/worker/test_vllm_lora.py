@@ -51,7 +51,8 @@ class AdapterEngine(PokedEngine):
         await self.pause()
 
     async def end(self) -> list[Sample]:
-        return await self.begun
+        made: list[Sample] = await self.begun
+        return made
 
     async def sleeping(self) -> bool:
         return bool(await self._running().is_sleeping())
@@ -192,7 +193,8 @@ def test_a_dead_engine_comes_back_with_the_newest_adapter(crew: Crew, monkeypatc
     monkeypatch.setattr(fleets, "PROBE_SECONDS", 0.2)
     assert isinstance(crew.fleet, Fleet)
     train(crew)
-    fleet = Fleet(crew.fleet.actors, crew.fleet.weights, crew.fleet._spawn, lambda _: None, least=1)
+    parts = crew.fleet.actors, crew.fleet.weights, crew.fleet._spawn
+    fleet = Fleet(*parts, lambda _: None, least=1, start_seconds=300.0, sleep_seconds=60.0)
     try:
         version = fleet.sync(prove=False).version
         kill(fleet.actors[0])

@@ -133,7 +133,8 @@ def _prove_seats(config: RunConfig, roles: dict[str, list[Any]], engines: list[A
     trainer = sat.pop("policy")
     ranks = call_all(engines, "seats", deadline_seconds=deadline, what="seats of the engines")
     check_seats(config.placement, trainer, ranks, sat)
-    seats = {f"trainer {i}": [str(seat)] for i, seat in enumerate(trainer)} | {f"engine {i}": [str(s) for s in each] for i, each in enumerate(ranks)}
+    seats = {f"trainer {i}": [str(seat)] for i, seat in enumerate(trainer)}
+    seats |= {f"engine {i}": [str(seat) for seat in each] for i, each in enumerate(ranks)}
     seats |= {f"{name} {i}": [str(seat)] for name, each in sat.items() for i, seat in enumerate(each)}
     for name, places in seats.items():
         print(f"{name}: {', '.join(places)}", flush=True)

@@ -26,5 +26,5 @@ def silent_seconds(config: RunConfig) -> float:
 
 
 def sleep_seconds(config: RunConfig) -> float:
-    """For engines to lend their memory: the first time they may have to pin as much of the host's as the weights take."""
+    """For engines to lend their memory: at first they may have to pin as much of the host's as the weights take."""
     return min(SILENT_SECONDS, work_seconds(config) / 4)

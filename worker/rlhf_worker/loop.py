@@ -45,7 +45,7 @@ class Loop:
         self.saved_step = -1
         self.kl = KLController(config.algorithm.kl)
         self._deadline = work_seconds(config)
-        self._trained_in_part = False  # between the first update of a step and its end: the ranks hold no step's weights
+        self._trained_in_part = False  # from a step's first update to its last: the ranks hold no step's weights
         self._step_seconds = 0.0
         self._productive = 0.0  # seconds in steps that count: those of the checkpoint resumed from, and those after it
 
@@ -64,7 +64,7 @@ class Loop:
             self._evaluate()
 
     def run(self) -> None:
-        """To the last step. Raises Terminated, after saving, when asked to stop; anything else after saving what may be."""
+        """To the last step. Raises Terminated when asked to stop, and what else ends it, after saving what may be."""
         try:
             while self.step < self.config.trainer.steps:
                 if self.reporter.drain:
@@ -85,7 +85,7 @@ class Loop:
             raise
 
     def _save_after(self, error: Exception) -> str | None:
-        """What ended the run takes none of its finished steps, where the trainer still holds them. Returns what is lost."""
+        """What ended the run takes no finished step, where the trainer still holds it. Returns what is lost."""
         cause = root_cause(error)
         if isinstance(cause, UNSAVED):
             return None

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 CPU_KV_CACHE_BYTES = 256 << 20
 ANSWER_SECONDS = 30.0  # for a core that is past a deadline: it answers between its steps
-# Calls of `generate` at a time; Ray keeps what is beyond. All other calls are of the default group, on a thread of their
-# own, and wait for none of them.
+# Calls of `generate` at a time; Ray keeps what is beyond. All other calls are of the default group, on a thread of
+# their own, and wait for none of them.
 GROUPS = {"work": 10_000}
 
 
@@ -175,8 +175,8 @@ class Engine(Member):
     async def generate(self, requests: "list[Request]", deadline_seconds: float) -> "list[Sample | None]":
         """One completion a request, in order; None for each that the deadline cut off.
 
-        Raises EnvironmentFailed; EngineFailed once vLLM's core is gone, or answers nothing at the deadline; RuntimeError
-        between a sync that failed and the next one that does not.
+        Raises EnvironmentFailed; EngineFailed once vLLM's core is gone, or answers nothing at the deadline;
+        RuntimeError between a sync that failed and the next one that does not.
 
         Without staleness all requests wait in the queue before the first is scheduled, so that the same requests make the same
         batches, and on one machine the same bits, whatever the timing. With it they join those that run, also over a sync.

@@ -1,8 +1,8 @@
 """The engines of a run: a thread probes them and starts dead ones anew; the loop's own thread takes them back, with a whole sync.
 
-`serving` are those that may be asked for completions. Only the loop's thread changes it: whoever waits for a dead engine
-gets Ray's RayActorError, and tells it here by `lost`. Engines that sleep serve nothing; a whole sync wakes them. What the
-fleet answers in which state of its engines is a table in docs/rollouts.md.
+`serving` are those that may be asked for completions. Only the loop's thread changes it: whoever waits for a dead
+engine gets Ray's RayActorError, and tells it here by `lost`. Engines that sleep serve nothing; a whole sync wakes them.
+What the fleet answers in which state of its engines is a table in docs/rollouts.md.
 """
 
 import sys
@@ -60,7 +60,7 @@ class Fleet:
                 self._note(self.actors.index(actor), Event.LOST)
 
     def sleep(self) -> None:
-        """Engines lend their memory to the trainer, and serve nothing until the next sync: all that run, and those that start.
+        """All that run, or start, lend their memory to the trainer, and serve nothing until the next sync.
 
         One that died or hangs is lost. Raises what `gather` does when no death explains it.
         """
@@ -119,7 +119,7 @@ class Fleet:
         return not self._asleep and self._verdict() is not Verdict.GO
 
     def ensure(self) -> None:
-        """Returns when enough serve: at once, or after those that sleep or start have got the weights. Raises EnginesLost."""
+        """Returns when enough serve: those that sleep or start have got the weights then. Raises EnginesLost."""
         if not self.serving:
             self.sync(prove=False)
         while self._verdict() is not Verdict.GO:
@@ -184,7 +184,8 @@ class Fleet:
             late = time.monotonic() > end
             if late or ray.wait([call], timeout=0)[0]:
                 del self._starting[number]
-                if self._note(number, Event.LOST if late or self._failed(number, call) else Event.STARTED) is Health.DEAD:
+                event = Event.LOST if late or self._failed(number, call) else Event.STARTED
+                if self._note(number, event) is Health.DEAD:
                     ray.kill(self.actors[number])  # it may hold memory, and load on
 
     def _failed(self, number: int, call: Any) -> bool:

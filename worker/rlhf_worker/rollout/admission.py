@@ -19,7 +19,7 @@ from rlhf_worker.experience import Prompt, Sample, ScoredSample
 class Group:
     """One prompt on its way from the data to a step, or to an evaluation.
 
-    `born`: steps that were finished when its generation began; `drawn`: its completions, None where one is still missing.
+    `born`: steps that were finished when its generation began; `drawn`: its completions, None where one is missing.
     """
 
     prompt: Prompt

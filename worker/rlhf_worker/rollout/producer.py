@@ -189,8 +189,10 @@ class Rollouts:
 
         self._calls.append(_Call([engine.generate.remote(requests, deadline)], deadline + LATE_SECONDS, "generation", then, failed))
 
-    def _late(self, engine: ActorHandle, groups: list[Group], tried: frozenset[ActorHandle], asked: int, done: int) -> None:
-        """What a deadline cut off is drawn again; what was finished is kept. An engine that finished nothing was tried."""
+    def _late(
+        self, engine: ActorHandle, groups: list[Group], tried: frozenset[ActorHandle], asked: int, done: int
+    ) -> None:
+        """What a deadline cut off is drawn again, what was finished is kept. Who finished nothing was tried."""
         error = DeadlineExceeded(
             f"an engine finished {done} of {asked} completions in spec.rollout.deadlineSeconds "
             f"({self.config.rollout.deadline_seconds:g} s): raise it, or lower rollout.maxTokens"

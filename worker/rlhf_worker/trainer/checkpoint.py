@@ -39,7 +39,7 @@ from rlhf_worker.trainer.fence import Fence, Writer, standing
 NAME = re.compile(r"step-(\d+)(?:\.(attempt-\d+-[0-9a-f]{8}))?")  # without a writer: made before there was a fence
 STAGED = re.compile(r"\.(?:step-(\d+)|export)(?:\.(attempt-\d+-[0-9a-f]{8}))?\.(?:partial|replaced)")
 RUN, PART, RNG, LATEST = "run.json", "part.json", "rng.pt", "latest"
-# Between tries of storage that fails now. All ranks of a group make as many: a collective is tried again by all of them.
+# Between tries of storage that fails now. All ranks of a group make as many: all of them try a collective again.
 PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 OF_THE_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 POLL_SECONDS = 0.2
