@@ -19,6 +19,7 @@ PositiveInt = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Count = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Seed = Annotated[int, Field(ge=0, le=2**53 - 1)]  # the largest that every JSON reader keeps
 Seconds = Annotated[int, Field(ge=1, le=315_360_000)]
+STALL_TIMEOUT_SECONDS = 3600
 Deadline = Annotated[float, Field(gt=0, le=315_360_000)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9)]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e9)]
@@ -592,7 +593,12 @@ class RunPolicySpec(Model):
     active_deadline_seconds: Seconds | None = Field(None, description="Longest time from the first Running to the end; suspended time is not counted.")
     provisioning_deadline_seconds: Seconds = Field(3600, description="Longest time from the creation of the RayCluster to all of its pods ready; queued time is not counted.")
     reprovisioning_deadline_seconds: Seconds = Field(86400, description="Longest time that a run whose pods were ready once waits for lost ones to be ready again; queued time is not counted.")
-    stall_timeout_seconds: Seconds = Field(3600, description="Longest time in which the run does not get further, by its own account (status.progress.activityTime), while Running.")
+    stall_timeout_seconds: Seconds = Field(
+        STALL_TIMEOUT_SECONDS,
+        description="Longest time in which the run does not get further, by its own account "
+        "(status.progress.activityTime), while Running. The driver's own waits for starts, training, rewards and files "
+        "end before.",
+    )
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=315_360_000)] | None = Field(None, description="Delete the RLHFJob this long after its end.")
     cleanup: CleanupSpec = Field(default_factory=CleanupSpec, description="What becomes of the RayCluster at the end.")
     final_save: bool = Field(False, description="kubectl delete waits until the driver has finished its step and saved, at most finalSaveTimeoutSeconds. A namespace that is deleted waits for nothing.")

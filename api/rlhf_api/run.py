@@ -14,6 +14,7 @@ from pydantic.alias_generators import to_camel
 from rlhf_api.algorithms import Algorithm, fill
 from rlhf_api.base import Model
 from rlhf_api.job import (
+    STALL_TIMEOUT_SECONDS,
     CheckpointSpec,
     CriticSpec,
     DataSpec,
@@ -26,6 +27,7 @@ from rlhf_api.job import (
     RLHFJob,
     RLHFJobSpec,
     RolloutSpec,
+    Seconds,
     TelemetrySpec,
     TrainerSpec,
     WeightSyncSpec,
@@ -61,6 +63,8 @@ class RunConfig(Model):
     checkpoint: CheckpointSpec
     evaluation: list[EvaluationSpec]
     telemetry: TelemetrySpec
+    # Never written: older images would refuse it. The driver reads it from its job.
+    stall_timeout_seconds: Seconds = Field(STALL_TIMEOUT_SECONDS, exclude=True)
 
     @property
     def roles(self) -> dict[str, ModelSpec]:
@@ -118,6 +122,7 @@ def resolve(job: RLHFJob) -> RunConfig:
         model=spec.model, algorithm=fill(spec.algorithm, spec.rollout.max_tokens), data=spec.data, rewards=spec.rewards, critic=_critic(spec), reference=_reference(spec), rollout=spec.rollout,
         trainer=spec.trainer, placement=plan_placement(spec), weight_sync=spec.weight_sync, checkpoint=_checkpoint(spec),
         evaluation=spec.evaluation, telemetry=spec.telemetry,
+        stall_timeout_seconds=spec.run_policy.stall_timeout_seconds,
     )
 
 

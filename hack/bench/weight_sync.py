@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hack.bench.weight_base import SHAPES, local_ray, on, write_model
 from hack.bench.weight_sync_actors import REPEAT, BenchEngine, BenchTrainer, memory, settle
+from rlhf_worker.engines.engine import GROUPS
 
 SHAPES_OF = {"cpu": ["135M"]}
 START_SECONDS, RUN_SECONDS = 300.0, 240.0
@@ -96,7 +97,7 @@ class Fleet:
         if (shape, mode.dtype) not in self.models:
             self.models[shape, mode.dtype] = Path(tempfile.mkdtemp(prefix=f"bench-{shape}-"))
             write_model(self.models[shape, mode.dtype], shape, mode.dtype)
-        made = ray.remote(BenchEngine).options(**mode.options(1)).remote()
+        made = ray.remote(concurrency_groups=GROUPS)(BenchEngine).options(**mode.options(1)).remote()
         self.engines[mode.gpus[1], shape, backend] = made
         return [made.start.remote(backend, model=str(self.models[shape, mode.dtype]), dtype=mode.dtype, device=mode.device)]
 

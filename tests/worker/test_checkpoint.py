@@ -67,7 +67,7 @@ def state(step: int) -> RunState:
 
 
 def saver(root: str | Path, keep: int = 2, expected: tuple[str, ...] = ("policy",), driver: str = "a", leads: bool = True) -> Saver:
-    return Saver(str(root), keep, expected, driver, leads=leads)
+    return Saver(str(root), keep, expected, driver, leads=leads, seconds=60.0)
 
 
 def named(step: int, driver: str = "a", job: str = "", attempt: int = 0) -> str:
@@ -183,6 +183,63 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(root: str, file: str, how: 
     assert f"{root}/{named(9)} is damaged" in words
 
 
+class Flaky:
+    """A call that fails `times` times, and then does what it is for."""
+
+    def __init__(self, call: Any, error: Exception, times: int) -> None:
+        self.call, self.error, self.left, self.tries = call, error, times, 0
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        self.tries += 1
+        if self.left:
+            self.left -= 1
+            raise self.error
+        return self.call(*args, **more)
+
+
+PASSING = [
+    OSError(errno.EIO, "Input/output error"), ConnectionResetError("reset"), TimeoutError(),
+    OSError(errno.ESTALE, "Stale file handle"),
+]  # fmt: skip
+
+
+def flaky(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception, times: int) -> Flaky:
+    call = Flaky(getattr(owner, name), error, times)
+    monkeypatch.setattr(owner, name, lambda *args, **more: call(*args, **more))
+    monkeypatch.setattr(checkpoint, "PAUSES_SECONDS", (0.0, 0.0, 0.0))
+    return call
+
+
+WHERE = [(Store, "measure"), (Store, "read"), (Store, "names"), (checkpoint, "load_tensors")]
+
+
+@pytest.mark.parametrize(("owner", "name"), WHERE)
+@pytest.mark.parametrize("error", PASSING, ids=repr)
+def test_storage_that_fails_for_a_while_is_read_again_and_no_checkpoint_is_passed_over(
+    root: str, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception
+) -> None:
+    saved(root, 7, 9)
+    its = saver(root)
+    its.fence("", 0)
+    call = flaky(monkeypatch, owner, name, error, times=2)
+    assert its.restore(MODEL, {"policy": made(1)}) == Restored(state(9), [], f"{root}/{named(9)}")
+    assert call.tries > 2
+
+
+@pytest.mark.parametrize(("owner", "name"), WHERE)
+def test_storage_that_fails_for_long_ends_the_start_and_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    """No BadData, which is for good, and no older step: the next start finds the newest."""
+    saved(tmp_path, 7, 9)
+    its = saver(tmp_path)
+    its.fence("", 0)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output error"):
+        flaky(patch, owner, name, PASSING[0], times=99)
+        its.restore(MODEL, {"policy": made(1)})
+    assert saver(tmp_path).restore(MODEL, {"policy": made(1)}).state == state(9)
+
+
 def test_when_all_are_damaged_the_run_stops_and_does_not_start_anew(tmp_path: Path) -> None:
     saved(tmp_path, 7)
     spoil(Store(str(tmp_path)), f"{named(7)}/run.json", "cut")
@@ -240,11 +297,11 @@ def test_an_upload_that_breaks_leaves_no_checkpoint(monkeypatch: pytest.MonkeyPa
     assert whole(Store("bucket://models/run")) == [named(1)]
 
 
-def test_a_part_of_an_earlier_driver_is_not_taken_for_this_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_of_an_earlier_driver_is_not_taken_for_this_ones(tmp_path: Path) -> None:
     """The critic has ranks of its own, and its part of a try that died still lies there."""
-    monkeypatch.setattr(checkpoint, "PARTS_DEADLINE_SECONDS", 0.5)
     Store(str(tmp_path)).write(f".{named(1)}.partial/critic/part.json", json.dumps({"driver": "before", "files": {}}).encode())
     its = saver(tmp_path, expected=("policy", "critic"))
+    its.seconds = 0.5
     its.begin(state(1), {"policy": made(0)})
     (outcome,) = its.finished(wait=True)
     assert outcome.error is not None and "critic/part.json did not come in 0.5 s" in outcome.error

@@ -252,7 +252,7 @@ class Driver(threading.Thread):
 
     def __init__(self, root: str, keep: int, attempt: int, name: str, log: list["Event"], saves: int = 3) -> None:
         super().__init__(daemon=True)
-        self.saver = Saver(root, keep, ("policy",), name, leads=True)
+        self.saver = Saver(root, keep, ("policy",), name, leads=True, seconds=60.0)
         self.attempt, self.log, self.saves, self.at = attempt, log, saves, "start"
         self.may_go, self.stands = threading.Semaphore(0), threading.Semaphore(0)
         self.killed = self.over = False

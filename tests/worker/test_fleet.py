@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 
 from rlhf_worker.calls import gather
 from rlhf_worker.engines import fleet as module
+from rlhf_worker.engines.engine import Engine
 from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.engines.ledger import Health
 from rlhf_worker.errors import EnginesLost, LinkBroken
@@ -99,7 +100,10 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Fleet,
             actor = PretenderActor.remote(broken)
             return actor, actor.start.remote()
 
-        made.append(Fleet(actors, PretendedSync(list(actors)), spawn, amiss.append, least=least))  # type: ignore[arg-type]
+        made.append(Fleet(
+            actors, PretendedSync(list(actors)), spawn, amiss.append,  # type: ignore[arg-type]
+            least=least, start_seconds=60.0, sleep_seconds=5.0,
+        ))  # fmt: skip
         made[-1].sync(prove=False)
         return made[-1], amiss
 
@@ -151,8 +155,7 @@ def test_engines_that_sleep_serve_nothing_until_a_sync_reaches_those_that_still_
     assert ray.get([second.held.remote(), second.sleeps.remote()]) == [3, False]
 
 
-def test_sleep_reaches_an_engine_that_came_back_and_goes_on_without_one_that_hangs(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SLEEP_SECONDS", 5.0)
+def test_sleep_reaches_an_engine_that_came_back_and_goes_on_without_one_that_hangs(make: Callable[..., Any]) -> None:
     fleet, amiss = make()
     first, victim = fleet.actors
     kill(victim)
@@ -220,3 +223,34 @@ def test_engines_that_never_start_again_end_the_run_by_name(make: Callable[..., 
     fleet.lost(fleet.actors[1])
     with pytest.raises(EnginesLost, match=r"fewer than spec\.rollout\.minEngines \(2\) engines are left.*engine 1 is dead; engine 1: no memory"):
         fleet.ensure()
+
+
+class Working(Engine):
+    """An engine without vLLM, whose completions wait to be let go."""
+
+    def __init__(self) -> None:
+        self.llm: Any = self
+        self.index, self.free = 0, asyncio.Event()
+
+    async def begin(self) -> None:
+        self._loop = asyncio.get_running_loop()
+
+    async def _completions(self, requests: list[Any], deadline_seconds: float) -> list[Any]:
+        await self.free.wait()
+        assert asyncio.get_running_loop() is self._loop  # vLLM's, whose sockets belong to it
+        return [None]
+
+    async def ping(self) -> None: ...
+
+    async def let_go(self) -> None:
+        self.free.set()
+
+
+def test_control_is_answered_while_more_work_waits_than_may_run() -> None:
+    """Ray's cap is on the calls of a group: what is beyond it waits, and before there were groups pings did too."""
+    actor = ray.remote(num_cpus=0, concurrency_groups={"work": 2})(Working).remote()
+    ray.get(actor.begin.remote())
+    work = [actor.generate.remote([], 60.0) for _ in range(6)]
+    ray.get(actor.ping.remote(), timeout=30)
+    ray.get(actor.let_go.remote(), timeout=30)
+    assert ray.get(work, timeout=30) == [[None]] * 6

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 
 from rlhf_api.run import RunConfig
 from rlhf_worker import loop as module
+from rlhf_worker.errors import DeadlineExceeded, EnginesLost, LinkBroken, SyncMismatch
 from rlhf_worker.experience import PackedBatch, TrainSequence, by_sample
 from rlhf_worker.loop import Loop
 from rlhf_worker.stop import Stop, Terminated
@@ -191,3 +193,56 @@ def test_batches_that_a_model_pads_hold_the_budget_with_their_padding(padded: bo
     ((batches,),) = loop._batches(["policy"], [items])["policy"]
     assert len(batches) == micro_batches
     assert not padded or all(len(batch.indices) * batch.max_length <= 64 for batch in batches)
+
+
+class Unreached(Stand):
+    """Engines that no sync reaches any more."""
+
+    error: Exception = EnginesLost("none came back")
+
+    def sync(self, *, prove: bool) -> Synced:
+        raise self.error
+
+
+def stepping(monkeypatch: pytest.MonkeyPatch, error: Exception, step: int, **spec: Any) -> tuple[Loop, Told]:
+    """One step of four, of which `step` are finished, to its sync."""
+    stand = Unreached()
+    stand.error = error
+    monkeypatch.setattr(module, "gather", lambda calls, *rest: calls)
+    monkeypatch.setattr(module, "call", lambda *args, **more: None)
+    loop, told = looping(run_config(**spec), stand, Stop())
+    loop.step = step
+    return loop, told
+
+
+ENGINE_ENDS = [EnginesLost("x"), LinkBroken("x"), DeadlineExceeded("x"), ActorDiedError()]
+
+
+@pytest.mark.parametrize("error", ENGINE_ENDS, ids=lambda error: type(error).__name__)
+def test_a_run_whose_last_step_is_trained_needs_its_engines_no_more(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    loop, told = stepping(monkeypatch, error, 3)
+    loop._step()
+    assert (loop.step, told.steps) == (4, [(4, None)])
+
+
+@pytest.mark.parametrize(("error", "step", "spec"), [
+    (EnginesLost("x"), 2, {}), (SyncMismatch("x"), 3, {}), (RuntimeError("a bug"), 3, {}),
+    (EnginesLost("x"), 3, {"evaluation": [{"name": "e", "data": {"jsonl": {"path": "/x"}}}]}),
+])  # fmt: skip
+def test_before_that_a_sync_that_fails_ends_the_run_after_the_step_that_it_was_of(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, step: int, spec: dict[str, Any]
+) -> None:
+    loop, _ = stepping(monkeypatch, error, step, **spec)
+    with pytest.raises(type(error)):
+        loop._step()
+    assert (loop.step, loop._trained_in_part) == (step + 1, False)
+
+
+def test_a_step_that_fails_in_training_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, _ = stepping(monkeypatch, RuntimeError(), 2)
+    monkeypatch.setattr(loop, "_train", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loop._step()
+    assert (loop.step, loop._trained_in_part) == (2, True)

@@ -9,9 +9,23 @@ import pytest
 from rlhf_api.job import BestSpec
 from rlhf_worker import loop as module
 from rlhf_worker.best import Best
-from rlhf_worker.errors import SaveFailed
+from rlhf_worker.errors import (
+    ActorLost,
+    BadData,
+    BadSpec,
+    DeadlineExceeded,
+    Diverged,
+    EngineFailed,
+    EnginesLost,
+    EnvironmentFailed,
+    Fenced,
+    LinkBroken,
+    RewardFailed,
+    SaveFailed,
+    SyncMismatch,
+)
 from rlhf_worker.loop import Loop
-from rlhf_worker.stop import Stop, Terminated
+from rlhf_worker.stop import Ended, Stop, Terminated
 from rlhf_worker.trainer.checkpoint import Outcome
 from tests.worker.configs import run_config
 
@@ -23,8 +37,13 @@ class Ranks:
         self.full = full
         self.tries: list[int] = []
         self.ended: list[Outcome] = []
+        self.gone: Exception | None = None  # of a rank that died, or is at something for ever
 
-    def all(self, actors: Any, method: str, step: int, *rest: Any, **more: Any) -> list[Any]:
+    def all(self, actors: Any, method: str, step: int = 0, *rest: Any, **more: Any) -> list[Any]:
+        if method == "seat":
+            if self.gone is not None:
+                raise self.gone
+            return []
         if method == "saved":
             told, self.ended = self.ended, []
             return [told]
@@ -138,3 +157,77 @@ def test_pods_that_are_to_go_are_given_up_once_saved_and_used_when_they_stay(mon
     made.run()
     assert (ranks.tries, told.good) == ([2, 3, 4, 6], [2, 3, 4, 6])
     assert [words["state"] for words in told.words if "state" in words] == ["Draining", "Drained", "Training"]
+
+
+ENDS = [
+    RewardFailed("r"), EnvironmentFailed("e"), EnginesLost("two"), DeadlineExceeded("generation"), BadData("line 7"),
+    BadSpec("late"), EngineFailed("core"), LinkBroken("cable"), SyncMismatch("sum"), ActorLost("feed died"),
+    RuntimeError("what no one foresaw"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", ENDS, ids=lambda error: type(error).__name__)
+def test_whatever_ends_a_run_what_it_finished_is_saved(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Also when that error is an actor's, which every wait is told of until it ends the run."""
+    made, ranks, told = looping(monkeypatch, full=set())
+    step = made._step
+
+    def until_the_fourth() -> None:
+        if made.step == 3:
+            made.stop.lose(error)
+            raise error
+        step()
+
+    monkeypatch.setattr(made, "_step", until_the_fourth)
+    with pytest.raises(type(error), match=str(error)):
+        made.run()
+    made.stop.interrupt()
+    assert (ranks.tries, told.good, getattr(error, "__notes__", [])) == ([2, 3], [2, 3], [])
+
+
+@pytest.mark.parametrize(("error", "half", "gone", "tries", "lost"), [
+    (Diverged("nan"), True, None, [2], "step 3 is not saved: the next had begun to train"),
+    (DeadlineExceeded("training"), True, None, [2], "step 3 is not saved: the next had begun to train"),
+    (ActorLost("rank 1"), False, ActorLost("rank 1"), [2], "step 3 is not saved: ActorLost: rank 1"),
+    (DeadlineExceeded("f"), False, DeadlineExceeded("a"), [2], "step 3 is not saved: DeadlineExceeded: a"),
+    (Fenced("a later one"), False, None, [2], None),
+    (Ended("the job is gone"), False, None, [2], None),
+])  # fmt: skip
+def test_what_cannot_or_must_not_be_saved_is_told_and_the_save_under_way_ends(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, half: bool, gone: Exception | None, tries: list[int],
+    lost: str | None,
+) -> None:
+    made, ranks, told = looping(monkeypatch, full=set())
+    step = made._step
+
+    def until_the_fourth() -> None:
+        if made.step == 3:
+            made._trained_in_part, ranks.gone = half, gone
+            raise error
+        step()
+
+    monkeypatch.setattr(made, "_step", until_the_fourth)
+    with pytest.raises(type(error), match=str(error)):
+        made.run()
+    assert (ranks.tries, told.good) == (tries, [2])
+    assert getattr(error, "__notes__", []) == ([lost] if lost else [])
+
+
+def test_a_save_under_way_is_waited_for_when_the_next_step_diverges(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, ranks, told = looping(monkeypatch, full=set())
+    step, tell = made._step, ranks.all
+
+    def slow(actors: Any, method: str, *args: Any, **more: Any) -> list[Any]:
+        return [[]] if (method, args) == ("saved", (False,)) else tell(actors, method, *args, **more)
+
+    def until_the_third() -> None:
+        if made.step == 2:
+            made._trained_in_part = True
+            raise Diverged("nan")
+        step()
+
+    monkeypatch.setattr(module, "call_all", slow)
+    monkeypatch.setattr(made, "_step", until_the_third)
+    with pytest.raises(Diverged):
+        made.run()
+    assert told.good == [2] and made.saved_step == 2

@@ -15,6 +15,7 @@ from rlhf_worker import crew as crews
 from rlhf_worker.calls import call, gather
 from rlhf_worker.crew import Crew
 from rlhf_worker.engines import fleet as fleets
+from rlhf_worker.engines.engine import GROUPS
 from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.engines.ledger import Health
 from rlhf_worker.errors import SyncMismatch
@@ -50,7 +51,8 @@ class AdapterEngine(PokedEngine):
         await self.pause()
 
     async def end(self) -> list[Sample]:
-        return await self.begun
+        made: list[Sample] = await self.begun
+        return made
 
     async def sleeping(self) -> bool:
         return bool(await self._running().is_sleeping())
@@ -67,7 +69,7 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
         rewards=[{"name": "r", "type": "python", "function": "tests.worker.reward_functions:length"}],
     )
     with pytest.MonkeyPatch.context() as patch, local_ray(config, verbose=False):
-        patch.setattr(crews, "RemoteEngine", ray.remote(AdapterEngine))
+        patch.setattr(crews, "RemoteEngine", ray.remote(concurrency_groups=GROUPS)(AdapterEngine))
         made = crews.start(config, reserve(config.placement, Patience(60, lambda: True), name="lora"), ConsoleReporter(config), Roll(Stop()))[0]
         made.fleet.close()
         yield made
@@ -191,7 +193,8 @@ def test_a_dead_engine_comes_back_with_the_newest_adapter(crew: Crew, monkeypatc
     monkeypatch.setattr(fleets, "PROBE_SECONDS", 0.2)
     assert isinstance(crew.fleet, Fleet)
     train(crew)
-    fleet = Fleet(crew.fleet.actors, crew.fleet.weights, crew.fleet._spawn, lambda _: None, least=1)
+    parts = crew.fleet.actors, crew.fleet.weights, crew.fleet._spawn
+    fleet = Fleet(*parts, lambda _: None, least=1, start_seconds=300.0, sleep_seconds=60.0)
     try:
         version = fleet.sync(prove=False).version
         kill(fleet.actors[0])

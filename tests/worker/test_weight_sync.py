@@ -17,6 +17,7 @@ from rlhf_worker import crew as crews
 from rlhf_worker.calls import call, call_all
 from rlhf_worker.crew import Crew
 from rlhf_worker.engines import fleet as fleets
+from rlhf_worker.engines.engine import GROUPS
 from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.errors import ActorLost, SyncMismatch
 from rlhf_worker.experience import Prompt
@@ -78,7 +79,7 @@ def roll(stop: Stop) -> Iterator[Roll]:
 def crew(config: RunConfig, roll: Roll) -> Iterator[Crew]:
     """One for all tests, in the order in which they lose engines."""
     with pytest.MonkeyPatch.context() as patch, local_ray(config, verbose=False):
-        patch.setattr(crews, "RemoteEngine", ray.remote(PokedEngine))
+        patch.setattr(crews, "RemoteEngine", ray.remote(concurrency_groups=GROUPS)(PokedEngine))
         patch.setattr(fleets, "AFTER_FAILED_SYNC_SECONDS", DEADLINE)
         stage = reserve(config.placement, Patience(60, lambda: True), name="weight-sync")
         roll.watch()

@@ -1,12 +1,16 @@
 """Every actor of a run: started side by side, loaded, connected, and proven to sit where the plan says."""
 
+import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ray.actor import ActorHandle
 
+from rlhf_api.job import PlacementMode
 from rlhf_api.run import TRAINED, RunConfig
-from rlhf_worker.calls import call, call_all, gather
+from rlhf_worker.calls import answering, call, call_all, gather, root_cause
+from rlhf_worker.deadlines import sleep_seconds, work_seconds
 from rlhf_worker.engines.engine import RemoteEngine
 from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.engines.hosts import Hosts
@@ -19,7 +23,6 @@ from rlhf_worker.trainer.policy import RemotePolicy
 from rlhf_worker.weights.backends import choose
 from rlhf_worker.weights.sync import WeightSync
 
-START_DEADLINE_SECONDS = 1800.0
 CLOSE_DEADLINE_SECONDS = 60.0
 FEED_THREADS = 4  # so that prompts and metrics do not wait for slow rewards
 
@@ -51,18 +54,19 @@ def start(config: RunConfig, stage: Stage, reporter: Reporter, roll: Roll) -> tu
     feed = RemoteFeed.options(max_concurrency=FEED_THREADS, **stage.options(config.placement.trainer_slots[0], 0.0)).remote(config)
     ranks, engines = _roles(config, stage), [_engine(config, stage, index) for index in range(len(config.placement.engine_slots))]
     _enrol(roll, config, feed, ranks, engines)
-    groups = list({group[0]: group for group in ranks.values()}.values())
+    groups, deadline = list({group[0]: group for group in ranks.values()}.values()), work_seconds(config)
     prepared = [engine.prepare.remote(backend) for engine in engines]
-    gather([feed.open.remote(), *(call for group in groups for call in _join(group)), *prepared], START_DEADLINE_SECONDS, "start of feed, trainer and engines")
+    joined = [call for group in groups for call in _join(group, deadline)]
+    gather([feed.open.remote(), *joined, *prepared], deadline, "start of feed, trainer and engines")
     preflight(groups, feed, reporter)
     reporter.update(detail="loading models")
     started = [engine.start.remote(backend) for engine in engines]
-    if stage.device == "cuda":
+    if stage.device == "cuda" and config.placement.mode is PlacementMode.COLOCATED:
         # Sharing a GPU, vLLM measures its free memory while it starts: the trainer takes its own after that.
-        gather(started, START_DEADLINE_SECONDS, "start of engines")
+        gather(started, deadline, "start of engines")
         started = []
     loads = [rank.load.remote() for group in groups for rank in group]
-    answers = gather([*loads, *started], START_DEADLINE_SECONDS, "start")[: len(loads)]
+    answers = gather([*loads, *started], deadline, "start")[: len(loads)]
     batchings = [one for answer in answers for one in answer.items()]
     for words in dict.fromkeys(f"{name}: {batching.words}" for name, batching in batchings):
         print(words, flush=True)
@@ -94,7 +98,10 @@ def _fleet(config: RunConfig, stage: Stage, policy: list[Any], engines: list[Any
     sync = WeightSync(config, policy, engines, backend)
     reporter.update(detail=f"connecting the weight sync ({backend})")
     sync.connect()
-    return Fleet(engines, sync, spawn, reporter.engines, least=config.rollout.min_engines)
+    return Fleet(
+        engines, sync, spawn, reporter.engines, least=config.rollout.min_engines,
+        start_seconds=work_seconds(config), sleep_seconds=sleep_seconds(config),
+    )  # fmt: skip
 
 
 def _roles(config: RunConfig, stage: Stage) -> dict[str, list[Any]]:
@@ -121,26 +128,36 @@ def _engine(config: RunConfig, stage: Stage, index: int) -> ActorHandle:
     return RemoteEngine.options(**options).remote(config, index, stage.device, bundles, stage.visible(slots[0]), threads[slots[0]])
 
 
-def _join(group: list[Any]) -> list[Any]:
-    address = call(group[0], "address", deadline_seconds=START_DEADLINE_SECONDS, what="start of the trainer")
+def _join(group: list[Any], deadline: float) -> list[Any]:
+    address = call(group[0], "address", deadline_seconds=deadline, what="start of the trainer")
     return [rank.join.remote(address) for rank in group]
 
 
 def _prove_seats(config: RunConfig, roles: dict[str, list[Any]], engines: list[Any]) -> dict[str, list[str]]:
     """Host and GPU of every role, by name. Raises PlacementFailed."""
-    sat = {name: call_all(roles[name], "seat", deadline_seconds=START_DEADLINE_SECONDS, what=f"seats of {name}") for name in ("policy", *config.placement.role_slots)}
+    own, deadline = ("policy", *config.placement.role_slots), work_seconds(config)
+    sat = {name: call_all(roles[name], "seat", deadline_seconds=deadline, what=f"seats of {name}") for name in own}
     trainer = sat.pop("policy")
-    ranks = call_all(engines, "seats", deadline_seconds=START_DEADLINE_SECONDS, what="seats of the engines")
+    ranks = call_all(engines, "seats", deadline_seconds=deadline, what="seats of the engines")
     check_seats(config.placement, trainer, ranks, sat)
-    seats = {f"trainer {i}": [str(seat)] for i, seat in enumerate(trainer)} | {f"engine {i}": [str(s) for s in own] for i, own in enumerate(ranks)}
-    seats |= {f"{name} {i}": [str(seat)] for name, own in sat.items() for i, seat in enumerate(own)}
+    seats = {f"trainer {i}": [str(seat)] for i, seat in enumerate(trainer)}
+    seats |= {f"engine {i}": [str(seat) for seat in each] for i, each in enumerate(ranks)}
+    seats |= {f"{name} {i}": [str(seat)] for name, each in sat.items() for i, seat in enumerate(each)}
     for name, places in seats.items():
         print(f"{name}: {', '.join(places)}", flush=True)
     return seats
 
 
 def close(crew: Crew) -> None:
-    """Best effort: whatever is left dies with the driver's Ray job."""
-    crew.fleet.close()
-    gather([actor.close.remote() for actor in {crew.feed, *crew.fleet.serving, *(actor for ranks in crew.ranks.values() for actor in ranks)}], CLOSE_DEADLINE_SECONDS, "close")
-    crew.stage.close()
+    """Of a run that is done, which nothing here takes back. What does not end dies with the driver's Ray job."""
+    for end in (crew.fleet.close, partial(_close_actors, crew), crew.stage.close):
+        try:
+            end()
+        except Exception as error:
+            print(f"after the end of the run: {root_cause(error)}", file=sys.stderr, flush=True)
+
+
+def _close_actors(crew: Crew) -> None:
+    actors = {crew.feed, *crew.fleet.serving, *(actor for ranks in crew.ranks.values() for actor in ranks)}
+    if left := len(actors) - len(answering(list(actors), "close", deadline_seconds=CLOSE_DEADLINE_SECONDS)):
+        print(f"after the end of the run: {left} of {len(actors)} actors did not close", file=sys.stderr, flush=True)

@@ -47,10 +47,14 @@ def mapped(node: Any, volumes: Mapping[str, str]) -> Any:
 def configure(path: Path, volumes: Mapping[str, str], steps: int | None = None) -> RunConfig:
     """Raises BadSpec with everything that is wrong with the manifest."""
     try:
-        config = RunConfig.model_validate(mapped(resolve(load_job(path)).to_dict(), volumes))
+        run = resolve(load_job(path))
+        config = RunConfig.model_validate(mapped(run.to_dict(), volumes))
     except InvalidJob as error:
         raise BadSpec("; ".join(error.problems)) from error
-    return config if steps is None else config.model_copy(update={"trainer": config.trainer.model_copy(update={"steps": steps})})
+    changes: dict[str, Any] = {"stall_timeout_seconds": run.stall_timeout_seconds}
+    if steps is not None:
+        changes["trainer"] = config.trainer.model_copy(update={"steps": steps})
+    return config.model_copy(update=changes)
 
 
 def local(path: Path, volumes: Mapping[str, str], steps: int | None = None, verbose: bool = False) -> Result:

@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from ray.exceptions import RayError
 
 from rlhf_api.run import RunConfig
 from rlhf_worker.algorithm import custom
@@ -21,9 +22,10 @@ from rlhf_worker.algorithm.control import KLController
 from rlhf_worker.algorithm.correction import alarm, summary
 from rlhf_worker.algorithm.shape import Shaped, passes, shape
 from rlhf_worker.best import Best
-from rlhf_worker.calls import ask, call, call_all, gather
+from rlhf_worker.calls import ask, call, call_all, gather, root_cause
 from rlhf_worker.crew import Crew
-from rlhf_worker.errors import SaveFailed
+from rlhf_worker.deadlines import silent_seconds, work_seconds
+from rlhf_worker.errors import DeadlineExceeded, EnginesLost, Fenced, LinkBroken, SaveFailed
 from rlhf_worker.experience import (
     PackedBatch,
     ScoredSample,
@@ -39,11 +41,11 @@ from rlhf_worker.progress import Reporter, drained
 from rlhf_worker.rewards.normalization import training_rewards
 from rlhf_worker.rollout.evaluation import evaluate
 from rlhf_worker.rollout.producer import Rollouts
-from rlhf_worker.stop import Stop, Terminated
+from rlhf_worker.stop import Ended, Stop, Terminated
 from rlhf_worker.weights.sync import Synced
 
-TRAIN_DEADLINE_SECONDS = 7200.0
-FILE_DEADLINE_SECONDS = 3600.0
+UNSAVED = (Fenced, SaveFailed, Ended)  # ends after which a save was refused, was tried, or is wanted by nobody
+OF_ENGINES = (DeadlineExceeded, EnginesLost, LinkBroken, RayError)
 
 
 class Loop:
@@ -59,6 +61,8 @@ class Loop:
         self.kl = KLController(config.algorithm.kl)
         self.advantage = custom.advantage(config)
         self.best = Best(config.checkpoint.best)
+        self._deadline = work_seconds(config)
+        self._trained_in_part = False  # from a step's first update to its last: the ranks hold no step's weights
         self._step_seconds = 0.0
         self._productive = 0.0  # seconds in steps that count: those of the checkpoint resumed from, and those after it
 
@@ -78,7 +82,7 @@ class Loop:
             self.best.require(self._evaluate(), evaluated=True)
 
     def run(self) -> None:
-        """To the last step. Raises Terminated, after saving, when asked to stop."""
+        """To the last step. Raises Terminated when asked to stop, and what else ends it, after saving what may be."""
         try:
             while self.step < self.config.trainer.steps:
                 if self.reporter.drain:
@@ -94,6 +98,32 @@ class Loop:
             self.reporter.update(detail=f"{error}: saving step {self.step}")
             self.save()
             raise
+        except Exception as error:
+            if lost := self._save_after(error):
+                root_cause(error).add_note(lost)
+            raise
+
+    def _save_after(self, error: Exception) -> str | None:
+        """What ended the run takes no finished step, where the trainer still holds it. Returns what is lost."""
+        cause = root_cause(error)
+        if isinstance(cause, UNSAVED):
+            return None
+        self.reporter.update(detail=f"{type(cause).__name__}: saving step {self.step}")
+        self.stop.outlive()
+        try:
+            if not self._trained_in_part:
+                self._ask_trainer()
+                self.save()
+            elif words := self._told_of_saves(wait=True):  # of those before
+                return words
+        except Exception as failed:
+            return f"step {self.step} is not saved: {type(failed).__name__}: {failed}"
+        return None if self.step == self.saved_step else f"step {self.step} is not saved: the next had begun to train"
+
+    def _ask_trainer(self) -> None:
+        """Returns when every rank is at nothing: it answers in the order of its calls."""
+        patience = silent_seconds(self.config)
+        call_all(self.crew.savers, "seat", deadline_seconds=patience, what="an answer of the trainer")
 
     def _step(self) -> None:
         start, timer, number = time.monotonic(), PhaseTimer(), self.step + 1
@@ -111,9 +141,14 @@ class Loop:
             with self._phase(timer, "shape"):  # 3. Advantages, returns, and each token's weight in the loss.
                 shaped = self._shape(sequences, scored, updates)
         with self._phase(timer, "train"):  # 4. Optimizer updates: the critic's, then the policy's.
+            self._trained_in_part = True
             trained = self._train(number, shaped)
-        with self._phase(timer, "sync"):  # 5. The new weights into the engines.
-            synced = self._sync(number)
+        try:
+            with self._phase(timer, "sync"):  # 5. The new weights into the engines.
+                synced = self._sync(number)
+        except Exception:
+            self._finished(number, time.monotonic() - start)  # but for its engines
+            raise
         self._finished(number, time.monotonic() - start)  # 6. The step is finished.
         self._report(scored, trained | shaped.metrics | self.rollouts.metrics, synced, timer, time.monotonic() - start)
         if self.config.telemetry.keeps_rollouts(number):
@@ -128,12 +163,17 @@ class Loop:
         self.reporter.active()
 
     def _sync(self, number: int) -> Synced | None:
-        """None when the run is asked to end: a checkpoint needs no engine, and the time to make it may be short."""
+        """None when no engine is needed any more: the run is asked to end, or has nothing left to generate."""
         verify = self.config.weight_sync
         try:
             with self.stop.abandonable():
                 return self.crew.fleet.sync(prove=verify.verify and number % verify.verify_every_steps == 0)
         except Terminated:
+            return None
+        except OF_ENGINES as error:
+            if number < self.config.trainer.steps or self.config.evaluation:
+                raise
+            print(f"the last weights did not reach the engines: {root_cause(error)}", file=sys.stderr, flush=True)
             return None
 
     def _evaluate(self) -> dict[str, float]:
@@ -196,7 +236,7 @@ class Loop:
     def _answers(self, what: str, asked: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Of every rank that was asked. Roles with GPUs of their own work side by side, and generation goes on meanwhile."""
         calls = [one for group in asked.values() for one in group]
-        answers = iter(gather(calls, TRAIN_DEADLINE_SECONDS, f"{what} ({', '.join(asked)})", self.rollouts.pump))
+        answers = iter(gather(calls, self._deadline, f"{what} ({', '.join(asked)})", self.rollouts.pump))
         return {name: [next(answers) for _ in group] for name, group in asked.items()}
 
     def _finished(self, number: int, seconds: float) -> None:
@@ -205,6 +245,7 @@ class Loop:
         self.step = number
         self.best.finished()
         self.memory = {"pending": pending, "kl": self.kl.state(), "productive_seconds": round(self._productive, 1)}
+        self._trained_in_part = False
 
     def save(self) -> None:
         """A whole checkpoint of the last finished step is there when this returns. Raises SaveFailed."""
@@ -217,7 +258,7 @@ class Loop:
         if self.step != self.saved_step:
             given = self.step, self.sampler, self.memory | self.best.saved()
             with self.reporter.bounded():
-                call_all(self.crew.savers, "save", *given, deadline_seconds=FILE_DEADLINE_SECONDS, what="checkpoint")
+                call_all(self.crew.savers, "save", *given, deadline_seconds=self._deadline, what="checkpoint")
             self.saved_step = self.step
 
     def _told_of_saves(self, *, wait: bool) -> str | None:
@@ -226,7 +267,7 @@ class Loop:
         # Every rank is asked: one that died ends the wait for the others, which would last as long as a collective's.
         savers, what = self.crew.savers, "end of a checkpoint"
         with self.reporter.bounded():
-            outcomes = call_all(savers, "saved", wait, deadline_seconds=FILE_DEADLINE_SECONDS, what=what)[0]
+            outcomes = call_all(savers, "saved", wait, deadline_seconds=self._deadline, what=what)[0]
         for outcome in outcomes:
             error = f"no checkpoint of step {outcome.step}: {outcome.error}" if outcome.error else None
             if error:
@@ -266,7 +307,7 @@ class Loop:
         self.reporter.stepped(self.step, values, eta_seconds=left, synced=synced)
 
     def _feed(self, method: str, *args: Any) -> Any:
-        return call(self.crew.feed, method, *args, deadline_seconds=FILE_DEADLINE_SECONDS, what=f"{method} of the feed")
+        return call(self.crew.feed, method, *args, deadline_seconds=self._deadline, what=f"{method} of the feed")
 
 
 def step_metrics(scored: list[ScoredSample], phases: dict[str, float], seconds: float) -> dict[str, float]:

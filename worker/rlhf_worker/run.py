@@ -27,12 +27,13 @@ from rlhf_api.run import RunConfig
 from rlhf_worker.advice import advice
 from rlhf_worker.calls import call, call_all, root_cause
 from rlhf_worker.crew import Crew, close, start
+from rlhf_worker.deadlines import work_seconds
 from rlhf_worker.engines.arguments import check_engine_args
 from rlhf_worker.errors import BadData, BadSpec
 from rlhf_worker.hub import fetch
 from rlhf_worker.placement import Patience, Stage, reserve
 from rlhf_worker.pod import attempt, head
-from rlhf_worker.pod.job import POD_UID, OwnJob, in_cluster_client
+from rlhf_worker.pod.job import POD_UID, OwnJob, in_cluster_client, stall_timeout
 from rlhf_worker.pod.kept_log import KeptLog
 from rlhf_worker.pod.notices import Notices, listening
 from rlhf_worker.pod.reports import StatusReporter
@@ -46,7 +47,6 @@ EXIT_FAILED = 1
 # Both count only while all pods are ready: before that, the operator's clocks do.
 RAY_DEADLINE_SECONDS = 300.0
 PLACEMENT_DEADLINE_SECONDS = 600.0
-FILE_DEADLINE_SECONDS = 3600.0
 TERMINATION_LOG = Path("/dev/termination-log")
 LAST_WORDS_BYTES = 3000
 
@@ -144,14 +144,15 @@ def _reserve(config: RunConfig, reporter: Reporter, stop: Stop) -> Stage:
 def _restore(config: RunConfig, crew: Crew, reporter: Reporter, number: int) -> tuple[int, dict[str, Any]]:
     """Finished steps of the newest checkpoint, 0 for a new run, and the loop's memory. Raises BadData, Fenced."""
     reporter.update(detail="looking for a checkpoint")
-    fence = config.job.uid, number
-    call_all(crew.savers, "fence", *fence, deadline_seconds=FILE_DEADLINE_SECONDS, what="fence of the checkpoints")
-    restored = call_all(crew.savers, "restore", deadline_seconds=FILE_DEADLINE_SECONDS, what="restore")[0]
+    fence, deadline = (config.job.uid, number), work_seconds(config)
+    call_all(crew.savers, "fence", *fence, deadline_seconds=deadline, what="fence of the checkpoints")
+    restored = call_all(crew.savers, "restore", deadline_seconds=deadline, what="restore")[0]
     for words in restored.passed_over:
         print(words, file=sys.stderr, flush=True)
     state = restored.state
     step = state.step if state else 0
-    call(crew.feed, "begin", step, state.sampler if state else None, deadline_seconds=FILE_DEADLINE_SECONDS, what="start of the data")
+    sampler = state.sampler if state else None
+    call(crew.feed, "begin", step, sampler, deadline_seconds=deadline, what="start of the data")
     reporter.resumed(step, restored.path, restored.passed_over)
     return step, state.loop if state else {}
 
@@ -161,7 +162,7 @@ def _export(config: RunConfig, crew: Crew, reporter: Reporter) -> str | None:
         return None
     reporter.update(detail="exporting the model")
     paths: list[str] = [
-        call_all(crew.policy, "export", best, deadline_seconds=FILE_DEADLINE_SECONDS, what="export")[0]
+        call_all(crew.policy, "export", best, deadline_seconds=work_seconds(config), what="export")[0]
         for best in ([False, True] if config.checkpoint.best else [False])
     ]
     for path in paths:
@@ -261,7 +262,9 @@ def run(path: Path, log: KeptLog) -> None:
     except (OSError, YAMLError, ValidationError) as error:
         raise BadSpec(f"run config {path}: {error}") from error
     own, pod_uid = OwnJob(config.job, in_cluster_client()), os.environ.get(POD_UID, "")
-    reporter = StatusReporter(config, own, attempt.first_look(own, stop), stop, pod_uid)
+    seen = attempt.first_look(own, stop)
+    config = config.model_copy(update={"stall_timeout_seconds": stall_timeout(seen)})
+    reporter = StatusReporter(config, own, seen, stop, pod_uid)
     try:
         with reporter.bounded():
             reporter.update(detail="waiting for the operator to number this attempt")

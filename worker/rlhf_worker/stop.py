@@ -58,6 +58,10 @@ class Stop:
         """Something died without which nothing that is under way can end: whoever waits is told, by this error."""
         self._lost = error
 
+    def outlive(self) -> None:
+        """It was told: what can still be done without it is not interrupted."""
+        self._lost = None
+
     def interrupt(self) -> None:
         """Raises Terminated if asked while what runs may be dropped; Ended, and what was lost, in any case."""
         if self._may_abandon or self._ended or self._lost:

@@ -17,10 +17,11 @@ import ray
 from pydantic import ValidationError
 
 from rlhf_api.run import RunConfig
+from rlhf_worker.deadlines import silent_seconds
 from rlhf_worker.engines.adapters import Adapters, adapter_args, version_of
 from rlhf_worker.engines.arguments import check_attention, check_context, check_engine_args, check_known, needed_context, refused
 from rlhf_worker.engines.pulse import Pulse, stopped
-from rlhf_worker.errors import DeadlineExceeded, EngineFailed
+from rlhf_worker.errors import EngineFailed
 from rlhf_worker.hub import ensure
 from rlhf_worker.placement import Seat
 from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, require_path
@@ -38,7 +39,10 @@ if TYPE_CHECKING:
     from rlhf_worker.weights.compare import EngineSums
 
 CPU_KV_CACHE_BYTES = 256 << 20
-SILENT_SECONDS = 300.0  # more than any step takes, also the first of a kind, for which vLLM may compile
+ANSWER_SECONDS = 30.0  # for a core that is past a deadline: it answers between its steps
+# Calls of `generate` at a time; Ray keeps what is beyond. All other calls are of the default group, on a thread of
+# their own, and wait for none of them.
+GROUPS = {"work": 10_000}
 
 
 class Engine(Member):
@@ -61,6 +65,7 @@ class Engine(Member):
         self.adapters: Adapters | None = None  # with model.lora
         self.adapter_args: dict[str, Any] = {}
         self._requests = 0
+        self._gate = asyncio.Lock()  # from a batch's hold to its resume no sync begins
         self._pulse = Pulse(lambda: self._running().is_paused())
 
     async def prepare(self, backend: str) -> None:
@@ -78,6 +83,7 @@ class Engine(Member):
     async def start(self, backend: str) -> str:
         """Load the model into vLLM. Returns vLLM's version. Raises BadSpec."""
         await self.prepare(backend)
+        self._loop = asyncio.get_running_loop()
         import vllm
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -170,36 +176,59 @@ class Engine(Member):
         found: list[Seat] = await self._running().collective_rpc(_worker_seat)
         return found
 
-    async def generate(self, requests: "list[Request]", deadline_seconds: float) -> "list[Sample]":
-        """One completion a request, in order. Raises DeadlineExceeded, EnvironmentFailed; EngineFailed once vLLM's core is gone.
+    @ray.method(concurrency_group="work")  # type: ignore[untyped-decorator]
+    async def generate(self, requests: "list[Request]", deadline_seconds: float) -> "list[Sample | None]":
+        """One completion a request, in order; None for each that the deadline cut off.
 
-        Raises RuntimeError between a sync that failed and the next one that does not.
+        Raises EnvironmentFailed; EngineFailed once vLLM's core is gone, or answers nothing at the deadline;
+        RuntimeError between a sync that failed and the next one that does not.
+
         Without staleness all requests wait in the queue before the first is scheduled, so that the same requests make the same
         batches, and on one machine the same bits, whatever the timing. With it they join those that run, also over a sync.
         """
-        llm, alone = self._running(), not self.config.rollout.staleness
-        await self._whole(0.0 if alone else self.config.weight_sync.deadline_seconds)
-        if alone:
-            await self._hold()
-        tasks = [asyncio.create_task(self._sample(request)) for request in requests]
+        self._running()
+        work = asyncio.run_coroutine_threadsafe(self._completions(requests, deadline_seconds), self._loop)  # vLLM's
+        return await asyncio.wrap_future(work)
+
+    async def _completions(self, requests: "list[Request]", deadline_seconds: float) -> "list[Sample | None]":
+        tasks: list[asyncio.Task[Sample]] = []
         try:
-            if alone:
-                await asyncio.sleep(0)  # let every task hand its request over
-                await llm.resume_generation()
-            async with asyncio.timeout(deadline_seconds):
-                return list(await asyncio.gather(*tasks))
-        except TimeoutError:
-            done = sum(task.done() for task in tasks)
-            raise DeadlineExceeded(
-                f"engine {self.index} finished {done} of {len(tasks)} completions in spec.rollout.deadlineSeconds ({deadline_seconds:g} s)"
-            ) from None
+            await self._begin(requests, tasks)
+            done, late = await asyncio.wait(tasks, timeout=deadline_seconds, return_when=asyncio.FIRST_EXCEPTION)
+            if failed := next((error for task in done if (error := task.exception())), None):
+                raise failed
+            if late and not self.stale:
+                words = f"of {len(tasks)} completions it finished {len(done)} in {deadline_seconds:g} s"
+                await self._answer(words)
+            return [task.result() if task in done else None for task in tasks]
         except Exception as error:
-            if llm.errored:  # whatever it is that a request found first
+            if self._running().errored:  # whatever it is that a request found first
                 raise EngineFailed(f"engine {self.index} is dead: {error}") from error
             raise
         finally:
             for task in tasks:
                 task.cancel()
+
+    async def _begin(self, requests: "list[Request]", tasks: "list[asyncio.Task[Sample]]") -> None:
+        llm = self._running()
+        if self.config.rollout.staleness:
+            await self._whole(self.config.weight_sync.deadline_seconds)
+            tasks += [asyncio.create_task(self._sample(request)) for request in requests]
+            return
+        async with self._gate:
+            await self._whole(0.0)
+            await llm.get_supported_tasks()  # which the first requests would ask for, and be overtaken by the resume
+            await self._hold()
+            tasks += [asyncio.create_task(self._sample(request)) for request in requests]
+            await asyncio.sleep(0)  # let every task hand its request over
+            await llm.resume_generation()
+
+    async def _answer(self, words: str) -> None:
+        """Of the core, which was late. Raises EngineFailed."""
+        try:
+            await asyncio.wait_for(self._running().is_paused(), ANSWER_SECONDS)
+        except TimeoutError:
+            raise EngineFailed(f"engine {self.index} hangs: {words}, and does not answer") from None
 
     async def _whole(self, seconds: float) -> None:
         """Waits for the end of a sync that is under way. Raises RuntimeError."""
@@ -290,7 +319,7 @@ class Engine(Member):
             raise EngineFailed(f"engine {self.index} hangs: a signal stopped its processes {pids}")
         if self.stale or self.asleep:  # what a sync asks of the core has a deadline of its own
             self._pulse.forget()
-        elif (silent := self._pulse.silent_seconds()) > SILENT_SECONDS:
+        elif (silent := self._pulse.silent_seconds()) > silent_seconds(self.config):
             words = f"for {silent:.0f} s it finished nothing and did not answer"
             raise EngineFailed(f"engine {self.index} hangs: {words}; its log ends: {printed()}")
 
@@ -313,7 +342,8 @@ class Engine(Member):
 
     async def pause(self) -> None:
         """The weights are about to change: until `adopt` this engine serves nothing. One that sleeps takes memory for them, and no more yet."""
-        self.stale = True
+        async with self._gate:
+            self.stale = True
         if self.asleep:
             await self._running().wake_up(["weights"])
         await self._hold()
@@ -397,4 +427,4 @@ def _worker_seat(worker: Any) -> Seat:
     return Seat.here("cpu")
 
 
-RemoteEngine = ray.remote(Engine)
+RemoteEngine = ray.remote(concurrency_groups=GROUPS)(Engine)

@@ -22,6 +22,8 @@ class Hosts:
         version = call_all(self.serving, "refresh", deadline_seconds=self._deadline, what="copy of the weights")[0]
         return Synced(version, time.monotonic() - start, "copy", None)
 
+    short = False
+
     def lost(self, actor: ActorHandle) -> None:
         if actor in self.serving:
             self.serving.remove(actor)

@@ -12,6 +12,7 @@ import httpx
 from pydantic import ValidationError
 
 from rlhf_api import API_VERSION, GROUP, KIND, PLURAL, VERSION
+from rlhf_api.job import STALL_TIMEOUT_SECONDS
 from rlhf_api.progress import DRIVER_FIELD_MANAGER, Progress
 from rlhf_api.run import JobRef
 
@@ -107,6 +108,11 @@ def drains(raw: Raw) -> bool:
 
 def pods_ready(raw: Raw) -> bool:
     return bool(_condition(raw, "ClusterReady").get("status") == "True")
+
+
+def stall_timeout(raw: Raw) -> int:
+    """spec.runPolicy.stallTimeoutSeconds, in seconds."""
+    return int(raw.get("spec", {}).get("runPolicy", {}).get("stallTimeoutSeconds", STALL_TIMEOUT_SECONDS))
 
 
 def attempt_of(raw: Raw, pod_uid: str) -> int | None:

@@ -12,21 +12,28 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from rlhf_api.job import EvaluationSpec
-from rlhf_worker.experience import Prompt, ScoredSample
+from rlhf_worker.experience import Prompt, Sample, ScoredSample
 
 
 @dataclass(slots=True, eq=False)
 class Group:
     """One prompt on its way from the data to a step, or to an evaluation.
 
-    `born`: steps that were finished when its generation began. `failed`: how often a sample of it had no value.
+    `born`: steps that were finished when its generation began; `failed`: how often a sample of it had no value;
+    `drawn`: its completions, None where one is missing.
     """
 
     prompt: Prompt
     born: int
     evaluation: EvaluationSpec | None = None
+    drawn: list[Sample | None] = field(default_factory=list)
     samples: list[ScoredSample] = field(default_factory=list)
     failed: int = 0
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the completions that are still to be drawn."""
+        return [index for index, sample in enumerate(self.drawn) if sample is None]
 
 
 class Admission:

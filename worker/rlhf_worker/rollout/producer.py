@@ -23,6 +23,7 @@ from rlhf_api.run import RunConfig
 from rlhf_worker.algorithm.shape import informative
 from rlhf_worker.calls import SLICE_SECONDS, call
 from rlhf_worker.crew import Crew
+from rlhf_worker.deadlines import work_seconds
 from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded, EngineFailed, RewardFailed
 from rlhf_worker.experience import Prompt, Sample, ScoredSample
 from rlhf_worker.rewards.normalization import training_rewards
@@ -30,11 +31,15 @@ from rlhf_worker.rollout.admission import Admission, Group
 from rlhf_worker.rollout.episode import Request, request_seed
 from rlhf_worker.stop import interrupt_if_asked
 
-SCORE_DEADLINE_SECONDS = 7200.0
-DRAW_DEADLINE_SECONDS = 3600.0
-LOST = (RayActorError, EngineFailed)  # the engine is no more: it is no verdict on what it was asked for
 REDRAWS = 1  # of one prompt: what fails again is left out
 LATE_SECONDS = 60.0  # beyond the engine's own deadline, whose error says more
+
+
+class NoAnswer(DeadlineExceeded):
+    """An actor does not even say that it was too slow."""
+
+
+LOST = (RayActorError, EngineFailed, NoAnswer)  # the engine is no more: it is no verdict on what it was asked for
 
 
 class _Call:
@@ -50,7 +55,7 @@ class Rollouts:
     """`pending`: uids of a checkpoint's `state`, whose prompts are generated before new ones are drawn."""
 
     def __init__(self, config: RunConfig, crew: Crew, step: int, pending: Sequence[str] = ()) -> None:
-        self.config, self.crew = config, crew
+        self.config, self.crew, self._deadline = config, crew, work_seconds(config)
         dynamic, rollout = config.algorithm.dynamic_sampling, config.rollout
         self.admission = Admission(rollout.prompts_per_step, rollout.staleness, config.trainer.steps, rounds=dynamic.max_rounds if dynamic.enabled else 1, step=step)
         self.metrics: dict[str, float] = {}  # of the groups that were taken last
@@ -108,7 +113,7 @@ class Rollouts:
             if self._error is not None:
                 raise self._error
             interrupt_if_asked()
-            if self._homeless:
+            if self._homeless or self.crew.fleet.short:
                 self.crew.fleet.ensure()
                 groups, self._homeless = self._homeless, []
                 self._dispatch(groups)
@@ -131,7 +136,7 @@ class Rollouts:
         try:
             ray.get(done)
             if one.waiting and time.monotonic() > one.end:
-                raise DeadlineExceeded(f"{one.what}: {len(one.waiting)} of {len(one.refs)} calls did not come back in time")
+                raise NoAnswer(f"{one.what}: {len(one.waiting)} of {len(one.refs)} calls did not come back in time")
         except (BadSpec, BadData):
             raise
         except Exception as error:
@@ -159,7 +164,7 @@ class Rollouts:
         """To the engines with the least to do; a group stays on one, for its prefix cache. Raises `error` when every living engine was tried."""
         engines = [engine for engine in self.crew.fleet.serving if engine not in tried]
         if not engines:
-            if error is not None and not isinstance(error, LOST):
+            if error is not None and not isinstance(error, LOST) and self.crew.fleet.serving:
                 raise error
             self._homeless += groups
             return
@@ -179,6 +184,8 @@ class Rollouts:
         def then(results: list[Any]) -> None:
             self._load[engine] -= len(groups)
             self._generated(groups, results[0])
+            if left := [group for group in groups if group.missing]:
+                self._late(engine, left, tried, len(requests), sum(sample is not None for sample in results[0]))
 
         def failed(error: Exception) -> None:
             self._load[engine] -= len(groups)
@@ -190,6 +197,18 @@ class Rollouts:
 
         self._calls.append(_Call([engine.generate.remote(requests, deadline)], deadline + LATE_SECONDS, "generation", then, failed))
 
+    def _late(
+        self, engine: ActorHandle, groups: list[Group], tried: frozenset[ActorHandle], asked: int, done: int
+    ) -> None:
+        """What a deadline cut off is drawn again, what was finished is kept. Who finished nothing was tried."""
+        error = DeadlineExceeded(
+            f"an engine finished {done} of {asked} completions in spec.rollout.deadlineSeconds "
+            f"({self.config.rollout.deadline_seconds:g} s): raise it, or lower rollout.maxTokens"
+        )
+        self._counts["retried"] += len(groups)
+        print(f"generation: {len(groups)} groups are drawn again in part: {error}", flush=True)
+        self._dispatch(groups, frozenset() if done else tried | {engine}, error)
+
     def _size(self, group: Group) -> int:
         """Samples of its prompt."""
         return group.evaluation.samples if group.evaluation else self.config.rollout.samples_per_prompt
@@ -199,11 +218,11 @@ class Rollouts:
         given = of or rollout
         tokens = of.max_tokens if of and of.max_tokens else rollout.max_tokens
         plays = of.name if of and of.environment else ""
-        size = self._size(group)
-        start = group.failed * size  # a group that is sampled anew gets other seeds
+        group.drawn = group.drawn or [None] * self._size(group)
+        start = group.failed * len(group.drawn)  # a group that is sampled anew gets other seeds
         seeds = [
-            None if rollout.seed is None else request_seed(rollout.seed, group.born + 1, prompt.uid, index)
-            for index in range(start, start + size)
+            None if rollout.seed is None else request_seed(rollout.seed, group.born + 1, prompt.uid, start + index)
+            for index in group.missing
         ]
         alike = Request(
             prompt=prompt, seed=None, temperature=given.temperature, max_tokens=tokens, sampling=given.sampling,
@@ -211,9 +230,13 @@ class Rollouts:
         )
         return [replace(alike, seed=seed) for seed in seeds]
 
-    def _generated(self, groups: list[Group], samples: list[Sample]) -> None:
+    def _generated(self, groups: list[Group], samples: list[Sample | None]) -> None:
         each = iter(samples)
-        self._unscored += [(group, [next(each) for _ in range(self._size(group))]) for group in groups]
+        for group in groups:
+            for index in group.missing:
+                group.drawn[index] = next(each)
+        whole = [group for group in groups if not group.missing]
+        self._unscored += [(group, [sample for sample in group.drawn if sample is not None]) for group in whole]
         self._score()
 
     def _score(self) -> None:
@@ -236,10 +259,12 @@ class Rollouts:
         def then(results: list[Any]) -> None:
             values = {name: results[start] for name, start in zip(names, starts, strict=True)}
             ref = self.crew.feed.score.remote(samples, values, judge)
-            self._calls.append(_Call([ref], SCORE_DEADLINE_SECONDS, "rewards", lambda results: self._scored(groups, results[0])))
+            self._calls.append(
+                _Call([ref], self._deadline, "rewards", lambda results: self._scored(groups, results[0]))
+            )
 
         if names:
-            self._calls.append(_Call([ref for refs in calls for ref in refs], SCORE_DEADLINE_SECONDS, "reward models", then))
+            self._calls.append(_Call([ref for refs in calls for ref in refs], self._deadline, "reward models", then))
         else:
             then([])
 
@@ -267,7 +292,7 @@ class Rollouts:
 
     def _failed(self, group: Group, failure: str) -> None:
         """The prompt is sampled anew; one that fails again is left out for another. Raises RewardFailed."""
-        most, group.failed = self.config.rollout.max_redraws, group.failed + 1
+        most, group.failed, group.drawn = self.config.rollout.max_redraws, group.failed + 1, []
         self._counts["failed"] += 1
         if self._counts["failed"] > most:
             raise RewardFailed(f"more than spec.rollout.maxRedraws ({most}) groups of a step failed: {failure}")
@@ -289,7 +314,7 @@ class Rollouts:
         return replace(item, reward=item.reward + spec.weight * value, parts={**item.parts, "environment": value})
 
     def _feed(self, method: str, *args: Any) -> Any:
-        return call(self.crew.feed, method, *args, deadline_seconds=DRAW_DEADLINE_SECONDS, what=f"{method} of the feed")
+        return call(self.crew.feed, method, *args, deadline_seconds=self._deadline, what=f"{method} of the feed")
 
 
 def _judge(group: Group) -> str:

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,17 +40,20 @@ from torch.optim import Optimizer
 
 from rlhf_api.job import BestSpec
 from rlhf_worker.best import ranked
-from rlhf_worker.errors import BadData, Fenced
+from rlhf_worker.errors import BadData, DeadlineExceeded, Fenced
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer.fence import Fence, Writer, standing
 
 NAME = re.compile(r"step-(\d+)(?:\.(attempt-\d+-[0-9a-f]{8}))?")  # without a writer: made before there was a fence
 STAGED = re.compile(r"\.(?:step-(\d+)|export|export-best)(?:\.(attempt-\d+-[0-9a-f]{8}))?\.(?:partial|replaced)")
 RUN, PART, RNG, LATEST = "run.json", "part.json", "rng.pt", "latest"
-PARTS_DEADLINE_SECONDS = 1800.0
+# Between tries of storage that fails now. All ranks of a group make as many: all of them try a collective again.
+PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+OF_THE_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 POLL_SECONDS = 0.2
 PARTIAL = StateDictOptions(strict=False)
 
+T = TypeVar("T")
 Roles = Mapping[str, tuple[nn.Module, Optimizer]]
 Files = dict[str, list[int]]  # by name inside the checkpoint: size in bytes, CRC32
 
@@ -87,11 +91,12 @@ class Saver:
     """One rank's end. `begin`, `restore` and `close` are collectives of the ranks that hold the same roles; the process group must be there.
 
     expected: every role that the run trains, also those of other rank groups; `leads`: this group has the policy.
-    driver: the same in all processes of one driver, and in no other.
+    driver: the same in all processes of one driver, and in no other. seconds: how long to wait for other groups.
     """
 
     def __init__(
-        self, root: str, keep: int, expected: Sequence[str], driver: str, *, leads: bool, best: BestSpec | None = None
+        self, root: str, keep: int, expected: Sequence[str], driver: str, *, leads: bool, seconds: float,
+        best: BestSpec | None = None,
     ) -> None:
         self.store = Store(root)
         self.keep = keep
@@ -99,9 +104,11 @@ class Saver:
         self.expected = expected
         self.driver = driver
         self.leads = leads
+        self.seconds = seconds
         self.held: Fence | None = None
         self.refused: Fenced | None = None
-        self.group = dist.new_group(backend="gloo")  # of its own: its collectives run beside the loop's
+        # Of its own: its collectives run beside the loop's, and one rank may write for long.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.running: Future[None] | None = None
         self.outcomes: list[Outcome] = []
@@ -244,7 +251,7 @@ class Saver:
 
     def _part(self, name: str) -> Files:
         """Of a role that other ranks may hold, and still write. Raises TimeoutError, and OSError when they could not."""
-        end = time.monotonic() + PARTS_DEADLINE_SECONDS
+        end = time.monotonic() + self.seconds
         while True:
             told: dict[str, Any] = {}
             with suppress(FileNotFoundError, ValueError):
@@ -254,7 +261,7 @@ class Saver:
                     raise OSError(told["error"])
                 return dict(told["files"])
             if time.monotonic() > end:
-                raise TimeoutError(f"{name} did not come in {PARTS_DEADLINE_SECONDS:g} s")
+                raise TimeoutError(f"{name} did not come in {self.seconds:g} s")
             time.sleep(POLL_SECONDS)
 
     def _prune(self, step: int) -> None:
@@ -307,23 +314,27 @@ class Saver:
         return f"{where} has {left}" if room[0] > room[1] / 50 else f"{where} is full ({left}): free space, lower spec.checkpoint.keep or use a larger volume"
 
     def restore(self, model: dict[str, Any], roles: Roles) -> Restored:
-        """The newest whole checkpoint into `roles`, the same in every group. Raises BadData for one of another model, and when every one is damaged; Fenced."""
+        """The newest whole checkpoint into `roles`, the same in every group.
+
+        Raises BadData for one of another model, and when every one is damaged; Fenced; OSError while storage does not
+        give what it may hold: that is no damage, and another start may find it.
+        """
         if not self.leads:
             return self._follow(model, roles)
         passed_over: list[str] = []
-        for name, data in self._agreed(self._candidates):
+        for name, data in self._agreed(partial(persevering, self._candidates)):
             state, files = read_run(data)
             faults = [state] if isinstance(state, str) else self._faults(name, files)
             if not faults:
                 assert isinstance(state, RunState)
                 self._require(name, state, model)
-                self._agreed(partial(self._resume, name))
+                self._agreed(partial(persevering, partial(self._resume, name)))
                 self._load(name, roles)
                 return Restored(state, passed_over, self.store.url(name))
             passed_over.append(f"checkpoint {self.store.url(name)} is damaged ({faults[0]}) and was passed over")
         if passed_over:
             raise BadData(f"{'; '.join(passed_over)}; no whole one is left: set spec.checkpoint.path to an empty directory to start anew")
-        self._agreed(partial(self._resume, ""))
+        self._agreed(partial(persevering, partial(self._resume, "")))
         return Restored(None, [])
 
     def _resume(self, name: str) -> None:
@@ -332,10 +343,10 @@ class Saver:
 
     def _follow(self, model: dict[str, Any], roles: Roles) -> Restored:
         """What the leader's group chose and read."""
-        name = self._agreed(partial(self.fenced.resumed, PARTS_DEADLINE_SECONDS))
+        name = self._agreed(partial(persevering, partial(self.fenced.resumed, self.seconds)))
         if not name:
             return Restored(None, [])
-        state, _ = read_run(self._agreed(lambda: self.store.read(f"{name}/{RUN}")))
+        state, _ = read_run(self._agreed(partial(persevering, partial(self.store.read, f"{name}/{RUN}"))))
         if isinstance(state, str):
             raise BadData(f"checkpoint {self.store.url(name)}: {state}")
         self._require(name, state, model)
@@ -376,7 +387,7 @@ class Saver:
         if dist.get_rank(self.group) == 0:
             try:
                 found = [look()]
-            except (OSError, BadData, Fenced) as error:
+            except (OSError, BadData, DeadlineExceeded, Fenced) as error:
                 found = [error]
         dist.broadcast_object_list(found, group_src=0, group=self.group)
         if isinstance(found[0], Exception):
@@ -386,8 +397,15 @@ class Saver:
     def _faults(self, name: str, files: Files) -> list[str]:
         """Files that are not as they were written; each rank reads its share of them."""
         own = sorted(files)[dist.get_rank(self.group) :: dist.get_world_size(self.group)]
-        found = [fault for file in own if (fault := _fault(self.store, f"{name}/{file}", *files[file]))]
-        return [fault for part in self._gather(found) for fault in part]
+        found: list[str | OSError] = []
+        try:
+            found += [fault for file in own if (fault := _fault(self.store, f"{name}/{file}", *files[file]))]
+        except OSError as error:  # for all ranks: the others wait for what this one saw
+            found = [error]
+        faults = [fault for part in self._gather(found) for fault in part]
+        if unread := next((fault for fault in faults if isinstance(fault, OSError)), None):
+            raise unread
+        return faults
 
     def _require(self, name: str, state: RunState, model: dict[str, Any]) -> None:
         if differ := [key for key in model if state.model.get(key) != model[key]]:
@@ -407,9 +425,12 @@ class Saver:
 
     def _read(self, name: str, role: str, tensors: dict[str, Any]) -> None:
         path = self.store.url(name)
+        reader = partial(FsspecReader, f"{path}/{role}")
         try:
-            load_tensors(tensors, storage_reader=FsspecReader(f"{path}/{role}"), process_group=self.group)
+            persevering(lambda: load_tensors(tensors, storage_reader=reader(), process_group=self.group))
         except (OSError, RuntimeError, ValueError, CheckpointException) as error:
+            if passing(error):
+                raise OSError(f"checkpoint {path} could not be read: {_cause(error)}") from error
             raise BadData(
                 f"checkpoint {path} does not fit {role} ({_cause(error)}): set spec.checkpoint.path to an empty "
                 "directory, or the spec to what made it"
@@ -417,7 +438,8 @@ class Saver:
 
     def _load_rng(self, name: str) -> None:
         """Only of as many ranks: with another number every rank's stream is another anyway."""
-        rngs = torch.load(io.BytesIO(self.store.read(name)), weights_only=True) if self.store.fs.exists(self.store.path(name)) else []
+        there = self.store.fs.exists(self.store.path(name))
+        rngs = torch.load(io.BytesIO(persevering(partial(self.store.read, name))), weights_only=True) if there else []
         if len(rngs) == dist.get_world_size(self.group):
             own = rngs[dist.get_rank(self.group)]
             torch.set_rng_state(own["cpu"])
@@ -450,13 +472,34 @@ def read_run(data: bytes) -> tuple[RunState | str, Files]:
 
 
 def _fault(store: Store, name: str, size: int, crc: int) -> str:
+    """In words; "" for a file that is as it was written. Raises OSError for one that cannot be read."""
     try:
-        found = store.measure(name)
-    except OSError as error:
+        found = persevering(partial(store.measure, name))
+    except OF_THE_FILE as error:
         return f"{name}: {error}"
     if found[0] != size:
         return f"{name} has {found[0]} bytes of {size}"
     return "" if found[1] == crc else f"the checksum of {name} differs"
+
+
+def persevering(look: Callable[[], T]) -> T:
+    """Storage that does not answer may in a moment. Raises what it raises still, after a minute."""
+    for pause in PAUSES_SECONDS:
+        try:
+            return look()
+        except (OSError, CheckpointException) as error:
+            if not passing(error):
+                raise
+            print(f"checkpoint: trying again in {pause:g} s: {_cause(error)}", flush=True)
+        time.sleep(pause)
+    return look()
+
+
+def passing(error: BaseException) -> bool:
+    """Whether it tells of storage, which may be well again, and not of what it holds."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return all(passing(cause) for cause, _ in error.failures.values())
+    return isinstance(error, OSError) and not isinstance(error, (*OF_THE_FILE, PermissionError))
 
 
 def _cause(error: BaseException) -> str:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from rlhf_worker.errors import BadData, Fenced
+from rlhf_worker.errors import BadData, DeadlineExceeded, Fenced
 from rlhf_worker.storage import Store
 
 DIRECTORY = "fence"
@@ -191,13 +191,13 @@ class Fence:
                 self.store.remove(f"{DIRECTORY}/{name}")
 
     def resumed(self, deadline_seconds: float) -> str:
-        """What the process that took over said. Raises TimeoutError."""
+        """What the process that took over said. Raises DeadlineExceeded."""
         end = time.monotonic() + deadline_seconds
         while time.monotonic() < end:
             if (own := [turn for turn in self.line() if turn.mark == self.writer.mark]) and own[-1].resumed is not None:
                 return own[-1].resumed
             time.sleep(POLL_SECONDS)
-        raise TimeoutError(
+        raise DeadlineExceeded(
             f"the policy's first rank chose no checkpoint of {self.store.root} in {deadline_seconds:g} s"
         )
 

@@ -24,6 +24,7 @@ from rlhf_worker import lora
 from rlhf_worker.algorithm import custom
 from rlhf_worker.algorithm.losses import policy_loss, value_loss
 from rlhf_worker.algorithm.schedule import learning_rate
+from rlhf_worker.deadlines import collective_seconds, work_seconds
 from rlhf_worker.engines.hf import Generator
 from rlhf_worker.errors import Diverged, RewardFailed
 from rlhf_worker.experience import Batching, PackedBatch, Sample, TrainSequence, at_targets, by_sample, dealt, pack
@@ -36,8 +37,6 @@ from rlhf_worker.trainer.roles import Role, Text
 from rlhf_worker.weights.backends import Sender
 from rlhf_worker.weights.layout import layout_of
 from rlhf_worker.weights.source import PolicySource
-
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 def _driver() -> str:
@@ -71,7 +70,10 @@ class Trainer:
             torch.cuda.set_device(0)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         host, port = address
-        dist.init_process_group(backend, init_method=f"tcp://{host}:{port}", rank=self.rank, world_size=self.world, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(
+            backend, init_method=f"tcp://{host}:{port}", rank=self.rank, world_size=self.world,
+            timeout=timedelta(seconds=collective_seconds(self.config)),
+        )  # fmt: skip
 
     def load(self) -> dict[str, Batching]:
         """Every role's model, one after the other; how each wants its batches. Raises BadSpec."""
@@ -92,8 +94,10 @@ class Trainer:
             if self.config.rollout.engine == "hf":
                 self.generator = Generator(self.config, self.rank, self.device)
         expected = [name for name in self.config.roles if name in TRAINED]
-        given, leads = self.config.checkpoint, "policy" in self.names
-        self.saver = Saver(given.path, given.keep, expected, _driver(), leads=leads, best=given.best)
+        given, leads, seconds = self.config.checkpoint, "policy" in self.names, work_seconds(self.config)
+        self.saver = Saver(
+            given.path, given.keep, expected, _driver(), leads=leads, seconds=seconds, best=given.best
+        )
         return {name: role.batching for name, role in self.roles.items()}
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:

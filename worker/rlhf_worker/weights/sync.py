@@ -40,7 +40,7 @@ class Synced:
 
 
 class WeightSync:
-    """Holds both ends. `engines` is the fleet's own list of those that serve, or will after the next sync."""
+    """Holds both ends. `engines` are those of the next call: the fleet says before it who they are."""
 
     def __init__(self, config: RunConfig, policy: Sequence[ActorHandle], engines: list[ActorHandle], backend: str) -> None:
         self.config = config

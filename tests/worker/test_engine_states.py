@@ -1,0 +1,327 @@
+"""What fleet and producer answer in each state of an engine (the tables of docs/rollouts.md), without processes."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_worker import calls
+from rlhf_worker.engines import fleet as fleets
+from rlhf_worker.engines.fleet import Fleet
+from rlhf_worker.engines.ledger import Event, Health
+from rlhf_worker.errors import DeadlineExceeded, EngineFailed, EnginesLost, EnvironmentFailed
+from rlhf_worker.experience import Prompt, Sample, ScoredSample
+from rlhf_worker.rollout import producer as producers
+from rlhf_worker.rollout.episode import Request
+from rlhf_worker.rollout.producer import Rollouts
+from rlhf_worker.weights.sync import Synced
+from tests.worker.configs import run_config
+from tests.worker.ray_world import NEVER, Actor, World
+from tests.worker.samples import a_prompt, a_sample
+
+START, DEADLINE, DOCS = 60.0, 600.0, Path(__file__).parents[2] / "docs" / "rollouts.md"
+
+
+class Sync:
+    """`engines`: who is asked; one that died since fails it."""
+
+    def __init__(self, engines: list[Actor]) -> None:
+        self.engines: list[Actor] = engines
+        self.reached: list[list[Actor]] = []
+
+    def __call__(self, *, prove: bool) -> Synced:
+        calls.gather([engine.adopt.remote(1) for engine in self.engines], 5.0, "sync")
+        self.reached.append(list(self.engines))
+        return Synced(len(self.reached), 0.0, "none", None)
+
+
+def whole(requests: list[Request], deadline: float) -> list[Sample | None]:
+    return completed(requests)
+
+
+class Engines:
+    """A fleet whose thread stands: `look` is its work, at most every two seconds of the world's clock."""
+
+    def __init__(self, world: World, count: int, least: int = 1) -> None:
+        self.world, self.spawned = world, list[Actor]()
+        self.actors = [Actor(world, f"engine {number}") for number in range(count)]
+        self.starts: Any = None  # what the start of a new one answers
+        self.sync = Sync(list(self.actors))
+        self.fleet = Fleet(
+            self.actors, self.sync, self.spawn, lambda amiss: None,  # type: ignore[arg-type]
+            least=least, start_seconds=2 * START, sleep_seconds=30.0,
+        )  # fmt: skip
+        self.fleet.sync(prove=False)
+        self._again()
+
+    def spawn(self, number: int) -> tuple[Any, Any]:
+        actor = Actor(self.world, f"engine {number} anew", start=self.starts, generate=whole)
+        actor.takes["start"] = START
+        self.spawned.append(actor)
+        return actor, actor.start.remote()
+
+    def _again(self) -> None:
+        self.look()
+        self.world.after(2.0, self._again)
+
+    def look(self) -> None:
+        if not self.fleet._spawning.locked():
+            self.fleet._restart()
+            self.ping()
+
+    def ping(self) -> None:
+        """As `_probe`, which waits: a wait within the clock's own work would move it."""
+        for number, health in enumerate(self.fleet.health()):
+            if health in fleets.RUNNING and isinstance(self.fleet.actors[number].does.get("ping"), Exception):
+                self.fleet._note(number, Event.LOST)
+                self.world.kill(self.fleet.actors[number])
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr(fleets, "PROBE_SECONDS", 3600.0)
+    monkeypatch.setattr(Fleet, "_watch", lambda self: None)
+    return World(monkeypatch, fleets, calls, producers)
+
+
+def bring(engines: Engines, state: Health) -> Actor:
+    """Engine 1 to a state, as it comes there; what engine 1 is then."""
+    fleet, world = engines.fleet, engines.world
+    victim = engines.actors[1]
+    if state is Health.SUSPECT:
+        victim.does["ping"] = NEVER
+        fleet._probe()
+    elif state is not Health.HEALTHY:
+        engines.starts = None if state is not Health.DEAD else RuntimeError("no memory")
+        world.kill(victim)
+        fleet.lost(victim)
+    if state in (Health.RESTARTING, Health.STALE):
+        fleet._restart()
+        world.sleep(START + 4.0 if state is Health.STALE else 4.0)
+    assert fleet.health()[1] is state
+    actor: Any = fleet.actors[1]
+    assert isinstance(actor, Actor)
+    return actor
+
+
+def told() -> Iterator[tuple[str, list[str]]]:
+    """The rows of the first table in the docs."""
+    text = DOCS.read_text().partition("| State of an engine |")[2].partition("\n\n")[0]
+    for line in text.splitlines()[2:]:
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        yield name, cells
+
+
+ROWS = dict(told())
+
+
+def test_the_table_has_every_state() -> None:
+    assert list(ROWS) == [str(state) for state in Health]
+
+
+@pytest.mark.parametrize("state", list(Health))
+def test_each_cell_of_the_table_holds(world: World, state: Health) -> None:
+    asked, probed, synced, slept, anew, counts = ROWS[state]
+    engines = Engines(world, 2, least=2)
+    engine, fleet = bring(engines, state), engines.fleet
+    assert (engine in fleet.serving) == (asked == "yes")
+    pings = engine.asked("ping")
+    fleet._probe()
+    assert (engine.asked("ping") > pings) == (probed == "yes")
+    assert fleet.short == (counts != "yes")
+
+    engines = Engines(world, 2, least=2)
+    engine, fleet = bring(engines, state), engines.fleet
+    fleet.sync(prove=False)
+    assert (engine in engines.sync.reached[-1]) == (synced == "yes")
+    assert (engine in fleet.serving) == (synced == "yes")
+
+    engines = Engines(world, 2)
+    engine, fleet = bring(engines, state), engines.fleet
+    fleet.sleep()
+    assert engine.asked("sleep") == (slept in ("yes", "when it has started"))
+    if slept == "when it has started":
+        assert [name for name, _, _ in engine.calls if name in ("start", "sleep")] == ["start", "sleep"]
+        assert fleet.health()[1] is Health.STALE
+    assert fleet.serving == [] and not fleet.short
+
+    engines = Engines(world, 2)
+    engine, fleet = bring(engines, state), engines.fleet
+    before = len(engines.spawned)
+    fleet._restart()
+    assert (len(engines.spawned) > before) == (anew == "yes, but while the others sleep")
+
+
+def test_no_engine_begins_to_load_once_the_others_lend_their_memory(world: World) -> None:
+    engines = Engines(world, 2)
+    engine = bring(engines, Health.DEAD)
+    engines.fleet.sleep()
+    world.sleep(100.0)
+    assert engines.spawned == [] and engine.asked("sleep") == 0
+    engines.fleet.sync(prove=False)
+    world.sleep(4.0)
+    assert len(engines.spawned) == 1
+
+
+def test_one_that_does_not_start_in_its_time_is_given_up_and_its_late_answer_changes_nothing(world: World) -> None:
+    engines = Engines(world, 2)
+    engines.fleet.lost(engines.actors[1])
+    engines.starts = NEVER
+    engines.fleet._restart()
+    (late,) = engines.spawned
+    engines.starts = None
+    world.sleep(2 * START + 10.0)
+    assert late.dead and len(engines.spawned) == 2
+    late.calls[0][2].end()
+    engines.fleet.lost(late)
+    world.sleep(START + 4.0)
+    assert engines.fleet.health() == [Health.HEALTHY, Health.STALE]
+
+
+# Producer.
+
+SAMPLES = 4
+
+
+def completed(requests: list[Request], missing: int = 0) -> list[Sample | None]:
+    whole = [a_sample(request.prompt.row, text=f"{request.seed}") for request in requests]
+    return [*whole[: len(whole) - missing], *[None] * missing]
+
+
+class Feed:
+    def __init__(self) -> None:
+        self.drawn, self.scored = 0, list[str]()
+
+    def draw(self, again: list[str], count: int) -> list[Prompt]:
+        self.drawn += count
+        return [a_prompt(row) for row in range(self.drawn - count, self.drawn)]
+
+    def score(self, samples: list[Sample], models: dict[str, list[float]]) -> list[ScoredSample]:
+        self.scored += [sample.text for sample in samples]
+        return [ScoredSample(sample=one, reward=float(i % 2), parts={"r": 1.0}) for i, one in enumerate(samples)]
+
+
+class Crew:
+    def __init__(self, engines: Engines) -> None:
+        self.told = Feed()
+        self.feed = Actor(engines.world, "feed", draw=self.told.draw, score=self.told.score, sampler_state={})
+        self.fleet, self.policy, self.ranks = engines.fleet, list[Actor](), dict[str, list[Actor]]()
+
+
+def make(world: World, count: int, least: int = 1, **rollout: Any) -> tuple[Rollouts, Engines, Feed]:
+    engines = Engines(world, count, least)
+    for actor in engines.actors:
+        actor.does["generate"] = whole
+    given = {"promptsPerStep": 2, "samplesPerPrompt": SAMPLES, "seed": 3, "maxTokens": 16, "deadlineSeconds": DEADLINE}
+    config = run_config(steps=50, rollout={**given, **rollout}, placement={"mode": "Separated"})
+    crew = Crew(engines)
+    return Rollouts(config, crew, 0), engines, crew.told  # type: ignore[arg-type]
+
+
+def sizes(actor: Actor) -> list[int]:
+    return [len(args[0]) for method, args, _ in actor.calls if method == "generate"]
+
+
+Case = tuple[Any, float, list[int], list[int], Health]
+FIRST: dict[str, Case] = {  # what engine 0 does at first, for how long; what is asked of each then; what engine 0 is
+    "all": (completed, 1.0, [4], [4], Health.HEALTHY),
+    "an error": (RuntimeError("a kernel"), 1.0, [4], [4, 4], Health.HEALTHY),
+    "an environment's": (EnvironmentFailed("e"), 1.0, [4], [4, 4], Health.HEALTHY),
+    "its core died": (EngineFailed("dead"), 1.0, [4], [4, 4], Health.DEAD),
+    "part of it at the deadline": (lambda asked: completed(asked, 1), DEADLINE, [4, 1], [4], Health.HEALTHY),
+    "nothing at the deadline": (lambda asked: completed(asked, 4), DEADLINE, [4], [4, 4], Health.HEALTHY),
+    "no core's answer at the deadline": (EngineFailed("hangs"), DEADLINE, [4], [4, 4], Health.DEAD),
+    "no answer at all": (NEVER, 0.0, [4], [4, 4], Health.DEAD),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_whatever_an_engine_answers_each_completion_is_made_once(world: World, name: str, staleness: int) -> None:
+    does, seconds, first, second, health = FIRST[name]
+    rollouts, engines, feed = make(world, 2, staleness=staleness)
+    one, other = engines.actors
+
+    def generate(requests: list[Request], deadline: float) -> Any:
+        one.does["generate"] = whole
+        one.takes.pop("generate", None)
+        return does(requests) if callable(does) else does
+
+    one.does["generate"], one.takes["generate"] = (does if does is NEVER else generate), seconds
+    groups = rollouts.take()
+    assert all(len({item.sample.text for item in group.samples}) == SAMPLES for group in groups)
+    assert len(feed.scored) == len(set(feed.scored))
+    if not staleness:
+        assert [group.prompt.row for group in groups] == [0, 1]
+        assert (sizes(one), sizes(other)) == (first, second)
+        states = (health,) if health is Health.HEALTHY else (Health.DEAD, Health.RESTARTING)
+        assert engines.fleet.health()[0] in states
+        assert (one in engines.fleet.serving) == (health is Health.HEALTHY)
+
+
+def test_of_five_hundred_and_twelve_the_five_hundred_that_came_are_kept(world: World) -> None:
+    rollouts, engines, feed = make(world, 1, promptsPerStep=64, samplesPerPrompt=8)
+    (engine,) = engines.actors
+    parts = iter([12, 4, 0])
+    engine.does["generate"] = lambda requests, deadline: completed(requests, next(parts))
+    groups = rollouts.take()
+    assert sizes(engine) == [512, 12, 4] and len(feed.scored) == len(set(feed.scored)) == 512
+    assert [group.prompt.row for group in groups] == list(range(64))
+    assert engines.fleet.health() == [Health.HEALTHY]
+
+
+def test_the_lone_engine_that_finishes_nothing_in_its_deadline_ends_the_run_with_the_field(world: World) -> None:
+    rollouts, engines, _ = make(world, 1)
+    engines.actors[0].does["generate"] = lambda requests, deadline: completed(requests, len(requests))
+    said = r"0 of 8 completions in spec\.rollout\.deadlineSeconds \(600 s\): raise it"
+    with pytest.raises(DeadlineExceeded, match=said):
+        rollouts.take()
+
+
+def test_what_an_engine_that_was_given_up_says_later_is_heard_by_nobody(world: World) -> None:
+    rollouts, engines, feed = make(world, 2)
+    engines.actors[0].does["generate"] = NEVER
+    rollouts.take()
+    ((_, (requests, _), ref),) = [call for call in engines.actors[0].calls if call[0] == "generate"]
+    ref.end(completed(requests))
+    rollouts.finish(1)
+    rollouts.take()
+    assert len(feed.scored) == len(set(feed.scored)) == 2 * 2 * SAMPLES
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_step_waits_for_min_engines_and_goes_on_when_they_are_back(world: World, staleness: int) -> None:
+    """Through `take`: three of four died, and the one that is left has finished everything."""
+    rollouts, engines, _ = make(world, 4, least=3, staleness=staleness)
+    for victim in engines.actors[1:]:
+        victim.die()
+        engines.fleet.lost(victim)
+    start = world.now
+    rollouts.take()
+    assert world.now - start >= START and len(engines.fleet.serving) == 4 and not engines.fleet.short
+
+
+def test_engines_that_fall_below_it_in_the_middle_of_a_step_are_waited_for_too(world: World) -> None:
+    rollouts, engines, _ = make(world, 2, least=2)
+    one, other = engines.actors
+    one.takes["generate"] = 30.0
+    world.after(5.0, lambda: other.does.update(ping=EngineFailed("dead")))
+    start = world.now
+    rollouts.take()
+    assert world.now - start >= START and not engines.fleet.short
+
+
+def test_too_few_that_never_come_back_end_the_run_by_name(world: World) -> None:
+    rollouts, engines, _ = make(world, 2, least=2)
+    engines.starts = RuntimeError("no memory")
+    engines.fleet.lost(engines.actors[1])
+    with pytest.raises(EnginesLost, match=r"fewer than spec\.rollout\.minEngines \(2\).*no memory"):
+        rollouts.take()
+
+
+def test_the_rows_of_the_second_table_are_those_that_are_tried() -> None:
+    text = DOCS.read_text().partition("| An engine's call ends with |")[2].partition("\n\n")[0]
+    rows = [line.strip("|").split("|")[0].strip() for line in text.splitlines()[2:]]
+    assert [re.sub(r"`", "", row) for row in rows] == list(FIRST)
