@@ -7,9 +7,11 @@ from ray.actor import ActorHandle
 
 from rlhf_api.run import TRAINED, RunConfig
 from rlhf_worker.calls import call, call_all, gather
+from rlhf_worker.engines.arguments import check_engine_args
 from rlhf_worker.engines.engine import RemoteEngine
 from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.engines.hosts import Hosts
+from rlhf_worker.errors import Problems
 from rlhf_worker.feed.feed import RemoteFeed
 from rlhf_worker.placement import Stage, check_seats
 from rlhf_worker.preflight import preflight
@@ -46,14 +48,21 @@ class Crew:
 def start(config: RunConfig, stage: Stage, reporter: Reporter, roll: Roll) -> tuple[Crew, dict[str, list[str]]]:
     """Every actor, loaded, connected, and proven to sit where the plan says."""
     reporter.update(detail="starting feed, trainer and engines")
-    backend = choose(config, stage.device, one_node=len({bundle.node for bundle in stage.bundles.values()}) == 1)
+    problems, backend = Problems(), ""
+    with problems:
+        backend = choose(config, stage.device, one_node=len({bundle.node for bundle in stage.bundles.values()}) == 1)
+    with problems:
+        check_engine_args(config)
     feed = RemoteFeed.options(max_concurrency=FEED_THREADS, **stage.options(config.placement.trainer_slots[0], 0.0)).remote(config)
     ranks, engines = _roles(config, stage), [_engine(config, stage, index) for index in range(len(config.placement.engine_slots))]
     _enrol(roll, config, feed, ranks, engines)
     groups = list({group[0]: group for group in ranks.values()}.values())
-    prepared = [engine.prepare.remote(backend) for engine in engines]
-    gather([feed.open.remote(), *(call for group in groups for call in _join(group)), *prepared], START_DEADLINE_SECONDS, "start of feed, trainer and engines")
-    preflight(groups, feed, reporter)
+    opening = {
+        "Data": [feed.open.remote()], "EngineArguments": [engine.prepare.remote(backend) for engine in engines],
+        "Join": [call for group in groups for call in _join(group)],
+    }  # fmt: skip
+    all_ranks = [rank for group in groups for rank in group]
+    preflight(config, opening, all_ranks, feed, reporter, problems, START_DEADLINE_SECONDS)
     reporter.update(detail="loading models")
     started = [engine.start.remote(backend) for engine in engines]
     if stage.device == "cuda":

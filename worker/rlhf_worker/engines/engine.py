@@ -19,9 +19,9 @@ from rlhf_api.run import RunConfig
 from rlhf_worker.engines.adapters import Adapters, adapter_args, version_of
 from rlhf_worker.engines.arguments import check_attention, check_context, check_engine_args, check_known, needed_context, refused
 from rlhf_worker.engines.pulse import Pulse, stopped
-from rlhf_worker.errors import DeadlineExceeded, EngineFailed
+from rlhf_worker.errors import DeadlineExceeded, EngineFailed, Problems
 from rlhf_worker.placement import Seat
-from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, require_path
+from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, location
 from rlhf_worker.roll import Member
 from rlhf_worker.watcher import watched
 from rlhf_worker.weights.backends import engine_backend
@@ -63,14 +63,20 @@ class Engine(Member):
 
     async def prepare(self, backend: str) -> None:
         """All of a start that takes no memory of the device: checks, and vLLM's import, which takes as long as the rest. Raises BadSpec."""
-        check_engine_args(self.config)
-        require_path(self.config.model)
-        check_context(self.config, context_length(load_config(self.config.model)))
+        problems = Problems()
+        with problems:
+            check_engine_args(self.config)
+        with problems:
+            check_context(self.config, context_length(load_config(self.config.model)))
         self._environment(backend)
         import vllm
 
-        check_known(self.config.rollout.engine_args, {f.name for f in fields(vllm.AsyncEngineArgs)}, vllm.__version__)
-        self.adapter_args = adapter_args(self.config)
+        with problems:
+            known = {f.name: f.type for f in fields(vllm.AsyncEngineArgs)}
+            check_known(self.config.rollout.engine_args, known, vllm.__version__)
+        with problems:
+            self.adapter_args = adapter_args(self.config)
+        problems.tell()
 
     async def start(self, backend: str) -> str:
         """Load the model into vLLM. Returns vLLM's version. Raises BadSpec."""
@@ -139,7 +145,7 @@ class Engine(Member):
         args |= config.rollout.engine_args
         transfer = {} if self.adapter_args else {"weight_transfer_config": {"backend": engine_backend(backend)}}
         return args | transfer | self.adapter_args | {
-            "model": str(Path(config.model.path).expanduser()) if config.model.path.startswith("~") else config.model.path,
+            "model": location(config.model),
             "dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code, "tensor_parallel_size": ranks,
             "distributed_executor_backend": self._executor(backend), "logprobs_mode": "processed_logprobs",
         }

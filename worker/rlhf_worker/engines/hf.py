@@ -6,7 +6,6 @@ A rank holds a second, whole copy of the model for it, in the engine's dtype.
 import asyncio
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from rlhf_api.run import RunConfig
 from rlhf_worker.errors import DeadlineExceeded
 from rlhf_worker.experience import Sample
-from rlhf_worker.pretrained import load_config, load_tokenizer
+from rlhf_worker.pretrained import load_config, load_tokenizer, location
 from rlhf_worker.rollout.environment import Environments
 from rlhf_worker.rollout.episode import Episode, Request, Speech, Turn, request_seed
 
@@ -30,8 +29,9 @@ class Generator:
         tokenizer, model = load_tokenizer(config.model), load_config(config.model)
         self.lm = AutoModelForCausalLM.from_config(model, dtype=getattr(torch, config.model.dtype), trust_remote_code=config.model.trust_remote_code)
         self.lm.to(device).eval()
-        self.pad: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.ends = _ends(config.model.path, tokenizer.eos_token_id)
+        self.ends = _ends(location(config.model), tokenizer.eos_token_id)
+        named = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]  # it is masked: any will do
+        self.pad: int = next(token for token in named if token is not None)
         self.speech = Speech.of(tokenizer, config.data)
         spec = config.rollout.environment
         self.environments = None if spec is None else Environments(spec, self.speech)
@@ -88,7 +88,7 @@ class Generator:
     def _options(self, temperature: float, tokens: int) -> GenerationConfig:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
         return GenerationConfig(
-            **sampling, max_new_tokens=tokens, eos_token_id=self.ends, pad_token_id=self.pad, return_dict_in_generate=True, output_scores=True
+            **sampling, max_new_tokens=tokens, eos_token_id=self.ends or None, pad_token_id=self.pad, return_dict_in_generate=True, output_scores=True
         )
 
     def _seed(self, episode: Episode) -> int:
@@ -107,10 +107,13 @@ class Generator:
             self.environments.close()
 
 
-def _ends(path: str, end: int) -> list[int]:
-    """Tokens that end a completion, as vLLM takes them: the tokenizer's, and those of the checkpoint's generation_config.json."""
+def _ends(path: str, end: int | None) -> list[int]:
+    """Tokens that end a completion, as vLLM takes them: the tokenizer's, and those of the checkpoint's generation_config.json.
+
+    A base model may have none: its completions end by their length.
+    """
     try:
-        named = GenerationConfig.from_pretrained(Path(path).expanduser()).eos_token_id
+        named = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
         named = None
-    return sorted({end, *(named if isinstance(named, list) else [] if named is None else [named])})
+    return sorted({end, *(named if isinstance(named, list) else [named])} - {None})
