@@ -173,7 +173,7 @@ def test_what_runs_after_a_problem_runs() -> None:
     assert reached
     with pytest.raises(KeyboardInterrupt), problems:
         raise KeyboardInterrupt
-    with pytest.raises(BadSpec, match="^s$"):
+    with pytest.raises(BadSpec, match=r"^s$"):
         problems.tell()
     assert together([lambda: 1, lambda: 2]) == [1, 2]
     with pytest.raises(BadData, match=r"(?s)2 things are wrong:.*BadData: line 1.*ValueError: v"):

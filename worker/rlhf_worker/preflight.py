@@ -4,6 +4,7 @@ What is wrong is collected, so that one start tells it all; it ends soon after t
 waited for. Rewards come last, once all else is right, because a call of them may cost money, and each has a deadline of its own.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,15 +37,11 @@ class Findings:
     begun: float
     problems: dict[str, list[Exception]] = field(default_factory=dict)  # by the check's name
     passed: list[str] = field(default_factory=list)
+    end: float = math.inf  # of all waits, once something is wrong
 
     def add(self, name: str, error: Exception) -> None:
         self.problems.setdefault(name, []).append(error)
-
-    def left(self, end: float) -> float:
-        """Seconds until `end`, which comes sooner once something is wrong."""
-        now = time.monotonic()
-        sooner = max(self.begun + WRONG_SECONDS, now + LEAST_SECONDS)
-        return (min(end, sooner) if self.problems else end) - now
+        self.end = min(self.end, max(self.begun + WRONG_SECONDS, time.monotonic() + LEAST_SECONDS))
 
 
 def preflight(
@@ -55,7 +52,9 @@ def preflight(
 
     deadline_seconds: for what is opened. Raises what `combined` makes of all that is wrong; Terminated, Ended.
     """
-    findings = Findings(time.monotonic(), {"Spec": known.errors} if known.errors else {})
+    findings = Findings(time.monotonic())
+    for error in known.errors:
+        findings.add("Spec", error)
     reporter.update(detail="preflight")
     together = "Join" not in _settle(findings, opening, deadline_seconds) and "Join" not in findings.problems
     end = time.monotonic() + DEADLINE_SECONDS
@@ -77,7 +76,7 @@ def _settle(findings: Findings, calls: Calls, deadline_seconds: float) -> set[st
     start = time.monotonic()
     pending = {call: name for name, each in calls.items() for call in each}
     while pending:
-        left = findings.left(start + deadline_seconds)
+        left = min(findings.end, start + deadline_seconds) - time.monotonic()
         done, _ = ray.wait(list(pending), num_returns=1, timeout=min(SLICE_SECONDS, max(0.0, left)))
         interrupt_if_asked()
         for call in done:
