@@ -9,7 +9,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from rlhf_api.placement import Placement
 from rlhf_worker import run
-from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded
+from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded, combined
 from rlhf_worker.local import configure, mapped, volume
 from rlhf_worker.placement import Patience
 from rlhf_worker.progress import Reporter
@@ -82,6 +82,32 @@ def test_last_words_are_whole_lines_that_fit_and_are_always_written(log: Path, t
         words = log.read_bytes().decode()
         assert len(words.encode()) <= 3000
         assert words.startswith((f"ValueError: {text[:3]}", f"BadData: {text[:3]}"))
+
+
+class Mute(BadData):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Bare(ValueError):
+    @property
+    def __notes__(self) -> list[str]:  # type: ignore[override]
+        raise RuntimeError("no notes")
+
+
+@pytest.mark.parametrize(("error", "code"), [(Mute(), 65), (Bare("x"), 1)])
+def test_an_error_that_cannot_be_looked_at_leaves_its_class(log: Path, error: Exception, code: int) -> None:
+    assert run.guarded(raising(error)) == code
+    assert type(error).__name__ in log.read_text()
+
+
+def test_what_several_problems_leave_is_a_line_each(log: Path) -> None:
+    errors = [BadData("line 3 \ud800"), BadSpec("spec.model.path: /m"), ValueError("v" * 5000)]
+    assert run.guarded(raising(from_actor(combined(errors)))) == 64
+    first, *lines = log.read_text().splitlines()
+    assert first == "BadSpec: 3 things are wrong:"
+    assert lines[:2] == ["1. BadSpec: spec.model.path: /m", "2. BadData: line 3 \\ud800"]
+    assert lines[2].startswith("3. ValueError: vvv")
 
 
 def test_a_long_traceback_loses_its_first_lines_and_no_half_of_one(log: Path) -> None:

@@ -82,7 +82,7 @@ def check_known(args: dict[str, Any], known: Mapping[str, Any], version: str) ->
                 hint = f"; close to it: {close}" if close else ""
                 raise BadSpec(f"spec.rollout.engineArgs.{name}: vLLM {version} has no such argument{hint}")
             if why := _misfit(value, known[name]):
-                raise BadSpec(f"spec.rollout.engineArgs.{name}: {value!r:.80} is none of vLLM {version}'s {why}")
+                raise BadSpec(f"spec.rollout.engineArgs.{name}: {value!r:.80} is none of vLLM {version}'s: {why}")
     problems.tell()
 
 
