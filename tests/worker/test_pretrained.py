@@ -105,6 +105,18 @@ def test_every_roles_context_is_checked_at_the_start(path: Path, tiny: Path, tmp
     CHECKS["Model"](ranks(path, role, **changed))
 
 
+def test_a_role_that_gets_the_policys_tokens_has_its_vocabulary(path: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(path, other)
+    rank = ranks(path, "policy", "critic", algorithm={"name": "ppo"}, critic={"model": {"path": str(other)}})
+    CHECKS["Tokenizer"](rank)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(BadSpec, match=r"spec\.critic\.model\.path: .*other has another vocabulary than"):
+        CHECKS["Tokenizer"](rank)
+
+
 GENERATION = {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2, 3], "own": {"x": 1}}
 
 

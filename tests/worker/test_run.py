@@ -1,5 +1,8 @@
 """How a run's end becomes an exit code and last words."""
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +11,7 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from rlhf_api.placement import Placement
-from rlhf_worker import run
+from rlhf_worker import local, run
 from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded, combined
 from rlhf_worker.local import configure, mapped, volume
 from rlhf_worker.placement import Patience
@@ -200,3 +203,22 @@ def test_a_wrong_manifest_lists_everything(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("kind: RLHFJob\napiVersion: rlhf.dev/v1alpha1\nmetadata: {name: x}\nspec: {imag: y}\n")
     with pytest.raises(BadSpec, match=r"spec\.image.*spec\.imag: unknown field"):
         configure(tmp_path / "job.yaml", {})
+
+
+@pytest.mark.parametrize(("length", "stays"), [(20, True), (90, False)])
+def test_rays_sockets_fit_whatever_tmpdir_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, stays: bool) -> None:
+    root = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
+    chosen = root if stays else root / ("x" * length)
+    chosen.mkdir(exist_ok=True)
+    monkeypatch.setenv("TMPDIR", str(chosen))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(local, "_check_gpus", lambda config: None)
+    places: list[str] = []
+    monkeypatch.setattr(local, "_start_ray", lambda config, verbose, directory: places.append(directory))
+    monkeypatch.setattr(local.ray, "shutdown", lambda: None)
+    with local.local_ray(run_config(), verbose=False):
+        pass
+    shutil.rmtree(root)
+    assert Path(places[0]).parent == (chosen if stays else Path("/tmp"))
+    assert os.environ["TMPDIR"] == str(Path(places[0]).parent)
+    assert len(f"{places[0]}/session_2026-11-28_17-55-24_251786_1234567/sockets/plasma_store") <= 107

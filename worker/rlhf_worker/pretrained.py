@@ -84,6 +84,15 @@ def check_template(tokenizer: "PreTrainedTokenizerBase", spec: ModelSpec, field:
         )
 
 
+def check_vocabulary(spec: ModelSpec, field: str, policy: ModelSpec) -> None:
+    """Of a role that is given the policy's tokens. Raises BadSpec."""
+    if spec.path != policy.path and load_tokenizer(spec, field).get_vocab() != load_tokenizer(policy).get_vocab():
+        raise BadSpec(
+            f"{field}: {spec.path} has another vocabulary than {policy.path}, whose tokens it is given: "
+            "use a model of the same tokenizer"
+        )
+
+
 def refuse_pointer(file: Path, field: str) -> None:
     """Raises BadSpec where git left a note in place of a large file."""
     if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS):

@@ -87,8 +87,11 @@ def check_known(args: dict[str, Any], known: Mapping[str, Any], version: str) ->
 
 
 def _misfit(value: Any, kind: Any) -> str | None:
-    """Why a JSON value is not of vLLM's type; None where it is, or where vLLM makes an object of a mapping by itself."""
-    if isinstance(value, dict) or isinstance(kind, str):
+    """Why a JSON value is not of vLLM's type; None where it is, or where vLLM alone can tell.
+
+    It makes objects of mappings by itself, and null is its own default of some that are no option by their type.
+    """
+    if value is None or isinstance(value, dict) or isinstance(kind, str):
         return None
     try:
         holder = create_model("Argument", __config__=ConfigDict(arbitrary_types_allowed=True), value=(kind, ...))

@@ -19,7 +19,7 @@ from rlhf_api.run import RunConfig
 from rlhf_worker.engines.adapters import Adapters, adapter_args, version_of
 from rlhf_worker.engines.arguments import check_attention, check_context, check_engine_args, check_known, needed_context, refused
 from rlhf_worker.engines.pulse import Pulse, stopped
-from rlhf_worker.errors import DeadlineExceeded, EngineFailed, Problems
+from rlhf_worker.errors import BadSpec, Call, DeadlineExceeded, EngineFailed, Problems, Verdict, said, verdict
 from rlhf_worker.placement import Seat
 from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, location
 from rlhf_worker.roll import Member
@@ -27,7 +27,9 @@ from rlhf_worker.watcher import watched
 from rlhf_worker.weights.backends import engine_backend
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput, SamplingParams
+    from vllm import AsyncEngineArgs, RequestOutput, SamplingParams
+    from vllm.config import VllmConfig
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from rlhf_worker.experience import Sample
@@ -88,9 +90,13 @@ class Engine(Member):
         self._open_environments()
         try:
             # The batch sizes that vLLM chooses for offline generation; without this, those for an unknown use: 128 sequences.
-            self.llm = AsyncLLM.from_engine_args(vllm.AsyncEngineArgs(**self._engine_args(backend)), usage_context=UsageContext.LLM_CLASS)
-        except ValidationError as error:  # of vLLM's config, before anything is loaded
-            raise refused(self.config, error.errors()[0]["msg"], vllm.__version__) from None
+            use, args = UsageContext.LLM_CLASS, vllm.AsyncEngineArgs(**self._engine_args(backend))
+            self.llm = AsyncLLM.from_vllm_config(
+                self._checked(args, use), usage_context=use, enable_log_requests=args.enable_log_requests,
+                disable_log_stats=args.disable_log_stats,
+            )  # fmt: skip
+        except BadSpec:
+            raise
         except Exception as error:
             raise EngineFailed(f"engine {self.index} did not start: {error}; its log ends: {printed()}") from error
         if self._executor(backend) != "uni":  # its workers are Ray's, and no processes under this one
@@ -100,6 +106,18 @@ class Engine(Member):
         if self.adapter_args:
             self.adapters = Adapters(self.llm)
         return str(vllm.__version__)
+
+    def _checked(self, args: "AsyncEngineArgs", use: "UsageContext") -> "VllmConfig":
+        """What vLLM makes of the arguments and the model's config, before anything is loaded. Raises BadSpec."""
+        import vllm
+
+        try:
+            return args.create_engine_config(use)
+        except Exception as error:
+            if verdict(Call.ENGINE, error) is not Verdict.SPEC:
+                raise
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else said(error)
+            raise refused(self.config, reason, vllm.__version__) from None
 
     def _open_environments(self) -> None:
         from rlhf_worker.rollout.environment import Environments

@@ -23,6 +23,7 @@ from rlhf_worker.engines.arguments import check_role_context
 from rlhf_worker.errors import BadSpec, PreflightFailed, Problems
 from rlhf_worker.pretrained import (
     check_template,
+    check_vocabulary,
     check_weights,
     context_length,
     export,
@@ -248,17 +249,18 @@ def _checkpoint(rank: "Trainer") -> None:
 
 
 def _tokenizer(rank: "Trainer") -> None:
-    """The policy's, which an export writes; and those of reward models, by which they read samples."""
+    """The policy's, which an export writes; those of reward models, by which they read; the others must be the policy's own."""
     problems, config = Problems(), rank.config
     for role in rank.names:
-        if role == "policy" or role.startswith("reward:"):
-            with problems:
-                spec, field = config.roles[role], model_field(role)
-                if role != "policy":
-                    check_template(load_tokenizer(spec, field), spec, field)
-                else:
-                    with tempfile.TemporaryDirectory(prefix="rlhf-export-") as directory:
-                        export_tokenizer(spec, Path(directory))
+        spec, field = config.roles[role], model_field(role)
+        with problems:
+            if role == "policy":
+                with tempfile.TemporaryDirectory(prefix="rlhf-export-") as directory:
+                    export_tokenizer(spec, Path(directory))
+            elif role.startswith("reward:"):
+                check_template(load_tokenizer(spec, field), spec, field)
+            else:
+                check_vocabulary(spec, field, config.model)
     problems.tell()
 
 

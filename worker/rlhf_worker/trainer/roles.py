@@ -98,8 +98,6 @@ def _load(config: RunConfig, name: str, *, whole: bool) -> RoleModule:
     spec, trainer, field = config.roles[name], config.trainer, model_field(name)
     if name.startswith("reward:"):
         return load_reward(spec, trainer, field, whole=whole)
-    if spec.path != config.model.path and load_tokenizer(spec, field).get_vocab() != load_tokenizer(config.model).get_vocab():
-        raise BadSpec(f"{field}: {spec.path} has another vocabulary than {config.model.path}, whose tokens it is given: use a model of the same tokenizer")
     if name == "critic":
         return load_critic(spec, trainer, field, whole=whole)
     return load_policy(spec, config.rollout.temperature, trainer, field, whole=whole)
