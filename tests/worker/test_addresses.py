@@ -20,7 +20,9 @@ from tests.worker.configs import run_config
 HOSTS = ["127.0.0.1", "::1"]
 
 
-@pytest.mark.parametrize(("host", "uri"), [("10.0.0.7", "tcp://10.0.0.7:29571"), ("fd00:10:244::7", "tcp://[fd00:10:244::7]:29571")])
+@pytest.mark.parametrize(
+    ("host", "uri"), [("10.0.0.7", "tcp://10.0.0.7:29571"), ("fd00:10:244::7", "tcp://[fd00:10:244::7]:29571")]
+)
 def test_a_meeting_place_is_written_as_torch_reads_it(host: str, uri: str) -> None:
     assert tcp(host, 29571) == uri
 

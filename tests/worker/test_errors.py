@@ -44,8 +44,6 @@ def raised(work: Callable[[], Any]) -> Exception:
     raise AssertionError("it raised nothing")
 
 
-
-
 def of_class(name: str) -> Exception:
     """An error of every class that the table names, by a library where that is easy."""
     ways: dict[str, Callable[[], Any]] = {
@@ -56,10 +54,13 @@ def of_class(name: str) -> Exception:
         "EOFError": lambda: torch.load(io.BytesIO(b""), weights_only=True),
     }
     direct: dict[str, Exception] = {
-        "socket.gaierror": socket.gaierror(-2, "Name or service not known"), "httpx.TransportError": httpx.ConnectError("no"),
-        "requests.ConnectionError": requests.ConnectionError("no"), "requests.Timeout": requests.Timeout("no"),
-        "urllib3.HTTPError": urllib3.exceptions.ProtocolError("cut"), "torch.OutOfMemoryError": torch.OutOfMemoryError("no"),
-    }  # fmt: skip
+        "socket.gaierror": socket.gaierror(-2, "Name or service not known"),
+        "httpx.TransportError": httpx.ConnectError("no"),
+        "requests.ConnectionError": requests.ConnectionError("no"),
+        "requests.Timeout": requests.Timeout("no"),
+        "urllib3.HTTPError": urllib3.exceptions.ProtocolError("cut"),
+        "torch.OutOfMemoryError": torch.OutOfMemoryError("no"),
+    }
     if name in ways:
         return raised(ways[name])
     error: Exception = direct[name] if name in direct else getattr(builtins, name)("words")
@@ -103,11 +104,20 @@ def answered(code: int) -> hub.HfHubHTTPError:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (behind(OSError("We couldn't connect"), behind(hub.LocalEntryNotFoundError("no"), httpx.ConnectError("x"))), Verdict.AGAIN),
-        (behind(ValueError("no tokenizer"), behind(OSError("Can't load"), httpx.RemoteProtocolError("cut"))), Verdict.AGAIN),
+        (
+            behind(OSError("We couldn't connect"), behind(hub.LocalEntryNotFoundError("no"), httpx.ConnectError("x"))),
+            Verdict.AGAIN,
+        ),
+        (
+            behind(ValueError("no tokenizer"), behind(OSError("Can't load"), httpx.RemoteProtocolError("cut"))),
+            Verdict.AGAIN,
+        ),
         *((behind(OSError("no"), answered(code)), Verdict.AGAIN) for code in (408, 429, 500, 503)),
         *((behind(OSError("no"), answered(code)), Verdict.SPEC) for code in (401, 403, 404)),
-        (behind(OSError("no"), behind(hub.LocalEntryNotFoundError("no"), hub.OfflineModeIsEnabled("offline"))), Verdict.SPEC),
+        (
+            behind(OSError("no"), behind(hub.LocalEntryNotFoundError("no"), hub.OfflineModeIsEnabled("offline"))),
+            Verdict.SPEC,
+        ),
         *((OSError(code, "words"), Verdict.AGAIN) for code in (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENOSPC)),
         *((OSError(code, "words"), Verdict.SPEC) for code in (errno.ENOENT, errno.EACCES, errno.EISDIR, errno.EINVAL)),
         (RuntimeError("size mismatch for embed_tokens"), Verdict.SPEC),
@@ -159,8 +169,12 @@ def test_the_same_words_are_told_once_and_parts_survive_a_pickle() -> None:
     assert combined([BadSpec("s"), BadSpec("s")]).args == ("s",)
     inner = pickle.loads(pickle.dumps(combined([BadSpec("a"), BadData("b"), answered(404)])))
     assert str(combined([inner, BadSpec("a"), BadSpec("c")])).splitlines() == [
-        "4 things are wrong:", "1. BadSpec: a", "2. BadSpec: c", "3. BadData: b", "4. PreflightFailed: HfHubHTTPError: no",
-    ]  # fmt: skip
+        "4 things are wrong:",
+        "1. BadSpec: a",
+        "2. BadSpec: c",
+        "3. BadData: b",
+        "4. PreflightFailed: HfHubHTTPError: no",
+    ]
 
 
 def test_what_runs_after_a_problem_runs() -> None:

@@ -46,8 +46,9 @@ BILLION = 10**9
 )
 def test_what_roles_need_at_least(counts: dict[str, int], world: int, offload: bool, expected: int) -> None:
     config = run_config(
-        trainer={"steps": 1, "offload": offload}, algorithm={"name": "ppo", "kl": {"coefficient": 0.1}},
-    )  # fmt: skip
+        trainer={"steps": 1, "offload": offload},
+        algorithm={"name": "ppo", "kl": {"coefficient": 0.1}},
+    )
     need = needed_bytes(config, counts, world, 0)
     assert (need.moment, need.bytes) == ("training", expected)
 
@@ -63,12 +64,16 @@ QWEN_8B, QWEN_32B, LLAMA_70B = 8_190_735_360, 32_762_123_264, 70_553_706_496
 SLEEP = {"enable_sleep_mode": True}
 
 
-def job(gpus: int, share: float, *, sleep: bool, offload: bool, lora: bool = False, dtype: str = "bfloat16") -> RunConfig:
+def job(
+    gpus: int, share: float, *, sleep: bool, offload: bool, lora: bool = False, dtype: str = "bfloat16"
+) -> RunConfig:
     args = {"gpu_memory_utilization": share} | (SLEEP if sleep else {})
     return run_config(
-        model={"path": "/m", "dtype": dtype} | ({"lora": {}} if lora else {}), algorithm={"name": "grpo", "kl": {"coefficient": 0.1}},
-        rollout={"maxTokens": 16, "engines": gpus, "engineArgs": args}, trainer={"steps": 1, "gpus": gpus, "offload": offload},
-    )  # fmt: skip
+        model={"path": "/m", "dtype": dtype} | ({"lora": {}} if lora else {}),
+        algorithm={"name": "grpo", "kl": {"coefficient": 0.1}},
+        rollout={"maxTokens": 16, "engines": gpus, "engineArgs": args},
+        trainer={"steps": 1, "gpus": gpus, "offload": offload},
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,7 +95,9 @@ def job(gpus: int, share: float, *, sleep: bool, offload: bool, lora: bool = Fal
         (job(2, 0.36, sleep=True, offload=True, lora=True), LLAMA_70B, False),
     ],
 )
-def test_jobs_that_fit_80_gib_cards_are_let_through_and_others_are_not(config: RunConfig, policy: int, fits: bool) -> None:
+def test_jobs_that_fit_80_gib_cards_are_let_through_and_others_are_not(
+    config: RunConfig, policy: int, fits: bool
+) -> None:
     roles = {"policy": policy} if config.reference_in_policy else {"policy": policy, "reference": policy}
     total = int(79.6 * GIB)
     need = needed_bytes(config, roles, config.trainer.gpus, int(engine_share(config) * total))
@@ -110,18 +117,27 @@ def test_memory_that_is_there_is_enough() -> None:
 
 
 def test_memory_that_something_else_holds_may_come_back() -> None:
-    words = r"GPU x has 60\.0 GiB free of 140\.0, but while training the trainer's roles need at least 30\.0 GiB and the engine takes 50\.0 GiB: something else"
+    words = (
+        r"GPU x has 60\.0 GiB free of 140\.0, but while training the trainer's roles need at least 30\.0 GiB and "
+        r"the engine takes 50\.0 GiB: something else"
+    )
     with pytest.raises(PreflightFailed, match=words):
         check_memory(need(30, 50), 60 * GIB, 140 * GIB, "GPU x")
 
 
 def test_what_can_never_fit_is_a_wrong_spec() -> None:
-    words = r"has 140\.0 GiB, but .* need at least 100\.0 GiB.*raise spec\.trainer\.gpus, set spec\.trainer\.offload, or lower spec\.placement\.fractions\.rollout"
+    words = (
+        r"has 140\.0 GiB, but .* need at least 100\.0 GiB.*raise spec\.trainer\.gpus, set spec\.trainer\.offload, or "
+        r"lower spec\.placement\.fractions\.rollout"
+    )
     with pytest.raises(BadSpec, match=words):
         check_memory(need(100, 50), 140 * GIB, 140 * GIB, "GPU x")
 
 
-@pytest.mark.parametrize(("size", "device", "world", "enough"), [(64 << 20, "cuda", 1, True), (64 << 20, "cuda", 8, False), (2 << 30, "cuda", 8, True), (64 << 20, "cpu", 2, True)])
+@pytest.mark.parametrize(
+    ("size", "device", "world", "enough"),
+    [(64 << 20, "cuda", 1, True), (64 << 20, "cuda", 8, False), (2 << 30, "cuda", 8, True), (64 << 20, "cpu", 2, True)],
+)
 def test_shared_memory(size: int, device: str, world: int, enough: bool) -> None:
     if enough:
         check_shared_memory(size, device, world)
@@ -131,7 +147,10 @@ def test_shared_memory(size: int, device: str, world: int, enough: bool) -> None
 
 
 def test_the_hosts_memory() -> None:
-    assert host_memory("MemTotal:  2048 kB\nMemFree:  1 kB\nMemAvailable:  1024 kB\nBuffers: 7 kB\n") == (1 << 20, 2 << 20)
+    assert host_memory("MemTotal:  2048 kB\nMemFree:  1 kB\nMemAvailable:  1024 kB\nBuffers: 7 kB\n") == (
+        1 << 20,
+        2 << 20,
+    )
 
 
 def test_parameters_are_counted_without_loading_them(tmp_path: Path) -> None:
@@ -150,7 +169,9 @@ def rank_of_two(rank: int, world: int, tmp_path: Path, model: Path, case: str) -
         (tmp_path / "file").touch()
         root = tmp_path / "file" / "run"
     config = run_config(model={"path": str(model), "dtype": "float32"})
-    held: Any = SimpleNamespace(config=config, rank=rank, world=world, device=torch.device("cpu"), names=["policy"], store=Store(str(root)))
+    held: Any = SimpleNamespace(
+        config=config, rank=rank, world=world, device=torch.device("cpu"), names=["policy"], store=Store(str(root))
+    )
     checks.REDUCE_SECONDS = 1.0
     told = ""
     try:
@@ -160,7 +181,9 @@ def rank_of_two(rank: int, world: int, tmp_path: Path, model: Path, case: str) -
     except PreflightFailed as error:
         told = f"{last}: {error}"
     (tmp_path / f"{case}-{rank}").touch()
-    until(lambda: all((tmp_path / f"{case}-{r}").exists() for r in range(world)), 120)  # a rank that is gone would end the other's wait
+    until(
+        lambda: all((tmp_path / f"{case}-{r}").exists() for r in range(world)), 120
+    )  # a rank that is gone would end the other's wait
     return told
 
 
@@ -168,8 +191,14 @@ def rank_of_two(rank: int, world: int, tmp_path: Path, model: Path, case: str) -
     ("case", "told"),
     [
         ("well", ""),
-        ("apart", "CheckpointPath: spec.checkpoint.path ({root}/run-1) is another directory in each trainer pod: mount a volume that they share"),
-        ("blocked", "CheckpointPath: spec.checkpoint.path ({root}/file/run) cannot be written: [Errno 20] Not a directory"),
+        (
+            "apart",
+            "CheckpointPath: spec.checkpoint.path ({root}/run-1) is another directory in each trainer pod: mount",
+        ),
+        (
+            "blocked",
+            "CheckpointPath: spec.checkpoint.path ({root}/file/run) cannot be written: [Errno 20] Not a directory",
+        ),
         ("hang", "Reduce: an all-reduce over 2 trainer ranks did not end in 1 s"),
     ],
 )
@@ -273,9 +302,10 @@ def tried(make: Callable[..., Any], reporter: Told, known: Problems, *ailing: st
     """A preflight of two ranks, a feed and an engine, one rank sane; what is ailing hangs or fails in the others."""
     feed, engine, sane, rank = (make(*each) for each in (ailing, ailing, (), ailing))
     opening = {
-        "Data": [feed.open.remote()], "EngineArguments": [engine.prepare.remote()],
+        "Data": [feed.open.remote()],
+        "EngineArguments": [engine.prepare.remote()],
         "Join": [sane.join.remote(), rank.join.remote()],
-    }  # fmt: skip
+    }
     preflight.preflight(run_config(), opening, [sane, rank], feed, reporter, known, 1800.0)  # type: ignore[arg-type]
 
 
@@ -300,7 +330,9 @@ def test_the_checks_that_passed_are_told(near: NearRay) -> None:
         ("Rewards", RewardFailed, "RewardFailed: rewards[r] failed once: 'half a pair \\ud800'"),
     ],
 )
-def test_one_fault_is_told_by_the_name_of_its_check(near: NearRay, ailing: str, kind: type[Exception], words: str) -> None:
+def test_one_fault_is_told_by_the_name_of_its_check(
+    near: NearRay, ailing: str, kind: type[Exception], words: str
+) -> None:
     told = Told()
     with pytest.raises(kind):
         tried(by, told, Problems(), ailing)
@@ -309,9 +341,13 @@ def test_one_fault_is_told_by_the_name_of_its_check(near: NearRay, ailing: str, 
 
 ALL = ("Data", "EngineArguments", "Model", "Memory", "CheckpointPath", "Rewards")
 LINES = [
-    "BadSpec: spec.weightSync.backend is nccl", "BadSpec: spec.rollout.engineArgs.max_model_len: a text", "BadSpec: Model is wrong",
-    "BadSpec: Memory is wrong", "BadData: data.jsonl, line 3: not JSON", "PreflightFailed: CheckpointPath is wrong",
-]  # fmt: skip  # a reward is tried when all else is right
+    "BadSpec: spec.weightSync.backend is nccl",
+    "BadSpec: spec.rollout.engineArgs.max_model_len: a text",
+    "BadSpec: Model is wrong",
+    "BadSpec: Memory is wrong",
+    "BadData: data.jsonl, line 3: not JSON",
+    "PreflightFailed: CheckpointPath is wrong",
+]  # a reward is tried when all else is right
 
 
 def assert_all_is_told(make: Callable[..., Any]) -> None:
@@ -322,7 +358,9 @@ def assert_all_is_told(make: Callable[..., Any]) -> None:
         tried(make, told, known, *ALL)
     first, *lines = str(root_cause(error.value)).splitlines()
     assert first == "6 things are wrong:" and told.fields["preflight"].failed == "Spec"
-    assert [line.partition(" ")[2].split(": ")[:2] for line in sorted(lines)] == [line.split(": ")[:2] for line in LINES]
+    assert [line.partition(" ")[2].split(": ")[:2] for line in sorted(lines)] == [
+        line.split(": ")[:2] for line in LINES
+    ]
 
 
 def test_all_that_is_wrong_is_told_at_once_and_the_hardest_decides(near: NearRay) -> None:
@@ -333,9 +371,13 @@ def test_all_that_is_wrong_is_told_at_once_and_the_hardest_decides(near: NearRay
 def test_all_that_is_wrong_is_told_at_once_by_actors() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray.init(
-        address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20,
-        _temp_dir=f"/tmp/rp-{os.getpid()}", log_to_driver=False,
-    )  # fmt: skip
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        _temp_dir=f"/tmp/rp-{os.getpid()}",
+        log_to_driver=False,
+    )
     try:
         assert_all_is_told(ray.remote(num_cpus=0)(Actor).remote)
     finally:
@@ -348,7 +390,12 @@ def test_all_that_is_wrong_is_told_at_once_by_actors() -> None:
         (["Data hangs"], DeadlineExceeded, "preflight check Data: 1 of 1 not done after 1800 s", 1800),
         (["SharedGPU hangs", "Memory"], DeadlineExceeded, "preflight check SharedGPU: 1 of 2 not done after 60 s", 60),
         (["Rewards hangs"], DeadlineExceeded, "preflight check Rewards: 1 of 1 not done after 210 s", 210),
-        (["EngineArguments hangs", "Memory", "Data"], BadSpec, "Memory is wrong", 50),  # who has not answered is not waited for
+        (
+            ["EngineArguments hangs", "Memory", "Data"],
+            BadSpec,
+            "Memory is wrong",
+            50,
+        ),  # who has not answered is not waited for
         (["Join hangs", "Data"], BadData, "line 3", 50),
         (["Reduce hangs", "Data"], BadData, "line 3", 50),
     ],

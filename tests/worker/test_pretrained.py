@@ -1,4 +1,4 @@
-"""What users bring as a model: refused before its weights are read, with field, file and the library's words; or exported whole."""
+"""What users bring as a model: refused before its weights are read, with field, file and the library's words."""
 
 import json
 import shutil
@@ -70,7 +70,9 @@ def test_the_wrong_of_every_role_is_told_at_once(path: Path, tiny: Path, tmp_pat
     write_reward(tiny, tmp_path / "rm")
     lacks_a_shard(tmp_path / "rm")
     edit("config.json", rms_norm_eps="1e-6")(path)
-    rank = ranks(path, "policy", "reward:r", rewards=[{"name": "r", "type": "model", "model": {"path": str(tmp_path / "rm")}}])
+    rank = ranks(
+        path, "policy", "reward:r", rewards=[{"name": "r", "type": "model", "model": {"path": str(tmp_path / "rm")}}]
+    )
     with pytest.raises(BadSpec) as told:
         CHECKS["Model"](rank)
     words = str(told.value)
@@ -82,7 +84,9 @@ def test_a_reward_models_chat_templates_need_a_default(path: Path, tiny: Path, t
     named = [{"name": "tool_use", "template": "{{messages}}"}, {"name": "rag", "template": "x"}]
     edit("tokenizer_config.json", chat_template=named)(tmp_path / "rm")
     rank = ranks(path, "reward:r", rewards=[{"name": "r", "type": "model", "model": {"path": str(tmp_path / "rm")}}])
-    with pytest.raises(BadSpec, match=r"spec\.rewards\[r\]\.model\.path: .*chat templates rag, tool_use and none named default"):
+    with pytest.raises(
+        BadSpec, match=r"spec\.rewards\[r\]\.model\.path: .*chat templates rag, tool_use and none named default"
+    ):
         CHECKS["Tokenizer"](rank)
 
 
@@ -90,17 +94,30 @@ def test_a_reward_models_chat_templates_need_a_default(path: Path, tiny: Path, t
     ("role", "changes", "field"),
     [
         ("critic", {"algorithm": {"name": "ppo"}, "critic": {"model": {"path": "/short"}}}, "spec.critic.model.path"),
-        ("reference", {"reference": {"model": {"path": "/short"}}, "algorithm": {"name": "grpo", "kl": {"coefficient": 0.1}}}, "spec.reference.model.path"),
-        ("reward:r", {"rewards": [{"name": "r", "type": "model", "model": {"path": "/short"}}]}, "spec.rewards[r].model.path"),
+        (
+            "reference",
+            {"reference": {"model": {"path": "/short"}}, "algorithm": {"name": "grpo", "kl": {"coefficient": 0.1}}},
+            "spec.reference.model.path",
+        ),
+        (
+            "reward:r",
+            {"rewards": [{"name": "r", "type": "model", "model": {"path": "/short"}}]},
+            "spec.rewards[r].model.path",
+        ),
     ],
 )
-def test_every_roles_context_is_checked_at_the_start(path: Path, tiny: Path, tmp_path: Path, role: str, changes: Any, field: str) -> None:
+def test_every_roles_context_is_checked_at_the_start(
+    path: Path, tiny: Path, tmp_path: Path, role: str, changes: Any, field: str
+) -> None:
     write_reward(tiny, tmp_path / "short")
     edit("config.json", max_position_embeddings=31)(tmp_path / "short")
     changed = json.loads(json.dumps(changes).replace("/short", str(tmp_path / "short")))
     with pytest.raises(BadSpec) as told:
         CHECKS["Model"](ranks(path, role, **changed))
-    assert f"spec.data.maxPromptTokens (16) + spec.rollout.maxTokens (16) is 32, but the model at {field} has a context of 31" in str(told.value)
+    assert (
+        "spec.data.maxPromptTokens (16) + spec.rollout.maxTokens (16) is 32, "
+        f"but the model at {field} has a context of 31" in str(told.value)
+    )
     edit("config.json", max_position_embeddings=32)(tmp_path / "short")
     CHECKS["Model"](ranks(path, role, **changed))
 
@@ -144,7 +161,10 @@ def test_what_an_export_refuses_is_refused_at_the_start(path: Path, monkeypatch:
         raise ValueError("this config cannot be written")
 
     monkeypatch.setattr(type(load_config(ModelSpec(path=str(path)))), "save_pretrained", no)
-    with pytest.raises(BadSpec, match=r"spec\.model\.path: .*: transformers cannot write it again, which an export does: ValueError: this config"):
+    with pytest.raises(
+        BadSpec,
+        match=r"spec\.model\.path: .*: transformers cannot write it again, which an export does: ValueError: this",
+    ):
         CHECKS["Model"](ranks(path))
 
 
@@ -169,5 +189,7 @@ def test_a_hub_that_does_not_answer_is_tried_again(monkeypatch: pytest.MonkeyPat
     skeleton.cache_clear()
     for check in ("Model", "Tokenizer"):
         monkeypatch.setattr(AutoTokenizer, "from_pretrained", cut)
-        with pytest.raises(Passing, match=r"spec\.model\.path: org/name: transformers cannot read its (config|tokenizer): OSError"):
+        with pytest.raises(
+            Passing, match=r"spec\.model\.path: org/name: transformers cannot read its (config|tokenizer): OSError"
+        ):
             CHECKS[check](ranks(Path("org/name")))

@@ -206,7 +206,7 @@ def test_a_wrong_manifest_lists_everything(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("length", "stays"), [(20, True), (90, False)])
-def test_rays_sockets_fit_whatever_tmpdir_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, stays: bool) -> None:
+def test_rays_sockets_fit_whatever_tmpdir_is(monkeypatch: pytest.MonkeyPatch, length: int, stays: bool) -> None:
     root = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
     chosen = root if stays else root / ("x" * length)
     chosen.mkdir(exist_ok=True)

@@ -257,7 +257,8 @@ def test_a_reward_model_reads_chats_by_its_own_template(tiny: Path, tmp_path: Pa
 def test_a_sample_beyond_the_reward_models_context_is_told(tiny: Path, tmp_path: Path, group: None) -> None:
     write_reward(tiny, tmp_path / "rm")
     made = trainer(tiny, tmp_path, rewards=[{"name": "rm", "type": "model", "model": {"path": str(tmp_path / "rm"), "dtype": "float32"}}])
-    with pytest.raises(RewardFailed, match=r"reward:rm: a sample of 607 tokens by its own tokenizer, but the model's context is 512: lower"):
+    words = r"reward:rm: a sample of 607 tokens by its own tokenizer, but the model's context is 512: lower"
+    with pytest.raises(RewardFailed, match=words):
         made.scores("reward:rm", ["1 + 2 ="], ["x" * 600])
 
 
@@ -266,8 +267,10 @@ def test_a_reward_models_token_beyond_its_embedding_is_told(tiny: Path, tmp_path
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "rm")
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "rm")
-    made = trainer(tiny, tmp_path, rewards=[{"name": "rm", "type": "model", "model": {"path": str(tmp_path / "rm"), "dtype": "float32"}}])
-    with pytest.raises(BadSpec, match=r"reward:rm: the tokenizer of .* gives token 81 \('<new>'\), its model has 81: use a tokenizer"):
+    model = {"path": str(tmp_path / "rm"), "dtype": "float32"}
+    made = trainer(tiny, tmp_path, rewards=[{"name": "rm", "type": "model", "model": model}])
+    words = r"reward:rm: the tokenizer of .* gives token 81 \('<new>'\), its model has 81: use a tokenizer"
+    with pytest.raises(BadSpec, match=words):
         made.scores("reward:rm", ["1 + 2 ="], ["<new>"])
 
 

@@ -1,4 +1,4 @@
-"""How a run ends when its input is wrong, the failures that the kubelet retries in place, and which library errors are which.
+"""How a run ends when its input is wrong, the failures that are retried in place, and which library errors are which.
 
 `TABLE` is the one place that says what an error of a library that reads a user's files means; `explained` applies it.
 """
@@ -26,7 +26,7 @@ class BadData(Exception):
 
 
 class Passing(Exception):
-    """Something outside the run, such as a model hub or a volume, did not do its part: the next try may find it mended."""
+    """Something outside the run, such as a model hub or a volume, did not do its part: the next try may do."""
 
 
 class NotNumbered(Exception):
@@ -205,7 +205,7 @@ def _package(kind: type) -> str:
 
 @contextmanager
 def explained(call: Call, where: str) -> Iterator[None]:
-    """where: field and value, or file. Raises BadSpec or Passing for what `TABLE` knows, and else the error as it is."""
+    """where: field and value, or file. Raises BadSpec or Passing for what `TABLE` knows, else the error as it is."""
     try:
         yield
     except (BadSpec, BadData):
@@ -262,7 +262,7 @@ def together(steps: Iterable[Callable[[], T]]) -> list[T]:
 
 
 def combined(errors: Iterable[Exception]) -> Exception:
-    """One error for all, of the hardest kind: BadSpec over BadData over what is tried again. The same words are told once."""
+    """One error for all, of the hardest kind: BadSpec over BadData over what is tried again. Same words are one."""
     parts = {said(part): part for error in errors for part in getattr(error, "parts", (error,))}
     if len(parts) == 1:
         return next(iter(parts.values()))

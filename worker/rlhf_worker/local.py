@@ -83,7 +83,7 @@ def local_ray(config: RunConfig, verbose: bool) -> Iterator[None]:
 def _shorten_temp() -> None:
     """For this process and its children: a socket's path has 107 bytes at most, of which Ray and vLLM take most."""
     if len(os.fsencode(chosen := tempfile.gettempdir())) > TEMP_BYTES:
-        print(f"TMPDIR is too long for the paths of sockets ({chosen}): using {SHORT_TEMP}", file=sys.stderr, flush=True)
+        print(f"TMPDIR is too long for paths of sockets ({chosen}): using {SHORT_TEMP}", file=sys.stderr, flush=True)
         os.environ["TMPDIR"] = tempfile.tempdir = SHORT_TEMP
 
 

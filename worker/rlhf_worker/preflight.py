@@ -1,7 +1,8 @@
 """Before anything heavy is loaded: every check by name, in the actors that will need what it tries.
 
-What is wrong is collected, so that one start tells it all; it ends soon after the first, and what has not answered by then is not
-waited for. Rewards come last, once all else is right, because a call of them may cost money, and each has a deadline of its own.
+What is wrong is collected, so that one start tells it all; it ends soon after the first, and what has not answered by
+then is not waited for. Rewards come last, once all else is right, because a call of them may cost money, and each has a
+deadline of its own.
 """
 
 import math
@@ -45,10 +46,15 @@ class Findings:
 
 
 def preflight(
-    config: RunConfig, opening: Calls, ranks: Sequence[ActorHandle], feed: ActorHandle, reporter: Reporter,
-    known: Problems, deadline_seconds: float,
+    config: RunConfig,
+    opening: Calls,
+    ranks: Sequence[ActorHandle],
+    feed: ActorHandle,
+    reporter: Reporter,
+    known: Problems,
+    deadline_seconds: float,
 ) -> None:
-    """opening: what is under way side by side, of it "Join" of the ranks' groups; known: what was wrong before it began.
+    """opening: what is under way side by side, of it "Join" of the ranks' groups; known: what was wrong before.
 
     deadline_seconds: for what is opened. Raises what `combined` makes of all that is wrong; Terminated, Ended.
     """

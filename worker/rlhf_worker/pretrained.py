@@ -45,7 +45,7 @@ def require_path(spec: ModelSpec, field: str = "spec.model.path") -> None:
 
 
 def load_config(spec: ModelSpec, field: str = "spec.model.path") -> "PreTrainedConfig":
-    """Raises BadSpec for what cannot be read, or what the trainer does not compute, Passing where the hub does not answer."""
+    """Raises BadSpec for what cannot be read or the trainer does not compute, Passing where the hub does not answer."""
     require_path(spec, field)
     from transformers import AutoConfig
 
@@ -59,8 +59,8 @@ def load_config(spec: ModelSpec, field: str = "spec.model.path") -> "PreTrainedC
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise BadSpec(
-            f"{field}: {spec.path}: its weights are quantised (quantization_config of config.json: {method}), which are "
-            "neither trained nor synced: use the checkpoint that it was made from, in bfloat16"
+            f"{field}: {spec.path}: its weights are quantised (quantization_config of config.json: {method}), which "
+            "are neither trained nor synced: use the checkpoint that it was made from, in bfloat16"
         )
     return config
 
@@ -79,8 +79,8 @@ def check_template(tokenizer: "PreTrainedTokenizerBase", spec: ModelSpec, field:
     named = tokenizer.chat_template
     if isinstance(named, dict) and "default" not in named:
         raise BadSpec(
-            f"{field}: {spec.path}: its tokenizer has chat templates {', '.join(sorted(named))} and none named default: "
-            "name one of them default, in its tokenizer_config.json or chat_template files"
+            f"{field}: {spec.path}: its tokenizer has chat templates {', '.join(sorted(named))} and none named "
+            "default: name one of them default, in its tokenizer_config.json or chat_template files"
         )
 
 
@@ -103,7 +103,7 @@ def refuse_pointer(file: Path, field: str) -> None:
 
 
 def check_weights(spec: ModelSpec, field: str = "spec.model.path") -> None:
-    """What can be said of a directory's weights by their headers. A hub's files are whole: they come with their digests.
+    """What can be said of a directory's weights by their headers. A hub's files are whole: they come with digests.
 
     Raises BadSpec, which names the file.
     """
@@ -182,8 +182,9 @@ def skeleton(spec: ModelSpec, field: str = "spec.model.path") -> "PreTrainedMode
 
 
 def export(lm: "PreTrainedModel", spec: ModelSpec, weights: dict[str, Any], directory: Path) -> None:
-    """The model with these weights, and what came beside it: the generation config as it was, which transformers would refuse to
-    write where it is of an older release. Raises BadSpec, Passing.
+    """The model with these weights; and its generation config as it came, since transformers refuses to write some.
+
+    Raises BadSpec, Passing.
     """
     from transformers import GenerationConfig
     from transformers.utils import cached_file

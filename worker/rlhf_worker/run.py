@@ -171,7 +171,7 @@ def guarded(work: Callable[[], object]) -> int:
 
 
 def _always(error: BaseException, cause: BaseException) -> str:
-    """The last words, also of an error that fails when it is looked at: without any the job could not say why it failed."""
+    """The last words, also of an error that fails when it is looked at: without any, nobody knew why the job failed."""
     try:
         return last_words(error, cause)
     except Exception as failure:

@@ -42,7 +42,8 @@ def check_engine_args(config: RunConfig) -> None:
     for name in RESERVED.keys() & args.keys():
         with problems:
             raise BadSpec(f"spec.rollout.engineArgs.{name}: the worker sets it itself; use {RESERVED[name]}")
-    for name, kinds in (("max_model_len", int), ("gpu_memory_utilization", int | float)):  # which the worker computes with
+    # What the worker itself computes with.
+    for name, kinds in (("max_model_len", int), ("gpu_memory_utilization", int | float)):
         if (given := args.get(name)) is not None and (isinstance(given, bool) or not isinstance(given, kinds)):
             with problems:
                 raise BadSpec(f"spec.rollout.engineArgs.{name} is {given!r:.80}: it must be a number, without quotes")
@@ -50,7 +51,8 @@ def check_engine_args(config: RunConfig) -> None:
     if isinstance(given, int) and given < need:
         with problems:
             raise BadSpec(
-                f"spec.rollout.engineArgs.max_model_len is {given}, but {fields} is {need}: raise it, or lower one of the two"
+                f"spec.rollout.engineArgs.max_model_len is {given}, but {fields} is {need}: "
+                "raise it, or lower one of the two"
             )
     problems.tell()
 
@@ -73,7 +75,7 @@ def check_role_context(config: RunConfig, role: str, context: int | None) -> Non
 
 
 def check_known(args: dict[str, Any], known: Mapping[str, Any], version: str) -> None:
-    """known: vLLM's arguments by name, with their types. Raises BadSpec for one that vLLM does not have, or of another type."""
+    """known: vLLM's arguments by name, with their types. Raises BadSpec for one that it lacks, or of another type."""
     problems = Problems()
     for name, value in args.items():
         with problems:

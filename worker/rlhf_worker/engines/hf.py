@@ -88,7 +88,8 @@ class Generator:
     def _options(self, temperature: float, tokens: int) -> GenerationConfig:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
         return GenerationConfig(
-            **sampling, max_new_tokens=tokens, eos_token_id=self.ends or None, pad_token_id=self.pad, return_dict_in_generate=True, output_scores=True
+            **sampling, max_new_tokens=tokens, eos_token_id=self.ends or None, pad_token_id=self.pad,
+            return_dict_in_generate=True, output_scores=True,
         )
 
     def _seed(self, episode: Episode) -> int:
@@ -108,7 +109,7 @@ class Generator:
 
 
 def _ends(path: str, end: int | None) -> list[int]:
-    """Tokens that end a completion, as vLLM takes them: the tokenizer's, and those of the checkpoint's generation_config.json.
+    """Tokens that end a completion, as vLLM takes them: the tokenizer's, and those of the generation config.
 
     A base model may have none: its completions end by their length.
     """

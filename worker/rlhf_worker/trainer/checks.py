@@ -124,15 +124,9 @@ def _model(rank: "Trainer") -> None:
         with problems:
             check_role_context(rank.config, role, context_length(load_config(spec, field)))
         if role == "policy" and not rank.rank:
-            with problems:
-                _try_export(spec)
+            with problems, tempfile.TemporaryDirectory(prefix="rlhf-export-") as directory:
+                export(copy(skeleton(spec)), spec, {}, Path(directory))  # what refuses at a run's end refuses now
     problems.tell()
-
-
-def _try_export(spec: ModelSpec) -> None:
-    """With no weights in it: whatever refuses at the end of a run refuses now."""
-    with tempfile.TemporaryDirectory(prefix="rlhf-export-") as directory:
-        export(copy(skeleton(spec)), spec, {}, Path(directory))
 
 
 def _memory(rank: "Trainer") -> None:
@@ -187,9 +181,9 @@ def engine_share(config: RunConfig) -> float:
 def needed_bytes(config: RunConfig, counts: Mapping[str, int], world: int, engine: int) -> Need:
     """The worst moment of one rank. counts: parameters of each role; engine: bytes that one beside it takes, else 0.
 
-    While a step trains, its roles are there with gradients, and an engine unless it sleeps. While engines generate, what is not
-    offloaded stays: weights and moments. With offload one role is there at a time, and none while engines generate; but each is
-    loaded, and the policy synced, beside an engine that is awake.
+    While a step trains, its roles are there with gradients, and an engine unless it sleeps. While engines generate,
+    what is not offloaded stays: weights and moments. With offload one role is there at a time, and none while engines
+    generate; but each is loaded, and the policy synced, beside an engine that is awake.
     """
     def shards(trained_bytes: int) -> list[int]:
         """A rank's part of each role. A frozen one keeps its weights in its own type."""
@@ -199,11 +193,9 @@ def needed_bytes(config: RunConfig, counts: Mapping[str, int], world: int, engin
 
     offload = config.trainer.offload
     training = max(shards(TRAINED_BYTES)) if offload else sum(shards(TRAINED_BYTES))
-    moments = (
-        Need("training", training, 0 if config.engines_sleep else engine),
-        Need("loading" if offload else "generating", max(shards(LOADED_BYTES)) if offload else sum(shards(SAVED_BYTES)), engine),
-    )
-    return max(moments, key=lambda need: need.bytes)
+    idle = max(shards(LOADED_BYTES)) if offload else sum(shards(SAVED_BYTES))
+    beside = Need("loading" if offload else "generating", idle, engine)
+    return max(Need("training", training, 0 if config.engines_sleep else engine), beside, key=lambda need: need.bytes)
 
 
 def _trained_whole(config: RunConfig) -> tuple[str, ...]:
@@ -222,7 +214,8 @@ def check_memory(need: Need, free: int, total: int, where: str) -> None:
     if need.bytes > total:
         raise BadSpec(f"{where} has {total / GIB:.1f} GiB, but {asked}: {fix}")
     raise PreflightFailed(
-        f"{where} has {free / GIB:.1f} GiB free of {total / GIB:.1f}, but {asked}: something else holds the rest; end it, or {fix}"
+        f"{where} has {free / GIB:.1f} GiB free of {total / GIB:.1f}, but {asked}: "
+        f"something else holds the rest; end it, or {fix}"
     )
 
 
@@ -249,7 +242,7 @@ def _checkpoint(rank: "Trainer") -> None:
 
 
 def _tokenizer(rank: "Trainer") -> None:
-    """The policy's, which an export writes; those of reward models, by which they read; the others must be the policy's own."""
+    """The policy's, which an export writes; those of reward models, by which they read; the rest are the policy's."""
     problems, config = Problems(), rank.config
     for role in rank.names:
         spec, field = config.roles[role], model_field(role)

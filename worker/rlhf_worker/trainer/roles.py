@@ -44,7 +44,7 @@ class Role:
         self._state_away: Away = []
 
     def read(self, index: int, prompt: Text, completion: str) -> TrainSequence:
-        """A sample as this reward model reads it: by its chat template, where it has one. Raises BadSpec, RewardFailed."""
+        """A sample as this reward model reads it: by its chat template, if it has one. Raises BadSpec, RewardFailed."""
         if self.tokenizer.chat_template:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             text = self.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": completion}], tokenize=False)
@@ -56,13 +56,14 @@ class Role:
         limit = context_length(self.module.lm.config)
         if limit and len(tokens) > limit:
             raise RewardFailed(
-                f"{self.name}: a sample of {len(tokens)} tokens by its own tokenizer, but the model's context is {limit}: lower "
-                "data.maxPromptTokens or rollout.maxTokens"
+                f"{self.name}: a sample of {len(tokens)} tokens by its own tokenizer, but the model's context is "
+                f"{limit}: lower data.maxPromptTokens or rollout.maxTokens"
             )
         if max(tokens) >= (size := self.module.lm.get_input_embeddings().num_embeddings):
+            token = f"{max(tokens)} ({self.tokenizer.convert_ids_to_tokens(max(tokens))!r})"
             raise BadSpec(
-                f"{self.name}: the tokenizer of {self.path} gives token {max(tokens)} "
-                f"({self.tokenizer.convert_ids_to_tokens(max(tokens))!r}), its model has {size}: use a tokenizer of that model"
+                f"{self.name}: the tokenizer of {self.path} gives token {token}, its model has {size}: "
+                "use a tokenizer of that model"
             )
         return TrainSequence(token_ids=tokens, prompt_length=len(tokens), index=index, mask=[], columns={})
 

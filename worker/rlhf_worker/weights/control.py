@@ -116,7 +116,8 @@ class Member:
             self._socket = socket.create_connection((meeting.host, meeting.port), deadline_seconds)
         except OSError as error:
             where = f"{bracketed(meeting.host)}:{meeting.port}"
-            raise DeadlineExceeded(f"weight sync: rank {number} cannot reach the trainer at {where}: {error}") from error
+            words = f"weight sync: rank {number} cannot reach the trainer at {where}: {error}"
+            raise DeadlineExceeded(words) from error
         self._socket.settimeout(None)
         self._connection = _connection(self._socket.dup())
         self._connection.send_bytes(meeting.token)
