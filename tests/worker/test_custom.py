@@ -9,8 +9,8 @@ from rlhf_api.run import RunConfig
 from rlhf_worker.algorithm import custom
 from rlhf_worker.algorithm.losses import policy_loss
 from rlhf_worker.algorithm.shape import shape
+from rlhf_worker.crew import check_functions
 from rlhf_worker.errors import BadSpec
-from rlhf_worker.run import check_functions
 from tests.worker.configs import run_config
 from tests.worker.samples import sequences
 

@@ -106,3 +106,13 @@ def test_weights_that_do_not_fit_are_refused(path: Path) -> None:
         made.refresh(list(weights.items())[1:], 1)
     with pytest.raises(ValueError, match=r"do not fit: .*extra"):
         made.refresh([*weights.items(), ("extra", torch.zeros(1))], 1)
+
+
+def test_without_an_end_token_completions_end_by_their_length(tmp_path: Path) -> None:
+    write(tmp_path)
+    bare = tokenizer()
+    bare.eos_token = bare.pad_token = None
+    bare.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    samples = generator(tmp_path).generate(requests("2 + 3 =", "a longer prompt ="), 60.0)
+    assert [(len(sample.token_ids), sample.finish_reason) for sample in samples] == [(24, "length")] * 2

@@ -1,8 +1,7 @@
 """The checks before the first step: the pure ones in tables, the collective ones on gloo ranks, the driver's part with Ray actors."""
 
 import os
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +12,23 @@ import torch
 
 from hack.tiny_model import write
 from rlhf_api.job import LoRASpec, ModelSpec, PolicySpec
+from rlhf_api.run import RunConfig
 from rlhf_worker import preflight
-from rlhf_worker.errors import BadSpec, DeadlineExceeded, PreflightFailed
+from rlhf_worker.calls import root_cause
+from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded, PreflightFailed, Problems, RewardFailed
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer import checks
-from rlhf_worker.trainer.checks import CHECKS, GIB, check_memory, check_shared_memory, host_memory, needed_bytes, parameters
+from rlhf_worker.trainer.checks import (
+    CHECKS,
+    GIB,
+    Need,
+    check_memory,
+    check_shared_memory,
+    engine_share,
+    host_memory,
+    needed_bytes,
+    parameters,
+)
 from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
 from tests.worker.waiting import until
@@ -31,33 +42,102 @@ BILLION = 10**9
         ({"policy": BILLION}, 1, False, 16 * BILLION),
         ({"policy": BILLION, "reference": BILLION}, 4, False, 5 * BILLION),
         ({"policy": BILLION, "critic": BILLION, "reference": BILLION}, 1, True, 16 * BILLION),
-        ({"reward:r": BILLION}, 2, False, 2 * BILLION),
     ],
 )
 def test_what_roles_need_at_least(counts: dict[str, int], world: int, offload: bool, expected: int) -> None:
-    assert needed_bytes(run_config(trainer={"steps": 1, "offload": offload}), counts, world) == expected
+    config = run_config(
+        trainer={"steps": 1, "offload": offload},
+        algorithm={"name": "ppo", "kl": {"coefficient": 0.1}},
+    )
+    need = needed_bytes(config, counts, world, 0)
+    assert (need.moment, need.bytes) == ("training", expected)
 
 
-def test_a_policy_with_adapters_needs_what_a_frozen_role_needs() -> None:
+def test_frozen_weights_are_counted_in_their_own_type() -> None:
     config = run_config(model={"path": "/m", "lora": {}}, algorithm={"name": "ppo"})
-    assert needed_bytes(config, {"policy": BILLION, "critic": BILLION}, 2) == 10 * BILLION
+    assert needed_bytes(config, {"policy": BILLION, "critic": BILLION}, 2, 0).bytes == 9 * BILLION
+    float32 = run_config(model={"path": "/m", "lora": {}, "dtype": "float32"}, algorithm={"name": "ppo"})
+    assert needed_bytes(float32, {"policy": BILLION, "critic": BILLION}, 2, 0).bytes == 10 * BILLION
+
+
+QWEN_8B, QWEN_32B, LLAMA_70B = 8_190_735_360, 32_762_123_264, 70_553_706_496
+SLEEP = {"enable_sleep_mode": True}
+
+
+def job(
+    gpus: int, share: float, *, sleep: bool, offload: bool, lora: bool = False, dtype: str = "bfloat16"
+) -> RunConfig:
+    args = {"gpu_memory_utilization": share} | (SLEEP if sleep else {})
+    return run_config(
+        model={"path": "/m", "dtype": dtype} | ({"lora": {}} if lora else {}),
+        algorithm={"name": "grpo", "kl": {"coefficient": 0.1}},
+        rollout={"maxTokens": 16, "engines": gpus, "engineArgs": args},
+        trainer={"steps": 1, "gpus": gpus, "offload": offload},
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "policy", "fits"),
+    [
+        # Engine and trainer alternate: neither is counted beside the other.
+        (job(8, 0.81, sleep=True, offload=True), QWEN_8B, True),
+        (job(8, 0.5, sleep=True, offload=True), QWEN_32B, True),
+        (job(4, 0.36, sleep=False, offload=False, lora=True), LLAMA_70B, True),
+        (job(8, 0.81, sleep=True, offload=False), QWEN_8B, True),
+        (job(8, 0.85, sleep=True, offload=False), QWEN_8B, False),  # weights and moments stay while the engine is awake
+        (job(8, 0.81, sleep=False, offload=True), QWEN_8B, False),  # the engine stays while the trainer trains
+        (job(8, 0.75, sleep=False, offload=True), QWEN_8B, True),
+        (job(8, 0.5, sleep=True, offload=False), QWEN_32B, False),
+        (job(8, 0.4, sleep=False, offload=True), QWEN_32B, False),
+        (job(8, 0.9, sleep=True, offload=True), QWEN_32B, False),  # each is loaded beside an engine
+        (job(8, 0.5, sleep=True, offload=True), LLAMA_70B, False),  # and alone it does not fit either
+        (job(4, 0.36, sleep=False, offload=False, lora=True, dtype="float32"), LLAMA_70B, False),
+        (job(2, 0.36, sleep=True, offload=True, lora=True), LLAMA_70B, False),
+    ],
+)
+def test_jobs_that_fit_80_gib_cards_are_let_through_and_others_are_not(
+    config: RunConfig, policy: int, fits: bool
+) -> None:
+    roles = {"policy": policy} if config.reference_in_policy else {"policy": policy, "reference": policy}
+    total = int(79.6 * GIB)
+    need = needed_bytes(config, roles, config.trainer.gpus, int(engine_share(config) * total))
+    if fits:
+        check_memory(need, total, total, "GPU x")
+        return
+    with pytest.raises(BadSpec, match=r"GPU x has 79\.6 GiB, but while \w+ the trainer's roles need at least"):
+        check_memory(need, total, total, "GPU x")
+
+
+def need(roles: int, engine: int) -> Need:
+    return Need("training", roles * GIB, engine * GIB)
 
 
 def test_memory_that_is_there_is_enough() -> None:
-    check_memory(30 * GIB, 50 * GIB, 80 * GIB, 140 * GIB, "GPU x")
+    check_memory(need(30, 50), 80 * GIB, 140 * GIB, "GPU x")
 
 
 def test_memory_that_something_else_holds_may_come_back() -> None:
-    with pytest.raises(PreflightFailed, match=r"GPU x has 60\.0 GiB free of 140\.0, but the trainer's roles need at least 30\.0 GiB and the engine takes 50\.0 GiB: something else"):
-        check_memory(30 * GIB, 50 * GIB, 60 * GIB, 140 * GIB, "GPU x")
+    words = (
+        r"GPU x has 60\.0 GiB free of 140\.0, but while training the trainer's roles need at least 30\.0 GiB and "
+        r"the engine takes 50\.0 GiB: something else"
+    )
+    with pytest.raises(PreflightFailed, match=words):
+        check_memory(need(30, 50), 60 * GIB, 140 * GIB, "GPU x")
 
 
 def test_what_can_never_fit_is_a_wrong_spec() -> None:
-    with pytest.raises(BadSpec, match=r"has 140\.0 GiB, but .* need at least 100\.0 GiB.*raise spec\.trainer\.gpus, set spec\.trainer\.offload, or lower spec\.placement\.fractions\.rollout"):
-        check_memory(100 * GIB, 50 * GIB, 140 * GIB, 140 * GIB, "GPU x")
+    words = (
+        r"has 140\.0 GiB, but .* need at least 100\.0 GiB.*raise spec\.trainer\.gpus, set spec\.trainer\.offload, or "
+        r"lower spec\.placement\.fractions\.rollout"
+    )
+    with pytest.raises(BadSpec, match=words):
+        check_memory(need(100, 50), 140 * GIB, 140 * GIB, "GPU x")
 
 
-@pytest.mark.parametrize(("size", "device", "world", "enough"), [(64 << 20, "cuda", 1, True), (64 << 20, "cuda", 8, False), (2 << 30, "cuda", 8, True), (64 << 20, "cpu", 2, True)])
+@pytest.mark.parametrize(
+    ("size", "device", "world", "enough"),
+    [(64 << 20, "cuda", 1, True), (64 << 20, "cuda", 8, False), (2 << 30, "cuda", 8, True), (64 << 20, "cpu", 2, True)],
+)
 def test_shared_memory(size: int, device: str, world: int, enough: bool) -> None:
     if enough:
         check_shared_memory(size, device, world)
@@ -67,7 +147,10 @@ def test_shared_memory(size: int, device: str, world: int, enough: bool) -> None
 
 
 def test_the_hosts_memory() -> None:
-    assert host_memory("MemTotal:  2048 kB\nMemFree:  1 kB\nMemAvailable:  1024 kB\nBuffers: 7 kB\n") == (1 << 20, 2 << 20)
+    assert host_memory("MemTotal:  2048 kB\nMemFree:  1 kB\nMemAvailable:  1024 kB\nBuffers: 7 kB\n") == (
+        1 << 20,
+        2 << 20,
+    )
 
 
 def test_parameters_are_counted_without_loading_them(tmp_path: Path) -> None:
@@ -86,7 +169,9 @@ def rank_of_two(rank: int, world: int, tmp_path: Path, model: Path, case: str) -
         (tmp_path / "file").touch()
         root = tmp_path / "file" / "run"
     config = run_config(model={"path": str(model), "dtype": "float32"})
-    held: Any = SimpleNamespace(config=config, rank=rank, world=world, device=torch.device("cpu"), names=["policy"], store=Store(str(root)))
+    held: Any = SimpleNamespace(
+        config=config, rank=rank, world=world, device=torch.device("cpu"), names=["policy"], store=Store(str(root))
+    )
     checks.REDUCE_SECONDS = 1.0
     told = ""
     try:
@@ -96,7 +181,9 @@ def rank_of_two(rank: int, world: int, tmp_path: Path, model: Path, case: str) -
     except PreflightFailed as error:
         told = f"{last}: {error}"
     (tmp_path / f"{case}-{rank}").touch()
-    until(lambda: all((tmp_path / f"{case}-{r}").exists() for r in range(world)), 120)  # a rank that is gone would end the other's wait
+    until(
+        lambda: all((tmp_path / f"{case}-{r}").exists() for r in range(world)), 120
+    )  # a rank that is gone would end the other's wait
     return told
 
 
@@ -104,8 +191,14 @@ def rank_of_two(rank: int, world: int, tmp_path: Path, model: Path, case: str) -
     ("case", "told"),
     [
         ("well", ""),
-        ("apart", "CheckpointPath: spec.checkpoint.path ({root}/run-1) is another directory in each trainer pod: mount a volume that they share"),
-        ("blocked", "CheckpointPath: spec.checkpoint.path ({root}/file/run) cannot be written: [Errno 20] Not a directory"),
+        (
+            "apart",
+            "CheckpointPath: spec.checkpoint.path ({root}/run-1) is another directory in each trainer pod: mount",
+        ),
+        (
+            "blocked",
+            "CheckpointPath: spec.checkpoint.path ({root}/file/run) cannot be written: [Errno 20] Not a directory",
+        ),
         ("hang", "Reduce: an all-reduce over 2 trainer ranks did not end in 1 s"),
     ],
 )
@@ -116,22 +209,37 @@ def test_ranks_together(tmp_path: Path, case: str, told: str) -> None:
     assert found == ["", ""] if not told else any(text.startswith(expected) for text in found), found
 
 
-class Rank:
-    def __init__(self, ailing: str) -> None:
+class Actor:
+    """A rank, the feed or an engine: `ailing` names what goes wrong in it."""
+
+    def __init__(self, *ailing: str) -> None:
         self.ailing = ailing
 
+    def _fail(self, name: str, error: Exception) -> None:
+        if f"{name} hangs" in self.ailing:
+            raise Hangs
+        if name in self.ailing:
+            raise error
+
+    def open(self) -> None:
+        self._fail("Data", BadData("data.jsonl, line 3: not JSON"))
+
+    def prepare(self) -> None:
+        self._fail("EngineArguments", BadSpec("spec.rollout.engineArgs.max_model_len: a text"))
+
+    def join(self) -> None:
+        self._fail("Join", RuntimeError("no rendezvous"))
+
     def preflight(self, check: str) -> None:
-        if check == self.ailing == "Reduce":
-            raise PreflightFailed("the network is down")
-        if check == self.ailing:
-            time.sleep(600)
+        kind = BadSpec if check in ("Model", "Memory") else PreflightFailed
+        self._fail(check, kind(f"{check} is wrong"))
 
     def try_rewards(self) -> None:
-        if self.ailing == "Rewards":
-            raise BadSpec("rewards[r]: no such function")
+        self._fail("Rewards", RewardFailed("rewards[r] failed once: 'half a pair \ud800'"))
 
 
-RankActor: Any = ray.remote(num_cpus=0)(Rank)
+class Hangs(Exception):
+    """Stands for a call that does not come back."""
 
 
 class Told:
@@ -144,32 +252,163 @@ class Told:
         self.fields |= fields
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, _temp_dir=f"/tmp/rp-{os.getpid()}", log_to_driver=False)
-    yield
-    ray.shutdown()
+class Near:
+    """An actor in this process, and its calls: each is done at once, or never."""
+
+    def __init__(self, actor: Actor) -> None:
+        self.actor = actor
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=lambda *args: NearCall(getattr(self.actor, method), args))
+
+
+class NearCall:
+    def __init__(self, method: Callable[..., None], args: tuple[Any, ...]) -> None:
+        self.error: Exception | None = None
+        try:
+            method(*args)
+        except Exception as error:
+            self.error = error
+
+
+class NearRay:
+    """Of Ray what preflight uses, with a clock of its own."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, calls: list[NearCall], num_returns: int, timeout: float) -> tuple[list[NearCall], list[NearCall]]:
+        done = [call for call in calls if not isinstance(call.error, Hangs)][:num_returns]
+        self.now += 0.01 if done else max(timeout, 0.01)
+        return done, [call for call in calls if call not in done]
+
+    def get(self, call: NearCall) -> None:
+        if call.error is not None:
+            raise call.error
+
+
+@pytest.fixture
+def near(monkeypatch: pytest.MonkeyPatch) -> NearRay:
+    fake = NearRay()
+    monkeypatch.setattr(preflight, "ray", fake)
+    monkeypatch.setattr(preflight, "time", fake)
+    return fake
+
+
+def tried(make: Callable[..., Any], reporter: Told, known: Problems, *ailing: str) -> None:
+    """A preflight of two ranks, a feed and an engine, one rank sane; what is ailing hangs or fails in the others."""
+    feed, engine, sane, rank = (make(*each) for each in (ailing, ailing, (), ailing))
+    opening = {
+        "Data": [feed.open.remote()],
+        "EngineArguments": [engine.prepare.remote()],
+        "Join": [sane.join.remote(), rank.join.remote()],
+    }
+    preflight.preflight(run_config(), opening, [sane, rank], feed, reporter, known, 1800.0)  # type: ignore[arg-type]
+
+
+def by(*ailing: str) -> Near:
+    return Near(Actor(*ailing))
+
+
+def test_the_checks_that_passed_are_told(near: NearRay) -> None:
+    told = Told()
+    tried(by, told, Problems())
+    assert told.fields["preflight"].failed is None
+    names = [one.split()[0] for one in told.fields["preflight"].message.split(", ")]
+    assert names == ["Data", "EngineArguments", "Join", *CHECKS, "Rewards"]
+
+
+@pytest.mark.parametrize(
+    ("ailing", "kind", "words"),
+    [
+        ("Reduce", PreflightFailed, "PreflightFailed: Reduce is wrong"),
+        ("Join", RuntimeError, "RuntimeError: no rendezvous"),
+        ("Data", BadData, "BadData: data.jsonl, line 3: not JSON"),
+        ("Rewards", RewardFailed, "RewardFailed: rewards[r] failed once: 'half a pair \\ud800'"),
+    ],
+)
+def test_one_fault_is_told_by_the_name_of_its_check(
+    near: NearRay, ailing: str, kind: type[Exception], words: str
+) -> None:
+    told = Told()
+    with pytest.raises(kind):
+        tried(by, told, Problems(), ailing)
+    assert (told.fields["preflight"].failed, told.fields["preflight"].message) == (ailing, words)
+
+
+ALL = ("Data", "EngineArguments", "Model", "Memory", "CheckpointPath", "Rewards")
+LINES = [
+    "BadSpec: spec.weightSync.backend is nccl",
+    "BadSpec: spec.rollout.engineArgs.max_model_len: a text",
+    "BadSpec: Model is wrong",
+    "BadSpec: Memory is wrong",
+    "BadData: data.jsonl, line 3: not JSON",
+    "PreflightFailed: CheckpointPath is wrong",
+]  # a reward is tried when all else is right
+
+
+def assert_all_is_told(make: Callable[..., Any]) -> None:
+    told, known = Told(), Problems()
+    with known:
+        raise BadSpec("spec.weightSync.backend is nccl")
+    with pytest.raises(BadSpec) as error:
+        tried(make, told, known, *ALL)
+    first, *lines = str(root_cause(error.value)).splitlines()
+    assert first == "6 things are wrong:" and told.fields["preflight"].failed == "Spec"
+    assert [line.partition(" ")[2].split(": ")[:2] for line in sorted(lines)] == [
+        line.split(": ")[:2] for line in LINES
+    ]
+
+
+def test_all_that_is_wrong_is_told_at_once_and_the_hardest_decides(near: NearRay) -> None:
+    assert_all_is_told(by)
 
 
 @pytest.mark.ray
+def test_all_that_is_wrong_is_told_at_once_by_actors() -> None:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100 << 20,
+        _temp_dir=f"/tmp/rp-{os.getpid()}",
+        log_to_driver=False,
+    )
+    try:
+        assert_all_is_told(ray.remote(num_cpus=0)(Actor).remote)
+    finally:
+        ray.shutdown()
+
+
 @pytest.mark.parametrize(
-    ("ailing", "kind", "message"),
+    ("ailing", "kind", "words", "seconds"),
     [
-        ("", None, ""),
-        ("Reduce", PreflightFailed, "PreflightFailed: the network is down"),
-        ("Rewards", BadSpec, "BadSpec: rewards[r]: no such function"),
-        ("SharedGPU", DeadlineExceeded, "DeadlineExceeded: preflight check SharedGPU: 1 of 2 not done after"),
+        (["Data hangs"], DeadlineExceeded, "preflight check Data: 1 of 1 not done after 1800 s", 1800),
+        (["SharedGPU hangs", "Memory"], DeadlineExceeded, "preflight check SharedGPU: 1 of 2 not done after 60 s", 60),
+        (["Rewards hangs"], DeadlineExceeded, "preflight check Rewards: 1 of 1 not done after 210 s", 210),
+        (
+            ["EngineArguments hangs", "Memory", "Data"],
+            BadSpec,
+            "Memory is wrong",
+            50,
+        ),  # who has not answered is not waited for
+        (["Join hangs", "Data"], BadData, "line 3", 50),
+        (["Reduce hangs", "Data"], BadData, "line 3", 50),
     ],
 )
-def test_the_check_that_fails_is_told_by_its_name(cluster: None, monkeypatch: pytest.MonkeyPatch, ailing: str, kind: type[Exception] | None, message: str) -> None:
-    monkeypatch.setattr(preflight, "DEADLINE_SECONDS", 5.0 if kind is DeadlineExceeded else 60.0)
-    told, ranks, feed = Told(), [RankActor.remote(""), RankActor.remote(ailing)], RankActor.remote(ailing)
-    ray.get([actor.__ray_ready__.remote() for actor in (*ranks, feed)])  # their processes' start is not preflight's time
-    if kind is None:
-        preflight.preflight([ranks], feed, told)  # type: ignore[arg-type]
-        assert told.fields["preflight"].failed is None and told.fields["preflight"].message.startswith("Devices ")
-        return
-    with pytest.raises(kind):
-        preflight.preflight([ranks], feed, told)  # type: ignore[arg-type]
-    assert told.fields["preflight"].failed == ailing and message in told.fields["preflight"].message
+def test_what_hangs_is_named_and_does_not_keep_back_what_is_wrong(
+    near: NearRay, ailing: list[str], kind: type[Exception], words: str, seconds: float
+) -> None:
+    with pytest.raises(kind, match=words):
+        tried(by, Told(), Problems(), *ailing)
+    assert near.now - 100.0 == pytest.approx(seconds, abs=1.0)
+
+
+def test_a_rewards_own_deadline_counts_and_not_that_of_all_checks() -> None:
+    reward = {"name": "r", "type": "python", "function": "a:b", "timeoutSeconds": 300, "retries": 1}
+    (spec,) = run_config(rewards=[reward]).rewards
+    assert preflight.reward_seconds(spec) == 2 * 330 + 30

@@ -1,5 +1,8 @@
 """How a run's end becomes an exit code and last words."""
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,8 +11,8 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from rlhf_api.placement import Placement
-from rlhf_worker import run
-from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded
+from rlhf_worker import local, run
+from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded, combined
 from rlhf_worker.local import configure, mapped, volume
 from rlhf_worker.placement import Patience
 from rlhf_worker.progress import Reporter
@@ -82,6 +85,32 @@ def test_last_words_are_whole_lines_that_fit_and_are_always_written(log: Path, t
         words = log.read_bytes().decode()
         assert len(words.encode()) <= 3000
         assert words.startswith((f"ValueError: {text[:3]}", f"BadData: {text[:3]}"))
+
+
+class Mute(BadData):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Bare(ValueError):
+    @property
+    def __notes__(self) -> list[str]:  # type: ignore[override]
+        raise RuntimeError("no notes")
+
+
+@pytest.mark.parametrize(("error", "code"), [(Mute(), 65), (Bare("x"), 1)])
+def test_an_error_that_cannot_be_looked_at_leaves_its_class(log: Path, error: Exception, code: int) -> None:
+    assert run.guarded(raising(error)) == code
+    assert type(error).__name__ in log.read_text()
+
+
+def test_what_several_problems_leave_is_a_line_each(log: Path) -> None:
+    errors = [BadData("line 3 \ud800"), BadSpec("spec.model.path: /m"), ValueError("v" * 5000)]
+    assert run.guarded(raising(from_actor(combined(errors)))) == 64
+    first, *lines = log.read_text().splitlines()
+    assert first == "BadSpec: 3 things are wrong:"
+    assert lines[:2] == ["1. BadSpec: spec.model.path: /m", "2. BadData: line 3 \\ud800"]
+    assert lines[2].startswith("3. ValueError: vvv")
 
 
 def test_a_long_traceback_loses_its_first_lines_and_no_half_of_one(log: Path) -> None:
@@ -174,3 +203,22 @@ def test_a_wrong_manifest_lists_everything(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("kind: RLHFJob\napiVersion: rlhf.dev/v1alpha1\nmetadata: {name: x}\nspec: {imag: y}\n")
     with pytest.raises(BadSpec, match=r"spec\.image.*spec\.imag: unknown field"):
         configure(tmp_path / "job.yaml", {})
+
+
+@pytest.mark.parametrize(("length", "stays"), [(20, True), (90, False)])
+def test_rays_sockets_fit_whatever_tmpdir_is(monkeypatch: pytest.MonkeyPatch, length: int, stays: bool) -> None:
+    root = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
+    chosen = root if stays else root / ("x" * length)
+    chosen.mkdir(exist_ok=True)
+    monkeypatch.setenv("TMPDIR", str(chosen))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(local, "_check_gpus", lambda config: None)
+    places: list[str] = []
+    monkeypatch.setattr(local, "_start_ray", lambda config, verbose, directory: places.append(directory))
+    monkeypatch.setattr(local.ray, "shutdown", lambda: None)
+    with local.local_ray(run_config(), verbose=False):
+        pass
+    shutil.rmtree(root)
+    assert Path(places[0]).parent == (chosen if stays else Path("/tmp"))
+    assert os.environ["TMPDIR"] == str(Path(places[0]).parent)
+    assert len(f"{places[0]}/session_2026-11-28_17-55-24_251786_1234567/sockets/plasma_store") <= 107

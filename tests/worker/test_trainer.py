@@ -11,9 +11,8 @@ from torch._dynamo.utils import counters
 from torch.optim.lr_scheduler import LinearLR, SequentialLR
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
-from hack.tiny_model import write
 from rlhf_worker.algorithm.shape import shape
-from rlhf_worker.errors import BadSpec, Diverged
+from rlhf_worker.errors import BadSpec, Diverged, RewardFailed
 from rlhf_worker.experience import PackedBatch, TrainSequence, add_column, dealt, empty_batch, mini_batches, pack
 from rlhf_worker.trainer.rank import Trainer
 from rlhf_worker.trainer.roles import decayed
@@ -373,18 +372,21 @@ def test_a_reward_model_reads_chats_by_its_own_template(tiny: Path, tmp_path: Pa
 def test_a_sample_beyond_the_reward_models_context_is_told(tiny: Path, tmp_path: Path, group: None) -> None:
     write_reward(tiny, tmp_path / "rm")
     made = trainer(tiny, tmp_path, rewards=[{"name": "rm", "type": "model", "model": {"path": str(tmp_path / "rm"), "dtype": "float32"}}])
-    with pytest.raises(BadSpec, match=r"reward:rm: a sample of 607 tokens, but the model's context is 512: lower data\.maxPromptTokens"):
+    words = r"reward:rm: a sample of 607 tokens by its own tokenizer, but the model's context is 512: lower"
+    with pytest.raises(RewardFailed, match=words):
         made.scores("reward:rm", ["1 + 2 ="], ["x" * 600])
 
 
-def test_a_role_of_another_tokenizer_is_refused(tiny: Path, tmp_path: Path, group: None) -> None:
-    other = tmp_path / "other"
-    write(other)
-    tokenizer = AutoTokenizer.from_pretrained(other)
+def test_a_reward_models_token_beyond_its_embedding_is_told(tiny: Path, tmp_path: Path, group: None) -> None:
+    write_reward(tiny, tmp_path / "rm")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "rm")
     tokenizer.add_tokens(["<new>"])
-    tokenizer.save_pretrained(other)
-    with pytest.raises(BadSpec, match=r"spec\.critic\.model\.path: .*other has another vocabulary than"):
-        trainer(tiny, tmp_path, algorithm={"name": "ppo"}, critic={"model": {"path": str(other)}})
+    tokenizer.save_pretrained(tmp_path / "rm")
+    model = {"path": str(tmp_path / "rm"), "dtype": "float32"}
+    made = trainer(tiny, tmp_path, rewards=[{"name": "rm", "type": "model", "model": model}])
+    words = r"reward:rm: the tokenizer of .* gives token 81 \('<new>'\), its model has 81: use a tokenizer"
+    with pytest.raises(BadSpec, match=words):
+        made.scores("reward:rm", ["1 + 2 ="], ["<new>"])
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_batch_on_disk_and_the_weights_as_they_were(tiny: Path, tmp_path: Path, group: None) -> None:

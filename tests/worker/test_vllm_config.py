@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from transformers import StableLmConfig
 
 from hack.tiny_model import write
+from rlhf_worker.engines.arguments import check_known
 from rlhf_worker.engines.engine import Engine
 from rlhf_worker.errors import BadSpec
 from tests.worker.configs import run_config
@@ -30,20 +32,39 @@ def test_a_model_class_that_vllm_does_not_know(tmp_path: Path, monkeypatch: pyte
     write(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["NopeForCausalLM"]}))
-    with pytest.raises(BadSpec, match=r"spec\.model\.path: .*: vLLM \S+ does not know its model class \['NopeForCausalLM'\]: use a model"):
+    with pytest.raises(
+        BadSpec,
+        match=r"spec\.model\.path: .*: vLLM \S+ does not know its model class \['NopeForCausalLM'\]: use a model",
+    ):
         started(monkeypatch, tmp_path)
 
 
-def test_an_argument_that_vllm_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"max_num_seqs": 0}, "greater than or equal to 1"),
+        ({"max_num_batched_tokens": 4}, "max_num_batched_tokens"),
+        ({"speculative_config": {"method": "nope"}}, ""),
+    ],
+)
+def test_an_argument_that_vllm_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: dict[str, Any], words: str
+) -> None:
     write(tmp_path)
-    with pytest.raises(BadSpec, match=r"spec\.rollout\.engineArgs: vLLM \S+ refuses them: "):
-        started(monkeypatch, tmp_path, engineArgs={"max_num_seqs": 0})
+    with pytest.raises(BadSpec, match=rf"(?s)spec\.rollout\.engineArgs: vLLM \S+ refuses them: .*{words}"):
+        started(monkeypatch, tmp_path, engineArgs=args)
 
 
 def stablelm(path: Path) -> None:
     StableLmConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        max_position_embeddings=64, architectures=["StableLmForCausalLM"],
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        architectures=["StableLmForCausalLM"],
     ).save_pretrained(path)
 
 
@@ -58,3 +79,34 @@ def test_a_model_class_that_vllm_serves_without_adapters(tmp_path: Path, monkeyp
 def test_transformers_own_model_of_that_class_takes_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stablelm(tmp_path)
     asyncio.run(engine(monkeypatch, tmp_path, lora={}, engineArgs={"model_impl": "transformers"}).prepare("adapter"))
+
+
+def test_arguments_are_held_against_vllms_own_types(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once, with what is wrong of the model; what vLLM itself starts with is of its types."""
+    write(tmp_path)
+    wrong = {
+        "max_num_seqs": "8",
+        "enforce_eager": "yes",
+        "kv_cache_dtype": "fp9",
+        "max_num_sequences": 1,
+        "max_model_len": "4096",
+    }
+    with pytest.raises(BadSpec) as told:
+        asyncio.run(engine(monkeypatch, tmp_path, engineArgs=wrong).prepare("shm"))
+    assert all(f"spec.rollout.engineArgs.{name}" in str(told.value) for name in wrong), told.value
+    right = {
+        "max_num_seqs": 8,
+        "compilation_config": {"level": 0},
+        "enable_prefix_caching": False,
+        "max_num_batched_tokens": None,
+    }
+    asyncio.run(engine(monkeypatch, tmp_path, engineArgs=right).prepare("shm"))
+    import vllm
+
+    known = {field.name: field.type for field in fields(vllm.AsyncEngineArgs)}
+    given = {
+        name: value
+        for name, value in vars(vllm.AsyncEngineArgs()).items()
+        if isinstance(value, bool | int | float | str | None)
+    }
+    check_known(given, known, "")

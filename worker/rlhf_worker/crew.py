@@ -11,9 +11,11 @@ from rlhf_api.job import PlacementMode
 from rlhf_api.run import TRAINED, RunConfig
 from rlhf_worker.calls import answering, call, call_all, gather, root_cause
 from rlhf_worker.deadlines import sleep_seconds, work_seconds
+from rlhf_worker.engines.arguments import check_engine_args
 from rlhf_worker.engines.engine import RemoteEngine
 from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.engines.hosts import Hosts
+from rlhf_worker.errors import Problems
 from rlhf_worker.feed.feed import RemoteFeed
 from rlhf_worker.placement import Stage, check_seats
 from rlhf_worker.preflight import preflight
@@ -50,15 +52,23 @@ class Crew:
 def start(config: RunConfig, stage: Stage, reporter: Reporter, roll: Roll) -> tuple[Crew, dict[str, list[str]]]:
     """Every actor, loaded, connected, and proven to sit where the plan says."""
     reporter.update(detail="starting feed, trainer and engines")
-    backend = choose(config, stage.device, one_node=len({bundle.node for bundle in stage.bundles.values()}) == 1)
+    problems, backend = Problems(), ""
+    with problems:
+        backend = choose(config, stage.device, one_node=len({bundle.node for bundle in stage.bundles.values()}) == 1)
+    with problems:
+        check_engine_args(config)
+    with problems:
+        check_functions(config)
     feed = RemoteFeed.options(max_concurrency=FEED_THREADS, **stage.options(config.placement.trainer_slots[0], 0.0)).remote(config)
     ranks, engines = _roles(config, stage), [_engine(config, stage, index) for index in range(len(config.placement.engine_slots))]
     _enrol(roll, config, feed, ranks, engines)
     groups, deadline = list({group[0]: group for group in ranks.values()}.values()), work_seconds(config)
-    prepared = [engine.prepare.remote(backend) for engine in engines]
-    joined = [call for group in groups for call in _join(group, deadline)]
-    gather([feed.open.remote(), *joined, *prepared], deadline, "start of feed, trainer and engines")
-    preflight(groups, feed, reporter)
+    opening = {
+        "Data": [feed.open.remote()], "EngineArguments": [engine.prepare.remote(backend) for engine in engines],
+        "Join": [call for group in groups for call in _join(group, deadline)],
+    }  # fmt: skip
+    all_ranks = [rank for group in groups for rank in group]
+    preflight(config, opening, all_ranks, feed, reporter, problems, deadline)
     reporter.update(detail="loading models")
     started = [engine.start.remote(backend) for engine in engines]
     if stage.device == "cuda" and config.placement.mode is PlacementMode.COLOCATED:
@@ -76,6 +86,14 @@ def start(config: RunConfig, stage: Stage, reporter: Reporter, roll: Roll) -> tu
     crew = Crew(stage, feed, ranks, _fleet(config, stage, ranks["policy"], engines, backend, reporter), padded)
     roll.release(engines)  # the fleet starts them anew
     return crew, seats
+
+
+def check_functions(config: RunConfig) -> None:
+    """The user's own advantage and loss, before anything is started. Raises BadSpec."""
+    if config.algorithm.advantage or config.algorithm.loss:
+        from rlhf_worker.algorithm import custom  # brings torch
+
+        custom.check(config)
 
 
 def _enrol(roll: Roll, config: RunConfig, feed: Any, ranks: dict[str, list[Any]], engines: list[Any]) -> None:

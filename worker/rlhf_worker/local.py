@@ -21,6 +21,8 @@ from rlhf_worker.stop import Stop
 
 OBJECT_STORE_BYTES = 512 << 20
 START_TRIES = 3
+SHORT_TEMP = "/tmp"
+TEMP_BYTES = 107 - len("/rlhf-12345678/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.1234")
 
 
 def volume(text: str) -> tuple[str, str]:
@@ -73,12 +75,20 @@ def local_ray(config: RunConfig, verbose: bool) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.pop("RAY_ADDRESS", None)
     _check_gpus(config)
+    _shorten_temp()
     with tempfile.TemporaryDirectory(prefix="rlhf-", ignore_cleanup_errors=True) as directory:
         _start_ray(config, verbose, directory)
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def _shorten_temp() -> None:
+    """For this process and its children: a socket's path has 107 bytes at most, of which Ray and vLLM take most."""
+    if len(os.fsencode(chosen := tempfile.gettempdir())) > TEMP_BYTES:
+        print(f"TMPDIR is too long for paths of sockets ({chosen}): using {SHORT_TEMP}", file=sys.stderr, flush=True)
+        os.environ["TMPDIR"] = tempfile.tempdir = SHORT_TEMP
 
 
 def _check_gpus(config: RunConfig) -> None:

@@ -1,41 +1,118 @@
-"""Before the first step and before anything heavy is loaded: every check by name, in the actors that will need what it tries, all within a minute.
+"""Before anything heavy is loaded: every check by name, in the actors that will need what it tries.
 
-The driver runs them one after the other, so that one that hangs is known by its name.
+What is wrong is collected, so that one start tells it all; it ends soon after the first, and what has not answered by
+then is not waited for. Rewards come last, once all else is right, because a call of them may cost money, and each has a
+deadline of its own.
 """
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import ray
 from ray.actor import ActorHandle
 
+from rlhf_api.job import RewardSpec
 from rlhf_api.progress import Preflight
-from rlhf_worker.calls import call, call_all, root_cause
+from rlhf_api.run import RunConfig
+from rlhf_worker.calls import SLICE_SECONDS, root_cause
+from rlhf_worker.errors import DeadlineExceeded, Problems, combined, said
 from rlhf_worker.progress import Reporter
-from rlhf_worker.stop import Ended, Terminated
+from rlhf_worker.rewards.attempt import BACKOFF_LIMIT
+from rlhf_worker.stop import interrupt_if_asked
 from rlhf_worker.trainer.checks import CHECKS
+from rlhf_worker.words import printable
 
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 60.0  # of all CHECKS
+WRONG_SECONDS = 50.0  # from the beginning: for the others to answer once something is wrong
+LEAST_SECONDS = 10.0  # for the same, where the first came late
+REWARD_SLACK_SECONDS = 30.0
+
+Calls = Mapping[str, Sequence[Any]]  # under way, by the name of what they try
 
 
-def preflight(groups: Sequence[Sequence[ActorHandle]], feed: ActorHandle, reporter: Reporter) -> None:
-    """groups: the ranks of each process group, joined; feed: opened. Raises BadSpec, PreflightFailed, DeadlineExceeded, or what a check raised."""
-    start, done = time.monotonic(), []
-    ranks = [rank for group in groups for rank in group]
+@dataclass(slots=True)
+class Findings:
+    begun: float
+    problems: dict[str, list[Exception]] = field(default_factory=dict)  # by the check's name
+    passed: list[str] = field(default_factory=list)
+    end: float = math.inf  # of all waits, once something is wrong
+
+    def add(self, name: str, error: Exception) -> None:
+        self.problems.setdefault(name, []).append(error)
+        self.end = min(self.end, max(self.begun + WRONG_SECONDS, time.monotonic() + LEAST_SECONDS))
+
+
+def preflight(
+    config: RunConfig,
+    opening: Calls,
+    ranks: Sequence[ActorHandle],
+    feed: ActorHandle,
+    reporter: Reporter,
+    known: Problems,
+    deadline_seconds: float,
+) -> None:
+    """opening: what is under way side by side, of it "Join" of the ranks' groups; known: what was wrong before.
+
+    deadline_seconds: for what is opened. Raises what `combined` makes of all that is wrong; Terminated, Ended.
+    """
+    findings = Findings(time.monotonic())
+    for error in known.errors:
+        findings.add("Spec", error)
     reporter.update(detail="preflight")
-    for name in (*CHECKS, "Rewards"):
-        left, began = DEADLINE_SECONDS - (time.monotonic() - start), time.monotonic()
-        try:
-            if name == "Rewards":
-                call(feed, "try_rewards", deadline_seconds=left, what="preflight check Rewards")
-            else:
-                call_all(ranks, "preflight", name, deadline_seconds=left, what=f"preflight check {name}")
-        except (Terminated, Ended):
-            raise
-        except Exception as error:
-            cause = root_cause(error)
-            reporter.update(preflight=Preflight(failed=name, message=f"{type(cause).__name__}: {cause}"[:1000], seconds=f"{time.monotonic() - start:.1f}"))
-            raise
-        done.append(f"{name} {time.monotonic() - began:.1f} s")
-    words = ", ".join(done)
-    reporter.update(preflight=Preflight(message=words, seconds=f"{time.monotonic() - start:.1f}"))
-    print(f"preflight: {words}", flush=True)
+    together = "Join" not in _settle(findings, opening, deadline_seconds) and "Join" not in findings.problems
+    end = time.monotonic() + DEADLINE_SECONDS
+    for name in CHECKS if together else ():
+        if _settle(findings, {name: [rank.preflight.remote(name) for rank in ranks]}, end - time.monotonic()):
+            break  # a rank is still at it, so that the next would wait for it
+    if not findings.problems:
+        _settle(findings, {"Rewards": [feed.try_rewards.remote()]}, sum(map(reward_seconds, config.rewards)))
+    _tell(findings, reporter)
+
+
+def reward_seconds(reward: RewardSpec) -> float:
+    """That a reward's own deadline gives all its tries, and some for their way there and back."""
+    return (reward.timeout_seconds + BACKOFF_LIMIT) * (reward.retries + 1) + REWARD_SLACK_SECONDS
+
+
+def _settle(findings: Findings, calls: Calls, deadline_seconds: float) -> set[str]:
+    """Waits for the calls, each to its end. Returns the names of those that are given up."""
+    start = time.monotonic()
+    pending = {call: name for name, each in calls.items() for call in each}
+    while pending:
+        left = min(findings.end, start + deadline_seconds) - time.monotonic()
+        done, _ = ray.wait(list(pending), num_returns=1, timeout=min(SLICE_SECONDS, max(0.0, left)))
+        interrupt_if_asked()
+        for call in done:
+            _note(findings, pending.pop(call), call)
+        if not done and left <= 0:
+            break
+    seconds, given_up = time.monotonic() - start, list(pending.values())
+    for name in dict.fromkeys(given_up):
+        words = f"{given_up.count(name)} of {len(calls[name])} not done after {seconds:.0f} s"
+        findings.add(name, DeadlineExceeded(f"preflight check {name}: {words}"))
+    findings.passed += [f"{name} {seconds:.1f} s" for name in calls if name not in {*findings.problems, *given_up}]
+    return set(given_up)
+
+
+def _note(findings: Findings, name: str, call: Any) -> None:
+    try:
+        ray.get(call)
+    except Exception as error:
+        findings.add(name, error)
+
+
+def _tell(findings: Findings, reporter: Reporter) -> None:
+    seconds = f"{time.monotonic() - findings.begun:.1f}"
+    errors = [error for each in findings.problems.values() for error in each]
+    if not errors:
+        words = ", ".join(findings.passed)
+        reporter.update(preflight=Preflight(message=words, seconds=seconds))
+        print(f"preflight: {words}", flush=True)
+        return
+    whole = errors[0] if len(errors) == 1 else combined(map(root_cause, errors))
+    words = printable(said(root_cause(whole)))[:1000]
+    reporter.update(preflight=Preflight(failed=next(iter(findings.problems)), message=words, seconds=seconds))
+    raise whole from (whole.__cause__ if whole in errors else errors[0])

@@ -28,8 +28,7 @@ from rlhf_worker.advice import advice
 from rlhf_worker.calls import call, call_all, root_cause
 from rlhf_worker.crew import Crew, close, start
 from rlhf_worker.deadlines import work_seconds
-from rlhf_worker.engines.arguments import check_engine_args
-from rlhf_worker.errors import BadData, BadSpec
+from rlhf_worker.errors import BadData, BadSpec, said
 from rlhf_worker.hub import fetch
 from rlhf_worker.placement import Patience, Stage, reserve
 from rlhf_worker.pod import attempt, head
@@ -87,9 +86,7 @@ def drive(config: RunConfig, reporter: Reporter, stop: Stop, pod: InCluster | No
 
 def _drive(config: RunConfig, reporter: Reporter, stop: Stop, roll: Roll, pod: InCluster | None) -> Result:
     with stop.abandonable(), reporter.bounded():
-        reporter.update(state="Starting", detail="checking the run config")
-        check_engine_args(config)
-        check_functions(config)
+        reporter.update(state="Starting")
         stage = _reserve(config, reporter, stop)
         if pod and pod.notices:
             pod.notices.listen()
@@ -111,14 +108,6 @@ def _drive(config: RunConfig, reporter: Reporter, stop: Stop, roll: Roll, pod: I
     roll.close()
     close(crew)
     return Result(loop.step, export, seats)
-
-
-def check_functions(config: RunConfig) -> None:
-    """The user's own advantage and loss, before anything is started. Raises BadSpec."""
-    if config.algorithm.advantage or config.algorithm.loss:
-        from rlhf_worker.algorithm import custom  # brings torch
-
-        custom.check(config)
 
 
 def _reserve(config: RunConfig, reporter: Reporter, stop: Stop) -> Stage:
@@ -182,11 +171,19 @@ def guarded(work: Callable[[], object]) -> int:
         return EXIT_TERMINATED
     except BaseException as error:
         cause = root_cause(error)
-        words = last_words(error, cause)
+        words = _always(error, cause)
         print(words, file=sys.stderr, flush=True)
         _tell_kubelet(words)
         return EXIT_BAD_SPEC if isinstance(cause, BadSpec) else EXIT_BAD_DATA if isinstance(cause, BadData) else EXIT_FAILED
     return EXIT_OK
+
+
+def _always(error: BaseException, cause: BaseException) -> str:
+    """The last words, also of an error that fails when it is looked at: without any, nobody knew why the job failed."""
+    try:
+        return last_words(error, cause)
+    except Exception as failure:
+        return f"{type(cause).__name__}, whose message cannot be printed ({type(failure).__name__})"
 
 
 def last_words(error: BaseException, cause: BaseException) -> str:
@@ -194,7 +191,7 @@ def last_words(error: BaseException, cause: BaseException) -> str:
 
     Ray carries the actor's in the error's message.
     """
-    lines = [*getattr(cause, "__notes__", ()), f"{type(cause).__name__}: {cause}"]
+    lines = [*getattr(cause, "__notes__", ()), said(cause)]
     told = first_lines(printable("\n".join(lines)), LAST_WORDS_BYTES)
     if isinstance(cause, (BadSpec, BadData)):
         return told
@@ -259,7 +256,7 @@ def run(path: Path, log: KeptLog) -> None:
     stop.install()
     try:
         config = RunConfig.read(path)
-    except (OSError, YAMLError, ValidationError) as error:
+    except (OSError, UnicodeError, YAMLError, ValidationError) as error:
         raise BadSpec(f"run config {path}: {error}") from error
     own, pod_uid = OwnJob(config.job, in_cluster_client()), os.environ.get(POD_UID, "")
     seen = attempt.first_look(own, stop)
@@ -277,7 +274,7 @@ def run(path: Path, log: KeptLog) -> None:
     except BaseException as error:
         cause = root_cause(error)
         if not isinstance(cause, (Terminated, Ended)):
-            reporter.update(detail=f"{type(cause).__name__}: {cause}")
+            reporter.update(detail=said(cause))
         raise
     finally:
         reporter.close()

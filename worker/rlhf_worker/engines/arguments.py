@@ -1,11 +1,16 @@
 """What is wrong with spec.rollout.engineArgs, said before an engine starts. No vLLM."""
 
 import difflib
+import json
 import re
+from collections.abc import Mapping
 from typing import Any
 
+from pydantic import ConfigDict, PydanticUserError, ValidationError, create_model
+
 from rlhf_api.run import RunConfig
-from rlhf_worker.errors import BadSpec
+from rlhf_worker.errors import BadSpec, Problems
+from rlhf_worker.pretrained import model_field
 
 # Arguments that the worker sets itself: another value would break the run, so it is refused.
 RESERVED = {
@@ -33,13 +38,23 @@ def _longest(config: RunConfig) -> tuple[int, str]:
 
 def check_engine_args(config: RunConfig) -> None:
     """What can be said without vLLM and without the model. Raises BadSpec."""
-    args, (need, fields) = config.rollout.engine_args, _longest(config)
-    for name in args:
-        if name in RESERVED:
+    args, (need, fields), problems = config.rollout.engine_args, _longest(config), Problems()
+    for name in RESERVED.keys() & args.keys():
+        with problems:
             raise BadSpec(f"spec.rollout.engineArgs.{name}: the worker sets it itself; use {RESERVED[name]}")
+    # What the worker itself computes with.
+    for name, kinds in (("max_model_len", int), ("gpu_memory_utilization", int | float)):
+        if (given := args.get(name)) is not None and (isinstance(given, bool) or not isinstance(given, kinds)):
+            with problems:
+                raise BadSpec(f"spec.rollout.engineArgs.{name} is {given!r:.80}: it must be a number, without quotes")
     given = args.get("max_model_len")
-    if given is not None and given < need:
-        raise BadSpec(f"spec.rollout.engineArgs.max_model_len is {given}, but {fields} is {need}: raise it, or lower one of the two")
+    if isinstance(given, int) and given < need:
+        with problems:
+            raise BadSpec(
+                f"spec.rollout.engineArgs.max_model_len is {given}, but {fields} is {need}: "
+                "raise it, or lower one of the two"
+            )
+    problems.tell()
 
 
 def check_context(config: RunConfig, context: int | None) -> None:
@@ -49,12 +64,45 @@ def check_context(config: RunConfig, context: int | None) -> None:
         raise BadSpec(f"{fields} is {need}, but the model at spec.model.path has a context of {context}: lower one of the two")
 
 
-def check_known(args: dict[str, Any], known: set[str], version: str) -> None:
-    """Raises BadSpec for an argument that vLLM does not have."""
-    for name in args:
-        if name not in known:
-            close = ", ".join(difflib.get_close_matches(name, sorted(known), 3))
-            raise BadSpec(f"spec.rollout.engineArgs.{name}: vLLM {version} has no such argument{f'; close to it: {close}' if close else ''}")
+def check_role_context(config: RunConfig, role: str, context: int | None) -> None:
+    """Every other role reads whole samples too: a reward model also those of evaluations. Raises BadSpec."""
+    prompt, most = config.data.max_prompt_tokens, config.rollout.max_tokens
+    own = prompt + most, f"spec.data.maxPromptTokens ({prompt}) + spec.rollout.maxTokens ({most})"
+    need, fields = _longest(config) if role.startswith("reward:") else own
+    if role != "policy" and context is not None and context < need:
+        where = f"the model at {model_field(role)} has a context of {context}"
+        raise BadSpec(f"{fields} is {need}, but {where}: lower one of the two, or use another model there")
+
+
+def check_known(args: dict[str, Any], known: Mapping[str, Any], version: str) -> None:
+    """known: vLLM's arguments by name, with their types. Raises BadSpec for one that it lacks, or of another type."""
+    problems = Problems()
+    for name, value in args.items():
+        with problems:
+            if name not in known:
+                close = ", ".join(difflib.get_close_matches(name, sorted(known), 3))
+                hint = f"; close to it: {close}" if close else ""
+                raise BadSpec(f"spec.rollout.engineArgs.{name}: vLLM {version} has no such argument{hint}")
+            if why := _misfit(value, known[name]):
+                raise BadSpec(f"spec.rollout.engineArgs.{name}: {value!r:.80} is none of vLLM {version}'s: {why}")
+    problems.tell()
+
+
+def _misfit(value: Any, kind: Any) -> str | None:
+    """Why a JSON value is not of vLLM's type; None where it is, or where vLLM alone can tell.
+
+    It makes objects of mappings by itself, and null is its own default of some that are no option by their type.
+    """
+    if value is None or isinstance(value, dict) or isinstance(kind, str):
+        return None
+    try:
+        holder = create_model("Argument", __config__=ConfigDict(arbitrary_types_allowed=True), value=(kind, ...))
+        holder.model_validate_json(json.dumps({"value": value}), strict=True)
+    except ValidationError as error:
+        return "; ".join(dict.fromkeys(one["msg"] for one in error.errors(include_url=False)))
+    except PydanticUserError:
+        pass  # no type that JSON can be held against
+    return None
 
 
 def refused(config: RunConfig, reason: str, version: str) -> BadSpec:

@@ -21,16 +21,18 @@ from rlhf_worker.deadlines import silent_seconds
 from rlhf_worker.engines.adapters import Adapters, adapter_args, version_of
 from rlhf_worker.engines.arguments import check_attention, check_context, check_engine_args, check_known, needed_context, refused
 from rlhf_worker.engines.pulse import Pulse, stopped
-from rlhf_worker.errors import EngineFailed
+from rlhf_worker.errors import BadSpec, Call, EngineFailed, Problems, Verdict, said, verdict
 from rlhf_worker.hub import ensure
 from rlhf_worker.placement import Seat
-from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, require_path
+from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, location
 from rlhf_worker.roll import Member
 from rlhf_worker.watcher import watched
 from rlhf_worker.weights.backends import engine_backend
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput, SamplingParams
+    from vllm import AsyncEngineArgs, RequestOutput, SamplingParams
+    from vllm.config import VllmConfig
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from rlhf_worker.experience import Sample
@@ -70,15 +72,21 @@ class Engine(Member):
 
     async def prepare(self, backend: str) -> None:
         """All of a start that takes no memory of the device: checks, and vLLM's import, which takes as long as the rest. Raises BadSpec."""
-        check_engine_args(self.config)
         await asyncio.to_thread(ensure, self.config.model)
-        require_path(self.config.model)
-        check_context(self.config, context_length(load_config(self.config.model)))
+        problems = Problems()
+        with problems:
+            check_engine_args(self.config)
+        with problems:
+            check_context(self.config, context_length(load_config(self.config.model)))
         self._environment(backend)
         import vllm
 
-        check_known(self.config.rollout.engine_args, {f.name for f in fields(vllm.AsyncEngineArgs)}, vllm.__version__)
-        self.adapter_args = adapter_args(self.config)
+        with problems:
+            known = {f.name: f.type for f in fields(vllm.AsyncEngineArgs)}
+            check_known(self.config.rollout.engine_args, known, vllm.__version__)
+        with problems:
+            self.adapter_args = adapter_args(self.config)
+        problems.tell()
 
     async def start(self, backend: str) -> str:
         """Load the model into vLLM. Returns vLLM's version. Raises BadSpec."""
@@ -91,9 +99,13 @@ class Engine(Member):
         self._open_environments()
         try:
             # The batch sizes that vLLM chooses for offline generation; without this, those for an unknown use: 128 sequences.
-            self.llm = AsyncLLM.from_engine_args(vllm.AsyncEngineArgs(**self._engine_args(backend)), usage_context=UsageContext.LLM_CLASS)
-        except ValidationError as error:  # of vLLM's config, before anything is loaded
-            raise refused(self.config, error.errors()[0]["msg"], vllm.__version__) from None
+            use, args = UsageContext.LLM_CLASS, vllm.AsyncEngineArgs(**self._engine_args(backend))
+            self.llm = AsyncLLM.from_vllm_config(
+                self._checked(args, use), usage_context=use, enable_log_requests=args.enable_log_requests,
+                disable_log_stats=args.disable_log_stats,
+            )  # fmt: skip
+        except BadSpec:
+            raise
         except Exception as error:
             raise EngineFailed(f"engine {self.index} did not start: {error}; its log ends: {printed()}") from error
         if self._executor(backend) != "uni":  # its workers are Ray's, and no processes under this one
@@ -103,6 +115,18 @@ class Engine(Member):
         if self.adapter_args:
             self.adapters = Adapters(self.llm)
         return str(vllm.__version__)
+
+    def _checked(self, args: "AsyncEngineArgs", use: "UsageContext") -> "VllmConfig":
+        """What vLLM makes of the arguments and the model's config, before anything is loaded. Raises BadSpec."""
+        import vllm
+
+        try:
+            return args.create_engine_config(use)
+        except Exception as error:
+            if verdict(Call.ENGINE, error) is not Verdict.SPEC:
+                raise
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else said(error)
+            raise refused(self.config, reason, vllm.__version__) from None
 
     def _open_environments(self) -> None:
         from rlhf_worker.rollout.environment import opened
@@ -150,7 +174,7 @@ class Engine(Member):
             args["max_logprobs"] = given if given == -1 else max(given, config.rollout.sampling.top_k)
         transfer = {} if self.adapter_args else {"weight_transfer_config": {"backend": engine_backend(backend)}}
         return args | transfer | self.adapter_args | {
-            "model": str(Path(config.model.path).expanduser()) if config.model.path.startswith("~") else config.model.path,
+            "model": location(config.model),
             "dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code, "tensor_parallel_size": ranks,
             "distributed_executor_backend": self._executor(backend), "logprobs_mode": "processed_logprobs",
         }

@@ -6,7 +6,6 @@ A rank holds a second, whole copy of the model for it, in the engine's dtype.
 import asyncio
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from rlhf_api.job import SamplingSpec
 from rlhf_api.run import RunConfig
 from rlhf_worker.errors import DeadlineExceeded
 from rlhf_worker.experience import Sample
-from rlhf_worker.pretrained import load_config, load_tokenizer
+from rlhf_worker.pretrained import load_config, load_tokenizer, location
 from rlhf_worker.rollout.environment import Environments, opened
 from rlhf_worker.rollout.episode import Episode, Request, Speech, Turn, request_seed
 from rlhf_worker.rollout.sampling import first_stop, support
@@ -34,8 +33,9 @@ class Generator:
         tokenizer, model = load_tokenizer(config.model), load_config(config.model)
         self.lm = AutoModelForCausalLM.from_config(model, dtype=getattr(torch, config.model.dtype), trust_remote_code=config.model.trust_remote_code)
         self.lm.to(device).eval()
-        self.pad: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.ends = _ends(config.model.path, tokenizer.eos_token_id)
+        self.ends = _ends(location(config.model), tokenizer.eos_token_id)
+        named = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]  # it is masked: any will do
+        self.pad: int = next(token for token in named if token is not None)
         self.speech = Speech.of(tokenizer, config)
         self.environments = opened(config, self.speech)
         self.version = 0
@@ -112,7 +112,7 @@ class Generator:
             }
         return GenerationConfig(
             **given, max_new_tokens=tokens, min_new_tokens=min(spec.min_tokens, tokens) or None,
-            eos_token_id=self._ends_of(request), pad_token_id=self.pad,
+            eos_token_id=self._ends_of(request) or None, pad_token_id=self.pad,
             return_dict_in_generate=True, output_scores=True,
         )  # fmt: skip
 
@@ -172,10 +172,13 @@ class Penalties:
         return torch.where(seen, repeated, scores) - spec.frequency_penalty * turn - spec.presence_penalty * (turn > 0)
 
 
-def _ends(path: str, end: int) -> list[int]:
-    """Tokens that end a completion, as vLLM takes them: the tokenizer's, and those of the checkpoint's generation_config.json."""
+def _ends(path: str, end: int | None) -> list[int]:
+    """Tokens that end a completion, as vLLM takes them: the tokenizer's, and those of the generation config.
+
+    A base model may have none: its completions end by their length.
+    """
     try:
-        named = GenerationConfig.from_pretrained(Path(path).expanduser()).eos_token_id
+        named = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:
         named = None
-    return sorted({end, *(named if isinstance(named, list) else [] if named is None else [named])})
+    return sorted({end, *(named if isinstance(named, list) else [named])} - {None})

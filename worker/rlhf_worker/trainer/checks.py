@@ -8,16 +8,31 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_api.job import ModelSpec, PlacementMode
 from rlhf_api.run import TRAINED, RunConfig
-from rlhf_worker.errors import BadSpec, PreflightFailed
-from rlhf_worker.pretrained import load_tokenizer, skeleton
+from rlhf_worker.engines.arguments import check_role_context
+from rlhf_worker.errors import BadSpec, PreflightFailed, Problems
+from rlhf_worker.pretrained import (
+    check_template,
+    check_vocabulary,
+    check_weights,
+    context_length,
+    export,
+    export_tokenizer,
+    load_config,
+    load_tokenizer,
+    model_field,
+    skeleton,
+)
 
 if TYPE_CHECKING:
     from rlhf_worker.trainer.rank import Trainer
@@ -25,8 +40,10 @@ if TYPE_CHECKING:
 REDUCE_SECONDS = 20.0
 MEMORY_WAIT_SECONDS = 20.0  # for a dead predecessor's memory to be given back
 SHM_BYTES = {"cuda": 32 << 20, "cpu": 8 << 20}  # a rank, where there are several: NCCL's and gloo's buffers
-TRAINED_BYTES, FROZEN_BYTES = 16, 4  # a parameter: float32 weight, gradient and two moments; float32 weight
+TRAINED_BYTES = 16  # a parameter: float32 weight, gradient and two moments
 SAVED_BYTES = 12  # weight and two moments
+LOADED_BYTES = 4  # weight
+DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 GIB = 2**30
 
 
@@ -97,19 +114,35 @@ def _beside_engine(rank: "Trainer") -> bool:
     return rank.config.placement.mode is PlacementMode.COLOCATED and "policy" in rank.names
 
 
+def _model(rank: "Trainer") -> None:
+    """All that can be said of the roles' models before their weights are read."""
+    problems = Problems()
+    for role in rank.names:
+        spec, field = rank.config.roles[role], model_field(role)
+        with problems:
+            check_weights(spec, field)
+        with problems:
+            check_role_context(rank.config, role, context_length(load_config(spec, field)))
+        if role == "policy" and not rank.rank:
+            with problems, tempfile.TemporaryDirectory(prefix="rlhf-export-") as directory:
+                export(copy(skeleton(spec)), spec, {}, Path(directory))  # what refuses at a run's end refuses now
+    problems.tell()
+
+
 def _memory(rank: "Trainer") -> None:
     import torch
 
-    need = needed_bytes(rank.config, {name: parameters(rank.config.roles[name]) for name in rank.names}, rank.world)
+    counts = {name: parameters(rank.config.roles[name], model_field(name)) for name in rank.names}
     if rank.device.type == "cpu":
-        return check_memory(need, 0, *host_memory(Path("/proc/meminfo").read_text()), "the node of a trainer pod")
+        need = needed_bytes(rank.config, counts, rank.world, 0)
+        return check_memory(need, *host_memory(Path("/proc/meminfo").read_text()), "the node of a trainer pod")
     name = f"GPU {torch.cuda.get_device_properties(0).uuid}"
     end = time.monotonic() + MEMORY_WAIT_SECONDS
     while True:
         free, total = torch.cuda.mem_get_info()
-        share = float(rank.config.rollout.engine_args.get("gpu_memory_utilization", 0.9 * rank.config.placement.engine_fraction)) if _beside_engine(rank) else 0.0
+        share = engine_share(rank.config) if _beside_engine(rank) else 0.0
         try:
-            return check_memory(need, int(share * total), free, total, name)
+            return check_memory(needed_bytes(rank.config, counts, rank.world, int(share * total)), free, total, name)
         except PreflightFailed:
             if time.monotonic() > end:
                 raise
@@ -122,15 +155,47 @@ def host_memory(meminfo: str) -> tuple[int, int]:
     return kib["MemAvailable"] << 10, kib["MemTotal"] << 10
 
 
-def parameters(spec: ModelSpec) -> int:
+def parameters(spec: ModelSpec, field: str = "spec.model.path") -> int:
     """Of the whole model, from its config alone. Raises BadSpec."""
-    return sum(p.numel() for p in skeleton(spec).parameters())
+    return sum(p.numel() for p in skeleton(spec, field).parameters())
 
 
-def needed_bytes(config: RunConfig, counts: Mapping[str, int], world: int) -> int:
-    """What one rank's roles take at least, in bytes: without activations. counts: parameters of each role; with offload one role is there at a time."""
-    each = [count * (TRAINED_BYTES if role in _trained_whole(config) else FROZEN_BYTES) // world for role, count in counts.items()]
-    return max(each) if config.trainer.offload else sum(each)
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a device must hold at the same moment, in bytes, at least: without activations and gathered layers."""
+
+    moment: str
+    roles: int
+    engine: int
+
+    @property
+    def bytes(self) -> int:
+        return self.roles + self.engine
+
+
+def engine_share(config: RunConfig) -> float:
+    """Of a GPU's memory, that an engine takes."""
+    return float(config.rollout.engine_args.get("gpu_memory_utilization", 0.9 * config.placement.engine_fraction))
+
+
+def needed_bytes(config: RunConfig, counts: Mapping[str, int], world: int, engine: int) -> Need:
+    """The worst moment of one rank. counts: parameters of each role; engine: bytes that one beside it takes, else 0.
+
+    While a step trains, its roles are there with gradients, and an engine unless it sleeps. While engines generate,
+    what is not offloaded stays: weights and moments. With offload one role is there at a time, and none while engines
+    generate; but each is loaded, and the policy synced, beside an engine that is awake.
+    """
+    def shards(trained_bytes: int) -> list[int]:
+        """A rank's part of each role. A frozen one keeps its weights in its own type."""
+        whole = _trained_whole(config)
+        sizes = {role: trained_bytes if role in whole else DTYPE_BYTES[config.roles[role].dtype] for role in counts}
+        return [count * sizes[role] // world for role, count in counts.items()]
+
+    offload = config.trainer.offload
+    training = max(shards(TRAINED_BYTES)) if offload else sum(shards(TRAINED_BYTES))
+    idle = max(shards(LOADED_BYTES)) if offload else sum(shards(SAVED_BYTES))
+    beside = Need("loading" if offload else "generating", idle, engine)
+    return max(Need("training", training, 0 if config.engines_sleep else engine), beside, key=lambda need: need.bytes)
 
 
 def _trained_whole(config: RunConfig) -> tuple[str, ...]:
@@ -138,15 +203,20 @@ def _trained_whole(config: RunConfig) -> tuple[str, ...]:
     return tuple(role for role in TRAINED if role != "policy" or config.model.lora is None)
 
 
-def check_memory(roles: int, engine: int, free: int, total: int, where: str) -> None:
+def check_memory(need: Need, free: int, total: int, where: str) -> None:
     """Bytes, all. Raises BadSpec for what can never fit, PreflightFailed for what does not fit now."""
-    if roles + engine <= free:
+    if need.bytes <= free:
         return
-    asked = f"the trainer's roles need at least {roles / GIB:.1f} GiB" + (f" and the engine takes {engine / GIB:.1f} GiB" if engine else "")
-    fix = "raise spec.trainer.gpus, set spec.trainer.offload, or lower " + ("spec.placement.fractions.rollout" if engine else "the size of the model")
-    if roles + engine > total:
+    engine = f" and the engine takes {need.engine / GIB:.1f} GiB" if need.engine else ""
+    asked = f"while {need.moment} the trainer's roles need at least {need.roles / GIB:.1f} GiB{engine}"
+    smaller = "spec.placement.fractions.rollout" if need.engine else "the size of the model"
+    fix = f"raise spec.trainer.gpus, set spec.trainer.offload, or lower {smaller}"
+    if need.bytes > total:
         raise BadSpec(f"{where} has {total / GIB:.1f} GiB, but {asked}: {fix}")
-    raise PreflightFailed(f"{where} has {free / GIB:.1f} GiB free of {total / GIB:.1f}, but {asked}: something else holds the rest; end it, or {fix}")
+    raise PreflightFailed(
+        f"{where} has {free / GIB:.1f} GiB free of {total / GIB:.1f}, but {asked}: "
+        f"something else holds the rest; end it, or {fix}"
+    )
 
 
 def _checkpoint(rank: "Trainer") -> None:
@@ -164,16 +234,31 @@ def _checkpoint(rank: "Trainer") -> None:
         raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) cannot be written: {told[1]}")
     if name not in rank.store.names() or rank.store.read(name).decode() != told[0]:
         raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) is another directory in each trainer pod: mount a volume that they share (pods.trainer.volumes)")
-    room, need = rank.store.room(), sum(SAVED_BYTES * parameters(rank.config.roles[role]) for role in rank.names if role in _trained_whole(rank.config))
+    saved = [role for role in rank.names if role in _trained_whole(rank.config)]
+    need = sum(SAVED_BYTES * parameters(rank.config.roles[role], model_field(role)) for role in saved)
+    room = rank.store.room()
     if room and room[0] < need:
         raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) has {room[0] / GIB:.1f} GiB free, a checkpoint takes {need / GIB:.1f}: free space, lower spec.checkpoint.keep or use a larger volume")
 
 
 def _tokenizer(rank: "Trainer") -> None:
-    load_tokenizer(rank.config.model)
+    """The policy's, which an export writes; those of reward models, by which they read; the rest are the policy's."""
+    problems, config = Problems(), rank.config
+    for role in rank.names:
+        spec, field = config.roles[role], model_field(role)
+        with problems:
+            if role == "policy":
+                with tempfile.TemporaryDirectory(prefix="rlhf-export-") as directory:
+                    export_tokenizer(spec, Path(directory))
+            elif role.startswith("reward:"):
+                check_template(load_tokenizer(spec, field), spec, field)
+            else:
+                check_vocabulary(spec, field, config.model)
+    problems.tell()
 
 
-# In this order; each a collective of a process group's ranks.
+# In this order; each is called on every rank of a process group.
 CHECKS: Mapping[str, Callable[["Trainer"], None]] = {
-    "Devices": _devices, "SharedMemory": _shared_memory, "Reduce": _reduce, "SharedGPU": _shared_gpu, "Memory": _memory, "CheckpointPath": _checkpoint, "Tokenizer": _tokenizer,
+    "Devices": _devices, "SharedMemory": _shared_memory, "Reduce": _reduce, "SharedGPU": _shared_gpu, "Model": _model,
+    "Memory": _memory, "CheckpointPath": _checkpoint, "Tokenizer": _tokenizer,
 }

@@ -22,9 +22,9 @@ from transformers.initialization import no_init_weights
 
 from rlhf_api.job import ModelSpec, PolicySpec, TrainerSpec
 from rlhf_worker import lora
-from rlhf_worker.errors import BadSpec
+from rlhf_worker.errors import BadSpec, Call, explained
 from rlhf_worker.experience import PackedBatch
-from rlhf_worker.pretrained import backbone, decoder_layers, load_config
+from rlhf_worker.pretrained import backbone, decoder_layers, load_config, location
 from rlhf_worker.trainer.attention import PACKED_ATTENTION
 from rlhf_worker.trainer.context import check_context, own_positions, packable, read_at
 
@@ -207,14 +207,12 @@ def _pretrained(kind: Any, spec: ModelSpec, trainer: TrainerSpec, field: str, wh
     check_context(config, trainer.context_parallel, field)
     options = {"dtype": torch.float32, "trust_remote_code": spec.trust_remote_code}
     if not whole:
-        with no_init_weights():
+        with explained(Call.MODEL, f"{field}: {spec.path}"), no_init_weights():
             empty: PreTrainedModel = kind.from_config(config, **options)
         empty.tie_weights()
         return empty
-    try:
-        lm, loaded = kind.from_pretrained(spec.path, output_loading_info=True, **options)
-    except (OSError, ValueError) as error:
-        raise BadSpec(f"{field}: {spec.path}: transformers cannot load it: {error}") from error
+    with explained(Call.WEIGHTS, f"{field}: {spec.path}"):
+        lm, loaded = kind.from_pretrained(location(spec), output_loading_info=True, **options)
     if missing := sorted(loaded["missing_keys"]):
         lacking = f"{len(missing)} weights of {type(lm).__name__}, such as {missing[0]}"
         raise BadSpec(f"{field}: {spec.path}: the checkpoint lacks {lacking}")

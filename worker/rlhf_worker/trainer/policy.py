@@ -3,15 +3,14 @@
 The shell imports neither torch nor transformers, so that the driver, which needs the class, starts without them.
 """
 
-import socket
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.actor import ActorHandle
 
 from rlhf_api.run import RunConfig
+from rlhf_worker.addresses import free_port
 from rlhf_worker.placement import Seat
-from rlhf_worker.pretrained import model_field, require_path
 from rlhf_worker.roll import Member
 
 if TYPE_CHECKING:
@@ -25,21 +24,16 @@ class Policy(Member):
     """Created in its bundle by `crew`; the work begins with `join`, so that a failure is the call's and not the actor's."""
 
     def __init__(self, config: RunConfig, names: list[str], rank: int, world: int, device: str, threads: int) -> None:
-        self.models = {name: config.roles[name] for name in names}
         self.device = device
         self.given = (config, names, rank, world, device, threads)
 
     def address(self) -> tuple[str, int]:
         """A free port on this rank's node."""
         host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return host, probe.getsockname()[1]
+        return host, free_port(host)
 
     def join(self, address: tuple[str, int]) -> None:
-        """Raises BadSpec for a model path that is not there, before anything heavy is loaded."""
-        for name, model in self.models.items():
-            require_path(model, model_field(name))
+        """Form the group, before anything heavy is loaded."""
         from rlhf_worker.trainer.rank import Trainer
 
         self.trainer = Trainer(*self.given)

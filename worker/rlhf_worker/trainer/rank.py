@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from rlhf_api.run import TRAINED, RunConfig
 from rlhf_worker import lora
+from rlhf_worker.addresses import tcp
 from rlhf_worker.algorithm import custom
 from rlhf_worker.algorithm.losses import policy_loss, value_loss
 from rlhf_worker.algorithm.schedule import learning_rate
@@ -28,7 +29,7 @@ from rlhf_worker.deadlines import collective_seconds, work_seconds
 from rlhf_worker.engines.hf import Generator
 from rlhf_worker.errors import Diverged, RewardFailed
 from rlhf_worker.experience import Batching, PackedBatch, Sample, TrainSequence, at_targets, by_sample, dealt, pack
-from rlhf_worker.pretrained import identity, load_config, load_tokenizer, make_readable
+from rlhf_worker.pretrained import export, export_tokenizer, identity, load_config, make_readable
 from rlhf_worker.rollout.episode import Request
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer.checkpoint import Outcome, Restored, RunState, Saver
@@ -69,9 +70,8 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.set_device(0)
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        host, port = address
         dist.init_process_group(
-            backend, init_method=f"tcp://{host}:{port}", rank=self.rank, world_size=self.world,
+            backend, init_method=tcp(*address), rank=self.rank, world_size=self.world,
             timeout=timedelta(seconds=collective_seconds(self.config)),
         )  # fmt: skip
 
@@ -327,8 +327,8 @@ class Trainer:
                 if adapters:
                     lora.write(target, lora.files(self.config.model, weights))
                 else:
-                    role.module.lm.save_pretrained(target, state_dict=weights)
-                load_tokenizer(self.config.model).save_pretrained(target)
+                    export(role.module.lm, self.config.model, weights, target)
+                export_tokenizer(self.config.model, target)
                 make_readable(target)
         dist.barrier()
         return self.store.url(name)

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from rlhf_api.run import TRAINED, RunConfig
-from rlhf_worker.errors import BadSpec
+from rlhf_worker.errors import BadSpec, RewardFailed
 from rlhf_worker.experience import Batching, TrainSequence
 from rlhf_worker.pretrained import context_length, load_tokenizer, model_field
 from rlhf_worker.trainer.context import check_rope
@@ -47,7 +47,7 @@ class Role:
         self._state_away: Away = []
 
     def read(self, index: int, prompt: Text, completion: str) -> TrainSequence:
-        """A sample as this reward model reads it: by its chat template, where its tokenizer has one. Raises BadSpec."""
+        """A sample as this reward model reads it: by its chat template, if it has one. Raises BadSpec, RewardFailed."""
         if self.tokenizer.chat_template:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             text = self.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": completion}], tokenize=False)
@@ -58,7 +58,16 @@ class Role:
             raise BadSpec(f"{self.name}: prompts are chat messages, but the tokenizer of {self.path} has no chat template: add one to it")
         limit = context_length(self.module.lm.config)
         if limit and len(tokens) > limit:
-            raise BadSpec(f"{self.name}: a sample of {len(tokens)} tokens, but the model's context is {limit}: lower data.maxPromptTokens or rollout.maxTokens")
+            raise RewardFailed(
+                f"{self.name}: a sample of {len(tokens)} tokens by its own tokenizer, but the model's context is "
+                f"{limit}: lower data.maxPromptTokens or rollout.maxTokens"
+            )
+        if max(tokens) >= (size := self.module.lm.get_input_embeddings().num_embeddings):
+            token = f"{max(tokens)} ({self.tokenizer.convert_ids_to_tokens(max(tokens))!r})"
+            raise BadSpec(
+                f"{self.name}: the tokenizer of {self.path} gives token {token}, its model has {size}: "
+                "use a tokenizer of that model"
+            )
         return TrainSequence(token_ids=tokens, prompt_length=len(tokens), index=index, mask=[], columns={})
 
     def gradient_norm(self, limit: float) -> Tensor:
@@ -123,8 +132,6 @@ def _module(config: RunConfig, name: str, *, whole: bool) -> RoleModule:
     spec, trainer, field = config.roles[name], config.trainer, model_field(name)
     if name.startswith("reward:"):
         return load_reward(spec, trainer, field, whole=whole)
-    if spec.path != config.model.path and load_tokenizer(spec, field).get_vocab() != load_tokenizer(config.model).get_vocab():
-        raise BadSpec(f"{field}: {spec.path} has another vocabulary than {config.model.path}, whose tokens it is given: use a model of the same tokenizer")
     if name == "critic":
         return load_critic(spec, trainer, field, whole=whole)
     module = load_policy(spec, config.rollout.temperature, trainer, field, whole=whole)

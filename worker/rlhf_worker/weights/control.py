@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from rlhf_worker.addresses import bracketed, listen
 from rlhf_worker.errors import DeadlineExceeded, LinkBroken
 
 LOOK_SECONDS = 0.2  # between looks at whether somebody failed on the way to the meeting
@@ -33,7 +34,7 @@ class Hub:
     """Rank 0's end."""
 
     def __init__(self, host: str) -> None:
-        self._server = socket.create_server((host, 0), backlog=4096)
+        self._server = listen(host, backlog=4096)
         self.meeting = Meeting(host, self._server.getsockname()[1], secrets.token_bytes(32))
         self._members: dict[int, Connection] = {}
         self._pending: dict[Connection, int] = {}
@@ -114,7 +115,9 @@ class Member:
         try:
             self._socket = socket.create_connection((meeting.host, meeting.port), deadline_seconds)
         except OSError as error:
-            raise DeadlineExceeded(f"weight sync: rank {number} cannot reach the trainer at {meeting.host}:{meeting.port}: {error}") from error
+            where = f"{bracketed(meeting.host)}:{meeting.port}"
+            words = f"weight sync: rank {number} cannot reach the trainer at {where}: {error}"
+            raise DeadlineExceeded(words) from error
         self._socket.settimeout(None)
         self._connection = _connection(self._socket.dup())
         self._connection.send_bytes(meeting.token)

@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 from vllm.distributed.utils import StatelessProcessGroup, stateless_init_torch_distributed_process_group
 
+from rlhf_worker.addresses import listen
 from rlhf_worker.errors import DeadlineExceeded, LinkBroken
 from rlhf_worker.weights.plan import Hop, Piece
 from rlhf_worker.weights.views import copy_all
@@ -152,8 +153,9 @@ class NcclChannel:
 
     def __init__(self, address: Address, device: torch.device) -> None:
         self.deadline_seconds = address.deadline_seconds
-        store = StatelessProcessGroup.create(
-            *address.meeting, address.rank, address.world, store_timeout=max(1, int(address.deadline_seconds))
+        store = StatelessProcessGroup.create(  # whose own server is of IPv4
+            *address.meeting, address.rank, address.world, store_timeout=max(1, int(address.deadline_seconds)),
+            listen_socket=None if address.rank else listen(*address.meeting),
         )
         try:
             store.barrier(timeout=address.deadline_seconds)  # NCCL's own start has no deadline
