@@ -17,6 +17,7 @@ from rlhf_worker.trainer.checks import CHECKS
 from rlhf_worker.trainer.model import load_policy
 from tests.worker.broken import CHECKPOINTS, TOKENIZERS, Break, become, edit, lacks_a_shard
 from tests.worker.configs import run_config
+from tests.worker.moe import KINDS, write_moe
 from tests.worker.rewards import write_reward
 
 
@@ -193,3 +194,9 @@ def test_a_hub_that_does_not_answer_is_tried_again(monkeypatch: pytest.MonkeyPat
             Passing, match=r"spec\.model\.path: org/name: transformers cannot read its (config|tokenizer): OSError"
         ):
             CHECKS[check](ranks(Path("org/name")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_whose_checkpoints_have_another_form_pass(tmp_path: Path, kind: str) -> None:
+    write_moe(tmp_path, kind)
+    CHECKS["Model"](ranks(tmp_path))

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import zipfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,10 +149,12 @@ def _check_pickled(file: Path) -> None:
 
 
 def _embedding(spec: ModelSpec, field: str) -> tuple[str, int]:
-    """Name and rows of the input embedding, as the config has it."""
-    lm = skeleton(spec, field)
-    weight = lm.get_input_embeddings().weight
-    return next(name for name, parameter in lm.named_parameters() if parameter is weight), len(weight)
+    """Name and rows of the input embedding, as the config has it; no name where the model does not tell it."""
+    lm, weight = skeleton(spec, field), None
+    with suppress(NotImplementedError):
+        weight = getattr(lm.get_input_embeddings(), "weight", None)
+    name = next((name for name, parameter in lm.named_parameters() if parameter is weight), "")
+    return name, len(weight) if name else 0
 
 
 def _rows(file: Path, name: str) -> int | None:
@@ -159,7 +162,7 @@ def _rows(file: Path, name: str) -> int | None:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as opened:
-        keys = {name, name.partition(".")[2], f"model.{name}"} & set(opened.keys())
+        keys = {name, name.partition(".")[2], f"model.{name}"} & set(opened.keys()) if name else set()
         return int(opened.get_slice(keys.pop()).get_shape()[0]) if keys else None
 
 

@@ -123,7 +123,7 @@ def _model(rank: "Trainer") -> None:
             check_weights(spec, field)
         with problems:
             check_role_context(rank.config, role, context_length(load_config(spec, field)))
-        if role == "policy" and not rank.rank:
+        if role == "policy" and not rank.rank and rank.config.model.lora is None:
             with problems, tempfile.TemporaryDirectory(prefix="rlhf-export-") as directory:
                 export(copy(skeleton(spec)), spec, {}, Path(directory))  # what refuses at a run's end refuses now
     problems.tell()
