@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import ray
 import torch
-from torch.distributed import TCPStore
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from rlhf_worker.addresses import free_port, tcp
-from rlhf_worker.trainer import rank as rank_module
 from rlhf_worker.trainer.policy import Policy
 from rlhf_worker.trainer.rank import Trainer
 from rlhf_worker.weights import wire
@@ -37,8 +37,8 @@ def test_a_rank_finds_a_port_and_joins_its_group(host: str, monkeypatch: pytest.
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     trainer = Trainer(config, ["policy"], 0, 1, "cpu", 1)
     trainer.join(address)
-    assert rank_module.dist.get_world_size() == 1
-    rank_module.dist.destroy_process_group()
+    assert dist.get_world_size() == 1
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("host", HOSTS)

@@ -122,7 +122,7 @@ def test_only_the_newest_are_kept_and_a_half_written_one_does_not_count(root: st
 
 def scores(root: str | Path, values: dict[int, float | None], best: BestSpec | None, driver: str = "a") -> Saver:
     """A save of each step with the score that the loop remembers of it; only the newest is kept, besides the best."""
-    its = Saver(str(root), 1, ("policy",), driver, leads=True, best=best)
+    its = Saver(str(root), 1, ("policy",), driver, leads=True, seconds=60, best=best)
     for step, value in values.items():
         memory = {} if value is None else {"score": {"eval/a/mean_reward": value}}
         its.begin(replace(state(step), loop=memory), {"policy": made(step)})
@@ -138,7 +138,7 @@ def test_the_best_is_kept_beside_the_newest_and_read_back(root: str, mode: Any, 
     module, _ = held = made(99)
     assert its.load_best(module) == (named(kept[0]) if mode else "")
     assert same(weights(held), weights(made(kept[0] if mode else 99)))
-    resumed = Saver(root, 1, ("policy",), "a", leads=True, best=best).restore(MODEL, {"policy": made(1)})
+    resumed = Saver(root, 1, ("policy",), "a", leads=True, seconds=60, best=best).restore(MODEL, {"policy": made(1)})
     assert resumed.state is not None and resumed.state.step == 12
 
 
@@ -146,10 +146,10 @@ def test_another_metric_a_damaged_and_a_void_checkpoint_are_not_the_best(root: s
     best = BestSpec(metric="eval/a/mean_reward")
     early = scores(root, {2: 0.1, 3: 0.2}, None, "a")
     early.keep = 9
-    late = Saver(root, 9, ("policy",), "b", leads=True, best=best)
+    late = Saver(root, 9, ("policy",), "b", leads=True, seconds=60, best=best)
     late.restore(MODEL, {"policy": made(0)})
     Store(root).write(f"{named(4)}/run.json", Store(root).read(f"{named(3)}/run.json").replace(b"0.2", b"0.9"))
-    assert Saver(root, 9, ("policy",), "c", leads=True, best=BestSpec(metric="reward/mean"))._ranked() == []
+    assert Saver(root, 9, ("policy",), "c", leads=True, seconds=60, best=BestSpec(metric="reward/mean"))._ranked() == []
     assert late._ranked() == [named(3)]
     spoil(Store(root), f"{named(3)}/policy/__0_0.distcp", "flipped")
     assert late.load_best(made(0)[0]) == ""

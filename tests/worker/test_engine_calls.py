@@ -56,7 +56,7 @@ class Core:
 def engine(core: Core, staleness: int = 0) -> Engine:
     rollout = {"maxTokens": 16, "staleness": staleness}
     one = Engine(run_config(rollout=rollout, placement={"mode": "Separated"}), 0, "cpu", [0], [], 1)
-    one.llm, one._turn = core, core.turn  # type: ignore[assignment, method-assign]
+    one.llm, one._turn = core, core.turn  # type: ignore[method-assign]
     one.speech = SimpleNamespace(text=lambda *_: "made")  # type: ignore[assignment]
     return one
 

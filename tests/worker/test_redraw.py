@@ -24,8 +24,8 @@ class Ill(Feed):
         super().__init__([])
         self.ill = ill
 
-    def score(self, samples: list[Sample], models: dict[str, list[float]]) -> list[ScoredSample]:
-        scored, failing = super().score(samples, models), {row for row, times in self.ill.items() if times}
+    def score(self, samples: list[Sample], models: dict[str, list[float]], judge: str) -> list[ScoredSample]:
+        scored, failing = super().score(samples, models, judge), {row for row, times in self.ill.items() if times}
         for row in failing & {sample.prompt.row for sample in samples}:
             self.ill[row] -= 1
         return [self._failed(item) if item.sample.prompt.row in failing else item for item in scored]

@@ -215,7 +215,7 @@ def test_rays_sockets_fit_whatever_tmpdir_is(monkeypatch: pytest.MonkeyPatch, le
     monkeypatch.setattr(local, "_check_gpus", lambda config: None)
     places: list[str] = []
     monkeypatch.setattr(local, "_start_ray", lambda config, verbose, directory: places.append(directory))
-    monkeypatch.setattr(local.ray, "shutdown", lambda: None)
+    monkeypatch.setattr("rlhf_worker.local.ray.shutdown", lambda: None)
     with local.local_ray(run_config(), verbose=False):
         pass
     shutil.rmtree(root)

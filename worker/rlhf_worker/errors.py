@@ -16,8 +16,6 @@ T = TypeVar("T")
 
 PART_CHARACTERS = 700  # of what a library says; some list every class that they know
 
-T = TypeVar("T")
-
 
 class BadSpec(Exception):
     """The spec is wrong (exit 64, never retried). The message names the field and the fix."""

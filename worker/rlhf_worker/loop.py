@@ -204,7 +204,7 @@ class Loop:
         groups = [index // rollout.samples_per_prompt for index in range(len(scored))]
         rewards = training_rewards(self.config, scored, groups)
         names = dict.fromkeys(name for item in scored for name in item.parts)
-        parts = {name: [item.parts.get(name, math.nan) for item in scored] for name in names}
+        parts = {name: [_part(item, name) for item in scored] for name in names}
         return shape(
             self.config.algorithm, self.kl.coefficient, sequences, rewards, groups, updates=updates,
             max_tokens=rollout.max_tokens, parts=parts, custom=self.advantage,
@@ -308,6 +308,12 @@ class Loop:
 
     def _feed(self, method: str, *args: Any) -> Any:
         return call(self.crew.feed, method, *args, deadline_seconds=self._deadline, what=f"{method} of the feed")
+
+
+def _part(item: ScoredSample, name: str) -> float:
+    """NaN of a reward that does not judge the sample."""
+    judged = item.sample.prompt.judged_by(name) or name == "environment"
+    return item.parts[name] if judged and name in item.parts else math.nan
 
 
 def step_metrics(scored: list[ScoredSample], phases: dict[str, float], seconds: float) -> dict[str, float]:

@@ -112,7 +112,8 @@ def _tell(findings: Findings, reporter: Reporter) -> None:
         reporter.update(preflight=Preflight(message=words, seconds=seconds))
         print(f"preflight: {words}", flush=True)
         return
-    whole = errors[0] if len(errors) == 1 else combined(map(root_cause, errors))
+    causes = [cause for error in errors if isinstance(cause := root_cause(error), Exception)]
+    whole = errors[0] if len(errors) == 1 else combined(causes)
     words = printable(said(root_cause(whole)))[:1000]
     reporter.update(preflight=Preflight(failed=next(iter(findings.problems)), message=words, seconds=seconds))
     raise whole from (whole.__cause__ if whole in errors else errors[0])

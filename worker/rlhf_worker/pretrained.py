@@ -154,7 +154,7 @@ def _embedding(spec: ModelSpec, field: str) -> tuple[str, int]:
     with suppress(NotImplementedError):
         weight = getattr(lm.get_input_embeddings(), "weight", None)
     name = next((name for name, parameter in lm.named_parameters() if parameter is weight), "")
-    return name, len(weight) if name else 0
+    return name, 0 if weight is None or not name else len(weight)
 
 
 def _rows(file: Path, name: str) -> int | None:
