@@ -65,7 +65,7 @@ class Ending:
             self.engine.die()
         engines: Any = SimpleNamespace(close=fleet or (lambda: None), serving=[self.engine])
         placed: Any = SimpleNamespace(close=stage or (lambda: None))
-        self.crew = Crew(placed, self.feed, {"policy": [self.rank]}, engines, padded=False)  # type: ignore[arg-type]
+        self.crew = Crew(placed, self.feed, {"policy": [self.rank]}, engines, padded=False)
 
 
 @pytest.mark.parametrize(("engine", "fleet", "stage"), [
