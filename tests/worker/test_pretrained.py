@@ -180,7 +180,7 @@ def test_a_path_of_the_home_directory_is_meant_everywhere(path: Path, monkeypatc
 
 
 def test_a_hub_that_does_not_answer_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    import httpx2  # type: ignore[import-not-found]
+    import httpx2
     from transformers import AutoConfig
 
     def cut(*_: Any, **__: Any) -> None:
