@@ -50,7 +50,7 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_exit_codes_also_through_actors(log: Path, error: Exception, code: int) -> None:
     assert run.guarded(raising(error)) == code
     assert run.guarded(raising(from_actor(error))) == code or isinstance(error, Terminated)
-    assert run.guarded(raising(from_actor(from_actor(error)))) == code or isinstance(error, Terminated)  # type: ignore[arg-type]
+    assert run.guarded(raising(from_actor(from_actor(error)))) == code or isinstance(error, Terminated)
 
 
 def test_success_is_zero_and_silent(log: Path) -> None:
