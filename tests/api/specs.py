@@ -86,6 +86,8 @@ BROKEN: list[tuple[str, Object]] = [
     ("r.type != 'python'", a_job(evaluation=[{**EVALUATION, "rewards": [{"name": "a", "type": "python"}]}])),
     ("r.type != 'http'", a_job(evaluation=[{**EVALUATION, "rewards": [{"name": "a", "type": "http"}]}])),
     ("r.type == 'model'", a_job(evaluation=[{**EVALUATION, "rewards": [{**PYTHON, "gpus": 1}]}])),
+    ("!has(r.clip) ||", a_job(evaluation=[{**EVALUATION, "rewards": [{**PYTHON, "clip": {"low": 1, "high": 1}}]}])),
+    ("(r, r.scope ==", a_job(evaluation=[{**EVALUATION, "rewards": [{**JUDGE, "scope": "group"}]}])),
     ("r.type != 'judge'", a_job(evaluation=[{**EVALUATION, "rewards": [without(JUDGE, "url")]}])),
     ("r.judge.low",
      a_job(evaluation=[{**EVALUATION, "rewards": [{**JUDGE, "judge": {**JUDGE["judge"], "low": 5, "high": 5}}]}])),
@@ -145,7 +147,7 @@ BROKEN: list[tuple[str, Object]] = [
     ("has(self.function)", a_job(rewards=[{**PYTHON, "code": "def reward(prompt, completion, **row): return 0.0"}])),
     ("'http' || has(self.url)", a_job(rewards=[{"name": "a", "type": "http"}])),
     ("(self.name in", a_job(rewards=[{**PYTHON, "name": "std"}])),
-    ("self.clip.low <", a_job(rewards=[{**PYTHON, "clip": {"low": 1, "high": 1}}])),
+    ("!has(self.clip) || self.clip.low <", a_job(rewards=[{**PYTHON, "clip": {"low": 1, "high": 1}}])),
     ("self.scope ==", a_job(rewards=[{**JUDGE, "scope": "group"}])),
     (
         "r.normalize != 'group'",

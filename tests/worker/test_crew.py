@@ -9,6 +9,7 @@ from rlhf_worker import calls, run
 from rlhf_worker import crew as module
 from rlhf_worker import loop as loops
 from rlhf_worker.crew import Crew
+from rlhf_worker.experience import Batching
 from rlhf_worker.roll import Roll
 from rlhf_worker.stop import Stop
 from tests.worker.configs import run_config
@@ -34,6 +35,7 @@ def test_who_shares_no_gpu_starts_side_by_side(
     engines = [Actor(world, f"engine {index}") for index in range(2)]
     for engine in engines:
         engine.takes["start"] = ENGINE_SECONDS
+    rank.does["load"] = {"policy": Batching(padded=True, words="padded")}
     rank.takes["load"] = MODEL_SECONDS
     index = iter(engines)
     stand = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda config: feed))
@@ -78,7 +80,7 @@ def test_a_finished_run_is_done_whatever_its_actors_do_on_the_way_out(
     ending = Ending(world, engine, fleet, stage)
     stands: dict[str, Any] = {
         "_reserve": lambda *args: None, "start": lambda *args: (ending.crew, {}), "_restore": lambda *args: (0, {}),
-        "_export": lambda *args: "/out/export", "check_engine_args": lambda config: None,
+        "_export": lambda *args: "/out/export", "fetch": lambda *args: None,
     }  # fmt: skip
     for name, value in stands.items():
         monkeypatch.setattr(run, name, value)

@@ -198,7 +198,7 @@ class Feed:
         self.drawn += count
         return [a_prompt(row) for row in range(self.drawn - count, self.drawn)]
 
-    def score(self, samples: list[Sample], models: dict[str, list[float]]) -> list[ScoredSample]:
+    def score(self, samples: list[Sample], models: dict[str, list[float]], judge: str) -> list[ScoredSample]:
         self.scored += [sample.text for sample in samples]
         return [ScoredSample(sample=one, reward=float(i % 2), parts={"r": 1.0}) for i, one in enumerate(samples)]
 

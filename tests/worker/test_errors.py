@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import httpx2
 import huggingface_hub.errors as hub
 import pytest
 import requests
@@ -97,8 +98,8 @@ def behind(outer: Exception, cause: Exception) -> Exception:
 
 
 def answered(code: int) -> hub.HfHubHTTPError:
-    request = httpx.Request("GET", "http://hub/a")
-    return hub.HfHubHTTPError("no", response=httpx.Response(code, request=request))
+    request = httpx2.Request("GET", "http://hub/a")
+    return hub.HfHubHTTPError("no", response=httpx2.Response(code, request=request))
 
 
 @pytest.mark.parametrize(

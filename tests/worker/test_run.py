@@ -29,7 +29,7 @@ def raising(error: BaseException) -> Callable[[], object]:
     return work
 
 
-def from_actor(cause: Exception) -> BaseException:
+def from_actor(cause: BaseException) -> BaseException:
     """As `ray.get` raises it."""
     error: BaseException = RayTaskError("Policy.load()", "Traceback: policy.py line 7", cause, pid=1, ip="::1").as_instanceof_cause()
     return error
@@ -50,7 +50,7 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_exit_codes_also_through_actors(log: Path, error: Exception, code: int) -> None:
     assert run.guarded(raising(error)) == code
     assert run.guarded(raising(from_actor(error))) == code or isinstance(error, Terminated)
-    assert run.guarded(raising(from_actor(from_actor(error)))) == code or isinstance(error, Terminated)  # type: ignore[arg-type]
+    assert run.guarded(raising(from_actor(from_actor(error)))) == code or isinstance(error, Terminated)
 
 
 def test_success_is_zero_and_silent(log: Path) -> None:
@@ -215,7 +215,7 @@ def test_rays_sockets_fit_whatever_tmpdir_is(monkeypatch: pytest.MonkeyPatch, le
     monkeypatch.setattr(local, "_check_gpus", lambda config: None)
     places: list[str] = []
     monkeypatch.setattr(local, "_start_ray", lambda config, verbose, directory: places.append(directory))
-    monkeypatch.setattr("rlhf_worker.local.ray.shutdown", lambda: None)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
     with local.local_ray(run_config(), verbose=False):
         pass
     shutil.rmtree(root)

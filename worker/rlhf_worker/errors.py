@@ -265,9 +265,10 @@ def together(steps: Iterable[Callable[[], T]]) -> list[T]:
     return results
 
 
-def combined(errors: Iterable[Exception]) -> Exception:
+def combined(errors: Iterable[BaseException]) -> BaseException:
     """One error for all, of the hardest kind: BadSpec over BadData over what is tried again. Same words are one."""
-    parts = {said(part): part for error in errors for part in getattr(error, "parts", (error,))}
+    every = [part for error in errors for part in getattr(error, "parts", (error,))]
+    parts: dict[str, BaseException] = {said(part): part for part in every}
     if len(parts) == 1:
         return next(iter(parts.values()))
     hardest_first = sorted(parts, key=lambda text: _hardness(parts[text]))
@@ -280,5 +281,5 @@ def combined(errors: Iterable[Exception]) -> Exception:
     return whole
 
 
-def _hardness(error: Exception) -> int:
+def _hardness(error: BaseException) -> int:
     return 0 if isinstance(error, BadSpec) else 1 if isinstance(error, BadData) else 2

@@ -41,7 +41,7 @@ OTHER_FORMATS = (
 )  # beside safetensors
 PIECE_BYTES = 16 << 20
 FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0  # seconds between tries
-PATIENCE_SECONDS = 3600.0  # without a byte more
+PATIENCE_SECONDS = 600.0  # without a byte more
 DEADLINE_SECONDS = 7 * 86_400.0  # of a download that goes on; the operator's stallTimeoutSeconds is shorter
 TELL_SECONDS = 5.0
 NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)

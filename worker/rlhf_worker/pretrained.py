@@ -150,11 +150,12 @@ def _check_pickled(file: Path) -> None:
 
 def _embedding(spec: ModelSpec, field: str) -> tuple[str, int]:
     """Name and rows of the input embedding, as the config has it; no name where the model does not tell it."""
-    lm, weight = skeleton(spec, field), None
+    lm = skeleton(spec, field)
     with suppress(NotImplementedError):
         weight = getattr(lm.get_input_embeddings(), "weight", None)
-    name = next((name for name, parameter in lm.named_parameters() if parameter is weight), "")
-    return name, 0 if weight is None or not name else len(weight)
+        names = [name for name, parameter in lm.named_parameters() if parameter is weight]
+        return (names[0], len(lm.get_parameter(names[0]))) if names else ("", 0)
+    return "", 0
 
 
 def _rows(file: Path, name: str) -> int | None:
