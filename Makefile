@@ -13,8 +13,8 @@ setup: ## make .venv from the hashed requirements (quick when nothing changed)
 lock: ## compile requirements/*.txt anew
 	hack/lock.sh
 
-fmt: setup ## format and sort imports
-	$(PY) -m ruff check --fix -q . && $(PY) -m ruff format -q .
+fmt: setup ## sort imports, and mend what else ruff can
+	$(PY) -m ruff check --fix -q .
 
 lint: setup ## ruff
 	$(PY) -m ruff check .

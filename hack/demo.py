@@ -69,8 +69,10 @@ def conditions(status: Object, value: str) -> dict[str, Object]:
 
 def row(elapsed: float, status: Object) -> str:
     progress = status.get("progress", {})
-    cells = (f"{elapsed:5.0f}s", f"{status.get('phase', ''):<12}", f"{status.get('reason') or '':<22}", f"{progress.get('display', ''):>7}",
-             f"{progress.get('reward', ''):>8}", f"{progress.get('tokensPerSecond', ''):>8}", f"{progress.get('sync', {}).get('version', ''):>7}")
+    cells = (f"{elapsed:5.0f}s", f"{status.get('phase', ''):<12}", f"{status.get('reason') or '':<22}",
+             f"{progress.get('display', ''):>7}",
+             f"{progress.get('reward', ''):>8}", f"{progress.get('tokensPerSecond', ''):>8}",
+             f"{progress.get('sync', {}).get('version', ''):>7}")
     return f"{' '.join(cells[:1])}  {' '.join(cells[1:])}  {progress.get('detail', '')[:60]}"
 
 
@@ -97,7 +99,10 @@ def curve(rewards: dict[int, float], height: int = 10, width: int = 64) -> str:
     low, high = min(rewards.values()), max(rewards.values())
     columns = [steps[i * len(steps) // min(width, len(steps))] for i in range(min(width, len(steps)))]
     level = {s: round((rewards[s] - low) / ((high - low) or 1) * (height - 1)) for s in columns}
-    lines = [f"{low + (high - low) * h / (height - 1):8.3f} |" + "".join("*" if level[s] == h else " " for s in columns) for h in reversed(range(height))]
+    lines = [
+        f"{low + (high - low) * h / (height - 1):8.3f} |" + "".join("*" if level[s] == h else " " for s in columns)
+        for h in reversed(range(height))
+    ]
     return "\n".join([*lines, " " * 9 + "+" + "-" * len(columns), f"{'':10}step {steps[0]} .. {steps[-1]}"])
 
 
@@ -111,11 +116,15 @@ def on_node(job: Object, path: str) -> str:
 
 
 def summary(job: Object, status: Object, rewards: dict[int, float], volumes: Path) -> str:
-    rows = [f"  {c['type']:<20} {c['status']:<8} {c['reason']:<24} {c['message'][:90]}" for c in status.get("conditions", [])]
+    rows = [
+        f"  {c['type']:<20} {c['status']:<8} {c['reason']:<24} {c['message'][:90]}"
+        for c in status.get("conditions", [])
+    ]
     saved = status.get("progress", {}).get("checkpoint", {}).get("path", "none")
     node = on_node(job, saved)
     where = str(volumes) + node.removeprefix(NODE_DIRECTORY) if node.startswith(NODE_DIRECTORY) else node
-    return "\n".join(["", "reward", curve(rewards), "", "conditions", *rows, "", f"checkpoint: {saved} in the pods, {where} on this machine"])
+    return "\n".join(["", "reward", curve(rewards), "", "conditions", *rows, "", f"checkpoint: {saved} in the pods, "
+        f"{where} on this machine"])
 
 
 def load(manifest: Path) -> Object:
@@ -129,13 +138,19 @@ def on_cluster(cfg: settings.Settings, manifest: Path) -> int:
     name, namespace = job["metadata"]["name"], job["metadata"].get("namespace", "default")
     step("model", lambda: prepare_model(cfg.cache, cfg.volumes))
     step("helm install rlhf-operator", cluster.install_operator)
-    step("remove the last run", lambda: cluster.run("delete", "rlhfjob", name, "-n", namespace, "--ignore-not-found", "--wait", "--cascade=foreground"))
+    step(
+        "remove the last run",
+        lambda: cluster.run(
+            "delete", "rlhfjob", name, "-n", namespace, "--ignore-not-found", "--wait", "--cascade=foreground",
+        ),
+    )
     shutil.rmtree(cfg.volumes / "checkpoints" / name, ignore_errors=True)
     print(f"[demo] kubectl apply -f {manifest}", flush=True)
     cluster.run("apply", "-n", namespace, "-f", str(manifest))
     status, rewards = follow(cluster, name, namespace)
     print(summary(job, status, rewards, cfg.volumes))
-    print(f"\nThe cluster is still up: export KUBECONFIG={cfg.kubeconfig} PATH={cfg.bin}:$PATH; kubectl get rlhfjobs\nmake cluster-down removes it.")
+    print(f"\nThe cluster is still up: export KUBECONFIG={cfg.kubeconfig} PATH={cfg.bin}:$PATH; kubectl get "
+        "rlhfjobs\nmake cluster-down removes it.")
     return FINISHED[next(iter(conditions(status, "True").keys() & FINISHED.keys()))]
 
 

@@ -81,7 +81,8 @@ PROCESSES = (Target.GCS, Target.RAYLET, Target.DRIVER, Target.ENGINE, Target.RAN
 PODS = (Target.HEAD, Target.WORKER)
 _UNATTENDED = ", operator replaced"
 SIGNALS = {How.KILL: signal.SIGKILL, How.STOP: signal.SIGSTOP, How.SEGV: signal.SIGSEGV}
-# A stopped engine, rank or driver is found and ended; what else is stopped goes on after a while, as on a machine that was frozen.
+# A stopped engine, rank or driver is found and ended; what else is stopped goes on after a while, as on a machine that
+# was frozen.
 _STAYS_STOPPED = (Target.ENGINE, Target.RANK, Target.DRIVER)
 # Ray's names for its processes; "ray::" is how it titles an actor's, vLLM titles its engines' own.
 _NAMES: dict[Target, Callable[[str], bool]] = {
@@ -107,7 +108,8 @@ def possible() -> list[tuple[How, Target]]:
 
 
 def named(text: str) -> Fault:
-    """As a fault prints itself, with its moment: "SIGKILL of raylet@training". Raises ValueError for one there is not."""
+    """As a fault prints itself, with its moment: "SIGKILL of raylet@training". Raises ValueError for one there is not.
+    """
     what, _, moment = text.partition("@")
     how, _, target = what.removesuffix(_UNATTENDED).partition(" of ")
     fault = Fault(How(how), Target(target), Moment(moment or Moment.TRAINING), what.endswith(_UNATTENDED))

@@ -1,4 +1,5 @@
-"""Every generated file from its one source: the CRD and reference page from rlhf_api, RBAC from rlhf_operator, manifests from the chart.
+"""Every generated file from its one source: the CRD and reference page from rlhf_api, RBAC from rlhf_operator,
+manifests from the chart.
 
 `python -m hack.generate` writes them; `make verify` does so and fails on any diff.
 """
@@ -63,7 +64,9 @@ def helm() -> str:
 
 def render(*arguments: str, release: str = "rlhf-operator") -> list[Object]:
     """The chart's objects. Raises subprocess.CalledProcessError with Helm's words in stderr."""
-    command = [helm(), "template", release, str(CHART), "--namespace", NAMESPACE, "--kube-version", "1.36.0", *arguments]
+    command = [
+        helm(), "template", release, str(CHART), "--namespace", NAMESPACE, "--kube-version", "1.36.0", *arguments
+    ]
     rendered = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return [one for one in yaml.safe_load_all(rendered) if one]
 
@@ -88,19 +91,26 @@ def file_name(one: Object) -> str:
 
 
 def kustomization(resources: list[str]) -> str:
-    return NOTE + dump({"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": sorted(resources)})
+    return NOTE + dump(
+        {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": sorted(resources)}
+    )
 
 
 def manifests(objects: list[Object]) -> dict[Path, str]:
     """The kustomize install, one object a file."""
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
-    files = {MANIFESTS / "crd/rlhfjobs.rlhf.dev.yaml": NOTE + crd_yaml(), MANIFESTS / "default/namespace.yaml": NOTE + dump(namespace)}
+    files = {
+        MANIFESTS / "crd/rlhfjobs.rlhf.dev.yaml": NOTE + crd_yaml(),
+        MANIFESTS / "default/namespace.yaml": NOTE + dump(namespace),
+    }
     for one in objects:
         files[MANIFESTS / folder_of(one) / file_name(one)] = NOTE + dump(without_helm(one))
     for folder in ("crd", "rbac", "operator"):
         names = [path.name for path in files if path.parent.name == folder]
         files[MANIFESTS / folder / "kustomization.yaml"] = kustomization(names)
-    files[MANIFESTS / "default/kustomization.yaml"] = kustomization(["namespace.yaml", "../crd", "../rbac", "../operator"])
+    files[MANIFESTS / "default/kustomization.yaml"] = kustomization(
+        ["namespace.yaml", "../crd", "../rbac", "../operator"]
+    )
     return files
 
 

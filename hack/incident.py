@@ -76,7 +76,9 @@ def goes_on(now: Object, floor: int, *, told: bool) -> bool:
     What is told of may be yet to come: a driver finishes a step and ends with the pod that is going. So nothing may be
     amiss any more.
     """
-    amiss = condition(now, "Degraded").get("status") == "True" or condition(now, "ClusterReady").get("status") == "False"
+    amiss = condition(now, "Degraded").get("status") == "True" or condition(
+        now, "ClusterReady",
+    ).get("status") == "False"
     return now.get("phase") == "Running" and not amiss and step_of(now) >= floor + (1 if told else STEPS_UNMOVED)
 
 

@@ -30,7 +30,9 @@ class Kube:
 
     def run(self, *arguments: str, text: str | None = None) -> str:
         """Standard output of kubectl; `text` is its standard input. Raises Refused with its words."""
-        done = subprocess.run([self.kubectl, *arguments], env=self.environment, check=False, capture_output=True, text=True, input=text)
+        done = subprocess.run(
+            [self.kubectl, *arguments], env=self.environment, check=False, capture_output=True, text=True, input=text,
+        )
         if done.returncode != 0:
             raise Refused(done.stderr.strip())
         return done.stdout
@@ -39,12 +41,18 @@ class Kube:
         self.run("apply", "-f", "-", *arguments, text=json.dumps(body))
 
     def find(self, *arguments: str) -> Object | None:
-        done = subprocess.run([self.kubectl, "get", *arguments, "-o", "json"], env=self.environment, check=False, capture_output=True, text=True)
+        done = subprocess.run(
+            [self.kubectl, "get", *arguments, "-o", "json"], env=self.environment, check=False, capture_output=True,
+            text=True,
+        )
         return json.loads(done.stdout) if done.returncode == 0 else None
 
     def install_operator(self) -> None:
-        command = [self.helm, "upgrade", "--install", "rlhf-operator", "charts/rlhf-operator", "--namespace", OPERATOR_NAMESPACE,
-                   "--create-namespace", "--set", "image.repository=rlhf-operator,image.tag=dev", "--wait", "--timeout", "3m"]
+        command = [
+            self.helm, "upgrade", "--install", "rlhf-operator", "charts/rlhf-operator", "--namespace",
+            OPERATOR_NAMESPACE, "--create-namespace", "--set", "image.repository=rlhf-operator,image.tag=dev", "--wait",
+            "--timeout", "3m",
+        ]
         subprocess.run(command, env=self.environment, check=True, stdout=subprocess.DEVNULL)
 
 

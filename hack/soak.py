@@ -6,11 +6,10 @@ usage: python -m hack.soak --faults 200 --seed 1 [--minutes M] [--per-job 6] [--
 
 A soak that was cut off by --minutes goes on where its log ends. With --every a fault comes when that many steps have
 finished since the one before, and with --step-seconds a step takes as long as one of a real model: what part of the
-time is kept then is what a user of such steps sees. Each fault becomes one JSON line: what, at which moment, how long until the status said so, how long until a step
-finished after it, and how many steps were done again. At each job's end the invariants are checked: Succeeded, every
-prompt trained once, no step lost that a checkpoint held, nothing left behind. The table by fault is printed at the end,
-for docs/reliability.md. Exit code 1: an invariant is broken.
-"""
+time is kept then is what a user of such steps sees. Each fault becomes one JSON line: what, at which moment, how long
+until the status said so, how long until a step finished after it, and how many steps were done again. At each job's end
+the invariants are checked: Succeeded, every prompt trained once, no step lost that a checkpoint held, nothing left
+behind. The table by fault is printed at the end, for docs/reliability.md. Exit code 1: an invariant is broken. """
 
 from __future__ import annotations
 
@@ -260,7 +259,8 @@ def _start_again(job: Job) -> None:
 
 
 def _inject(job: Job, fault: Fault, outcome: Outcome) -> tuple[float, Object]:
-    """Aim, wait for the moment, fire. Returns when, by time.monotonic(), and the last status that knows nothing of it."""
+    """Aim, wait for the moment, fire. Returns when, by time.monotonic(), and the last status that knows nothing of it.
+    """
     known: Object = {}
     try:
         shot = aim(job.cfg, NAMESPACE, job.name, fault.how, fault.target)
@@ -443,7 +443,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--step-seconds", type=float, default=0.0, help="that a step's rewards wait")
     given = parser.parse_args(arguments)
     soak = Soak.so_far(given.log)
-    faults = given.fault or (list(_SMOKE) if given.smoke else left_of(schedule(given.seed, given.faults), soak.outcomes))
+    faults = given.fault or (
+        list(_SMOKE) if given.smoke else left_of(schedule(given.seed, given.faults), soak.outcomes)
+    )
     print(json.dumps({"seed": given.seed, "faults": len(faults), "perJob": given.per_job}), flush=True)
     cfg = settings.from_environment()
     tools, pace = kube(cfg), Pace(given.every, given.step_seconds)

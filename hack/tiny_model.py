@@ -1,5 +1,6 @@
 """Make the tiny model of the tests and samples: a random Llama of 2 layers with a character tokenizer, prompts for it
-(prompts.jsonl), and a reward model that likes texts which end in an "e" (reward/). Under 1 MB, the same bytes every time.
+(prompts.jsonl), and a reward model that likes texts which end in an "e" (reward/). Under 1 MB, the same bytes every
+time.
 
 usage: python -m hack.tiny_model DIRECTORY [--hidden-size N]
 """
@@ -28,14 +29,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     inner.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=512)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        model_max_length=512,
+    )
 
 
 def model(tie: bool = True, hidden_size: int = HIDDEN) -> LlamaForCausalLM:
     """Random weights from seed 0, float32."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(SPECIAL) + len(CHARACTERS), hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=LAYERS,
+        vocab_size=len(SPECIAL) + len(CHARACTERS), hidden_size=hidden_size, intermediate_size=2 * hidden_size,
+        num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, max_position_embeddings=512,
         tie_word_embeddings=tie, pad_token_id=0, bos_token_id=1, eos_token_id=2, dtype="float32",
     )

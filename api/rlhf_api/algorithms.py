@@ -1,4 +1,5 @@
-"""Each algorithm's own numbers, as data, and the one function that fills them in. What they mean: docs/algorithms.md."""
+"""Each algorithm's own numbers, as data, and the one function that fills them in. What they mean: docs/algorithms.md.
+"""
 
 from typing import Any, Literal
 
@@ -11,10 +12,13 @@ Options = dict[str, Any]
 UNGROUPED = ("ppo", "reinforce++")  # one sample a prompt is enough
 
 COMMON: Options = {
-    "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 0.0, "loss_aggregation": "tokens", "advantage_normalization": "none", "value_clip": 0.2,
+    "clip_low": 0.2, "clip_high": 0.2, "dual_clip": 0.0, "loss_aggregation": "tokens",
+    "advantage_normalization": "none", "value_clip": 0.2,
     "gae": {"gamma": 1.0, "lam": 0.95}, "kl": {"target": 0.0, "horizon": 10_000},
     "dynamic_sampling": {"enabled": False, "max_rounds": 10}, "overlong": {"buffer_tokens": 0, "penalty": 1.0},
-    "correction": {"token_cap": 2.0, "token_min": 0.0, "token_max": 0.0, "sequence_min": 0.0, "sequence_max": 0.0, "alarm": 0.05},
+    "correction": {
+        "token_cap": 2.0, "token_min": 0.0, "token_max": 0.0, "sequence_min": 0.0, "sequence_max": 0.0, "alarm": 0.05,
+    },
 }  # fmt: skip
 
 OWN: dict[str, Options] = {

@@ -1,8 +1,7 @@
 """models -> CustomResourceDefinition. `python -m rlhf_api.crd` prints it.
 
-pydantic's JSON schema is turned into a structural schema: $refs inlined, "or null" folded, titles dropped, the defaults of
-nested objects made explicit (so that the API server fills them in), CEL rules hung where `rules.py` says.
-"""
+pydantic's JSON schema is turned into a structural schema: $refs inlined, "or null" folded, titles dropped, the defaults
+of nested objects made explicit (so that the API server fills them in), CEL rules hung where `rules.py` says. """
 
 import sys
 from typing import Any
@@ -16,17 +15,22 @@ from rlhf_api.rules import RULES, Rule, transitions
 from rlhf_api.status import RLHFJobStatus
 
 Schema = dict[str, Any]
-KEEP = ("type", "description", "enum", "default", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems", "maxProperties", "pattern", "format", "required")
+KEEP = (
+    "type", "description", "enum", "default", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems",
+    "maxProperties", "pattern", "format", "required",
+)
 # The API server's CEL cost estimate needs a bound on every string and list that a rule walks.
 STRING_MAX, LIST_MAX = 1024, 256
 
 COLUMNS = (
-    ("Phase", "string", ".status.phase", 0), ("Reason", "string", ".status.reason", 0), ("Step", "string", ".status.progress.display", 0),
+    ("Phase", "string", ".status.phase", 0), ("Reason", "string", ".status.reason", 0),
+    ("Step", "string", ".status.progress.display", 0),
     ("Reward", "string", ".status.progress.reward", 0), ("Tok/s", "string", ".status.progress.tokensPerSecond", 0),
     ("ETA", "string", ".status.progress.eta", 0), ("Restarts", "integer", ".status.restarts.total", 0),
     ("GPUs", "integer", ".status.gpus", 0), ("Age", "date", ".metadata.creationTimestamp", 0),
     ("Queue", "string", ".status.queue", 1), ("Cluster", "string", ".status.clusterName", 1),
-    ("Checkpoint", "string", ".status.progress.checkpoint.path", 1), ("Mode", "string", ".status.mode", 1), ("Goodput", "string", ".status.goodput", 1),
+    ("Checkpoint", "string", ".status.progress.checkpoint.path", 1), ("Mode", "string", ".status.mode", 1),
+    ("Goodput", "string", ".status.goodput", 1),
 )
 
 
@@ -36,6 +40,8 @@ def structural(node: Schema, defs: Schema, ours: bool = True) -> Schema:
     ours = ours and FOREIGN not in node
     out = {key: node[key] for key in KEEP if key in node and node[key] is not None}
     out.update({key: value for key, value in node.items() if key.startswith("x-kubernetes-")})
+    if "description" in out:  # a docstring's lines are broken where the source's are
+        out["description"] = " ".join(out["description"].split())
     _bounds(node, out)
     if "properties" in node:
         out["properties"] = _properties(node, defs, ours)
@@ -81,8 +87,9 @@ def _free(node: Schema, out: Schema, defs: Schema) -> None:
 
 
 def _properties(node: Schema, defs: Schema, ours: bool) -> dict[str, Schema]:
-    """An object of ours whose fields all have defaults defaults to {}, so that the API server writes the inner ones; one that may be absent
-    (whose default is null) has none."""
+    """An object of ours whose fields all have defaults defaults to {}, so that the API server writes the inner ones;
+    one that may be absent (whose default is null) has none.
+    """
     out = {name: structural(child, defs, ours) for name, child in node["properties"].items()}
     for name, child in node["properties"].items():
         filled = out[name].get("type") == "object" and "properties" in out[name] and not out[name].get("required")
@@ -139,9 +146,13 @@ def crd() -> dict[str, Any]:
         "name": VERSION, "served": True, "storage": True, "subresources": {"status": {}},
         "additionalPrinterColumns": columns, "schema": {"openAPIV3Schema": job_schema()},
     }
-    names = {"plural": PLURAL, "singular": "rlhfjob", "kind": KIND, "listKind": f"{KIND}List", "shortNames": ["rlhf"], "categories": ["all"]}
+    names = {
+        "plural": PLURAL, "singular": "rlhfjob", "kind": KIND, "listKind": f"{KIND}List", "shortNames": ["rlhf"],
+        "categories": ["all"],
+    }
     return {
-        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition", "metadata": {"name": f"{PLURAL}.{GROUP}"},
+        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{PLURAL}.{GROUP}"},
         "spec": {"group": GROUP, "scope": "Namespaced", "names": names, "versions": [version]},
     }
 

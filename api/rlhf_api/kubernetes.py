@@ -1,8 +1,7 @@
 """Kubernetes' own types, as far as `spec.pods` and `spec.networkPolicy` take them: structural schemas, as data.
 
-The CRD carries their outlines, so that `kubectl apply` refuses what would only be refused when pods are made; `misfits` reads all of them in
-python. Fields that a later Kubernetes adds pass, but where a schema is closed.
-"""
+The CRD carries their outlines, so that `kubectl apply` refuses what would only be refused when pods are made; `misfits`
+reads all of them in python. Fields that a later Kubernetes adds pass, but where a schema is closed. """
 
 import re
 from collections.abc import Iterator
@@ -50,7 +49,9 @@ def obj(needs: str = "", **properties: Schema) -> Schema:
 
 
 def outline(schema: Schema, levels: int = 1) -> Schema:
-    """The fields and their types, for the CRD, which must stay small. It is open: a field that the API server cut off could not be refused."""
+    """The fields and their types, for the CRD, which must stay small. It is open: a field that the API server cut off
+    could not be refused.
+    """
     if "items" in schema:
         return {**schema, "items": outline(schema["items"], levels)}
     if "properties" not in schema:
@@ -76,7 +77,9 @@ RESOURCE_FIELD = obj("resource", resource=NAME, containerName=NAME, divisor=AMOU
 ENV_SOURCES = ("configMapKeyRef", "secretKeyRef", "fieldRef", "resourceFieldRef", "fileKeyRef")
 ENV_VAR = obj(
     "name", name=text(1024, ENV_NAME), value=text(ENV_VALUE_MAX),
-    valueFrom=obj(configMapKeyRef=KEY_OF, secretKeyRef=KEY_OF, fieldRef=FIELD, resourceFieldRef=RESOURCE_FIELD, fileKeyRef=obj()),
+    valueFrom=obj(
+        configMapKeyRef=KEY_OF, secretKeyRef=KEY_OF, fieldRef=FIELD, resourceFieldRef=RESOURCE_FIELD, fileKeyRef=obj(),
+    ),
 )  # fmt: skip
 ENV_FROM = obj(
     prefix=text(1024),
@@ -100,15 +103,19 @@ CSI = obj(
     nodePublishSecretRef=obj(name=NAME),
 )
 VOLUME = obj(
-    "name", name=text(63, DNS_LABEL), emptyDir=obj(medium=NAME, sizeLimit=AMOUNT), hostPath=obj("path", path=STRING, type=NAME),
+    "name", name=text(63, DNS_LABEL), emptyDir=obj(medium=NAME, sizeLimit=AMOUNT),
+    hostPath=obj("path", path=STRING, type=NAME),
     persistentVolumeClaim=obj("claimName", claimName=NAME, readOnly=BOOL), configMap=CONFIG_MAP, secret=SECRET,
     nfs=obj("server path", server=NAME, path=STRING, readOnly=BOOL), csi=CSI, projected=PROJECTED,
-    downwardAPI=obj(items=FROM_FIELDS, defaultMode=ID), ephemeral=obj(volumeClaimTemplate=obj("spec", spec=obj(), metadata=obj())),
+    downwardAPI=obj(items=FROM_FIELDS, defaultMode=ID),
+    ephemeral=obj(volumeClaimTemplate=obj("spec", spec=obj(), metadata=obj())),
     image=obj(reference=STRING, pullPolicy=NAME),
 )  # fmt: skip
 VOLUME_MOUNT = obj(
-    "mountPath name", name=text(63, DNS_LABEL), mountPath=text(4096, "^/[^:]*$"), readOnly=BOOL, subPath=STRING, subPathExpr=STRING,
-    mountPropagation=choice("None", "HostToContainer", "Bidirectional"), recursiveReadOnly=choice("Disabled", "IfPossible", "Enabled"),
+    "mountPath name", name=text(63, DNS_LABEL), mountPath=text(4096, "^/[^:]*$"), readOnly=BOOL, subPath=STRING,
+    subPathExpr=STRING,
+    mountPropagation=choice("None", "HostToContainer", "Bidirectional"),
+    recursiveReadOnly=choice("Disabled", "IfPossible", "Enabled"),
 )  # fmt: skip
 RESOURCES = obj(
     requests=mapping(AMOUNT, 64), limits=mapping(AMOUNT, 64), claims=items(obj("name", name=NAME, request=NAME), 16)
@@ -129,7 +136,8 @@ CONTAINER_SECURITY = obj(
     capabilities=obj(add=items(NAME, 64), drop=items(NAME, 64)), windowsOptions=obj(),
 )  # fmt: skip
 POD_SECURITY = obj(
-    **WHO, fsGroup=ID, supplementalGroups=items(ID), fsGroupChangePolicy=choice("OnRootMismatch", "Always"), supplementalGroupsPolicy=NAME,
+    **WHO, fsGroup=ID, supplementalGroups=items(ID), fsGroupChangePolicy=choice("OnRootMismatch", "Always"),
+    supplementalGroupsPolicy=NAME,
     sysctls=items(obj("name value", name=NAME, value=STRING), 64), windowsOptions=obj(),
 )  # fmt: skip
 
@@ -153,22 +161,32 @@ SPREAD = obj(
     whenUnsatisfiable=choice("DoNotSchedule", "ScheduleAnyway"),
 )
 CONTAINER = obj(
-    "name image", name=text(63, DNS_LABEL), image=text(1024, least=1), command=items(text(ENV_VALUE_MAX)), args=items(text(ENV_VALUE_MAX)), workingDir=STRING,
-    env=items(ENV_VAR), envFrom=items(ENV_FROM), volumeMounts=items(VOLUME_MOUNT), resources=RESOURCES, securityContext=CONTAINER_SECURITY,
-    imagePullPolicy=choice("Always", "IfNotPresent", "Never"), restartPolicy=NAME, ports=items(obj("containerPort", containerPort=integer(1, 65535))),
+    "name image", name=text(63, DNS_LABEL), image=text(1024, least=1), command=items(text(ENV_VALUE_MAX)),
+    args=items(text(ENV_VALUE_MAX)), workingDir=STRING,
+    env=items(ENV_VAR), envFrom=items(ENV_FROM), volumeMounts=items(VOLUME_MOUNT), resources=RESOURCES,
+    securityContext=CONTAINER_SECURITY,
+    imagePullPolicy=choice("Always", "IfNotPresent", "Never"), restartPolicy=NAME,
+    ports=items(obj("containerPort", containerPort=integer(1, 65535))),
     tty=BOOL, stdin=BOOL, lifecycle=obj(), startupProbe=obj(), readinessProbe=obj(), livenessProbe=obj(),
 )  # fmt: skip
 NAMED = items(obj("name", name=NAME))
 # Those fields of a PodSpec that spec.pods passes on.
 POD_SPEC = obj(
-    nodeSelector=LABELS, tolerations=items(TOLERATION), affinity=obj(nodeAffinity=obj(), podAffinity=obj(), podAntiAffinity=obj()),
-    topologySpreadConstraints=items(SPREAD, 64), initContainers=items(CONTAINER, 32), imagePullSecrets=items(obj(name=NAME), 64),
-    securityContext=POD_SECURITY, priorityClassName=NAME, priority=integer(-(2**31), 2**31 - 1), preemptionPolicy=NAME, schedulerName=NAME,
-    runtimeClassName=NAME, serviceAccountName=NAME, serviceAccount=NAME, automountServiceAccountToken=BOOL, enableServiceLinks=BOOL, hostNetwork=BOOL,
-    hostPID=BOOL, hostIPC=BOOL, hostUsers=BOOL, hostname=text(63, DNS_LABEL), subdomain=text(63, DNS_LABEL), setHostnameAsFQDN=BOOL, shareProcessNamespace=BOOL,
+    nodeSelector=LABELS, tolerations=items(TOLERATION),
+    affinity=obj(nodeAffinity=obj(), podAffinity=obj(), podAntiAffinity=obj()),
+    topologySpreadConstraints=items(SPREAD, 64), initContainers=items(CONTAINER, 32),
+    imagePullSecrets=items(obj(name=NAME), 64),
+    securityContext=POD_SECURITY, priorityClassName=NAME, priority=integer(-(2**31), 2**31 - 1), preemptionPolicy=NAME,
+    schedulerName=NAME,
+    runtimeClassName=NAME, serviceAccountName=NAME, serviceAccount=NAME, automountServiceAccountToken=BOOL,
+    enableServiceLinks=BOOL, hostNetwork=BOOL,
+    hostPID=BOOL, hostIPC=BOOL, hostUsers=BOOL, hostname=text(63, DNS_LABEL), subdomain=text(63, DNS_LABEL),
+    setHostnameAsFQDN=BOOL, shareProcessNamespace=BOOL,
     hostAliases=items(obj("ip", ip=NAME, hostnames=items(NAME))),
-    dnsPolicy=choice("ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"), dnsConfig=obj(nameservers=items(NAME), searches=items(NAME)),
-    terminationGracePeriodSeconds=integer(0, 86400), overhead=mapping(AMOUNT), readinessGates=items(obj("conditionType", conditionType=NAME)),
+    dnsPolicy=choice("ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"),
+    dnsConfig=obj(nameservers=items(NAME), searches=items(NAME)),
+    terminationGracePeriodSeconds=integer(0, 86400), overhead=mapping(AMOUNT),
+    readinessGates=items(obj("conditionType", conditionType=NAME)),
     schedulingGates=NAMED, resourceClaims=NAMED, os=obj("name", name=NAME),
 )  # fmt: skip
 

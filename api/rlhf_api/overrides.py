@@ -1,5 +1,6 @@
-"""What `spec.pods` and `spec.networkPolicy` may not say, because Kubernetes would refuse the pods or the run would break by it. Each
-problem names the field and the fix."""
+"""What `spec.pods` and `spec.networkPolicy` may not say, because Kubernetes would refuse the pods or the run would
+break by it. Each problem names the field and the fix.
+"""
 
 from collections.abc import Iterator
 from ipaddress import ip_network
@@ -48,7 +49,8 @@ def _resources(spec: RLHFJobSpec) -> Iterator[str]:
         ("driver", spec.pods.driver.resources),
     ):
         if any(gpu in given.get(side, {}) for side in ("requests", "limits")):
-            yield f"spec.pods.{kind}.resources: remove {gpu}: GPUs follow from the gpus of spec.trainer and other roles, and from spec.rollout"
+            words = "GPUs follow from the gpus of spec.trainer and other roles, and from spec.rollout"
+            yield f"spec.pods.{kind}.resources: remove {gpu}: {words}"
         yield from resource_problems(given, f"spec.pods.{kind}.resources")
     for kind, pods in _kinds(spec):
         for index, container in enumerate(rest_of(pods).get("initContainers", [])):
@@ -58,7 +60,9 @@ def _resources(spec: RLHFJobSpec) -> Iterator[str]:
 
 
 def _host_network(spec: RLHFJobSpec) -> Iterator[str]:
-    """Some networks of RDMA need it. Then two pods with Ray's ports cannot share a node, and a NetworkPolicy does not see them."""
+    """Some networks of RDMA need it. Then two pods with Ray's ports cannot share a node, and a NetworkPolicy does not
+    see them.
+    """
     for kind, pods in _kinds(spec):
         if kind == HEAD or not rest_of(pods).get("hostNetwork"):
             continue
@@ -68,7 +72,8 @@ def _host_network(spec: RLHFJobSpec) -> Iterator[str]:
                 "set spec.networkPolicy.enabled to false to say so, or remove it"
             )
         if rest_of(pods).get("dnsPolicy") != "ClusterFirstWithHostNet":
-            yield f"spec.pods.{kind}.dnsPolicy: hostNetwork asks the node's DNS, which does not know the head: set ClusterFirstWithHostNet"
+            words = "hostNetwork asks the node's DNS, which does not know the head: set ClusterFirstWithHostNet"
+            yield f"spec.pods.{kind}.dnsPolicy: {words}"
 
 
 def _peers(spec: RLHFJobSpec) -> Iterator[str]:
@@ -104,7 +109,8 @@ def _checkpoint(spec: RLHFJobSpec) -> Iterator[str]:
     trainers, path = plan_placement(spec).groups[0].pods, spec.checkpoint.directory
     if trainers > 1 and path and not spec.checkpoint.claim and not holds_path(spec.pods.trainer.volume_mounts, path):
         yield (
-            f"spec.pods.trainer.volumes: {trainers} trainer pods save into {path}: mount a volume there that they share, "
+            f"spec.pods.trainer.volumes: {trainers} trainer pods save into {path}: mount a volume there that "
+                "they share, "
             "or lower spec.trainer.gpus to one pod's"
         )
     if path and any(normal(path).is_relative_to(own) for own in HEAD_MOUNTS):
@@ -116,13 +122,15 @@ def _claim(spec: RLHFJobSpec) -> Iterator[str]:
     for mount in spec.pods.trainer.volume_mounts if spec.checkpoint.claim and path else ():
         ours, theirs = normal(path or ""), normal(mount["mountPath"])
         if ours.is_relative_to(theirs) or theirs.is_relative_to(ours):
-            yield f"spec.pods.trainer.volumeMounts: remove {mount['mountPath']}, or spec.checkpoint.claim, which is mounted at {path}"
+            ours_is = f"spec.checkpoint.claim, which is mounted at {path}"
+            yield f"spec.pods.trainer.volumeMounts: remove {mount['mountPath']}, or {ours_is}"
 
 
 def _final_save(spec: RLHFJobSpec) -> Iterator[str]:
     if spec.run_policy.final_save and ephemeral(spec):
         yield (
-            "spec.runPolicy.finalSave: what is saved would go with the trainer's pod: make checkpoint.path a claim's (spec.checkpoint.claim), "
+            "spec.runPolicy.finalSave: what is saved would go with the trainer's pod: make checkpoint.path a "
+                "claim's (spec.checkpoint.claim), "
             "a lasting volume's or a URL, or set finalSave to false"
         )
 
@@ -133,7 +141,9 @@ def holds_path(mounts: list[Raw], path: str) -> bool:
 
 
 def ephemeral(spec: RLHFJobSpec) -> bool:
-    """Whether the checkpoints die with the trainer's pod: their directory is neither the claim's nor on a volume that outlives pods."""
+    """Whether the checkpoints die with the trainer's pod: their directory is neither the claim's nor on a volume that
+    outlives pods.
+    """
     path, user = spec.checkpoint.directory, spec.pods.trainer
     if path is None or spec.checkpoint.claim is not None:
         return False

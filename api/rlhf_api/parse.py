@@ -28,7 +28,9 @@ class InvalidJob(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Lenient:
-    """What could be read of an object. With problems the job must not be run as it is; without a job not even its shape is right."""
+    """What could be read of an object. With problems the job must not be run as it is; without a job not even its shape
+    is right.
+    """
 
     job: RLHFJob | None
     ignored: list[str]

@@ -1,8 +1,8 @@
-"""The planner: which pods there are, and which role has which GPU. Pure. The operator makes pods from it, the worker actors.
+"""The planner: which pods there are, and which role has which GPU. Pure. The operator makes pods from it, the worker
+actors.
 
-A *slot* is one GPU, counted from 0. Slots are dense by pod: the slots of one pod follow each other, so an engine whose slots
-are consecutive lies on one node.
-"""
+A *slot* is one GPU, counted from 0. Slots are dense by pod: the slots of one pod follow each other, so an engine whose
+slots are consecutive lies on one node. """
 
 from typing import Literal
 
@@ -38,8 +38,10 @@ class Placement(Model):
     groups: list[PodGroup]
     trainer_slots: list[int] = Field(description="Slot of each FSDP rank.")
     trainer_fraction: float
-    role_slots: dict[str, list[int]] = Field(description="Slots of the ranks of each role that has GPUs of its own: they follow the trainer's, in its pods.")
-    engine_slots: list[list[int]] = Field(description="Slots of each engine's tensor-parallel ranks; none for rollout.engine hf.")
+    role_slots: dict[str, list[int]] = Field(description="Slots of the ranks of each role that has GPUs of its own: "
+        "they follow the trainer's, in its pods.")
+    engine_slots: list[list[int]] = Field(description="Slots of each engine's tensor-parallel ranks; none for "
+        "rollout.engine hf.")
     engine_fraction: float
 
     @property
@@ -55,7 +57,9 @@ def _group(name: GroupName, gpus: int, most: int, first_slot: int) -> PodGroup:
 
 def own_gpus(spec: RLHFJobSpec) -> dict[str, int]:
     """GPUs of each role that does not share the trainer's: "critic", "reference", "reward:<name>"."""
-    roles = {"critic": spec.critic, "reference": spec.reference} | {f"reward:{reward.name}": reward for reward in spec.rewards}
+    roles = {"critic": spec.critic, "reference": spec.reference} | {
+        f"reward:{reward.name}": reward for reward in spec.rewards
+    }
     return {name: role.gpus for name, role in roles.items() if role and role.gpus}
 
 

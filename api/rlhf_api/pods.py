@@ -35,7 +35,8 @@ OWN_FIELDS = {
     "ephemeralContainers": "they are added to pods that run: use kubectl debug",
     "restartPolicy": "the operator relies on containers that restart in place",
     "nodeName": "it goes past the scheduler, and so past its count of GPUs: use nodeSelector or affinity",
-    "activeDeadlineSeconds": "the kubelet would end the pod at it without a word: use spec.runPolicy.activeDeadlineSeconds",
+    "activeDeadlineSeconds": "the kubelet would end the pod at it without a word: use "
+        "spec.runPolicy.activeDeadlineSeconds",
     "hostPID": "the job's processes would see and could signal all others of the node",
     "hostIPC": "the job's shared memory would be that of the node: pods have a /dev/shm of their own",
 }
@@ -44,13 +45,16 @@ OWN_HEAD_FIELDS = {
     "serviceAccountName": "the driver reports with its own ServiceAccount: bind your rights to <job>-driver instead",
     "serviceAccount": "the driver reports with its own ServiceAccount: bind your rights to <job>-driver instead",
     "automountServiceAccountToken": "the driver reports with it",
-    "hostNetwork": "Ray's and the driver's ports would be the node's, where two jobs' heads would clash, and no NetworkPolicy guards them",
+    "hostNetwork": "Ray's and the driver's ports would be the node's, where two jobs' heads would clash, and no "
+        "NetworkPolicy guards them",
 }
 HEAD_MOUNTS = ("/tmp/ray", "/dev/shm", "/etc/rlhf")
 LEAST_GRACE_SECONDS = 30
 SHAPES = {
-    "env": kubernetes.items(kubernetes.ENV_VAR), "envFrom": kubernetes.items(kubernetes.ENV_FROM), "volumes": kubernetes.items(kubernetes.VOLUME),
-    "volumeMounts": kubernetes.items(kubernetes.VOLUME_MOUNT), "resources": kubernetes.RESOURCES, "labels": kubernetes.LABELS,
+    "env": kubernetes.items(kubernetes.ENV_VAR), "envFrom": kubernetes.items(kubernetes.ENV_FROM),
+    "volumes": kubernetes.items(kubernetes.VOLUME),
+    "volumeMounts": kubernetes.items(kubernetes.VOLUME_MOUNT), "resources": kubernetes.RESOURCES,
+    "labels": kubernetes.LABELS,
     "annotations": kubernetes.ANNOTATIONS, "containerSecurityContext": kubernetes.CONTAINER_SECURITY,
 }  # fmt: skip
 
@@ -80,7 +84,8 @@ def _fields(kind: str, pods: PodOverrides) -> Iterator[str]:
             yield f"spec.pods.{kind}.{name}: remove it: {owned[name]}"
     grace = rest_of(pods).get("terminationGracePeriodSeconds", LEAST_GRACE_SECONDS)
     if grace < LEAST_GRACE_SECONDS:
-        yield f"spec.pods.{kind}.terminationGracePeriodSeconds: a pod that ends is given {grace} s: the driver saves in them, set {LEAST_GRACE_SECONDS} or more"
+        words = f"a pod that ends is given {grace} s: the driver saves in them, set {LEAST_GRACE_SECONDS} or more"
+        yield f"spec.pods.{kind}.terminationGracePeriodSeconds: {words}"
 
 
 def _names(kind: str, pods: PodOverrides) -> Iterator[str]:
@@ -134,7 +139,8 @@ def _env(kind: str, pods: PodOverrides) -> Iterator[str]:
             if e.get("value") and "valueFrom" in e
         )
         yield from (
-            f"spec.pods.{kind}.{where}: valueFrom of {e['name']} needs exactly one of {', '.join(kubernetes.ENV_SOURCES)}"
+            f"spec.pods.{kind}.{where}: valueFrom of {e['name']} needs exactly one of "
+                f"{', '.join(kubernetes.ENV_SOURCES)}"
             for e in env
             if "valueFrom" in e and len(set(e["valueFrom"]) & set(kubernetes.ENV_SOURCES)) != 1
         )

@@ -42,30 +42,45 @@ class Saved(Model):
 class Preflight(Model):
     """What was tried before the first step."""
 
-    failed: str | None = Field(None, max_length=64, pattern=r"^[A-Za-z]+$", description="The check that failed; absent when all passed.")
-    message: str = Field(max_length=1024, description="What the failed check found, and the fix; or the checks that passed.")
+    failed: str | None = Field(None, max_length=64, pattern=r"^[A-Za-z]+$", description="The check that failed; "
+        "absent when all passed.")
+    message: str = Field(max_length=1024, description="What the failed check found, and the fix; or the checks that "
+        "passed.")
     seconds: str = Field(description="Time that all checks took.")
 
 
 class Progress(Model):
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
 
-    pod_uid: str | None = Field(None, max_length=64, description="uid of the driver's pod: a report of another pod is an earlier driver's.")
-    attempt: int | None = Field(None, ge=0, description="Number of the driver's head pod (status.record.attempt), which fences the writers of one checkpoint.")
-    productive_seconds: int | None = Field(None, ge=0, description="Time in steps that count: those of the checkpoint that was resumed from, and those after it.")
-    state: Literal["Starting", "Training", "Draining", "Drained", "Done"] = Field("Starting", description="Drained: saved and idle, the pods may go.")
+    pod_uid: str | None = Field(None, max_length=64, description="uid of the driver's pod: a report of another pod is "
+        "an earlier driver's.")
+    attempt: int | None = Field(None, ge=0, description="Number of the driver's head pod (status.record.attempt), "
+        "which fences the writers of one checkpoint.")
+    productive_seconds: int | None = Field(None, ge=0, description="Time in steps that count: those of the checkpoint "
+        "that was resumed from, and those after it.")
+    state: Literal[
+        "Starting", "Training", "Draining", "Drained", "Done"
+    ] = Field("Starting", description="Drained: saved and "
+        "idle, the pods may go.")
     detail: str = Field("", max_length=1024, description="What the driver is doing, in words.")
     step: int = Field(0, description="Finished training steps.")
     total_steps: int = Field(0, description="trainer.steps.")
     display: str = Field("", description="step/totalSteps, for the column.")
     resumed_from_step: int | None = Field(None, description="Step of the checkpoint that this driver started from.")
-    step_time: str | None = Field(None, description="When the last step finished.", json_schema_extra={"format": "date-time"})
-    activity_time: str | None = Field(None, description="When the run last got further: a step, a phase of one, or any report while it does what has a deadline of its own (start, evaluation, export).", json_schema_extra={"format": "date-time"})
-    report_time: str | None = Field(None, description="When this report was made.", json_schema_extra={"format": "date-time"})
+    step_time: str | None = Field(
+        None, description="When the last step finished.", json_schema_extra={"format": "date-time"},
+    )
+    activity_time: str | None = Field(None, description="When the run last got further: a step, a phase of one, or "
+        "any report while it does what has a deadline of its own (start, evaluation, export).",
+        json_schema_extra={"format": "date-time"})
+    report_time: str | None = Field(
+        None, description="When this report was made.", json_schema_extra={"format": "date-time"},
+    )
     reward: str | None = Field(None, description="Mean reward of the last step's samples.")
     kl: str | None = Field(None, description="Mean KL to the reference model, per token.")
     mismatch: str | None = Field(None, description="Mean |log pi_trainer - log pi_engine| per token.")
-    tokens_per_second: str | None = Field(None, description="Generated tokens of the last step over the whole step's time.")
+    tokens_per_second: str | None = Field(None, description="Generated tokens of the last step over the whole step's "
+        "time.")
     dropped_prompts: int | None = Field(
         None, ge=0, description="Prompts left out so far for their length (data.overlongPrompts), once in each epoch."
     )
@@ -74,5 +89,7 @@ class Progress(Model):
     preflight: Preflight | None = Field(None, description="The checks before the first step.")
     sync: Sync | None = Field(None, description="The last weight sync.")
     checkpoint: Saved | None = Field(None, description="The newest whole checkpoint.")
-    degraded: str | None = Field(None, max_length=1024, description="What is amiss while the run goes on, such as an engine that is started again; absent when nothing is.")
-    save_error: str | None = Field(None, max_length=1024, description="Why the last save failed; absent when it did not. The run goes on, and fails when its last save does.")
+    degraded: str | None = Field(None, max_length=1024, description="What is amiss while the run goes on, such as an "
+        "engine that is started again; absent when nothing is.")
+    save_error: str | None = Field(None, max_length=1024, description="Why the last save failed; absent when it did "
+        "not. The run goes on, and fails when its last save does.")

@@ -1,9 +1,9 @@
-"""Rules that span fields, each once: the CEL that the API server runs, and the same in python for `rlhf_worker local` and the operator.
+"""Rules that span fields, each once: the CEL that the API server runs, and the same in python for `rlhf_worker local`
+and the operator.
 
-A rule's `path` is where in the RLHFJob its CEL hangs (a dotted path of schema properties, `[]` for list items, "" for the
-root); `cel` sees that value as `self`. `check` gets the whole job and returns the complaints. tests/api holds one bad spec a
-rule, and sends it to both.
-"""
+A rule's `path` is where in the RLHFJob its CEL hangs (a dotted path of schema properties, `[]` for list items, "" for
+the root); `cel` sees that value as `self`. `check` gets the whole job and returns the complaints. tests/api holds one
+bad spec a rule, and sends it to both. """
 
 import re
 from collections.abc import Callable, Iterator
@@ -27,14 +27,18 @@ from rlhf_api.placement import own_gpus
 
 NAME_PATTERN = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
 NAME_MAX = 40
-# What may change while the job lives: these always, all others while it is suspended, for they need another RayCluster...
+# What may change while the job lives: these always, all others while it is suspended, for they need another
+# RayCluster...
 MUTABLE = ("runPolicy", "suspend", "pods", "networkPolicy", "checkpoint.ephemeral")
 # ...but for these, of which the run and its checkpoints are made.
 NEVER = ("model", "algorithm", "data", "checkpoint.path", "checkpoint.claim", "critic.model", "reference.model")
 MOST_GPUS = 8192
-RESOURCE_PATTERN = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+RESOURCE_PATTERN = (
+    "^[a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+)
 # Of checkpoint.path: a URL of another filesystem; a directory; a directory that none can be mounted at.
-URL_PATTERN, DIRECTORY_PATTERN, NO_DIRECTORY_PATTERN = "^[a-z][a-z0-9+.-]*://", "^(file://)?/[^:]*$", "^(file://)?[/.]*$|/[.][.](/|$)"
+URL_PATTERN, DIRECTORY_PATTERN = "^[a-z][a-z0-9+.-]*://", "^(file://)?/[^:]*$"
+NO_DIRECTORY_PATTERN = "^(file://)?[/.]*$|/[.][.](/|$)"
 IN_REWARD = tuple(name for name, own in OWN.items() if own.get("kl", {}).get("place") == "reward")
 SOURCES = ("jsonl", "parquet", "dataset", "reasoning_gym")
 
@@ -64,7 +68,9 @@ def _staleness(job: RLHFJob) -> Iterator[str]:
 
 def _hf(job: RLHFJob) -> Iterator[str]:
     rollout, mode = job.spec.rollout, job.spec.placement.mode
-    if rollout.engine == "hf" and (mode is PlacementMode.SEPARATED or rollout.engines * rollout.tensor_parallel_size != 1):
+    if rollout.engine == "hf" and (
+        mode is PlacementMode.SEPARATED or rollout.engines * rollout.tensor_parallel_size != 1
+    ):
         yield f"mode is {mode}, engines is {rollout.engines}, tensorParallelSize is {rollout.tensor_parallel_size}"
 
 
@@ -120,7 +126,8 @@ def _whole_nodes(job: RLHFJob) -> Iterator[str]:
     own, node = own_gpus(job.spec), job.spec.placement.gpus_per_node
     gpus = job.spec.trainer.gpus + sum(own.values())
     if gpus > node and gpus % node:
-        yield f"they are {gpus} GPUs ({', '.join(f'{name} {count}' for name, count in {'trainer': job.spec.trainer.gpus, **own}.items())}), placement.gpusPerNode is {node}"
+        each = ", ".join(f"{name} {count}" for name, count in {"trainer": job.spec.trainer.gpus, **own}.items())
+        yield f"they are {gpus} GPUs ({each}), placement.gpusPerNode is {node}"
 
 
 def _critic(job: RLHFJob) -> Iterator[str]:
@@ -236,7 +243,10 @@ def _model_reward(reward: RewardSpec) -> str:
 
 
 def _judge_reward(reward: RewardSpec) -> str:
-    missing = [name for name, value in (("url", reward.url), ("judge", reward.judge)) if reward.type == "judge" and value is None]
+    missing = [
+        name for name,
+        value in (("url", reward.url), ("judge", reward.judge)) if reward.type == "judge" and value is None
+    ]
     return f"{' and '.join(missing)} missing" if missing else ""
 
 
@@ -329,7 +339,10 @@ def _algorithm(broken: Callable[[AlgorithmSpec], bool]) -> Check:
 
 
 def _below_one(spec: AlgorithmSpec) -> bool:
-    return any(0 < (bound or 0) < 1 for bound in (spec.correction.token_cap, spec.correction.token_max, spec.correction.sequence_max))
+    return any(
+        0 < (bound or 0) < 1
+        for bound in (spec.correction.token_cap, spec.correction.token_max, spec.correction.sequence_max)
+    )
 
 
 def _kl_in_loss(spec: AlgorithmSpec) -> bool:
@@ -346,7 +359,9 @@ def _no_rounds(spec: AlgorithmSpec) -> bool:
 
 
 def _no_buffer(spec: AlgorithmSpec) -> bool:
-    return bool(spec.overlong.penalty) and not (spec.name == "dapo" if spec.overlong.buffer_tokens is None else spec.overlong.buffer_tokens)
+    return bool(spec.overlong.penalty) and not (
+        spec.name == "dapo" if spec.overlong.buffer_tokens is None else spec.overlong.buffer_tokens
+    )
 
 
 def _function(name: str) -> Check:
@@ -390,7 +405,9 @@ def _all_gpus(job: RLHFJob) -> Iterator[str]:
 
 def _resource_name(job: RLHFJob) -> Iterator[str]:
     name = job.spec.placement.resource_name
-    if not re.search(RESOURCE_PATTERN, name) or name.endswith("\n") or "kubernetes.io/" in name or name.startswith("requests."):
+    if not re.search(
+        RESOURCE_PATTERN, name,
+    ) or name.endswith("\n") or "kubernetes.io/" in name or name.startswith("requests."):
         yield f"it is {name!r}"
 
 
@@ -440,7 +457,8 @@ def _name(job: RLHFJob) -> Iterator[str]:
 
 
 COLOCATED = "self.placement.mode != 'Colocated' || "
-EACH_TRAINER_GPUS = ", ".join(["self.trainer.gpus", *(f"has(self.{role}) && has(self.{role}.gpus) ? self.{role}.gpus : 0" for role in ("critic", "reference"))])
+EACH_TRAINER_GPUS = ", ".join(["self.trainer.gpus", *(f"has(self.{role}) && has(self.{role}.gpus) ? self.{role}.gpus "
+    ": 0" for role in ("critic", "reference"))])
 TRAINER_GPUS = f"[{EACH_TRAINER_GPUS}].sum() + self.rewards.map(r, has(r.gpus) ? r.gpus : 0).sum()"
 TEMPLATED = (
     "!has(DATA.chatTemplate) || DATA.chatTemplate"
@@ -465,16 +483,23 @@ OF_A_REWARD: tuple[tuple[str, str, Callable[[RewardSpec], str]], ...] = (
     ("self.scope == 'sample' || self.type in ['python', 'http']",
      "only a python or http reward sees a whole group: set scope to sample", _group_scope),
 )  # fmt: skip
-# A rule on an object whose default is {} is tried on that very {}, before the inner defaults are filled in: hence `has` of fields with defaults.
+# A rule on an object whose default is {} is tried on that very {}, before the inner defaults are filled in: hence `has`
+# of fields with defaults.
 RULES = (
     Rule("", f"self.metadata.name.size() <= {NAME_MAX} && self.metadata.name.matches('{NAME_PATTERN}')",
-         f"must start with a letter and have at most {NAME_MAX} characters of a-z, 0-9 and -: names of pods and Services are made from it", "metadata.name", _name),
-    Rule("spec", COLOCATED + "self.rollout.engine == 'hf' || self.rollout.engines * self.rollout.tensorParallelSize == self.trainer.gpus",
-         "Colocated needs rollout.engines x rollout.tensorParallelSize == trainer.gpus: change one of the three, or set placement.mode to Separated", "trainer.gpus", _gpus),
+         f"must start with a letter and have at most {NAME_MAX} characters of a-z, 0-9 and -: names of pods "
+             "and Services are made from it", "metadata.name", _name),
+    Rule("spec", COLOCATED + "self.rollout.engine == 'hf' || self.rollout.engines * self.rollout.tensorParallelSize "
+        "== self.trainer.gpus",
+         "Colocated needs rollout.engines x rollout.tensorParallelSize == trainer.gpus: change one of the "
+             "three, or set placement.mode to Separated", "trainer.gpus", _gpus),
     Rule("spec", "self.rollout.staleness == 0 || self.placement.mode == 'Separated'",
-         "generation and training overlap only on GPUs of their own: set placement.mode to Separated, or rollout.staleness to 0", "rollout.staleness", _staleness),
-    Rule("spec", "self.rollout.engine != 'hf' || self.placement.mode == 'Colocated' && self.rollout.engines * self.rollout.tensorParallelSize == 1",
-         "hf generates on the trainer's own GPUs: set placement.mode to Colocated and leave rollout.engines and rollout.tensorParallelSize at 1", "rollout.engine", _hf),
+         "generation and training overlap only on GPUs of their own: set placement.mode to Separated, or "
+             "rollout.staleness to 0", "rollout.staleness", _staleness),
+    Rule("spec", "self.rollout.engine != 'hf' || self.placement.mode == 'Colocated' && self.rollout.engines * "
+        "self.rollout.tensorParallelSize == 1",
+         "hf generates on the trainer's own GPUs: set placement.mode to Colocated and leave rollout.engines "
+             "and rollout.tensorParallelSize at 1", "rollout.engine", _hf),
     Rule("spec.rollout", "!has(self.environment) || has(self.environment.function) != has(self.environment.code)",
          "an environment needs exactly one of function and code", "rollout.environment", _environment),
     Rule("spec.rollout.sampling", "has(self.topK) && self.topK > 0 || (!has(self.topP) || self.topP == 1.0)"
@@ -493,67 +518,104 @@ RULES = (
          "a completion has at most maxTokens: lower sampling.minTokens or raise maxTokens",
          "rollout.sampling", _turn_length),
     Rule("spec", COLOCATED + "self.placement.fractions.trainer + self.placement.fractions.rollout <= 1.0",
-         "the fractions of one GPU must sum to at most 1: lower fractions.trainer or fractions.rollout", "placement.fractions", _fractions),
-    Rule("spec", "self.rollout.minEngines <= self.rollout.engines", "there are fewer engines: lower rollout.minEngines or raise rollout.engines", "rollout.minEngines", _min_engines),
+         "the fractions of one GPU must sum to at most 1: lower fractions.trainer or fractions.rollout",
+         "placement.fractions", _fractions),
+    Rule("spec", "self.rollout.minEngines <= self.rollout.engines", "there are fewer engines: lower "
+        "rollout.minEngines or raise rollout.engines", "rollout.minEngines", _min_engines),
     Rule("spec", "self.rollout.tensorParallelSize <= self.placement.gpusPerNode",
-         "an engine must fit on one node: lower rollout.tensorParallelSize or raise placement.gpusPerNode", "rollout.tensorParallelSize", _tensor_parallel),
-    Rule("spec", f"[{TRAINER_GPUS}].all(gpus, gpus <= self.placement.gpusPerNode || gpus % self.placement.gpusPerNode == 0)",
-         "a trainer of more than one node must fill whole nodes: make trainer.gpus and the gpus of critic, reference and rewards a multiple of placement.gpusPerNode together",
+         "an engine must fit on one node: lower rollout.tensorParallelSize or raise placement.gpusPerNode",
+         "rollout.tensorParallelSize", _tensor_parallel),
+    Rule("spec", f"[{TRAINER_GPUS}].all(gpus, gpus <= self.placement.gpusPerNode || gpus % self.placement.gpusPerNode "
+        "== 0)",
+         "a trainer of more than one node must fill whole nodes: make trainer.gpus and the gpus of critic, "
+             "reference and rewards a multiple of placement.gpusPerNode together",
          "trainer.gpus", _whole_nodes),
-    Rule("spec", "!has(self.critic) || self.algorithm.name == 'ppo'", "only ppo has a critic: remove it, or set algorithm.name to ppo", "critic", _critic),
+    Rule("spec", "!has(self.critic) || self.algorithm.name == 'ppo'", "only ppo has a critic: remove it, or set "
+        "algorithm.name to ppo", "critic", _critic),
     Rule("spec", "!has(self.reference) || self.algorithm.kl.coefficient > 0.0",
-         "there is no reference without a KL term: remove it, or set algorithm.kl.coefficient", "reference", _reference),
+         "there is no reference without a KL term: remove it, or set algorithm.kl.coefficient", "reference",
+         _reference),
     Rule("spec", "self.rollout.tensorParallelSize > self.placement.gpusPerNode"
          " || self.rollout.engines <= self.placement.gpusPerNode / self.rollout.tensorParallelSize"
          " || (self.placement.mode == 'Colocated' ? self.placement.gpusPerNode % self.rollout.tensorParallelSize == 0"
          " : self.rollout.engines % (self.placement.gpusPerNode / self.rollout.tensorParallelSize) == 0)",
-         "engines on more than one node must fill whole nodes: change rollout.engines, rollout.tensorParallelSize or placement.gpusPerNode", "rollout.engines", _whole_engines),
-    Rule("spec", f"[{EACH_TRAINER_GPUS}].all(gpus, gpus % self.trainer.contextParallel == 0) && self.rewards.all(r, !has(r.gpus) || r.gpus % self.trainer.contextParallel == 0)",
-         "every group of ranks is divided into as many as share a sequence: make the gpus of trainer, critic, reference and rewards multiples of trainer.contextParallel",
+         "engines on more than one node must fill whole nodes: change rollout.engines, "
+             "rollout.tensorParallelSize or placement.gpusPerNode", "rollout.engines", _whole_engines),
+    Rule("spec", f"[{EACH_TRAINER_GPUS}].all(gpus, gpus % self.trainer.contextParallel == 0) && self.rewards.all(r, "
+        "!has(r.gpus) || r.gpus % self.trainer.contextParallel == 0)",
+         "every group of ranks is divided into as many as share a sequence: make the gpus of trainer, "
+             "critic, reference and rewards multiples of trainer.contextParallel",
          "trainer.contextParallel", _together),
     Rule("spec", "self.trainer.contextParallel == 1 || self.trainer.batching == 'packed'",
-         "ranks share packed sequences only: set trainer.batching to packed, or trainer.contextParallel to 1", "trainer.batching", _padded),
-    Rule("spec", "self.rollout.promptsPerStep * self.rollout.samplesPerPrompt >= self.trainer.gpus / self.trainer.contextParallel * self.trainer.updatesPerStep",
-         "a step's batch must hold a sample for each rank and update: raise rollout.promptsPerStep or lower trainer.updatesPerStep", "rollout.promptsPerStep", _batch),
-    Rule("spec", "!(self.weightSync.backend in (self.placement.mode == 'Separated' ? ['ipc', 'vllm-ipc'] : ['nccl', 'vllm-nccl', 'sharded_rdt']))",
-         "ipc and vllm-ipc need Colocated (one GPU's memory, shared), nccl, vllm-nccl and sharded_rdt need Separated (one rank a GPU): use auto", "weightSync.backend", _backend),
+         "ranks share packed sequences only: set trainer.batching to packed, or trainer.contextParallel to 1",
+         "trainer.batching", _padded),
+    Rule("spec", "self.rollout.promptsPerStep * self.rollout.samplesPerPrompt >= self.trainer.gpus / "
+        "self.trainer.contextParallel * self.trainer.updatesPerStep",
+         "a step's batch must hold a sample for each rank and update: raise rollout.promptsPerStep or lower "
+             "trainer.updatesPerStep", "rollout.promptsPerStep", _batch),
+    Rule("spec", "!(self.weightSync.backend in (self.placement.mode == 'Separated' ? ['ipc', 'vllm-ipc'] : ['nccl', "
+        "'vllm-nccl', 'sharded_rdt']))",
+         "ipc and vllm-ipc need Colocated (one GPU's memory, shared), nccl, vllm-nccl and sharded_rdt need "
+             "Separated (one rank a GPU): use auto", "weightSync.backend", _backend),
     Rule("spec", "!has(self.model.lora) || self.weightSync.backend == 'auto'",
-         "with model.lora only the adapters travel, and there is one way: set weightSync.backend to auto, or remove model.lora", "weightSync.backend", _adapters),
+         "with model.lora only the adapters travel, and there is one way: set weightSync.backend to auto, or "
+             "remove model.lora", "weightSync.backend", _adapters),
     Rule("spec", f"self.rollout.samplesPerPrompt >= 2 || self.algorithm.name in {list(UNGROUPED)}",
-         "the algorithm compares samples of one prompt: set rollout.samplesPerPrompt to 2 or more, or algorithm.name to ppo or reinforce++", "rollout.samplesPerPrompt", _group),
-    Rule("spec", "!has(self.algorithm.overlong.bufferTokens) || self.algorithm.overlong.bufferTokens <= self.rollout.maxTokens",
-         "the buffer is the end of a completion: lower bufferTokens to rollout.maxTokens or less", "algorithm.overlong.bufferTokens", _buffer),
-    Rule("spec", f"!has(self.algorithm.advantageNormalization) || self.algorithm.advantageNormalization != 'group' || !(self.algorithm.name in {list(UNGROUPED)})",
+         "the algorithm compares samples of one prompt: set rollout.samplesPerPrompt to 2 or more, or "
+             "algorithm.name to ppo or reinforce++", "rollout.samplesPerPrompt", _group),
+    Rule("spec", "!has(self.algorithm.overlong.bufferTokens) || self.algorithm.overlong.bufferTokens <= "
+        "self.rollout.maxTokens",
+         "the buffer is the end of a completion: lower bufferTokens to rollout.maxTokens or less",
+         "algorithm.overlong.bufferTokens", _buffer),
+    Rule("spec", "!has(self.algorithm.advantageNormalization) || self.algorithm.advantageNormalization != 'group' || "
+        f"!(self.algorithm.name in {list(UNGROUPED)})",
          "ppo and reinforce++ have no groups: use batch or none", "algorithm.advantageNormalization",
          _algorithm(lambda a: a.advantage_normalization == "group" and a.name in UNGROUPED)),
-    Rule("spec", f"!has(self.algorithm.dynamicSampling.enabled) || !self.algorithm.dynamicSampling.enabled || !(self.algorithm.name in {list(UNGROUPED)})",
+    Rule("spec", "!has(self.algorithm.dynamicSampling.enabled) || !self.algorithm.dynamicSampling.enabled || "
+        f"!(self.algorithm.name in {list(UNGROUPED)})",
          "ppo and reinforce++ have no groups to drop: remove it", "algorithm.dynamicSampling.enabled",
          _algorithm(lambda a: bool(a.dynamic_sampling.enabled) and a.name in UNGROUPED)),
-    Rule("spec", "!has(self.algorithm.dynamicSampling.maxRounds) || (has(self.algorithm.dynamicSampling.enabled) ? self.algorithm.dynamicSampling.enabled : self.algorithm.name == 'dapo')",
-         "there are no rounds without dynamic sampling: remove it, or set enabled", "algorithm.dynamicSampling.maxRounds", _algorithm(_no_rounds)),
-    Rule("spec", "!(has(self.algorithm.gae.gamma) || has(self.algorithm.gae.lambda) || has(self.algorithm.valueClip)) || self.algorithm.name == 'ppo'",
+    Rule("spec", "!has(self.algorithm.dynamicSampling.maxRounds) || (has(self.algorithm.dynamicSampling.enabled) ? "
+        "self.algorithm.dynamicSampling.enabled : self.algorithm.name == 'dapo')",
+         "there are no rounds without dynamic sampling: remove it, or set enabled",
+         "algorithm.dynamicSampling.maxRounds", _algorithm(_no_rounds)),
+    Rule("spec", "!(has(self.algorithm.gae.gamma) || has(self.algorithm.gae.lambda) || has(self.algorithm.valueClip)) "
+        "|| self.algorithm.name == 'ppo'",
          "only ppo has a critic: remove gae and valueClip, or set algorithm.name to ppo", "algorithm.gae",
          _algorithm(lambda a: a.name != "ppo" and (a.gae.gamma, a.gae.lam, a.value_clip) != (None, None, None))),
     Rule("spec", "!has(self.algorithm.clipLow) || self.algorithm.clipLow < 1.0 || self.algorithm.name == 'cispo'",
-         "must be less than 1: only cispo goes without a lower clip", "algorithm.clipLow", _algorithm(lambda a: a.clip_low == 1 and a.name != "cispo")),
-    Rule("spec", "!has(self.algorithm.dualClip) || self.algorithm.dualClip == 0.0 || self.algorithm.dualClip > 1.0 && self.algorithm.name != 'cispo'",
+         "must be less than 1: only cispo goes without a lower clip", "algorithm.clipLow",
+         _algorithm(lambda a: a.clip_low == 1 and a.name != "cispo")),
+    Rule("spec", "!has(self.algorithm.dualClip) || self.algorithm.dualClip == 0.0 || self.algorithm.dualClip > 1.0 && "
+        "self.algorithm.name != 'cispo'",
          "must be 0 (none) or more than 1, and 0 for cispo, which clips no loss", "algorithm.dualClip",
          _algorithm(lambda a: bool(a.dual_clip) and (a.name == "cispo" or (a.dual_clip or 0) <= 1))),
-    Rule("spec", "!has(self.algorithm.overlong.penalty) || (has(self.algorithm.overlong.bufferTokens) ? self.algorithm.overlong.bufferTokens > 0 : self.algorithm.name == 'dapo')",
-         "nothing is punished without a buffer: set overlong.bufferTokens, or remove it", "algorithm.overlong.penalty", _algorithm(_no_buffer)),
-    Rule("spec.algorithm.correction", "[has(self.tokenCap) ? self.tokenCap : 0.0, has(self.tokenMax) ? self.tokenMax : 0.0,"
+    Rule("spec", "!has(self.algorithm.overlong.penalty) || (has(self.algorithm.overlong.bufferTokens) ? "
+        "self.algorithm.overlong.bufferTokens > 0 : self.algorithm.name == 'dapo')",
+         "nothing is punished without a buffer: set overlong.bufferTokens, or remove it", "algorithm.overlong.penalty",
+         _algorithm(_no_buffer)),
+    Rule("spec.algorithm.correction", "[has(self.tokenCap) ? self.tokenCap : 0.0, has(self.tokenMax) ? self.tokenMax "
+        ": 0.0,"
          " has(self.sequenceMax) ? self.sequenceMax : 0.0].all(x, x == 0.0 || x >= 1.0)",
-         "tokenCap, tokenMax and sequenceMax must be 0 (off) or at least 1: equal models have weight 1", "algorithm.correction", _algorithm(_below_one)),
+         "tokenCap, tokenMax and sequenceMax must be 0 (off) or at least 1: equal models have weight 1",
+         "algorithm.correction", _algorithm(_below_one)),
     Rule("spec", "!has(self.algorithm.kl.estimator) || self.algorithm.kl.estimator != 'k1'"
-         f" || (has(self.algorithm.kl.place) ? self.algorithm.kl.place == 'reward' : self.algorithm.name in {list(IN_REWARD)})",
-         "k1 has no gradient in expectation as a loss: use k2 or k3, or set kl.place to reward", "algorithm.kl.estimator", _algorithm(_kl_in_loss)),
-    Rule("spec.algorithm.kl", "(!has(self.target) || self.target == 0.0 || self.coefficient > 0.0) && (!has(self.horizon) || has(self.target) && self.target > 0.0)",
-         "target needs a coefficient to begin with, and horizon a target: set them, or remove it", "algorithm.kl.target", _algorithm(_adapts_nothing)),
-    Rule("spec", f"[{TRAINER_GPUS}].all(gpus, gpus + (self.placement.mode == 'Separated' ? self.rollout.engines * self.rollout.tensorParallelSize : 0) <= {MOST_GPUS})",
-         f"a run has at most {MOST_GPUS} GPUs: lower trainer.gpus, rollout.engines or the gpus of critic, reference and rewards", "trainer.gpus", _all_gpus),
+         " || (has(self.algorithm.kl.place) ? self.algorithm.kl.place == 'reward' : self.algorithm.name in "
+             f"{list(IN_REWARD)})",
+         "k1 has no gradient in expectation as a loss: use k2 or k3, or set kl.place to reward",
+         "algorithm.kl.estimator", _algorithm(_kl_in_loss)),
+    Rule("spec.algorithm.kl", "(!has(self.target) || self.target == 0.0 || self.coefficient > 0.0) && "
+        "(!has(self.horizon) || has(self.target) && self.target > 0.0)",
+         "target needs a coefficient to begin with, and horizon a target: set them, or remove it",
+         "algorithm.kl.target", _algorithm(_adapts_nothing)),
+    Rule("spec", f"[{TRAINER_GPUS}].all(gpus, gpus + (self.placement.mode == 'Separated' ? self.rollout.engines * "
+        f"self.rollout.tensorParallelSize : 0) <= {MOST_GPUS})",
+         f"a run has at most {MOST_GPUS} GPUs: lower trainer.gpus, rollout.engines or the gpus of critic, "
+             "reference and rewards", "trainer.gpus", _all_gpus),
     Rule("spec.placement", f"!has(self.resourceName) || self.resourceName.matches('{RESOURCE_PATTERN}')"
          " && !self.resourceName.contains('kubernetes.io/') && !self.resourceName.startsWith('requests.')",
-         "must be an extended resource of a device plugin, such as nvidia.com/gpu: cpu, memory and what else Kubernetes counts itself are no GPUs", "placement.resourceName", _resource_name),
+         "must be an extended resource of a device plugin, such as nvidia.com/gpu: cpu, memory and what else "
+             "Kubernetes counts itself are no GPUs", "placement.resourceName", _resource_name),
     Rule("spec", "(!has(self.model.source) || self.model.path.startsWith('/'))"
          " && (!has(self.critic) || !has(self.critic.model) || !has(self.critic.model.source)"
          " || self.critic.model.path.startsWith('/'))"
@@ -566,11 +628,16 @@ RULES = (
          f" || self.path.matches('{DIRECTORY_PATTERN}') && !self.path.matches('{NO_DIRECTORY_PATTERN}')",
          "a directory is absolute, not the root, and has no .. and no colon: correct it", "checkpoint.path", _path),
     Rule("spec.checkpoint", "!has(self.claim) || self.path.startsWith('/') || self.path.startsWith('file:')",
-         "a claim is mounted, and a URL is no directory: remove claim, or make path a directory", "checkpoint.claim", _claimed_path),
-    Rule("spec", f"!has(self.checkpoint.claim) || self.checkpoint.claim.accessMode == 'ReadWriteMany' || [{TRAINER_GPUS}].all(gpus, gpus <= self.placement.gpusPerNode)",
-         "several trainer pods save, and each must mount the claim: set accessMode to ReadWriteMany, or lower trainer.gpus to one pod's", "checkpoint.claim.accessMode", _shared_claim),
-    Rule("spec.checkpoint", "!has(self.ephemeral) || !self.ephemeral || !has(self.claim) && (self.path.startsWith('/') || self.path.startsWith('file:'))",
-         "it says that the checkpoints die with the trainer's pod, and here they do not: remove it, or the claim or URL", "checkpoint.ephemeral", _lasting),
+         "a claim is mounted, and a URL is no directory: remove claim, or make path a directory", "checkpoint.claim",
+         _claimed_path),
+    Rule("spec", "!has(self.checkpoint.claim) || self.checkpoint.claim.accessMode == 'ReadWriteMany' || "
+        f"[{TRAINER_GPUS}].all(gpus, gpus <= self.placement.gpusPerNode)",
+         "several trainer pods save, and each must mount the claim: set accessMode to ReadWriteMany, or "
+             "lower trainer.gpus to one pod's", "checkpoint.claim.accessMode", _shared_claim),
+    Rule("spec.checkpoint", "!has(self.ephemeral) || !self.ephemeral || !has(self.claim) && "
+        "(self.path.startsWith('/') || self.path.startsWith('file:'))",
+         "it says that the checkpoints die with the trainer's pod, and here they do not: remove it, or the "
+             "claim or URL", "checkpoint.ephemeral", _lasting),
     Rule("spec", "!has(self.checkpoint.best) || !self.checkpoint.best.metric.startsWith('eval/')"
          " || has(self.evaluation) && self.evaluation.exists(e,"
          " self.checkpoint.best.metric.startsWith('eval/' + e.name + '/'))",
@@ -582,7 +649,8 @@ RULES = (
          "a constant rate falls to no floor: remove it, or set learningRateSchedule to linear or cosine",
          "trainer.learningRateFloor", _floor),
     Rule("spec", "!self.runPolicy.finalSave || !has(self.checkpoint.claim) || self.checkpoint.claim.onDelete == 'Keep'",
-         "a deletion would wait for a save and then delete it: set checkpoint.claim.onDelete to Keep, or finalSave to false", "runPolicy.finalSave", _saved_for_nothing),
+         "a deletion would wait for a save and then delete it: set checkpoint.claim.onDelete to Keep, or "
+             "finalSave to false", "runPolicy.finalSave", _saved_for_nothing),
     Rule("spec.data",
          "[has(self.jsonl), has(self.parquet), has(self.dataset), has(self.reasoningGym), has(self.sources)]"
          ".filter(x, x).size() == 1",
@@ -603,14 +671,22 @@ RULES = (
          " || self.rewards.all(r, self.data.sources.exists(s, !has(s.rewards) || r.name in s.rewards))",
          "every reward judges a source: name it in data.sources[].rewards, or remove it", "rewards", _idle_reward),
     Rule("spec.data", TEMPLATED.replace("DATA", "self"), UNTEMPLATED, "data.chatTemplate", _untemplated),
-    Rule("spec.rewards", "self.all(r, self.exists_one(other, other.name == r.name))", "names must be unique", "rewards", lambda job: _unique([r.name for r in job.spec.rewards])),
+    Rule(
+        "spec.rewards", "self.all(r, self.exists_one(other, other.name == r.name))", "names must be unique", "rewards",
+        lambda job: _unique([r.name for r in job.spec.rewards])
+    ),
     *(Rule("spec.rewards[]", cel, message, "rewards", _each_reward(check)) for cel, message, check in OF_A_REWARD),
     Rule("spec", "self.rollout.samplesPerPrompt > 1 || self.rewards.all(r, r.normalize != 'group')",
          "a reward is normalised within a group of at least two: raise rollout.samplesPerPrompt, or normalize by batch",
          "rewards", _compared),
-    Rule("spec.evaluation", "self.all(e, self.exists_one(one, one.name == e.name))", "names must be unique", "evaluation", lambda job: _unique([e.name for e in job.spec.evaluation])),
-    Rule("spec.evaluation[]", "[has(self.data.jsonl), has(self.data.parquet), has(self.data.dataset), has(self.data.reasoningGym)].filter(x, x).size() == 1",
-         "set exactly one of data.jsonl, data.parquet, data.dataset and data.reasoningGym", "evaluation", _each_evaluation(lambda e: _one_source(e.data))),
+    Rule(
+        "spec.evaluation", "self.all(e, self.exists_one(one, one.name == e.name))", "names must be unique",
+        "evaluation", lambda job: _unique([e.name for e in job.spec.evaluation])
+    ),
+    Rule("spec.evaluation[]", "[has(self.data.jsonl), has(self.data.parquet), has(self.data.dataset), "
+        "has(self.data.reasoningGym)].filter(x, x).size() == 1",
+         "set exactly one of data.jsonl, data.parquet, data.dataset and data.reasoningGym", "evaluation",
+         _each_evaluation(lambda e: _one_source(e.data))),
     Rule("spec.evaluation[]", TEMPLATED.replace("DATA", "self.data"), UNTEMPLATED, "evaluation",
          _each_evaluation(lambda e: _no_template(e.data))),
     Rule("spec", "self.evaluation.all(e, !has(e.sampling.minTokens)"
@@ -635,17 +711,23 @@ RULES = (
     *(Rule("spec.evaluation[]", f"!has(self.rewards) || self.rewards.all(r, {cel.replace('self.', 'r.')})",
            message, "evaluation", _each_own_reward(check)) for cel, message, check in OF_A_REWARD),
     Rule("spec.evaluation[]", "self.samples == 1 || self.temperature > 0.0",
-         "several samples at temperature 0 are all the same: set temperature, or samples to 1", "evaluation", _each_evaluation(_same_samples)),
+         "several samples at temperature 0 are all the same: set temperature, or samples to 1", "evaluation",
+         _each_evaluation(_same_samples)),
 )
 
 
 def transitions(fields: list[str]) -> list[Rule]:
     """The rules of what may change, for the fields of the spec."""
     alone = [field for field in fields if field not in (*MUTABLE, *NEVER, "checkpoint")]
-    kept = Rule("spec", "self.rewards.size() == oldSelf.rewards.size() && self.rewards.all(r, oldSelf.rewards.exists(o, o.name == r.name && o.type == r.type))",
-                "rewards keep their names and types while the job lives, for metrics go by them: change their other fields while it is suspended,"
+    kept = Rule("spec", "self.rewards.size() == oldSelf.rewards.size() && self.rewards.all(r, "
+        "oldSelf.rewards.exists(o, o.name == r.name && o.type == r.type))",
+                "rewards keep their names and types while the job lives, for metrics go by them: change "
+                    "their other fields while it is suspended,"
                 " or delete the RLHFJob and create it anew", "rewards")
-    return [*(_never(path) for path in NEVER), kept, *(_suspended(field, [field]) for field in alone), _suspended("checkpoint", _checkpoint_fields())]
+    return [
+        *(_never(path) for path in NEVER), kept, *(_suspended(field, [field]) for field in alone),
+        _suspended("checkpoint", _checkpoint_fields())
+    ]
 
 
 def _checkpoint_fields() -> list[str]:
@@ -654,7 +736,8 @@ def _checkpoint_fields() -> list[str]:
 
 
 def _never(path: str) -> Rule:
-    return Rule("spec", _same(path), f"{path} can never change, for the run and its checkpoints are made of it: delete the RLHFJob and create it anew", path)
+    return Rule("spec", _same(path), f"{path} can never change, for the run and its checkpoints are made of it: "
+        "delete the RLHFJob and create it anew", path)
 
 
 def _suspended(field: str, paths: list[str]) -> Rule:
@@ -664,7 +747,8 @@ def _suspended(field: str, paths: list[str]) -> Rule:
 
 def _same(path: str) -> str:
     """Absent fields may neither appear nor vanish."""
-    return f"({_has('self', path)}) == ({_has('oldSelf', path)}) && (!({_has('self', path)}) || self.{path} == oldSelf.{path})"
+    return (f"({_has('self', path)}) == ({_has('oldSelf', path)}) && (!({_has('self', path)}) || self.{path} == "
+        f"oldSelf.{path})")
 
 
 def _has(root: str, path: str) -> str:
@@ -675,7 +759,10 @@ def _has(root: str, path: str) -> str:
 def violations(job: RLHFJob) -> list[str]:
     """Every rule that the job breaks, as `spec.field: what to do (what is there)`; empty when none."""
     found = [(rule, text) for rule in RULES if rule.check for text in rule.check(job)]
-    told = [f"{'' if rule.field.startswith('metadata') else 'spec.'}{rule.field}: {rule.message} ({text})" for rule, text in found]
+    told = [
+        f"{'' if rule.field.startswith('metadata') else 'spec.'}{rule.field}: {rule.message} ({text})" for rule,
+        text in found
+    ]
     return [*told, *_patterns(job)]
 
 

@@ -1,8 +1,9 @@
-"""RunConfig: the run, fully resolved. The operator writes it into a ConfigMap, the driver reads it; no default is left open.
+"""RunConfig: the run, fully resolved. The operator writes it into a ConfigMap, the driver reads it; no default is left
+open.
 
-The operator may be newer than the image that reads. So a value that is its field's default is not written: an image that does not
-know the field runs as it always did. A default never changes, then, for the image that reads would take its own.
-"""
+The operator may be newer than the image that reads. So a value that is its field's default is not written: an image
+that does not know the field runs as it always did. A default never changes, then, for the image that reads would take
+its own. """
 
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ class JobRef(Model):
 
 
 class RunConfig(Model):
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, extra="forbid", frozen=True, protected_namespaces=(),
+    )
 
     version: int = Field(1, ge=1)
     job: JobRef
@@ -69,25 +72,35 @@ class RunConfig(Model):
     @property
     def roles(self) -> dict[str, ModelSpec]:
         """The models of the trainer's processes, by role: "policy", "critic", "reference", "reward:<name>"."""
-        others = {"critic": self.critic, "reference": self.reference} | {f"reward:{reward.name}": reward for reward in self.rewards}
+        others = {"critic": self.critic, "reference": self.reference} | {
+            f"reward:{reward.name}": reward for reward in self.rewards
+        }
         return {"policy": self.model} | {name: role.model for name, role in others.items() if role and role.model}
 
     @property
     def reference_in_policy(self) -> bool:
-        """Whether the reference needs no weights of its own: it is the policy without its adapters, on the same ranks."""
-        return bool(self.model.lora and self.reference and self.reference.gpus is None and self.reference.model == self.model.base)
+        """Whether the reference needs no weights of its own: it is the policy without its adapters, on the same ranks.
+        """
+        return bool(
+            self.model.lora and self.reference and self.reference.gpus is None
+            and self.reference.model == self.model.base
+        )
 
     @property
     def engines_sleep(self) -> bool:
         """Whether engines lend their memory to the trainer, whose GPUs they share, while it works."""
-        return self.placement.mode is PlacementMode.COLOCATED and bool(self.rollout.engine_args.get("enable_sleep_mode"))
+        return self.placement.mode is PlacementMode.COLOCATED and bool(
+            self.rollout.engine_args.get("enable_sleep_mode")
+        )
 
     @property
     def sampling_seed(self) -> int:
         return self.trainer.seed if self.rollout.seed is None else self.rollout.seed
 
     def dump(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True), sort_keys=True)
+        return yaml.safe_dump(
+            self.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True), sort_keys=True,
+        )
 
     @model_validator(mode="wrap")
     @classmethod
@@ -95,7 +108,10 @@ class RunConfig(Model):
         try:
             config = handler(data)
         except ValidationError as error:
-            unknown = [".".join(map(str, one["loc"])) for one in error.errors(include_input=False) if one["type"] == "extra_forbidden"]
+            unknown = [
+                ".".join(map(str, one["loc"])) for one in error.errors(include_input=False)
+                if one["type"] == "extra_forbidden"
+            ]
             if unknown:
                 raise ValueError(_newer(data.get("version", 1), unknown)) from None
             raise
@@ -111,7 +127,8 @@ class RunConfig(Model):
 
 def _newer(version: object, unknown: list[str]) -> str:
     sets = f"it sets {', '.join(unknown)}; " if unknown else ""
-    return f"the run config is of a newer operator ({sets}version {version}, the image knows {VERSION}): use a newer spec.image"
+    return (f"the run config is of a newer operator ({sets}version {version}, the image knows {VERSION}): use a "
+        "newer spec.image")
 
 
 def resolve(job: RLHFJob) -> RunConfig:
@@ -119,8 +136,10 @@ def resolve(job: RLHFJob) -> RunConfig:
     spec = job.spec
     return RunConfig(
         job=JobRef(name=job.metadata.name, namespace=job.metadata.namespace, uid=job.metadata.uid),
-        model=spec.model, algorithm=fill(spec.algorithm, spec.rollout.max_tokens), data=spec.data, rewards=spec.rewards, critic=_critic(spec), reference=_reference(spec), rollout=spec.rollout,
-        trainer=spec.trainer, placement=plan_placement(spec), weight_sync=spec.weight_sync, checkpoint=_checkpoint(spec),
+        model=spec.model, algorithm=fill(spec.algorithm, spec.rollout.max_tokens), data=spec.data, rewards=spec.rewards,
+        critic=_critic(spec), reference=_reference(spec), rollout=spec.rollout,
+        trainer=spec.trainer, placement=plan_placement(spec), weight_sync=spec.weight_sync,
+        checkpoint=_checkpoint(spec),
         evaluation=spec.evaluation, telemetry=spec.telemetry,
         stall_timeout_seconds=spec.run_policy.stall_timeout_seconds,
     )

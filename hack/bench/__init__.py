@@ -1,1 +1,2 @@
-"""Measurements, each a module that runs by itself and prints a table for docs/benchmarks.md. Tests never time anything."""
+"""Measurements, each a module that runs by itself and prints a table for docs/benchmarks.md. Tests never time anything.
+"""

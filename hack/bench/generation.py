@@ -1,11 +1,13 @@
-"""Generation by the product's engine actor against vLLM's own offline `LLM.generate`: the same prompts, one GPU (or CPU), in turn.
+"""Generation by the product's engine actor against vLLM's own offline `LLM.generate`: the same prompts, one GPU (or
+CPU), in turn.
 
-usage: python hack/bench/generation.py [--shape 0.6B] [--prompts 64] [--samples 8] [--tokens 256] [--eager] [--share 0.4]
+usage: python hack/bench/generation.py [--shape 0.6B] [--prompts 64] [--samples 8] [--tokens 256] [--eager] [--share
+  0.4]
 
-A random model of a Qwen3 shape, so that no completion ends early: every row makes prompts x samples x tokens. The engine's
-completions come back to the caller's process with their log probabilities, versions and text, as the loop gets them; offline is
-measured without and with the log probabilities that training needs, and makes no text. Tokens a second, median of 3.
-"""
+A random model of a Qwen3 shape, so that no completion ends early: every row makes prompts x samples x tokens. The
+engine's completions come back to the caller's process with their log probabilities, versions and text, as the loop gets
+them; offline is measured without and with the log probabilities that training needs, and makes no text. Tokens a
+second, median of 3. """
 
 import argparse
 import json
@@ -26,7 +28,8 @@ from hack.bench.local_run import config
 from hack.bench.weight_base import SHAPES, local_ray, write_model
 
 REPEAT = 3
-KV_CACHE_BYTES = 24 << 30  # of each: room for all samples at once. Two engines that start side by side cannot measure what is free
+# of each: room for all samples at once. Two engines that start side by side cannot measure what is free
+KV_CACHE_BYTES = 24 << 30
 DEADLINE_SECONDS = 600.0
 
 
@@ -52,8 +55,13 @@ def requests(prompts: list[list[int]], given: argparse.Namespace) -> list[Any]:
     from rlhf_worker.experience import Prompt
     from rlhf_worker.rollout.episode import Request
 
-    made = [Prompt(uid=f"0:{i}", epoch=0, row=i, token_ids=tokens, text="", fields={}) for i, tokens in enumerate(prompts)]
-    return [Request(prompt=prompt, seed=None, temperature=1.0, max_tokens=given.tokens) for prompt in made for _ in range(given.samples)]
+    made = [
+        Prompt(uid=f"0:{i}", epoch=0, row=i, token_ids=tokens, text="", fields={}) for i, tokens in enumerate(prompts)
+    ]
+    return [
+        Request(prompt=prompt, seed=None, temperature=1.0, max_tokens=given.tokens) for prompt in made
+        for _ in range(given.samples)
+    ]
 
 
 def timed(call: Any) -> tuple[float, Any]:
@@ -69,19 +77,38 @@ def measure(given: argparse.Namespace, work: Path) -> dict[str, list[float]]:
     write_model(work, given.shape, given.dtype)
     tokenizer().save_pretrained(work)
     shared = {"load_format": "dummy", "max_model_len": 64 + given.tokens, "enforce_eager": given.eager}
-    cpu = {"kv_cache_memory_bytes": 1 << 30, "enable_chunked_prefill": False} if given.device == "cpu" else {"gpu_memory_utilization": given.share, "kv_cache_memory_bytes": KV_CACHE_BYTES}
-    environment = {"env_vars": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(os.cpu_count()), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}} if given.device == "cpu" else {}
-    offline = ray.remote(Offline).options(runtime_env=environment).remote({"model": str(work), "dtype": given.dtype, "disable_log_stats": True, **shared, **cpu})
+    cpu = {"kv_cache_memory_bytes": 1 << 30, "enable_chunked_prefill": False} if given.device == "cpu" else {
+        "gpu_memory_utilization": given.share, "kv_cache_memory_bytes": KV_CACHE_BYTES,
+    }
+    environment = {
+        "env_vars": {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(os.cpu_count()),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        }
+    } if given.device == "cpu" else {}
+    offline = ray.remote(Offline).options(runtime_env=environment).remote(
+        {"model": str(work), "dtype": given.dtype, "disable_log_stats": True, **shared, **cpu}
+    )
     rollout = {"maxTokens": given.tokens, "engineArgs": shared | cpu}
     run = config("generation", model={"path": str(work), "dtype": given.dtype}, rollout=rollout)
-    engine = RemoteEngine.options(runtime_env=environment).remote(run, 0, given.device, [0], os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(","), os.cpu_count())
+    engine = RemoteEngine.options(runtime_env=environment).remote(
+        run, 0, given.device, [0], os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(","), os.cpu_count(),
+    )
     prompts = [[4 + (7 * i + 13 * j) % 1000 for j in range(32)] for i in range(given.prompts)]
     asked = requests(prompts, given)
-    ray.get([offline.generate.remote(prompts[:2], 1, 8, None), engine.start.remote("ipc" if given.device == "cuda" else "shm")], timeout=DEADLINE_SECONDS)
+    ray.get(
+        [
+            offline.generate.remote(prompts[:2], 1, 8, None),
+            engine.start.remote("ipc" if given.device == "cuda" else "shm")
+        ],
+        timeout=DEADLINE_SECONDS,
+    )
     rows: dict[str, list[float]] = {"vLLM offline": [], "vLLM offline, log probabilities": [], "ours": []}
     for _ in range(REPEAT + 1):
         for row, logprobs in zip(list(rows)[:2], (None, 0), strict=True):
-            seconds, tokens = timed(lambda value=logprobs: offline.generate.remote(prompts, given.samples, given.tokens, value))
+            seconds, tokens = timed(
+                lambda value=logprobs: offline.generate.remote(prompts, given.samples, given.tokens, value)
+            )
             rows[row].append(tokens / seconds)
         seconds, samples = timed(lambda: engine.generate.remote(asked, DEADLINE_SECONDS))
         rows["ours"].append(sum(len(sample.token_ids) for sample in samples) / seconds)

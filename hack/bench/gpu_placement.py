@@ -1,10 +1,11 @@
-"""Whole runs on real GPUs, a mode each: where every role sits, the weights' proof after each sync, and the seconds of each phase.
+"""Whole runs on real GPUs, a mode each: where every role sits, the weights' proof after each sync, and the seconds of
+each phase.
 
 usage: python hack/bench/gpu_placement.py [--modes MODE ...] [--out DIR] [--steps N] [--layers N] [--share 0.4]
 
-Makes a random model of Qwen3-0.6B's shape (`experts`: of Qwen3 MoE, 8 layers of 32 experts) with a word for every token, runs
-`rlhf_worker`'s own local driver on it, and prints a JSON line and a Markdown table. A mode needs one GPU, or two where it says so below.
-"""
+Makes a random model of Qwen3-0.6B's shape (`experts`: of Qwen3 MoE, 8 layers of 32 experts) with a word for every
+token, runs `rlhf_worker`'s own local driver on it, and prints a JSON line and a Markdown table. A mode needs one GPU,
+or two where it says so below. """
 
 import argparse
 import json
@@ -35,9 +36,13 @@ MODES: dict[str, dict[str, Any]] = {
     "separated": {"placement": {"mode": "Separated", "gpusPerNode": 1}},  # two GPUs
     "sleeping": {"rollout": {"engineArgs": ENGINE | {"enable_sleep_mode": True}}, "placement": ONE},
     "offload": {
-        "algorithm": {"name": "ppo", "kl": {"coefficient": 0.001}}, "critic": {}, "trainer": {"gpus": 2, "offload": True}, "rollout": {"engines": 2}, "placement": TWO,
+        "algorithm": {"name": "ppo", "kl": {"coefficient": 0.001}}, "critic": {},
+        "trainer": {"gpus": 2, "offload": True}, "rollout": {"engines": 2}, "placement": TWO,
     },
-    "lora": {"model": {"lora": {"rank": 16, "alpha": 32}}, "algorithm": {"kl": {"coefficient": 0.001}}, "trainer": {"learningRate": 1e-4}, "placement": ONE},
+    "lora": {
+        "model": {"lora": {"rank": 16, "alpha": 32}}, "algorithm": {"kl": {"coefficient": 0.001}},
+        "trainer": {"learningRate": 1e-4}, "placement": ONE,
+    },
     "experts": {"placement": ONE},
 }
 
@@ -49,12 +54,17 @@ def write_model(directory: Path, layers: int, *, experts: bool) -> int:
 
     torch.manual_seed(0)
     shape: dict[str, Any] = {
-        "vocab_size": VOCABULARY, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": layers, "num_attention_heads": 16,
-        "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096, "tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1,
+        "vocab_size": VOCABULARY, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 4096, "tie_word_embeddings": True,
+        "pad_token_id": 0, "bos_token_id": 1,
         "eos_token_id": 2, "dtype": "bfloat16",
     }
     if experts:
-        shape |= {"num_hidden_layers": min(layers, 8), "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 512, "norm_topk_prob": True}
+        shape |= {
+            "num_hidden_layers": min(layers, 8), "num_experts": 32, "num_experts_per_tok": 4,
+            "moe_intermediate_size": 512, "norm_topk_prob": True,
+        }
     config = AutoConfig.for_model("qwen3_moe" if experts else "qwen3", **shape)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained(directory)
@@ -70,7 +80,9 @@ def tokenizer() -> Any:
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{index}" for index in range(4, VOCABULARY))]
     inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+    )
 
 
 def manifest(mode: str, work: Path, steps: int, share: float) -> dict[str, Any]:
@@ -101,7 +113,8 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
     for mode, made in found.items():
         lines += [f"### {mode}", "", "| role | host/GPU |", "|---|---|"]
         lines += [f"| {role} | {', '.join(seats)} |" for role, seats in made["seats"].items()]
-        lines += ["", "| step | generate s | forward s | train s | sync s | proof s | step s | checksums equal | packed or loaded |", "|---|" + "---|" * 8]
+        lines += ["", "| step | generate s | forward s | train s | sync s | proof s | step s | checksums equal | "
+            "packed or loaded |", "|---|" + "---|" * 8]
         lines += [_row(step) for step in made["steps"]] + [""]
     return "\n".join(lines)
 
@@ -109,7 +122,9 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
 def _row(step: dict[str, Any]) -> str:
     phases = [step[f"seconds/{name}"] for name in ("generate", "forward", "train")]
     cells = [*phases, step["sync/seconds"], step["proof/seconds"], step["seconds/step"]]
-    return f"| {step['step']} | " + " | ".join(f"{value:.3f}" for value in cells) + f" | {step['equal']} | {step['indirect']} |"
+    return f"| {step['step']} | " + " | ".join(
+        f"{value:.3f}" for value in cells
+    ) + f" | {step['equal']} | {step['indirect']} |"
 
 
 def main() -> int:
@@ -118,13 +133,16 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
-    parser.add_argument("--share", type=float, default=0.4, help="of a GPU, for each trainer rank and each engine rank where they share it")
+    parser.add_argument("--share", type=float, default=0.4, help="of a GPU, for each trainer rank and each engine "
+        "rank where they share it")
     given = parser.parse_args()
     work = (given.out or Path(tempfile.mkdtemp(prefix="gpu-placement-"))).absolute()
     models = {model_of(mode, work) for mode in given.modes}
     for model in models:
         model.mkdir(parents=True, exist_ok=True)
-    parameters = {model.name: write_model(model, given.layers, experts=model.name == "experts-model") for model in models}
+    parameters = {
+        model.name: write_model(model, given.layers, experts=model.name == "experts-model") for model in models
+    }
     write_prompts(work / "prompts.jsonl")
     found = {mode: run(manifest(mode, work, given.steps, given.share), work) for mode in given.modes}
     (work / "gpu_placement.json").write_text(json.dumps({"parameters": parameters, "runs": found}))

@@ -64,7 +64,9 @@ def writes(log: Path, since: float) -> int:
         event = json.loads(line)
         stamp = time.mktime(time.strptime(event["requestReceivedTimestamp"][:19], "%Y-%m-%dT%H:%M:%S")) - time.timezone
         ours = event["user"]["username"].startswith(OPERATOR_USER)
-        count += ours and stamp >= since and event["objectRef"].get("resource") != "leases" and event["verb"] not in ("get", "list", "watch")
+        count += ours and stamp >= since and event["objectRef"].get("resource") != "leases" and event["verb"] not in (
+            "get", "list", "watch",
+        )
     return count
 
 
@@ -101,8 +103,10 @@ def main() -> None:
     print("| from apply to | seconds |\n|---|---|")
     print("\n".join(f"| {phase} | {at:.1f} |" for phase, at in seen.items()))
     rewards = [(at, float(p["reward"]), p["step"]) for at, p in reports if p.get("reward")]
-    print(f"| reward > 0.9 (step {next((s for _, r, s in rewards if r > 0.9), None)}) | {next((f'{at:.1f}' for at, r, _ in rewards if r > 0.9), 'never')} |")
-    print(f"\noperator: {operator_memory_mib():.0f} MiB resident with one job; {idle} API writes in {arguments.idle_seconds:.0f} s without change")
+    print(f"| reward > 0.9 (step {next((s for _, r, s in rewards if r > 0.9), None)}) | "
+        f"{next((f'{at:.1f}' for at, r, _ in rewards if r > 0.9), 'never')} |")
+    print(f"\noperator: {operator_memory_mib():.0f} MiB resident with one job; {idle} API writes in "
+        f"{arguments.idle_seconds:.0f} s without change")
 
 
 if __name__ == "__main__":

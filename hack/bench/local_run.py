@@ -16,7 +16,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def job(name: str, **spec: Any) -> dict[str, Any]:
     """An RLHFJob that no cluster sees."""
-    return {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFJob", "metadata": {"name": name}, "spec": {"image": "none", **spec}}
+    return {
+        "apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFJob", "metadata": {"name": name},
+        "spec": {"image": "none", **spec},
+    }
 
 
 def config(name: str, **spec: Any) -> Any:
@@ -24,12 +27,17 @@ def config(name: str, **spec: Any) -> Any:
     from rlhf_api.job import RLHFJob
     from rlhf_api.run import resolve
 
-    nothing = {"data": {"jsonl": {"path": "none"}, "maxPromptTokens": 64}, "rewards": [{"name": "none", "type": "python", "code": "none"}], "trainer": {"steps": 1}}
+    nothing = {
+        "data": {"jsonl": {"path": "none"}, "maxPromptTokens": 64},
+        "rewards": [{"name": "none", "type": "python", "code": "none"}], "trainer": {"steps": 1},
+    }
     return resolve(RLHFJob.model_validate(job(name, **nothing | spec)))
 
 
 def run(manifest: dict[str, Any], work: Path) -> dict[str, Any]:
-    """{"seats": ..., "steps": [{"step", "reward/mean", "seconds/step", ...}]}. A process each, so that a run starts with empty GPUs. Raises CalledProcessError."""
+    """{"seats": ..., "steps": [{"step", "reward/mean", "seconds/step", ...}]}. A process each, so that a run starts
+    with empty GPUs. Raises CalledProcessError.
+    """
     name = manifest["metadata"]["name"]
     paths = [work / f"{name}.yaml", work / f"{name}.json"]
     paths[0].write_text(yaml.safe_dump(manifest))
@@ -49,7 +57,9 @@ def _child(path: Path, out: Path) -> int:
 
         def stepped(self, step: int, values: Any, *, eta_seconds: int, synced: Any) -> None:
             super().stepped(step, values, eta_seconds=eta_seconds, synced=synced)
-            proof = {"equal": synced.proof.equal, "indirect": synced.proof.indirect, "proof/seconds": synced.proof.seconds} if synced.proof else {}
+            proof = {
+                "equal": synced.proof.equal, "indirect": synced.proof.indirect, "proof/seconds": synced.proof.seconds,
+            } if synced.proof else {}
             self.steps.append({"step": step, **proof, **values})
 
     def work() -> None:

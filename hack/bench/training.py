@@ -1,11 +1,12 @@
-"""How much of a GPU the trainer uses: GRPO updates of a Qwen3 shape on packed sequences, by the product's own trainer, one GPU.
+"""How much of a GPU the trainer uses: GRPO updates of a Qwen3 shape on packed sequences, by the product's own trainer,
+one GPU.
 
-usage: python hack/bench/training.py [--shape 4B] [--tokens 8192] [--micro-batches 4] [--compile] [--gradient-checkpointing]
+usage: python hack/bench/training.py [--shape 4B] [--tokens 8192] [--micro-batches 4] [--compile]
+  [--gradient-checkpointing]
 
-Utilisation is model FLOPs over time over the GPU's dense bfloat16 peak (--peak, 989e12 for an H200): 6 a token and parameter of the
-matrix products (embedding left out, head in), and 6 a token, layer and attended element of queries and keys, values and weights
-(causal: half). What is recomputed does not count.
-"""
+Utilisation is model FLOPs over time over the GPU's dense bfloat16 peak (--peak, 989e12 for an H200): 6 a token and
+parameter of the matrix products (embedding left out, head in), and 6 a token, layer and attended element of queries and
+keys, values and weights (causal: half). What is recomputed does not count. """
 
 import argparse
 import json
@@ -33,13 +34,21 @@ def write_checkpoint(directory: Path, shape: str, device: str) -> None:
     import transformers
 
     with torch.device(device):
-        model = getattr(transformers, f"{SHAPES[shape][0]}ForCausalLM")(model_config(shape, "bfloat16")).to(torch.bfloat16)
+        model = getattr(
+            transformers, f"{SHAPES[shape][0]}ForCausalLM",
+        )(model_config(shape, "bfloat16")).to(torch.bfloat16)
     model.save_pretrained(directory)
 
 
 def run_config(model: Path, given: argparse.Namespace) -> Any:
-    trainer = {"steps": 100, "tokensPerMicroBatch": given.tokens, "compile": given.compile, "gradientCheckpointing": given.gradient_checkpointing}
-    return config("training", model={"path": str(model), "dtype": given.dtype}, trainer=trainer, checkpoint={"path": str(model / "checkpoints")})
+    trainer = {
+        "steps": 100, "tokensPerMicroBatch": given.tokens, "compile": given.compile,
+        "gradientCheckpointing": given.gradient_checkpointing,
+    }
+    return config(
+        "training", model={"path": str(model), "dtype": given.dtype}, trainer=trainer,
+        checkpoint={"path": str(model / "checkpoints")},
+    )
 
 
 def batches(run: Any, given: argparse.Namespace) -> list[Any]:
@@ -52,7 +61,8 @@ def batches(run: Any, given: argparse.Namespace) -> list[Any]:
     generator = torch.Generator().manual_seed(0)
     sequences = [
         TrainSequence(
-            token_ids=torch.randint(0, 1000, (length,), generator=generator).tolist(), prompt_length=prompt, index=i, mask=[True] * (length - prompt),
+            token_ids=torch.randint(0, 1000, (length,), generator=generator).tolist(), prompt_length=prompt, index=i,
+            mask=[True] * (length - prompt),
             columns={"rollout_logprobs": [-11.9] * (length - prompt)},
         )
         for i in range(count)
@@ -70,7 +80,8 @@ def flops(shape: str, tokens: int, length: int) -> float:
     products = sum(prod(size) for name, size in named.items() if len(size) == 2 and "embed_tokens" not in name)
     head = values["vocab_size"] * values["hidden_size"] if values["tie_word_embeddings"] else 0
     attention = 6 * 2 * values["num_hidden_layers"] * values["num_attention_heads"] * values["head_dim"] * length / 2
-    return float(tokens) * (6.0 * (products + head * 0.75) + attention)  # three quarters of the positions have a target, and so a row of the head
+    # three quarters of the positions have a target, and so a row of the head
+    return float(tokens) * (6.0 * (products + head * 0.75) + attention)
 
 
 def main() -> int:
@@ -103,9 +114,11 @@ def main() -> int:
     tokens = given.micro_batches * given.tokens
     took = statistics.median(seconds[WARM:])
     print(json.dumps({
-        "shape": given.shape, "compile": given.compile, "gradient_checkpointing": given.gradient_checkpointing, "tokens": tokens, "seconds": seconds,
+        "shape": given.shape, "compile": given.compile, "gradient_checkpointing": given.gradient_checkpointing,
+        "tokens": tokens, "seconds": seconds,
         "tokens_per_second": tokens / took, "utilisation": flops(given.shape, tokens, 1024) / took / given.peak,
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if given.device == "cuda" else None, "loss": metrics["loss"], "grad_norm": metrics["grad_norm"],
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if given.device == "cuda" else None,
+        "loss": metrics["loss"], "grad_norm": metrics["grad_norm"],
     }), flush=True)  # fmt: skip
     trainer.close()
     return 0

@@ -18,32 +18,41 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 QWEN3: dict[str, Any] = {
-    "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 4096, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
 }
 SMOLLM2: dict[str, Any] = {
-    "vocab_size": 49152, "head_dim": 64, "num_key_value_heads": 3, "max_position_embeddings": 2048, "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 2,
+    "vocab_size": 49152, "head_dim": 64, "num_key_value_heads": 3, "max_position_embeddings": 2048, "pad_token_id": 2,
+    "bos_token_id": 1, "eos_token_id": 2,
 }
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "0.6B": ("Qwen3", QWEN3 | {
-        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "tie_word_embeddings": True,
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "tie_word_embeddings": True,
     }),
     "4B": ("Qwen3", QWEN3 | {
-        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32, "tie_word_embeddings": True,
+        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "tie_word_embeddings": True,
     }),
     "8B": ("Qwen3", QWEN3 | {
-        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "tie_word_embeddings": False,
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "tie_word_embeddings": False,
     }),
     "tiny": ("Llama", SMOLLM2 | {  # a smoke test of the benchmark itself
-        "vocab_size": 2048, "hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 3,
+        "vocab_size": 2048, "hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 3,
         "tie_word_embeddings": True,
     }),
     "135M": ("Llama", SMOLLM2 | {
-        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "tie_word_embeddings": True,
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "tie_word_embeddings": True,
     }),
 }
 ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_IGNORE_UNHANDLED_ERRORS": "1", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1",
+    "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
     # Multicast can put GPUs that a virtual machine shares with others out of service.
     "NCCL_NVLS_ENABLE": "0",
 }
@@ -76,13 +85,19 @@ def write_model(directory: Path, shape: str, dtype: str) -> None:
 
 
 def site() -> Path:
-    """A directory for PYTHONPATH by which vLLM finds the worker's plugin where only its sources are, not its installed metadata."""
-    plugins = tomllib.loads((ROOT / "worker" / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
+    """A directory for PYTHONPATH by which vLLM finds the worker's plugin where only its sources are, not its installed
+    metadata.
+    """
+    plugins = tomllib.loads(
+        (ROOT / "worker" / "pyproject.toml").read_text()
+    )["project"]["entry-points"]["vllm.general_plugins"]
     info = Path(tempfile.mkdtemp(prefix="bench-site-")) / "rlhf_worker-0.dist-info"
     if not {entry.name for entry in entry_points(group="vllm.general_plugins")} >= set(plugins):
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rlhf-worker\nVersion: 0\n")
-        (info / "entry_points.txt").write_text("[vllm.general_plugins]\n" + "".join(f"{name} = {value}\n" for name, value in plugins.items()))
+        (info / "entry_points.txt").write_text(
+            "[vllm.general_plugins]\n" + "".join(f"{name} = {value}\n" for name, value in plugins.items())
+        )
     return info.parent
 
 
@@ -120,7 +135,9 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds: from idle to idle by the clock; by the GPU's own events (on a CPU the same); by the clock until all was enqueued."""
+    """Seconds: from idle to idle by the clock; by the GPU's own events (on a CPU the same); by the clock until all was
+    enqueued.
+    """
 
     wall: float
     event: float

@@ -2,9 +2,8 @@
 
 usage: python hack/bench/weight_faults.py [--syncs 1000] [--deadline 5]
 
-Two GPUs, Qwen3-0.6B's shape. Prints, as JSON: memory and open files of both ends before and after the syncs, for each link; and how long
-the trainer took to give up on an engine that was killed, by what error.
-"""
+Two GPUs, Qwen3-0.6B's shape. Prints, as JSON: memory and open files of both ends before and after the syncs, for each
+link; and how long the trainer took to give up on an engine that was killed, by what error. """
 
 import argparse
 import json
@@ -38,7 +37,10 @@ def hang_and_die(worker: Any) -> None:
 def held(trainer: Any, engine: Any) -> dict[str, Any]:
     ray.get(trainer.settle.remote())
     ours, theirs = ray.get([trainer.memory.remote(), engine.collective.remote(memory)])
-    return {"trainer": ours | {"files": ray.get(trainer.files.remote())}, "engine": theirs | {"files": ray.get(engine.collective.remote(open_files))}}
+    return {
+        "trainer": ours | {"files": ray.get(trainer.files.remote())},
+        "engine": theirs | {"files": ray.get(engine.collective.remote(open_files))},
+    }
 
 
 def soak(fleet: Fleet, mode: str, count: int) -> dict[str, Any]:
@@ -63,7 +65,10 @@ def killed(fleet: Fleet, deadline: float) -> dict[str, Any]:
         error = "none"
     except Exception as raised:
         error = " ".join(str(raised).split())[-300:]
-    return {"killed_after": KILL_AFTER_SECONDS, "deadline": deadline, "seconds": time.perf_counter() - began, "error": error}
+    return {
+        "killed_after": KILL_AFTER_SECONDS, "deadline": deadline, "seconds": time.perf_counter() - began,
+        "error": error,
+    }
 
 
 def main() -> None:

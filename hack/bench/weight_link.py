@@ -1,12 +1,14 @@
-"""What the link between two processes' GPUs gives to a model's parameters: NCCL in several groupings, CUDA IPC read and written.
+"""What the link between two processes' GPUs gives to a model's parameters: NCCL in several groupings, CUDA IPC read and
+written.
 
-usage: python hack/bench/weight_link.py [--shapes 0.6B 8B] [--parts nccl ipc local colocated] [--nccl-env A=1,B=2 ...] [--only TEXT] [--out FILE]
+usage: python hack/bench/weight_link.py [--shapes 0.6B 8B] [--parts nccl ipc local colocated] [--nccl-env A=1,B=2 ...]
+  [--only TEXT] [--out FILE]
 
-No engine: two processes with the same tensors, separately allocated as a model's are, and one buffer of as many bytes. Every
-variant prints a Markdown row as soon as it is measured: minimum and median of 10 after 2 warm-ups. `link` is the smaller of both
-sides' CUDA event times (the other side's includes waiting for its peer), `wall` the sender's (opener's) clock from an idle device
-to an idle device, `host` the part of it until everything was enqueued. A variant that fails or hangs is reported and passed over.
-"""
+No engine: two processes with the same tensors, separately allocated as a model's are, and one buffer of as many bytes.
+Every variant prints a Markdown row as soon as it is measured: minimum and median of 10 after 2 warm-ups. `link` is the
+smaller of both sides' CUDA event times (the other side's includes waiting for its peer), `wall` the sender's (opener's)
+clock from an idle device to an idle device, `host` the part of it until everything was enqueued. A variant that fails
+or hangs is reported and passed over. """
 
 import argparse
 import ctypes
@@ -91,7 +93,9 @@ class Side:
         """One more NCCL communicator, as a sync has it. Returns NCCL's version."""
         from rlhf_worker.weights.wire import Address, NcclChannel
 
-        self.comms.append(NcclChannel(Address(("127.0.0.1", port), self.rank, 2, START_SECONDS), torch.device("cuda", 0)).nccl)
+        self.comms.append(
+            NcclChannel(Address(("127.0.0.1", port), self.rank, 2, START_SECONDS), torch.device("cuda", 0)).nccl
+        )
         return str(self.comms[0].nccl.ncclGetVersion())
 
     def nccl(self, name: str) -> list[Sample]:
@@ -110,7 +114,8 @@ class Side:
         return [reduce_tensor(t)[1] for t in [*self.tensors, self.flat]]  # type: ignore[no-untyped-call]
 
     def open(self, handles: list[Any]) -> None:
-        """As memory of this process's own device, whichever it is on: the kernels then read or write over peer access."""
+        """As memory of this process's own device, whichever it is on: the kernels then read or write over peer access.
+        """
         from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
         opened = [rebuild_cuda_tensor(*[*args[:6], 0, *args[7:]]) for args in handles]  # type: ignore[no-untyped-call]
@@ -166,7 +171,9 @@ def chunks(side: Side, size: int) -> Work:
 
 def dealt(side: Side, tensors: list[Tensor], count: int) -> Work:
     """Alternately over communicators, each on a stream of its own."""
-    jobs: list[Work] = [lambda i=i: move(side, tensors[i::count], side.comms[i]) for i in range(count)]  # type: ignore[misc]
+    jobs: list[Work] = [
+        lambda i=i: move(side, tensors[i::count], side.comms[i]) for i in range(count)  # type: ignore[misc]
+    ]
     return lambda: forked(jobs)
 
 
@@ -226,7 +233,9 @@ def loop(to: list[Tensor], of: list[Tensor]) -> Work:
     return work
 
 
-def over_streams(one: Callable[[list[Tensor], list[Tensor]], Work], count: int) -> Callable[[list[Tensor], list[Tensor]], Work]:
+def over_streams(
+    one: Callable[[list[Tensor], list[Tensor]], Work], count: int,
+) -> Callable[[list[Tensor], list[Tensor]], Work]:
     def make(to: list[Tensor], of: list[Tensor]) -> Work:
         jobs = [one(to[i::count], of[i::count]) for i in range(count)]
         return lambda: forked(jobs)
@@ -244,11 +253,16 @@ NCCL: dict[str, Callable[[Side], Work]] = {
     "one buffer, halves on 2 communicators": lambda s: dealt(s, list(s.flat.chunk(2)), 2),
     "one buffer, quarters on 4 communicators": lambda s: dealt(s, list(s.flat.chunk(4)), 4),
     "one buffer, one broadcast": lambda s: broadcasts(s, [s.flat]),
-    **{f"buffer in {size} MiB sends, one group": lambda s, size=size: chunks(s, size * MIB) for size in (1, 16, 64, 256)},  # type: ignore[misc]
+    **{
+        f"buffer in {size} MiB sends, one group": lambda s, size=size: chunks(s, size * MIB)  # type: ignore[misc]
+        for size in (1, 16, 64, 256)
+    },
+
     "tensors, one group": lambda s: groups(s, len(s.tensors)),
     "tensors, one group, calls prepared": prepared,
     "tensors, one group, CUDA graph": lambda s: graphed(groups(s, len(s.tensors))),
     **{f"tensors, groups of {size}": lambda s, size=size: groups(s, size) for size in (8, 32, 128)},  # type: ignore[misc]
+
     "tensors, groups of 32, CUDA graph": lambda s: graphed(groups(s, 32)),
     "tensors, 2 communicators": lambda s: dealt(s, s.tensors, 2),
     "tensors, 4 communicators": lambda s: dealt(s, s.tensors, 4),
@@ -290,7 +304,9 @@ class Pair:
 
     def start(self) -> None:
         actor = ray.remote(Side)
-        self.sides = [actor.options(**on(gpu, self.environment)).remote(self.shape, rank) for rank, gpu in enumerate(self.gpus)]
+        self.sides = [
+            actor.options(**on(gpu, self.environment)).remote(self.shape, rank) for rank, gpu in enumerate(self.gpus)
+        ]
         self.both("memory", seconds=START_SECONDS)
 
     def connect(self) -> None:
@@ -315,7 +331,9 @@ class Pair:
         self.sides, self.connected, self.opened = [], False, False
 
     def measure(self, plan: "Plan", name: str) -> tuple[list[list[Sample]], bool]:
-        """Samples of the sides that took part, and whether both hold the same values afterwards. Raises what the actors raise."""
+        """Samples of the sides that took part, and whether both hold the same values afterwards. Raises what the actors
+        raise.
+        """
         if not self.sides:
             self.start()
         plan.prepare(self)
@@ -338,14 +356,28 @@ class Plan:
 
 SEPARATED = [
     Plan("nccl", "NCCL, two GPUs", NCCL, Pair.connect, lambda pair, name: pair.both("nccl", name)),
-    Plan("ipc", "CUDA IPC, two GPUs, the receiver reads", COPY, Pair.open, lambda pair, name: pair.alone(1, "pull", name)),
-    Plan("ipc", "CUDA IPC, two GPUs, the sender writes", COPY, Pair.open, lambda pair, name: pair.alone(0, "push", name)),
-    Plan("local", "one process, two GPUs", COPY, lambda _: None, lambda pair, name: pair.alone(0, "local", name, "cuda:1")),
+    Plan(
+        "ipc", "CUDA IPC, two GPUs, the receiver reads", COPY, Pair.open,
+        lambda pair, name: pair.alone(1, "pull", name),
+    ),
+    Plan(
+        "ipc", "CUDA IPC, two GPUs, the sender writes", COPY, Pair.open, lambda pair, name: pair.alone(0, "push", name),
+    ),
+    Plan(
+        "local", "one process, two GPUs", COPY, lambda _: None,
+        lambda pair, name: pair.alone(0, "local", name, "cuda:1"),
+    ),
 ]
 PARTS = ["nccl", "ipc", "local", "colocated"]
 COLOCATED = [
-    Plan("colocated", "CUDA IPC, one GPU, the receiver reads", COPY, Pair.open, lambda pair, name: pair.alone(1, "pull", name)),
-    Plan("colocated", "one process, one GPU", COPY, lambda _: None, lambda pair, name: pair.alone(0, "local", name, "cuda:0")),
+    Plan(
+        "colocated", "CUDA IPC, one GPU, the receiver reads", COPY, Pair.open,
+        lambda pair, name: pair.alone(1, "pull", name),
+    ),
+    Plan(
+        "colocated", "one process, one GPU", COPY, lambda _: None,
+        lambda pair, name: pair.alone(0, "local", name, "cuda:0"),
+    ),
 ]
 
 
@@ -356,15 +388,25 @@ class Report:
         self.out, self.only = out, only
 
     def heading(self, title: str) -> None:
-        print(f"\n### {title}\n\n| variant | link ms, min | median | GB/s at min | wall ms, min | median | host ms, min | equal |\n|---|---|---|---|---|---|---|---|", flush=True)
+        print(f"\n### {title}\n\n| variant | link ms, min | median | GB/s at min | wall ms, min | median | host "
+            "ms, min | equal |\n|---|---|---|---|---|---|---|---|", flush=True)
 
     def row(self, where: dict[str, Any], name: str, size: int, samples: list[list[Sample]], equal: bool | None) -> None:
         link = [min(sample.event for sample in each) for each in zip(*samples, strict=True)]
         wall = [sample.wall for sample in samples[0]]
         host = min(sample.host for sample in samples[0])
-        figures = [1e3 * min(link), 1e3 * statistics.median(link), size / min(link) / 1e9, 1e3 * min(wall), 1e3 * statistics.median(wall), 1e3 * host]
+        figures = [
+            1e3 * min(link), 1e3 * statistics.median(link), size / min(link) / 1e9, 1e3 * min(wall),
+            1e3 * statistics.median(wall), 1e3 * host
+        ]
         print(f"| {name} | " + " | ".join(f"{figure:.2f}" for figure in figures) + f" | {equal} |", flush=True)
-        self.keep(where | {"variant": name, "bytes": size, "equal": equal, "samples": [[asdict(s) for s in side] for side in samples]})
+        self.keep(
+            where
+            | {
+                "variant": name, "bytes": size, "equal": equal,
+                "samples": [[asdict(s) for s in side] for side in samples]
+            }
+        )
 
     def failed(self, where: dict[str, Any], name: str, error: Exception) -> None:
         text = " ".join(str(error).split()) or repr(error)
@@ -379,7 +421,10 @@ class Report:
 
 def sweep(report: Report, pair: Pair, plan: Plan, size: int) -> None:
     """Every variant by itself; what one of them breaks is thrown away with its processes."""
-    where = {"shape": pair.shape, "part": plan.title, "environment": " ".join(f"{k}={v}" for k, v in pair.environment.items())}
+    where = {
+        "shape": pair.shape, "part": plan.title,
+        "environment": " ".join(f"{k}={v}" for k, v in pair.environment.items())
+    }
     report.heading(", ".join(filter(None, where.values())))
     for name in plan.names:
         if report.only not in name:
@@ -410,7 +455,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["0.6B", "8B"])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--nccl-env", action="append", default=[], metavar="A=1,B=2", help="one more pass of the nccl part with these variables")
+    parser.add_argument("--nccl-env", action="append", default=[], metavar="A=1,B=2", help="one more pass of the nccl "
+        "part with these variables")
     parser.add_argument("--only", default="", help="only variants whose name contains this")
     parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
     given = parser.parse_args()

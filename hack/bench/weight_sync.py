@@ -1,15 +1,17 @@
 """Weight sync, ours and vLLM's, side by side: median and minimum of 20 after 2 warm-ups, and the memory that it takes.
 
-usage: python hack/bench/weight_sync.py [--modes separated colocated cpu] [--shapes 0.6B 4B 8B] [--only TEXT] [--out DIR]
+usage: python hack/bench/weight_sync.py [--modes separated colocated cpu] [--shapes 0.6B 4B 8B] [--only TEXT] [--out
+  DIR]
        python hack/bench/weight_sync.py --modes cpu --shapes tiny    (does it still run?)
 
-A trainer process holds random bfloat16 tensors of a Qwen3 shape; an engine process is vLLM with dummy weights. Separated needs two
-GPUs, colocated one, cpu none (SmolLM2-135M's shape in float32). The engine is held before each sync, whatever the way. `wall` is the
-trainer's clock around send_weights(), with all that tells the engine of it, device idle before and after; `times` is the median over that of the mode's floor, the fastest that the hardware does: a bare NCCL send, one
-_foreach_copy_, a memcpy and the packing. Extra memory is what the device has in use after the syncs over what it had before
-connecting, without what torch only keeps for later; `record s` is what the engine needs, once, to plan; `equal` counts the timed syncs after which every parameter's checksum was
-the trainer's (on a CPU after sending once more, since what is packed is summed up as it comes). Rows are printed, and written to DIR, as they come.
-"""
+A trainer process holds random bfloat16 tensors of a Qwen3 shape; an engine process is vLLM with dummy weights.
+Separated needs two GPUs, colocated one, cpu none (SmolLM2-135M's shape in float32). The engine is held before each
+sync, whatever the way. `wall` is the trainer's clock around send_weights(), with all that tells the engine of it,
+device idle before and after; `times` is the median over that of the mode's floor, the fastest that the hardware does: a
+bare NCCL send, one _foreach_copy_, a memcpy and the packing. Extra memory is what the device has in use after the syncs
+over what it had before connecting, without what torch only keeps for later; `record s` is what the engine needs, once,
+to plan; `equal` counts the timed syncs after which every parameter's checksum was the trainer's (on a CPU after sending
+once more, since what is packed is summed up as it comes). Rows are printed, and written to DIR, as they come. """
 
 import argparse
 import json
@@ -32,14 +34,20 @@ from rlhf_worker.engines.engine import GROUPS
 SHAPES_OF = {"cpu": ["135M"]}
 START_SECONDS, RUN_SECONDS = 300.0, 240.0
 CPU_ENVIRONMENT = {
-    "OMP_NUM_THREADS": str(os.cpu_count()), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_NUM_THREADS": str(os.cpu_count()), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
-COLUMNS = ["mode", "shape", "way", "median ms", "min ms", "GB/s", "times", "events min ms", "connect s", "record s", "extra MiB trainer", "extra MiB engine", "equal"]
+COLUMNS = [
+    "mode", "shape", "way", "median ms", "min ms", "GB/s", "times", "events min ms", "connect s", "record s",
+    "extra MiB trainer", "extra MiB engine", "equal"
+]
 
 
 @dataclass(frozen=True)
 class Mode:
-    """gpus: what the trainer and the engine see. backends: each is an engine's for life, with the ways (keys of WAYS) that it serves."""
+    """gpus: what the trainer and the engine see. backends: each is an engine's for life, with the ways (keys of WAYS)
+    that it serves.
+    """
 
     gpus: tuple[str, str]
     device: str
@@ -54,21 +62,27 @@ class Mode:
 
 MODES = {
     "separated": Mode(
-        ("0", "1"), "cuda", "bfloat16", {"planned": ["bare NCCL send", "ours, NCCL"], "nccl": ["vLLM nccl packed", "one RPC a parameter"]},
+        ("0", "1"), "cuda", "bfloat16",
+        {"planned": ["bare NCCL send", "ours, NCCL"], "nccl": ["vLLM nccl packed", "one RPC a parameter"]},
         ("bare NCCL send",),
     ),
     "colocated": Mode(
-        ("1", "1"), "cuda", "bfloat16", {"planned": ["_foreach_copy_ alone", "ours, IPC"], "ipc": ["vLLM ipc as it comes", "vLLM ipc packed"]},
+        ("1", "1"), "cuda", "bfloat16",
+        {"planned": ["_foreach_copy_ alone", "ours, IPC"], "ipc": ["vLLM ipc as it comes", "vLLM ipc packed"]},
         ("_foreach_copy_ alone",),
     ),
     "cpu": Mode(
-        ("", ""), "cpu", "float32", {"planned": ["memcpy of the bytes", "packing alone", "ours, shared memory", "ours, gloo"]}, ("memcpy of the bytes", "packing alone"),
+        ("", ""), "cpu", "float32",
+        {"planned": ["memcpy of the bytes", "packing alone", "ours, shared memory", "ours, gloo"]},
+        ("memcpy of the bytes", "packing alone"),
     ),
 }
 
 
 class Fleet:
-    """Trainers and engines, all started at once; what a failure has touched is thrown away, and started again when it is next needed."""
+    """Trainers and engines, all started at once; what a failure has touched is thrown away, and started again when it
+    is next needed.
+    """
 
     def __init__(self) -> None:
         self.models: dict[tuple[str, str], Path] = {}
@@ -99,7 +113,9 @@ class Fleet:
             write_model(self.models[shape, mode.dtype], shape, mode.dtype)
         made = ray.remote(concurrency_groups=GROUPS)(BenchEngine).options(**mode.options(1)).remote()
         self.engines[mode.gpus[1], shape, backend] = made
-        return [made.start.remote(backend, model=str(self.models[shape, mode.dtype]), dtype=mode.dtype, device=mode.device)]
+        return [
+            made.start.remote(backend, model=str(self.models[shape, mode.dtype]), dtype=mode.dtype, device=mode.device)
+        ]
 
     def ends(self, name: str, shape: str, backend: str) -> tuple[Any, Any]:
         self.start([(name, shape, backend)])
@@ -112,7 +128,9 @@ class Fleet:
         def memories() -> list[dict[str, float]]:
             """Of what is held; memory that torch only keeps for later is given back first."""
             ray.get([trainer.settle.remote(), engine.collective.remote(settle)], timeout=RUN_SECONDS)
-            found: list[dict[str, float]] = ray.get([trainer.memory.remote(), engine.collective.remote(memory)], timeout=RUN_SECONDS)
+            found: list[dict[str, float]] = ray.get(
+                [trainer.memory.remote(), engine.collective.remote(memory)], timeout=RUN_SECONDS,
+            )
             return found
 
         size, held = ray.get(trainer.bytes.remote()), [memories()]
@@ -126,7 +144,9 @@ class Fleet:
         }
 
     def discard(self, name: str, shape: str, backend: str) -> None:
-        for actor in (self.trainers.pop((name, shape), None), self.engines.pop((MODES[name].gpus[1], shape, backend), None)):
+        for actor in (
+            self.trainers.pop((name, shape), None), self.engines.pop((MODES[name].gpus[1], shape, backend), None),
+        ):
             if actor is not None:
                 ray.kill(actor)
 
@@ -148,7 +168,9 @@ def cells(row: dict[str, Any], floor: float) -> list[str]:
     if "error" in row:
         return [*head, f"failed: {row['error'][-200:]}", *[""] * (len(COLUMNS) - 4)]
     walls, events = ([sample[key] for sample in row["samples"]] for key in ("wall", "event"))
-    figures = [1e3 * median(row), 1e3 * min(walls), row["bytes"] / min(walls) / 1e9, median(row) / floor, 1e3 * min(events)]
+    figures = [
+        1e3 * median(row), 1e3 * min(walls), row["bytes"] / min(walls) / 1e9, median(row) / floor, 1e3 * min(events)
+    ]
     proven = sum(verdict is True for verdict in row["equal"])
     equal = "" if all(verdict is None for verdict in row["equal"]) else f"{proven} of {len(row['equal'])}"
     seconds = [f"{row[key]:.2f}" if key in row else "" for key in ("connect_seconds", "record_seconds")]
@@ -193,13 +215,18 @@ def main() -> int:
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=["separated", "colocated"])
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="0.6B and 8B; 135M on the CPU")
     parser.add_argument("--only", default="", help="only ways whose name contains this")
-    parser.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "weight-sync", help="weight_sync.json and weight_sync.md go here")
+    parser.add_argument("--out", type=Path, default=Path(
+        tempfile.gettempdir()
+    ) / "weight-sync", help="weight_sync.json "
+        "and weight_sync.md go here")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     report = Report(given.out)
     print(f"median and minimum of {REPEAT}\n\n" + markdown([]), flush=True)
     wanted = [
-        (mode, shape, backend, way) for mode in given.modes for shape in given.shapes or SHAPES_OF.get(mode, ["0.6B", "8B"])
+        (
+            mode, shape, backend, way,
+        ) for mode in given.modes for shape in given.shapes or SHAPES_OF.get(mode, ["0.6B", "8B"])
         for backend, ways in MODES[mode].backends.items() for way in ways if given.only in way
     ]
     with local_ray():

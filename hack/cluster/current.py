@@ -11,10 +11,13 @@ def up(cfg: Settings) -> None:
     with step("your cluster"):
         output(["kubectl", "version"], "check `kubectl version`: KUBECONFIG and the current context choose the cluster")
     with step("KubeRay"):
-        remedy = "install KubeRay: https://docs.ray.io/en/latest/cluster/kubernetes/getting-started/kuberay-operator-installation.html"
+        remedy = ("install KubeRay: "
+            "https://docs.ray.io/en/latest/cluster/kubernetes/getting-started/kuberay-operator-installation.html")
         if (
             "v1"
-            not in output(["kubectl", "get", "crd", "rayclusters.ray.io", "--output=jsonpath={.spec.versions[*].name}"], remedy).split()
+            not in output(
+                ["kubectl", "get", "crd", "rayclusters.ray.io", "--output=jsonpath={.spec.versions[*].name}"], remedy,
+            ).split()
         ):
             raise ClusterError("this cluster's KubeRay has no RayCluster v1", remedy)
 

@@ -35,7 +35,8 @@ _UNSHARE = [
 
 
 def up(cfg: Settings) -> None:
-    """Start the cluster, or return at once when it is healthy. Raises ClusterError; leaves nothing running on failure."""
+    """Start the cluster, or return at once when it is healthy. Raises ClusterError; leaves nothing running on failure.
+    """
     check_machine(cfg)
     if _pid(cfg) is not None:
         _keep_running(cfg)
@@ -64,7 +65,8 @@ def status(cfg: Settings) -> bool:
         say(f"{cfg.name}: not running")
         return False
     healthy = _node_ready(cfg)
-    say(f"{cfg.name}: {'ready' if healthy else 'not ready'}, process {pid}, KUBECONFIG={cfg.kubeconfig}, logs in {cfg.logs}")
+    say(f"{cfg.name}: {'ready' if healthy else 'not ready'}, process {pid}, KUBECONFIG={cfg.kubeconfig}, logs in "
+        f"{cfg.logs}")
     return healthy
 
 
@@ -79,12 +81,15 @@ def check_machine(cfg: Settings) -> None:
     elif os.geteuid() != 0:
         missing.append("root")
     missing += [f"the program `{name}`" for name in ("unshare", "nsenter", "ip", "mount") if not shutil.which(name)]
-    if not missing and subprocess.run([*_UNSHARE, "mount", "--make-rshared", "/"], capture_output=True, check=False).returncode != 0:
+    if not missing and subprocess.run(
+        [*_UNSHARE, "mount", "--make-rshared", "/"], capture_output=True, check=False,
+    ).returncode != 0:
         missing.append("the right to make namespaces and mounts (CAP_SYS_ADMIN)")
     if not missing and not os.access("/sys/fs/cgroup", os.W_OK):
         missing.append("a writable /sys/fs/cgroup")
     if missing:
-        remedy = "use CLUSTER=kind or CLUSTER=current, or run the manifest without Kubernetes: python -m rlhf_worker local <manifest>"
+        remedy = ("use CLUSTER=kind or CLUSTER=current, or run the manifest without Kubernetes: python -m rlhf_worker "
+            "local <manifest>")
         raise Unsupported(f"an embedded cluster needs {', '.join(missing)}, which this machine does not give", remedy)
     if not (cfg.venv / "bin" / "python").exists():
         raise ClusterError(f"there is no Python environment at {cfg.venv}, and the pods run from it", "make setup")
@@ -93,13 +98,17 @@ def check_machine(cfg: Settings) -> None:
 def _keep_running(cfg: Settings) -> None:
     recorded = json.loads((cfg.state / "choice.json").read_text())
     if recorded != _choice(cfg):
-        raise ClusterError(f"the running cluster was started with {recorded}, now asked for {_choice(cfg)}", "make cluster-down first")
+        words = f"the running cluster was started with {recorded}, now asked for {_choice(cfg)}"
+        raise ClusterError(words, "make cluster-down first")
     with step("the cluster runs already: checking it"):
-        wait_for("the node's Ready condition", lambda: _node_ready(cfg), 60, f"see {cfg.logs}, or make cluster-down and up again")
+        wait_for("the node's Ready condition", lambda: _node_ready(cfg), 60, f"see {cfg.logs}, or make cluster-down "
+            "and up again")
 
 
 def _choice(cfg: Settings) -> dict[str, str]:
-    return {"kuberay": str(cfg.kuberay_operator or "stand-in"), "schema": str(cfg.kuberay_schema), "python": str(cfg.venv)}
+    return {
+        "kuberay": str(cfg.kuberay_operator or "stand-in"), "schema": str(cfg.kuberay_schema), "python": str(cfg.venv),
+    }
 
 
 # --- up ---------------------------------------------------------------------------------------------------------
@@ -120,7 +129,8 @@ def _start(cfg: Settings) -> None:
     with step("RayCluster schema"):
         _install_kuberay_schema(cfg)
     with step(f"node {cfg.name} ready, with {LOGICAL_GPUS} logical GPUs"):
-        wait_for("the node's Ready condition", lambda: _node_ready(cfg), 90, f"see {cfg.logs}/kubelet.log and containerd.log")
+        wait_for("the node's Ready condition", lambda: _node_ready(cfg), 90, f"see {cfg.logs}/kubelet.log and "
+            "containerd.log")
     say(f"ready: export KUBECONFIG={cfg.kubeconfig}")
 
 
@@ -196,12 +206,18 @@ def _start_supervisor(cfg: Settings, link: Link) -> None:
     command = [*_UNSHARE, str(cfg.venv / "bin" / "python"), "-m", "hack.cluster.supervisor", str(cfg.state)]
     with (cfg.logs / "supervisor.log").open("ab") as log:
         outer = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=cfg.clone, start_new_session=True, env=_plain_environment(cfg)
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=cfg.clone, start_new_session=True,
+            env=_plain_environment(cfg)
         )
     children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
-    wait_for("the namespaces' first process", lambda: outer.poll() is not None or bool(_text(children).strip()), 20, f"see {cfg.logs}")
+    wait_for(
+        "the namespaces' first process", lambda: outer.poll() is not None or bool(_text(children).strip()), 20,
+        f"see {cfg.logs}",
+    )
     if outer.poll() is not None:
-        raise ClusterError(f"unshare exited {outer.returncode}: {_text(cfg.logs / 'supervisor.log')}", "see the message")
+        raise ClusterError(
+            f"unshare exited {outer.returncode}: {_text(cfg.logs / 'supervisor.log')}", "see the message",
+        )
     pid = int(_text(children).split()[0])
     (cfg.state / "process").write_text(f"{pid} {_started(pid)}")
     network.connect(cfg.link, link, pid)
@@ -229,7 +245,10 @@ def _import_images(cfg: Settings) -> None:
     inside = ["nsenter", "--target", str(_pid(cfg)), "--mount", "--pid", "--net"]
     ctr = [*inside, str(cfg.bin / "ctr"), "--address", components.CONTAINERD_SOCKET, "--namespace", "k8s.io"]
     see = f"see {cfg.logs}/containerd.log"
-    wait_for("containerd", lambda: subprocess.run([*ctr, "version"], capture_output=True, check=False).returncode == 0, 30, see)
+    wait_for(
+        "containerd", lambda: subprocess.run([*ctr, "version"], capture_output=True, check=False).returncode == 0, 30,
+        see,
+    )
     archive = cfg.state / "image.tar"
     for image in runtime.images(cfg):
         archive.write_bytes(runtime.archive(image))
@@ -251,7 +270,9 @@ def _node_ready(cfg: Settings) -> bool:
         node = Api.from_kubeconfig(cfg.kubeconfig).get(f"/api/v1/nodes/{cfg.name}")
     except (ApiError, OSError):
         return False
-    ready = any(condition["type"] == "Ready" and condition["status"] == "True" for condition in node["status"]["conditions"])
+    ready = any(
+        condition["type"] == "Ready" and condition["status"] == "True" for condition in node["status"]["conditions"]
+    )
     return ready and node["status"]["allocatable"].get(GPU_RESOURCE) == str(LOGICAL_GPUS)
 
 

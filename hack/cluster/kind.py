@@ -6,7 +6,15 @@ import json
 import os
 import shutil
 
-from hack.cluster.settings import GPU_RESOURCE, KUBERAY, KUBERAY_CHART, LOGICAL_GPUS, OPERATOR_IMAGE, WORKER_IMAGE, Settings
+from hack.cluster.settings import (
+    GPU_RESOURCE,
+    KUBERAY,
+    KUBERAY_CHART,
+    LOGICAL_GPUS,
+    OPERATOR_IMAGE,
+    WORKER_IMAGE,
+    Settings,
+)
 from hack.cluster.steps import ClusterError, output, say, step
 
 _DOCKERFILES = {OPERATOR_IMAGE: "images/operator.Dockerfile", WORKER_IMAGE: "images/worker.Dockerfile"}
@@ -51,7 +59,8 @@ def status(cfg: Settings) -> bool:
 def _need(*programs: str) -> None:
     missing = [name for name in programs if not shutil.which(name)]
     if missing:
-        raise ClusterError(f"CLUSTER=kind needs {', '.join(missing)}", "install them, or use CLUSTER=embedded, which needs none of them")
+        raise ClusterError(f"CLUSTER=kind needs {', '.join(missing)}", "install them, or use CLUSTER=embedded, which "
+            "needs none of them")
 
 
 def _exists(cfg: Settings) -> bool:
@@ -60,14 +69,19 @@ def _exists(cfg: Settings) -> bool:
 
 def _make_cluster(cfg: Settings) -> None:
     if _exists(cfg):
-        output(["kind", "export", "kubeconfig", "--name", cfg.name, "--kubeconfig", str(cfg.kubeconfig)], "see the message of kind")
+        output([
+            "kind", "export", "kubeconfig", "--name", cfg.name, "--kubeconfig", str(cfg.kubeconfig)
+        ], "see the message of "
+            "kind")
         return
     cfg.volumes.mkdir(parents=True, exist_ok=True)
     mounts = [{"hostPath": str(cfg.volumes), "containerPath": "/var/lib/rlhf"}]
     nodes = [{"role": "control-plane", "extraMounts": mounts}]
     config = cfg.state / "kind.json"
     config.write_text(json.dumps({"kind": "Cluster", "apiVersion": "kind.x-k8s.io/v1alpha4", "nodes": nodes}))
-    make = ["kind", "create", "cluster", "--name", cfg.name, "--kubeconfig", str(cfg.kubeconfig), "--config", str(config)]
+    make = [
+        "kind", "create", "cluster", "--name", cfg.name, "--kubeconfig", str(cfg.kubeconfig), "--config", str(config)
+    ]
     output([*make, "--wait", "180s"], "see the message of kind")
 
 

@@ -17,7 +17,9 @@ def keep(api: Api, node: str) -> bool:
     """Declare the GPUs if the node lacks them. Returns whether it wrote."""
     declared = {GPU_RESOURCE: str(LOGICAL_GPUS)}
     status = api.get(f"/api/v1/nodes/{node}")["status"]
-    if status.get("capacity", {}).get(GPU_RESOURCE) == status.get("allocatable", {}).get(GPU_RESOURCE) == declared[GPU_RESOURCE]:
+    if status.get("capacity", {}).get(GPU_RESOURCE) == status.get(
+        "allocatable", {},
+    ).get(GPU_RESOURCE) == declared[GPU_RESOURCE]:
         return False
     api.patch(f"/api/v1/nodes/{node}/status", {"status": {"capacity": declared, "allocatable": declared}})
     return True

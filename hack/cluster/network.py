@@ -23,7 +23,8 @@ def free_link(name: str) -> Link:
         link = _slot(slot % LINK_SLOTS)
         if link.host not in used:
             return link
-    raise ClusterError("every address for a link to a cluster is in use", "remove clusters: make cluster-down in their clones")
+    raise ClusterError("every address for a link to a cluster is in use", "remove clusters: make cluster-down in "
+        "their clones")
 
 
 def _slot(slot: int) -> Link:

@@ -23,7 +23,8 @@ _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _SETTINGS = ("/etc/alternatives", "/etc/ld.so.cache", "/etc/ssl")  # what programs under /usr refer to
 _DIRECTORIES = ("dev", "etc", "proc", "root", "run", "sys", "tmp", "var/tmp", "home")
 _FILES = {
-    "etc/passwd": "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/:/bin/false\nrlhf:x:65532:65532:rlhf:/tmp:/bin/false\n",
+    "etc/passwd": "root:x:0:0:root:/root:/bin/bash\nnobody:x:65534:65534:nobody:/:/bin/false\n"
+    "rlhf:x:65532:65532:rlhf:/tmp:/bin/false\n",
     "etc/group": "root:x:0:\nnogroup:x:65534:\nrlhf:x:65532:\n",
     "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
     "etc/services": "",
@@ -68,7 +69,8 @@ def read_only_binds(cfg: s.Settings) -> list[tuple[str, str]]:
 
 
 def _python_homes(venv: Path) -> list[Path]:
-    """Prefixes of the interpreter that the environment was made from: as its pyvenv.cfg names it, and as it really is."""
+    """Prefixes of the interpreter that the environment was made from: as its pyvenv.cfg names it, and as it really is.
+    """
     lines = (venv / "pyvenv.cfg").read_text().splitlines()
     home = next(line.partition("=")[2].strip() for line in lines if line.partition("=")[0].strip() == "home")
     real = (venv / "bin" / "python").resolve().parent
@@ -80,7 +82,10 @@ def base_spec(default: dict[str, Any], binds: Iterable[tuple[str, str]]) -> dict
 
     Its limit of 1,024 open files is dropped, so containers inherit the supervisor's, which is the machine's highest.
     """
-    mounts = [{"destination": there, "type": "bind", "source": here, "options": ["bind", "ro", "nosuid", "nodev"]} for here, there in binds]
+    mounts = [
+        {"destination": there, "type": "bind", "source": here, "options": ["bind", "ro", "nosuid", "nodev"]} for here,
+        there in binds
+    ]
     process = {key: value for key, value in default["process"].items() if key != "rlimits"}
     return {**default, "process": process, "mounts": [*default["mounts"], *mounts]}
 
@@ -102,7 +107,9 @@ def archive(image: Image) -> bytes:
         "history": [{"created": time.strftime("%FT%TZ", time.gmtime(0))}],
     }
     manifest = [{"Config": "config.json", "RepoTags": [image.name], "Layers": ["layer.tar"]}]
-    return _tar({"layer.tar": layer, "config.json": json.dumps(config).encode(), "manifest.json": json.dumps(manifest).encode()})
+    return _tar(
+        {"layer.tar": layer, "config.json": json.dumps(config).encode(), "manifest.json": json.dumps(manifest).encode()}
+    )
 
 
 def _layer(image: Image) -> bytes:
@@ -120,7 +127,9 @@ def _layer(image: Image) -> bytes:
     return buffer.getvalue()
 
 
-def _add(tar: tarfile.TarFile, name: str, kind: bytes, mode: int = 0o644, content: bytes = b"", target: str = "") -> None:
+def _add(
+    tar: tarfile.TarFile, name: str, kind: bytes, mode: int = 0o644, content: bytes = b"", target: str = "",
+) -> None:
     member = tarfile.TarInfo(name)
     member.type, member.mode, member.size, member.linkname = kind, mode, len(content), target
     tar.addfile(member, io.BytesIO(content))

@@ -13,7 +13,8 @@ CONTAINERD = "v2.2.5"
 HELM = "v4.3.1"
 COREDNS = "v1.14.7"
 KUBERAY = "1.7.0"
-KUBERAY_CHART = "kuberay/kuberay-operator"  # as Helm names it once KubeRay's chart repository was added; KUBERAY_CHART may name another, or a path
+# as Helm names it once KubeRay's chart repository was added; KUBERAY_CHART may name another, or a path
+KUBERAY_CHART = "kuberay/kuberay-operator"
 GO = "1.26.6"
 GO_AT_LEAST = (1, 26)
 

@@ -54,14 +54,19 @@ def wait_for(what: str, check: Callable[[], bool], seconds: float, remedy: str) 
         time.sleep(0.2)
 
 
-def output(command: Sequence[str | Path], remedy: str, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+def output(
+    command: Sequence[str | Path], remedy: str, env: Mapping[str, str] | None = None, cwd: Path | None = None,
+) -> str:
     """Run a command and return its stdout; a failure carries the end of its stderr."""
     try:
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env, cwd=cwd, check=False)
+        done = subprocess.run(
+            [str(part) for part in command], capture_output=True, text=True, env=env, cwd=cwd, check=False
+        )
     except FileNotFoundError as error:
         raise ClusterError(f"{command[0]} is not on this machine", remedy) from error
     if done.returncode != 0:
-        raise ClusterError(f"`{' '.join(map(str, command))}` exited {done.returncode}: {_tail(done.stderr or done.stdout)}", remedy)
+        raise ClusterError(f"`{' '.join(map(str, command))}` exited {done.returncode}: "
+            f"{_tail(done.stderr or done.stdout)}", remedy)
     return done.stdout
 
 
@@ -79,7 +84,8 @@ def stream(command: Sequence[str | Path], remedy: str, env: Mapping[str, str], c
                 reported = time.monotonic()
                 say(f"    {reported - start:.0f} s, {len(lines)} packages, now {lines[-1]}")
     if process.returncode != 0:
-        raise ClusterError(f"`{' '.join(map(str, command[:3]))} ...` exited {process.returncode}: {_tail(chr(10).join(lines))}", remedy)
+        raise ClusterError(f"`{' '.join(map(str, command[:3]))} ...` exited {process.returncode}: "
+            f"{_tail(chr(10).join(lines))}", remedy)
 
 
 def _tail(text: str) -> str:

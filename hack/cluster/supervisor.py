@@ -66,7 +66,8 @@ def _part(plain: dict[str, Any]) -> Part:
 
 def _mounts(state: Path) -> None:
     """Give the parts their own /run, /var/log and /var/lib entries: they write there, and nothing may stay behind."""
-    _shadow(Path("/var/lib"), state / "var-lib", ("kubelet", "cni", "rlhf"))  # rlhf: where samples keep models and checkpoints
+    # rlhf: where samples keep models and checkpoints
+    _shadow(Path("/var/lib"), state / "var-lib", ("kubelet", "cni", "rlhf"))
     _run("mount", "-t", "tmpfs", "-o", "mode=755", "rlhf-cluster", "/run")
     _run("mount", "--bind", str(state / "var-log"), "/var/log")
     for name, value in _KERNEL_SETTINGS.items():
@@ -105,7 +106,8 @@ def _network(node: str, host: str) -> None:
         time.sleep(0.05)
     _run("ip", "address", "add", f"{node}/30", "dev", LINK)
     _run("ip", "link", "set", LINK, "up")
-    _run("ip", "route", "add", "default", "via", host)  # nothing is forwarded there; services need a route to be looked up
+    # nothing is forwarded there; services need a route to be looked up
+    _run("ip", "route", "add", "default", "via", host)
     Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
 
 
@@ -125,7 +127,9 @@ def _tend(part: Part, state: Path, path: str, library_path: str) -> None:
     with (state / "log" / f"{part.name}.log").open("ab") as log:
         log.write(f"--- {time.strftime('%F %T')} {' '.join(part.command)}\n".encode())
         log.flush()
-        part.process = subprocess.Popen(part.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd="/")
+        part.process = subprocess.Popen(
+            part.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd="/",
+        )
     part.due = now + _RESTART_DELAY
 
 
@@ -151,7 +155,10 @@ def _reap(parts: list[Part]) -> None:
             process = ours[pid].process
             assert process is not None
             process.returncode = os.waitstatus_to_exitcode(status)
-            print(f"{time.strftime('%F %T')} {ours[pid].name} ended with {process.returncode}; starting it again", flush=True)
+            print(
+                f"{time.strftime('%F %T')} {ours[pid].name} ended with {process.returncode}; starting it again",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 Raw = dict[str, Any]
 TIMEOUT_SECONDS = 30
 PAGE = 200
-# An apply with a field that the CRD lacks is refused as a whole (as a 500, in Kubernetes 1.36), and names one at a time.
+# An apply with a field that the CRD lacks is refused as a whole (as a 500, in Kubernetes 1.36), and names one at a
+# time.
 UNDECLARED = re.compile(r"(\.\S+): field not declared in schema")
 UNDECLARED_SECONDS = 300.0
 APPLY, MERGE, JSON = "application/apply-patch+yaml", "application/merge-patch+json", "application/json"
@@ -141,12 +142,16 @@ class KubernetesApi:
         while True:
             sent = reduce(without, self._left_out(), body) if status else body
             try:
-                return await self._call("PATCH", kind, namespace, name, body=sent, query=query, tail=tail, content=APPLY)
+                return await self._call(
+                    "PATCH", kind, namespace, name, body=sent, query=query, tail=tail, content=APPLY,
+                )
             except ApiError as error:
                 unknown = UNDECLARED.search(error.message) if status else None
                 if unknown is None or (lacking := field_path(unknown[1])) in self._left_out():
                     raise
-                log.warning("the CRD is older than this operator and lacks %s: left out until it is upgraded", unknown[1])
+                log.warning(
+                    "the CRD is older than this operator and lacks %s: left out until it is upgraded", unknown[1],
+                )
                 self._undeclared[lacking] = time.monotonic()
 
     def _left_out(self) -> set[tuple[str, ...]]:

@@ -14,7 +14,14 @@ from rlhf_api.progress import DRIVER_FIELD_MANAGER
 from rlhf_api.status import RLHFJobStatus
 from rlhf_operator.clock import moment
 from rlhf_operator.edition import edition
-from rlhf_operator.names import DRIVER_CONTAINER, EDITION_ANNOTATION, EPHEMERAL_ANNOTATION, HEAD, RAY_GROUP_LABEL, ROLE_LABEL
+from rlhf_operator.names import (
+    DRIVER_CONTAINER,
+    EDITION_ANNOTATION,
+    EPHEMERAL_ANNOTATION,
+    HEAD,
+    RAY_GROUP_LABEL,
+    ROLE_LABEL,
+)
 from rlhf_operator.salvage import salvage
 
 Raw = dict[str, Any]
@@ -31,8 +38,9 @@ class Job:
     runs already needs of its spec is known all the same, as far as it can be.
 
     `edition`: of what a RayCluster would be made from now; empty while the spec cannot be right. `ephemeral`: its
-    checkpoints die with the trainer's pod; `loss_meant`: and that is meant. `driver_lag`: what the API server's clock is
-    ahead of the driver's."""
+    checkpoints die with the trainer's pod; `loss_meant`: and that is meant. `driver_lag`: what the API server's clock
+    is ahead of the driver's.
+    """
 
     meta: ObjectMeta
     status: RLHFJobStatus
@@ -200,7 +208,8 @@ def read_job(raw: Raw) -> Job:
         ObjectMeta.model_validate(raw["metadata"]), status, read.job, tuple(read.problems), tuple(read.ignored),
         suspend=spec.suspend, run_policy=spec.run_policy, queue=spec.queue,
         edition=edition(read.job.spec) if read.job and not read.problems else "",
-        ephemeral=ephemeral(spec), loss_meant=spec.checkpoint.ephemeral, driver_lag=_driver_lag(raw["metadata"], status),
+        ephemeral=ephemeral(spec), loss_meant=spec.checkpoint.ephemeral,
+        driver_lag=_driver_lag(raw["metadata"], status),
     )  # fmt: skip
 
 

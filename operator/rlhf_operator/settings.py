@@ -38,9 +38,12 @@ def parse(argv: Sequence[str]) -> Settings:
     where.add_argument("--namespace", help="the one namespace to serve; a Role is enough")
     where.add_argument("--all-namespaces", action="store_true", help="serve every namespace (the default)")
     parser.add_argument("--kubeconfig", help="default: the pod's ServiceAccount, else $KUBECONFIG, else ~/.kube/config")
-    parser.add_argument("--health-port", type=int, default=8080, help="/livez, /readyz and /metrics; 0 takes a free port")
-    parser.add_argument("--no-leader-election", action="store_true", help="serve at once: only where no second operator can run")
-    parser.add_argument("--lease-namespace", help="where the Lease rlhf-operator lies; default: the operator's own namespace, else --namespace, else default")
+    parser.add_argument("--health-port", type=int, default=8080, help="/livez, /readyz and /metrics; 0 takes a free "
+        "port")
+    parser.add_argument("--no-leader-election", action="store_true", help="serve at once: only where no second "
+        "operator can run")
+    parser.add_argument("--lease-namespace", help="where the Lease rlhf-operator lies; default: the operator's own "
+        "namespace, else --namespace, else default")
     parser.add_argument("--verbose", action="store_true", help="log debug messages")
     args = parser.parse_args(argv)
     lease = None if args.no_leader_election else args.lease_namespace or own_namespace() or args.namespace or "default"

@@ -1,4 +1,6 @@
-"""CEL, as far as the transition rules go: read as python, so that a pure test can try an edit. tests/cluster tries them for real."""
+"""CEL, as far as the transition rules go: read as python, so that a pure test can try an edit. tests/cluster tries them
+for real.
+"""
 
 import re
 from collections.abc import Callable

@@ -1,7 +1,8 @@
-"""Specs made from the CRD's own schema: right, borderline and hostile ones, by a seed. Each must be refused or planned; none may raise.
+"""Specs made from the CRD's own schema: right, borderline and hostile ones, by a seed. Each must be refused or planned;
+none may raise.
 
-`python -m tests.api.generated --count 10000 --seed 0` takes them through the contract and the planner, and prints how they ended.
-"""
+`python -m tests.api.generated --count 10000 --seed 0` takes them through the contract and the planner, and prints how
+they ended. """
 
 import argparse
 import copy
@@ -31,18 +32,25 @@ PODS = ("head", "trainer", "rollout")
 PLANNED = "planned"
 
 TEXTS = (
-    "a", "x1", "exact", "some/model", "/data/x", "/checkpoints/run", "file:///c", "s3://bucket/run", "http://reward/score", "m:f", "rate {completion}",
-    "(a)", "1Gi", "500m", "nvidia.com/gpu", "amd.com/gpu", "q_proj", "API_KEY", "In", "Exists", "RuntimeDefault", "NotReady", "10.0.0.0/8", "1.5Gi",
+    "a", "x1", "exact", "some/model", "/data/x", "/checkpoints/run", "file:///c", "s3://bucket/run",
+    "http://reward/score", "m:f", "rate {completion}",
+    "(a)", "1Gi", "500m", "nvidia.com/gpu", "amd.com/gpu", "q_proj", "API_KEY", "In", "Exists", "RuntimeDefault",
+    "NotReady", "10.0.0.0/8", "1.5Gi",
 )  # fmt: skip
 HOSTILE_TEXTS = (
-    "", " ", "a\nb", "a\n", "\x00", "\u202e", "🦄" * 40, "é" * 300, "null", "~", "true", "0x10", "1e999", "-1", "2k", "16Gi", "four", "NaN", "../..", "//",
-    "/../etc", "a:b", "${HOME}", "$(reboot)", "'; rm -rf /; '", '"', "{}", "*", "&a", "!!python/object:os.system", "x" * 5000,
-    "cpu", "memory", "kubernetes.io/x", "rlhf-shm", "RAY_ADDRESS", "(a)(b)", "(", "(" * 500 + ")" * 500, "(a{99999999999})", "%s", "{completion", "\ufeff", "\u2028",
+    "", " ", "a\nb", "a\n", "\x00", "\u202e", "🦄" * 40, "é" * 300, "null", "~", "true", "0x10", "1e999", "-1", "2k",
+    "16Gi", "four", "NaN", "../..", "//",
+    "/../etc", "a:b", "${HOME}", "$(reboot)", "'; rm -rf /; '", '"', "{}", "*", "&a", "!!python/object:os.system",
+    "x" * 5000,
+    "cpu", "memory", "kubernetes.io/x", "rlhf-shm", "RAY_ADDRESS", "(a)(b)", "(", "(" * 500 + ")" * 500,
+    "(a{99999999999})", "%s", "{completion", "\ufeff", "\u2028",
 )  # fmt: skip
 NUMBERS = (0, 1, -1, 2, 0.5, 1.5, 2**31, 2**53, 2**63 - 1, -(2**63), 1e308, 1e-320)
 BARE: tuple[Callable[[], Object], ...] = (
-    a_job, lambda: a_job(**LIVING), lambda: a_job(placement__mode="Separated", rollout__engines=2), lambda: a_job(rewards=[JUDGE, MODEL]),
-    lambda: a_job(evaluation=[EVALUATION], trainer__gpus=4, rollout__engines=4), lambda: a_job(checkpoint__claim={"size": "1Gi"}),
+    a_job, lambda: a_job(**LIVING), lambda: a_job(placement__mode="Separated", rollout__engines=2),
+    lambda: a_job(rewards=[JUDGE, MODEL]),
+    lambda: a_job(evaluation=[EVALUATION], trainer__gpus=4, rollout__engines=4),
+    lambda: a_job(checkpoint__claim={"size": "1Gi"}),
     lambda: a_job(checkpoint__path="s3://bucket/run", trainer__gpus=16, rollout__engines=16),
 )  # fmt: skip
 
@@ -132,7 +140,8 @@ def _number(rng: Random, node: Schema) -> Any:
 
 
 MAKERS: dict[str, Callable[[Random, Schema], Any]] = {
-    "object": _object, "array": _array, "string": _text, "integer": _number, "number": _number, "boolean": lambda rng, _: rng.random() < 0.5,
+    "object": _object, "array": _array, "string": _text, "integer": _number, "number": _number,
+    "boolean": lambda rng, _: rng.random() < 0.5,
 }  # fmt: skip
 
 

@@ -17,7 +17,9 @@ def walk(node: Schema, path: str = "") -> Iterator[tuple[str, Schema]]:
 
 
 def fill_defaults(node: Schema, value: Any) -> Any:
-    """What the API server does at admission: absent properties that have a default get it, then the value is searched deeper."""
+    """What the API server does at admission: absent properties that have a default get it, then the value is searched
+    deeper.
+    """
     if isinstance(value, list):
         return [fill_defaults(node.get("items", {}), item) for item in value]
     if not isinstance(value, dict):

@@ -20,7 +20,9 @@ def minimal_spec() -> Object:
 
 
 def a_job(name: str = "sample", **changes: Any) -> Object:
-    """An RLHFJob of the minimal spec. A change is named by its path with `__` for a dot: `trainer__gpus=2`; None removes."""
+    """An RLHFJob of the minimal spec. A change is named by its path with `__` for a dot: `trainer__gpus=2`; None
+    removes.
+    """
     job: Object = {
         "apiVersion": "rlhf.dev/v1alpha1",
         "kind": "RLHFJob",
@@ -51,7 +53,10 @@ def without(node: Object, key: str) -> Object:
 
 MODEL: Object = {"name": "rm", "type": "model", "model": {"path": "/rm"}}
 PYTHON: Object = {"name": "a", "type": "python", "function": "m:f"}
-JUDGE: Object = {"name": "j", "type": "judge", "url": "http://judge/v1/chat/completions", "judge": {"model": "m", "prompt": "rate {completion}"}}
+JUDGE: Object = {
+    "name": "j", "type": "judge", "url": "http://judge/v1/chat/completions",
+    "judge": {"model": "m", "prompt": "rate {completion}"},
+}
 EVALUATION: Object = {"name": "held-out", "data": {"jsonl": {"path": "/data/test.jsonl"}}}
 SOURCE: Object = {"name": "math", "jsonl": {"path": "/data/math.jsonl"}}
 
@@ -97,15 +102,38 @@ BROKEN: list[tuple[str, Object]] = [
      ]}])),
     ("self.rollout.minEngines", a_job(rollout__minEngines=2)),
     ("fractions", a_job(placement__fractions={"trainer": 0.6, "rollout": 0.5})),
-    ("self.rollout.tensorParallelSize <=", a_job(placement__gpusPerNode=2, rollout__tensorParallelSize=4, trainer__gpus=4)),
-    ("gpus % self.placement.gpusPerNode", a_job(placement__mode="Separated", placement__gpusPerNode=4, trainer__gpus=6)),
-    ("gpus % self.placement.gpusPerNode", a_job(placement__gpusPerNode=4, trainer__gpus=4, rollout__engines=4, rewards=[{**MODEL, "gpus": 2}])),
+    (
+        "self.rollout.tensorParallelSize <=",
+        a_job(placement__gpusPerNode=2, rollout__tensorParallelSize=4, trainer__gpus=4),
+    ),
+    (
+        "gpus % self.placement.gpusPerNode",
+        a_job(placement__mode="Separated", placement__gpusPerNode=4, trainer__gpus=6),
+    ),
+    (
+        "gpus % self.placement.gpusPerNode",
+        a_job(placement__gpusPerNode=4, trainer__gpus=4, rollout__engines=4, rewards=[{**MODEL, "gpus": 2}]),
+    ),
     ("self.rollout.engines <=", a_job(placement__mode="Separated", placement__gpusPerNode=4, rollout__engines=5)),
-    ("self.rollout.engines <=", a_job(placement__gpusPerNode=4, rollout__engines=4, rollout__tensorParallelSize=3, trainer__gpus=12)),
+    (
+        "self.rollout.engines <=",
+        a_job(placement__gpusPerNode=4, rollout__engines=4, rollout__tensorParallelSize=3, trainer__gpus=12),
+    ),
     ("gpus % self.trainer.contextParallel", a_job(trainer__gpus=3, rollout__engines=3, trainer__contextParallel=2)),
-    ("gpus % self.trainer.contextParallel", a_job(trainer__gpus=2, rollout__engines=2, trainer__contextParallel=2, rewards=[{**MODEL, "gpus": 1}])),
-    ("gpus % self.trainer.contextParallel", a_job(trainer__contextParallel=2, algorithm__name="ppo", critic={"gpus": 3}, trainer__gpus=2, rollout__engines=2)),
-    ("self.trainer.batching", a_job(trainer__gpus=2, rollout__engines=2, trainer__contextParallel=2, trainer__batching="padded")),
+    (
+        "gpus % self.trainer.contextParallel",
+        a_job(trainer__gpus=2, rollout__engines=2, trainer__contextParallel=2, rewards=[{**MODEL, "gpus": 1}]),
+    ),
+    (
+        "gpus % self.trainer.contextParallel",
+        a_job(
+            trainer__contextParallel=2, algorithm__name="ppo", critic={"gpus": 3}, trainer__gpus=2, rollout__engines=2,
+        ),
+    ),
+    (
+        "self.trainer.batching",
+        a_job(trainer__gpus=2, rollout__engines=2, trainer__contextParallel=2, trainer__batching="padded"),
+    ),
     ("promptsPerStep", a_job(rollout__promptsPerStep=1, rollout__samplesPerPrompt=2, trainer__updatesPerStep=3)),
     ("'ipc'", a_job(weightSync__backend="ipc", placement__mode="Separated")),
     ("'ipc'", a_job(weightSync__backend="nccl")),
@@ -114,20 +142,32 @@ BROKEN: list[tuple[str, Object]] = [
     ("samplesPerPrompt >= 2", a_job(rollout__samplesPerPrompt=1, algorithm__name="rloo")),
     ("bufferTokens <= self.rollout.maxTokens", a_job(algorithm__overlong__bufferTokens=513)),
     ("self.algorithm.advantageNormalization", a_job(algorithm={"name": "ppo", "advantageNormalization": "group"})),
-    ("!self.algorithm.dynamicSampling.enabled", a_job(algorithm={"name": "reinforce++", "dynamicSampling": {"enabled": True}})),
+    (
+        "!self.algorithm.dynamicSampling.enabled",
+        a_job(algorithm={"name": "reinforce++", "dynamicSampling": {"enabled": True}}),
+    ),
     ("self.algorithm.dynamicSampling.maxRounds", a_job(algorithm__dynamicSampling__maxRounds=3)),
-    ("self.algorithm.dynamicSampling.maxRounds", a_job(algorithm={"name": "dapo", "dynamicSampling": {"enabled": False, "maxRounds": 3}})),
+    (
+        "self.algorithm.dynamicSampling.maxRounds",
+        a_job(algorithm={"name": "dapo", "dynamicSampling": {"enabled": False, "maxRounds": 3}}),
+    ),
     ("self.algorithm.gae.gamma", a_job(algorithm__gae__lambda=0.9)),
     ("self.algorithm.gae.gamma", a_job(algorithm={"name": "rloo", "valueClip": 0.1})),
     ("self.algorithm.clipLow", a_job(algorithm__clipLow=1)),
     ("self.algorithm.dualClip", a_job(algorithm__dualClip=1)),
     ("self.algorithm.dualClip", a_job(algorithm={"name": "cispo", "dualClip": 3})),
     ("self.algorithm.overlong.penalty", a_job(algorithm__overlong__penalty=2)),
-    ("self.algorithm.overlong.penalty", a_job(algorithm={"name": "dapo", "overlong": {"bufferTokens": 0, "penalty": 2}})),
+    (
+        "self.algorithm.overlong.penalty",
+        a_job(algorithm={"name": "dapo", "overlong": {"bufferTokens": 0, "penalty": 2}}),
+    ),
     ("self.tokenCap", a_job(algorithm__correction__tokenCap=0.5)),
     ("self.tokenCap", a_job(algorithm__correction__sequenceMax=0.99)),
     ("self.algorithm.kl.estimator", a_job(algorithm__kl={"coefficient": 0.1, "estimator": "k1"})),
-    ("self.algorithm.kl.estimator", a_job(algorithm={"name": "ppo", "kl": {"coefficient": 0.1, "estimator": "k1", "place": "loss"}})),
+    (
+        "self.algorithm.kl.estimator",
+        a_job(algorithm={"name": "ppo", "kl": {"coefficient": 0.1, "estimator": "k1", "place": "loss"}}),
+    ),
     ("has(self.target)", a_job(algorithm__kl__target=0.1)),
     ("has(self.target)", a_job(algorithm__kl={"coefficient": 0.1, "horizon": 10})),
     ("has(self.sources)].filter", a_job(data={"chatTemplate": True})),
@@ -168,20 +208,50 @@ BROKEN: list[tuple[str, Object]] = [
     ("has(self.reference) || self.algorithm", a_job(reference={"gpus": 1})),
     ("exists_one(one", a_job(evaluation=[EVALUATION, EVALUATION])),
     ("has(self.data.jsonl)", a_job(evaluation=[{**EVALUATION, "data": {}}])),
-    ("has(self.data.jsonl)", a_job(evaluation=[{**EVALUATION, "data": {**EVALUATION["data"], "parquet": {"path": "/p"}}}])),
+    (
+        "has(self.data.jsonl)",
+        a_job(evaluation=[{**EVALUATION, "data": {**EVALUATION["data"], "parquet": {"path": "/p"}}}]),
+    ),
     ("self.samples == 1", a_job(evaluation=[{**EVALUATION, "samples": 2}])),
-    (f"<= {MOST_GPUS})", a_job(placement__mode="Separated", rollout__engines=4096, rollout__tensorParallelSize=2, trainer__gpus=8, rollout__promptsPerStep=10)),
-    (f"<= {MOST_GPUS})", a_job(trainer__gpus=4096, rollout__engines=4096, rollout__promptsPerStep=4096, rewards=[{**MODEL, "gpus": 4096}, {**MODEL, "name": "b", "gpus": 4096}])),
+    (
+        f"<= {MOST_GPUS})",
+        a_job(
+            placement__mode="Separated", rollout__engines=4096, rollout__tensorParallelSize=2, trainer__gpus=8,
+            rollout__promptsPerStep=10,
+        ),
+    ),
+    (
+        f"<= {MOST_GPUS})",
+        a_job(
+            trainer__gpus=4096, rollout__engines=4096, rollout__promptsPerStep=4096,
+            rewards=[{**MODEL, "gpus": 4096}, {**MODEL, "name": "b", "gpus": 4096}],
+        ),
+    ),
     *(("self.resourceName.matches", a_job(placement__resourceName=name)) for name in
-      ("cpu", "memory", "ephemeral-storage", "hugepages-2Mi", "pods", "storage", "kubernetes.io/gpu", "requests.nvidia.com/gpu", "nvidia.com/", "/gpu", "a/b/c")),
+      (
+          "cpu", "memory", "ephemeral-storage", "hugepages-2Mi", "pods", "storage", "kubernetes.io/gpu",
+          "requests.nvidia.com/gpu", "nvidia.com/", "/gpu", "a/b/c",
+      )),
     ("self.model.source", a_job(model={"path": "Qwen/Qwen3-8B", "source": {"repo": "Qwen/Qwen3-8B"}})),
     ("self.model.source", a_job(rewards=[{**MODEL, "model": {"path": "rm", "source": {"repo": "some/rm"}}}])),
     ("self.model.source",
      a_job(algorithm={"name": "ppo"}, critic={"model": {"path": "c", "source": {"repo": "some/c"}}})),
-    *(("self.path.matches", a_job(checkpoint__path=path)) for path in ("//", "/.", "file:///", "/a/../b", "/a/..", "/a:b", "file://relative")),
+    *(
+        ("self.path.matches", a_job(checkpoint__path=path))
+        for path in ("//", "/.", "file:///", "/a/../b", "/a/..", "/a:b", "file://relative")
+    ),
     ("!has(self.claim) ||", a_job(checkpoint={"path": "s3://bucket/run", "claim": {"size": "1Gi"}})),
-    ("self.checkpoint.claim.accessMode", a_job(checkpoint__claim={"size": "1Gi"}, trainer__gpus=4, rollout__engines=4, placement__gpusPerNode=2)),
-    ("self.checkpoint.claim.accessMode", a_job(checkpoint__claim={"size": "1Gi", "accessMode": "ReadWriteOncePod"}, rewards=[{**MODEL, "gpus": 1}], placement__gpusPerNode=1)),
+    (
+        "self.checkpoint.claim.accessMode",
+        a_job(checkpoint__claim={"size": "1Gi"}, trainer__gpus=4, rollout__engines=4, placement__gpusPerNode=2),
+    ),
+    (
+        "self.checkpoint.claim.accessMode",
+        a_job(
+            checkpoint__claim={"size": "1Gi", "accessMode": "ReadWriteOncePod"}, rewards=[{**MODEL, "gpus": 1}],
+            placement__gpusPerNode=1,
+        ),
+    ),
     ("!self.ephemeral", a_job(checkpoint={"claim": {"size": "1Gi"}, "ephemeral": True})),
     ("!self.ephemeral", a_job(checkpoint={"path": "s3://bucket/run", "ephemeral": True})),
     ("'eval/'", a_job(checkpoint__best={"metric": "eval/held-out/mean_reward"})),
@@ -189,7 +259,10 @@ BROKEN: list[tuple[str, Object]] = [
     ("has(self.advantage)", a_job(algorithm__advantage={})),
     ("has(self.loss)", a_job(algorithm__loss={"function": "m:loss", "code": "def loss(**given): ..."})),
     ("self.learningRateFloor", a_job(trainer__learningRateFloor=0.1)),
-    ("self.runPolicy.finalSave", a_job(checkpoint__claim={"size": "1Gi", "onDelete": "Delete"}, runPolicy__finalSave=True)),
+    (
+        "self.runPolicy.finalSave",
+        a_job(checkpoint__claim={"size": "1Gi", "onDelete": "Delete"}, runPolicy__finalSave=True),
+    ),
 ]
 
 # A living job for the edits below: it may have a critic and a reference.

@@ -70,10 +70,14 @@ def test_dapos_buffer_is_a_fifth_of_the_longest_completion() -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        {"clipLow": 0}, {"clipLow": 1.1}, {"clipHigh": -0.1}, {"clipHigh": 10}, {"dualClip": -1}, {"lossAggregation": "mean"}, {"valueClip": -1},
-        {"gae": {"gamma": 0}}, {"gae": {"lambda": 1.1}}, {"kl": {"coefficient": -1}}, {"kl": {"estimator": "k4"}}, {"kl": {"place": "advantage"}},
-        {"kl": {"target": -1}}, {"kl": {"horizon": 0}}, {"dynamicSampling": {"maxRounds": 0}}, {"overlong": {"bufferTokens": -1}},
-        {"overlong": {"penalty": 0}}, {"correction": {"tokenMin": 2}}, {"correction": {"alarm": 0}}, {"advantageNormalization": "whiten"}, {"epochs": 2},
+        {"clipLow": 0}, {"clipLow": 1.1}, {"clipHigh": -0.1}, {"clipHigh": 10}, {"dualClip": -1},
+        {"lossAggregation": "mean"}, {"valueClip": -1},
+        {"gae": {"gamma": 0}}, {"gae": {"lambda": 1.1}}, {"kl": {"coefficient": -1}}, {"kl": {"estimator": "k4"}},
+        {"kl": {"place": "advantage"}},
+        {"kl": {"target": -1}}, {"kl": {"horizon": 0}}, {"dynamicSampling": {"maxRounds": 0}},
+        {"overlong": {"bufferTokens": -1}},
+        {"overlong": {"penalty": 0}}, {"correction": {"tokenMin": 2}}, {"correction": {"alarm": 0}},
+        {"advantageNormalization": "whiten"}, {"epochs": 2},
         {"entropyCoefficient": -0.1}, {"loss": "m:f"}, {"loss": {"function": "x" * 513}}, {"advantage": {"name": "f"}},
     ],
     ids=str,
@@ -86,7 +90,9 @@ def test_options_out_of_range_are_refused(given: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_page_has_each_algorithms_numbers(name: str) -> None:
     made = filled(name=name)
-    (row,) = [line for line in (ROOT / "docs/algorithms.md").read_text().splitlines() if line.startswith(f"| `{name}` |")]
+    (row,) = [
+        line for line in (ROOT / "docs/algorithms.md").read_text().splitlines() if line.startswith(f"| `{name}` |")
+    ]
     _, _, _, normalization, _, aggregation, clips, term, _, _ = (cell.strip() for cell in row.split("|"))
     assert normalization == f"`{made.advantage_normalization}`"
     assert aggregation == f"`{made.loss_aggregation}`"

@@ -12,14 +12,19 @@ from tests.api.specs import minimal_spec
 
 # What apiextensions/v1 knows of JSON Schema, as far as this CRD uses it. Anything else is refused or silently pruned.
 KNOWN = {
-    "type", "description", "enum", "default", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "maxLength",
-    "minItems", "maxItems", "maxProperties", "pattern", "format", "required", "properties", "items", "additionalProperties",
-    "x-kubernetes-preserve-unknown-fields", "x-kubernetes-int-or-string", "x-kubernetes-validations", "x-kubernetes-list-type", "x-kubernetes-list-map-keys",
+    "type", "description", "enum", "default", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength",
+    "maxLength",
+    "minItems", "maxItems", "maxProperties", "pattern", "format", "required", "properties", "items",
+    "additionalProperties",
+    "x-kubernetes-preserve-unknown-fields", "x-kubernetes-int-or-string", "x-kubernetes-validations",
+    "x-kubernetes-list-type", "x-kubernetes-list-map-keys",
 }  # fmt: skip
 
 
 # Fields of Kubernetes' own types, which it describes itself.
-FOREIGN = re.compile(r"spec\.(pods\.\w+\.(resources|containerSecurityContext)\.|pods\.\w+\.(env|envFrom|volumes|volumeMounts)\[\]\.|networkPolicy\.allowFrom\[\]\.)")
+FOREIGN = re.compile(
+    r"spec\.(pods\.\w+\.(resources|containerSecurityContext)\.|pods\.\w+\.(env|envFrom|volumes|volumeMounts)\[\]\.|networkPolicy\.allowFrom\[\]\.)"
+)
 
 
 def without_empty(value: Any) -> Any:
@@ -33,7 +38,9 @@ def without_empty(value: Any) -> Any:
 def test_every_node_is_structural() -> None:
     for path, node in walk(job_schema()):
         assert set(node) <= KNOWN, path
-        assert node.get("x-kubernetes-int-or-string") or node.get("type") in {"object", "array", "string", "integer", "number", "boolean"}, path
+        assert node.get("x-kubernetes-int-or-string") or node.get("type") in {
+            "object", "array", "string", "integer", "number", "boolean",
+        }, path
         assert not ("properties" in node and "additionalProperties" in node), path
         assert node.get("type") != "array" or "items" in node, path
 
@@ -56,7 +63,10 @@ def test_strings_and_lists_of_the_spec_are_bounded() -> None:
 
 def test_numbers_of_the_spec_are_bounded_on_both_sides() -> None:
     """What is planned from a spec takes memory of the operator, which all jobs share."""
-    numbers = [(path, node) for path, node in walk(job_schema()["properties"]["spec"]) if node.get("type") in ("integer", "number")]
+    numbers = [
+        (path, node) for path,
+        node in walk(job_schema()["properties"]["spec"]) if node.get("type") in ("integer", "number")
+    ]
     assert len(numbers) > 50
     assert [path for path, node in numbers if not {"minimum", "maximum"} <= set(node)] == []
 
@@ -87,4 +97,6 @@ def test_columns_read_fields_that_exist() -> None:
 
 def test_pods_take_any_field_of_a_pod_spec() -> None:
     pods = job_schema()["properties"]["spec"]["properties"]["pods"]["properties"]
-    assert {name for name, pod in pods.items() if pod.get("x-kubernetes-preserve-unknown-fields")} == {"head", "trainer", "rollout"}
+    assert {
+        name for name, pod in pods.items() if pod.get("x-kubernetes-preserve-unknown-fields")
+    } == {"head", "trainer", "rollout"}

@@ -72,10 +72,21 @@ UNKNOWN: list[tuple[dict[str, Any], list[str]]] = [
     ({}, []),
     ({"trainer__learninRate": 1e-6}, ["spec.trainer.learninRate"]),
     ({"trainer__learning_rate": 1e-6}, ["spec.trainer.learning_rate"]),
-    ({"fleet": {"of": [1]}, "data__jsonl__pth": "x", "algorithm__gae__mu": 1}, ["spec.algorithm.gae.mu", "spec.data.jsonl.pth", "spec.fleet"]),
-    ({"rewards": [{"name": "a", "type": "python", "function": "m:f", "x": 1, "y": 2}, {"name": "b", "type": "python", "function": "m:f", "x": {}}]},
+    (
+        {"fleet": {"of": [1]}, "data__jsonl__pth": "x", "algorithm__gae__mu": 1},
+        ["spec.algorithm.gae.mu", "spec.data.jsonl.pth", "spec.fleet"],
+    ),
+    ({
+        "rewards": [
+            {"name": "a", "type": "python", "function": "m:f", "x": 1, "y": 2},
+            {"name": "b", "type": "python", "function": "m:f", "x": {}}
+        ]
+    },
      ["spec.rewards[0].x", "spec.rewards[0].y", "spec.rewards[1].x"]),
-    ({"evaluation": [{"name": "e", "data": {"jsonl": {"path": "p", "z": 0}, "q": 0}}]}, ["spec.evaluation[0].data.jsonl.z", "spec.evaluation[0].data.q"]),
+    (
+        {"evaluation": [{"name": "e", "data": {"jsonl": {"path": "p", "z": 0}, "q": 0}}]},
+        ["spec.evaluation[0].data.jsonl.z", "spec.evaluation[0].data.q"],
+    ),
     ({"pods__trainer": {"runtimeClassName": "kata"}, "pods__sidecar": {}}, ["spec.pods.sidecar"]),
 ]  # fmt: skip
 
@@ -138,7 +149,8 @@ def test_files_that_hold_no_single_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"placement__mode": "Separated", "rollout__engineArgs": {"max_model_len": 64, "quantization": None}}]
+    "changes",
+    [{}, {"placement__mode": "Separated", "rollout__engineArgs": {"max_model_len": 64, "quantization": None}}]
 )
 def test_a_run_config_survives_its_file(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = resolve(parse_job(a_job(**changes)))
@@ -164,8 +176,12 @@ def test_the_sampling_seed_falls_back_to_the_jobs() -> None:
     ],
     ids=str,
 )
-def test_a_reference_of_the_policys_base_on_its_ranks_is_the_policy_without_adapters(changes: dict[str, Any], inside: bool) -> None:
-    given: dict[str, Any] = {"model": {"path": "some/model", "lora": {}}, "algorithm": {"kl": {"coefficient": 0.1}}, **changes}
+def test_a_reference_of_the_policys_base_on_its_ranks_is_the_policy_without_adapters(
+    changes: dict[str, Any], inside: bool,
+) -> None:
+    given: dict[str, Any] = {
+        "model": {"path": "some/model", "lora": {}}, "algorithm": {"kl": {"coefficient": 0.1}}, **changes,
+    }
     config = resolve(parse_job(a_job(**given)))
     assert config.reference_in_policy is inside
     assert "reference" not in config.roles or not hasattr(config.roles["reference"], "lora")
@@ -175,7 +191,8 @@ def test_a_reference_of_the_policys_base_on_its_ranks_is_the_policy_without_adap
     ("lora", "message"),
     [
         ({"rank": 0}, "model.lora.rank"), ({"rank": 513}, "model.lora.rank"), ({"alpha": 0}, "model.lora.alpha"),
-        ({"targetModules": []}, "model.lora.targetModules"), ({"targetModules": ["a.b"]}, r"model.lora.targetModules\[0\]"),
+        ({"targetModules": []}, "model.lora.targetModules"),
+        ({"targetModules": ["a.b"]}, r"model.lora.targetModules\[0\]"),
     ],
 )  # fmt: skip
 def test_adapters_that_cannot_be(lora: dict[str, Any], message: str) -> None:
@@ -188,10 +205,15 @@ JUDGE = {"name": "j", "type": "judge", "url": "http://judge/", "judge": {"model"
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [("score (", "no regular expression"), ("(" * 500 + ")" * 500, "no regular expression"), ("(a{99999999999})", "no regular expression"), ("score", "exactly one group"), (r"(a)(\d)", r"it has 2; write \(\?:")],
+    [("score (", "no regular expression"), (
+        "(" * 500 + ")" * 500, "no regular expression",
+    ), ("(a{99999999999})", "no regular expression"), ("score", "exactly one group"), (r"(a)(\d)", r"it has 2; write "
+        r"\(\?:")],
 )
 def test_a_judges_pattern_must_have_one_group(pattern: str, message: str) -> None:
-    read = parse_lenient(a_job(rewards=[{**JUDGE, "judge": {**JUDGE["judge"], "pattern": pattern}}]))  # type: ignore[dict-item]
+    read = parse_lenient(
+        a_job(rewards=[{**JUDGE, "judge": {**JUDGE["judge"], "pattern": pattern}}])  # type: ignore[dict-item]
+    )
     assert read.job is not None, "what else the job says is known"
     (problem,) = read.problems
     assert re.fullmatch(rf"spec\.rewards\[0\]\.judge\.pattern: .*{message}.*", problem)

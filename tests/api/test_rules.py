@@ -48,7 +48,10 @@ def test_bad_names(name: str) -> None:
     [
         {"placement__mode": "Separated", "rollout__engines": 3},
         {"placement__mode": "Separated", "rollout__engines": 16, "trainer__gpus": 16},
-        {"placement__mode": "Separated", "placement__gpusPerNode": 8, "rollout__engines": 4, "rollout__tensorParallelSize": 3},
+        {
+            "placement__mode": "Separated", "placement__gpusPerNode": 8, "rollout__engines": 4,
+            "rollout__tensorParallelSize": 3,
+        },
         {"trainer__gpus": 16, "rollout__engines": 8, "rollout__tensorParallelSize": 2},
         {"placement__fractions": {"trainer": 0.9, "rollout": 0.1}},
         {"placement__mode": "Separated", "placement__fractions": {"trainer": 1, "rollout": 1}},
@@ -82,7 +85,9 @@ def refusals(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def test_every_field_of_the_spec_has_its_kind_of_edit() -> None:
     assert {field.split(".")[0] for field, _ in (*FROZEN, *HELD, *FREE)} == set(FIELDS)
-    assert set(NEVER) <= {field for field, _ in FROZEN} >= {rule.field for rule in transitions(FIELDS) if "can never" in rule.message}
+    assert set(NEVER) <= {field for field, _ in FROZEN} >= {
+        rule.field for rule in transitions(FIELDS) if "can never" in rule.message
+    }
     assert {rule.field for rule in transitions(FIELDS) if "oldSelf.suspend" in rule.cel} == {field for field, _ in HELD}
     assert set(MUTABLE) == {field for field, _ in FREE}
 
@@ -101,7 +106,8 @@ def test_what_changes_only_while_the_job_is_suspended(field: str, value: Any) ->
     assert refusals(a_job(**LIVING, suspend=True), edited(field, value)) == [], "the edit may resume it"
     for new in (edited(field, value), edited(field, value, suspend=True)):
         (message,) = refusals(a_job(**LIVING), new)
-        assert message == f"{field} can change only while the job is suspended: set suspend to true first, in an edit of its own"
+        words = "can change only while the job is suspended: set suspend to true first, in an edit of its own"
+        assert message == f"{field} {words}"
 
 
 @pytest.mark.parametrize(("field", "value"), FREE, ids=[field for field, _ in FREE])

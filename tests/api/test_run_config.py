@@ -23,7 +23,8 @@ JOBS: dict[str, Raw] = {
         algorithm={"name": "ppo", "kl": {"coefficient": 0.1, "target": 0.2}, "clipLow": 0.1},
         data={"reasoningGym": {"task": "basic_arithmetic", "config": {"min_terms": 2}}, "seed": 5},
         critic={"warmupSteps": 3, "gpus": 2}, reference={}, rewards=[JUDGE, {**MODEL, "weight": 0.5}],
-        evaluation=[{**EVALUATION, "samples": 2, "temperature": 0.5}], placement={"mode": "Separated", "gpusPerNode": 4},
+        evaluation=[{**EVALUATION, "samples": 2, "temperature": 0.5}],
+        placement={"mode": "Separated", "gpusPerNode": 4},
         rollout={"engines": 4, "staleness": 1, "environment": {"function": "m:E"},
                  "engineArgs": {"max_model_len": 64, "quantization": None}},
         trainer={"steps": 7, "gpus": 2, "learningRate": 0.0001}, checkpoint={"path": "s3://bucket/run", "keep": 2},
@@ -50,8 +51,14 @@ def fields(node: Any, path: str = "") -> Iterator[tuple[str, set[str]]]:
 def unreadable(config: Raw) -> list[str]:
     """What e56ccc6's closed models would have refused: fields they do not know, and fields they miss."""
     known, required = set(OLD["fields"]), set(OLD["required"])
-    found = [(path, keys, {one.removeprefix(f"{path}.") for one in required if one.rpartition(".")[0] == path}) for path, keys in fields(config)]
-    extra = [f"{path}.{key}".lstrip(".") for path, keys, _ in found for key in keys if f"{path}.{key}".lstrip(".") not in known]
+    found = [
+        (path, keys, {one.removeprefix(f"{path}.") for one in required if one.rpartition(".")[0] == path}) for path,
+        keys in fields(config)
+    ]
+    extra = [
+        f"{path}.{key}".lstrip(".") for path, keys,
+        _ in found for key in keys if f"{path}.{key}".lstrip(".") not in known
+    ]
     return extra + [f"{path}: {missing}" for path, keys, needed in found if (missing := needed - keys)]
 
 
@@ -75,7 +82,9 @@ def test_what_an_older_image_cannot_read_would_be_found() -> None:
 
 
 def test_options_of_the_operator_alone_are_not_told_to_the_image() -> None:
-    assert dumped(a_job(checkpoint={"claim": {"size": "1Gi"}})) == dumped(a_job(checkpoint={"ephemeral": True})) == dumped(a_job())
+    assert dumped(
+        a_job(checkpoint={"claim": {"size": "1Gi"}})
+    ) == dumped(a_job(checkpoint={"ephemeral": True})) == dumped(a_job())
 
 
 def test_defaults_are_left_out_and_what_has_none_is_whole() -> None:
@@ -88,9 +97,11 @@ def test_defaults_are_left_out_and_what_has_none_is_whole() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"version": VERSION + 1}, f"newer operator (version {VERSION + 1}, the image knows {VERSION}): use a newer spec.image"),
+        ({"version": VERSION + 1}, f"newer operator (version {VERSION + 1}, the image knows {VERSION}): use a newer "
+            "spec.image"),
         ({"version": 9, "fleet": {}}, f"newer operator (it sets fleet; version 9, the image knows {VERSION})"),
-        ({"trainer": {"steps": 1, "zeal": 1}}, f"newer operator (it sets trainer.zeal; version 1, the image knows {VERSION})"),
+        ({"trainer": {"steps": 1, "zeal": 1}}, "newer operator (it sets trainer.zeal; version 1, the image knows "
+            f"{VERSION})"),
     ],
 )
 def test_a_newer_operators_config_is_refused_in_words(changes: Raw, words: str) -> None:

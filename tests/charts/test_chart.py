@@ -72,7 +72,9 @@ def test_a_wrong_value_is_refused_by_its_name(pair: str, words: list[str]) -> No
 
 
 def test_a_monitor_without_its_service_is_refused() -> None:
-    assert "needs metrics.service.enabled" in refusal("metrics.serviceMonitor.enabled=true", "metrics.service.enabled=false")
+    assert "needs metrics.service.enabled" in refusal(
+        "metrics.serviceMonitor.enabled=true", "metrics.service.enabled=false",
+    )
 
 
 def test_a_release_named_like_a_driver_is_refused() -> None:
@@ -145,7 +147,9 @@ def test_the_selectors_find_the_pod(objects: list[Object]) -> None:
 
 
 def test_pod_labels_cannot_break_the_selector() -> None:
-    template = one(render(*sets("podLabels.team=a", "podLabels.app\\.kubernetes\\.io/name=other")), "Deployment")["spec"]["template"]
+    template = one(
+        render(*sets("podLabels.team=a", "podLabels.app\\.kubernetes\\.io/name=other")), "Deployment",
+    )["spec"]["template"]
     assert template["metadata"]["labels"]["app.kubernetes.io/name"] == "rlhf-operator"
     assert template["metadata"]["labels"]["team"] == "a"
 
@@ -154,7 +158,9 @@ def test_every_binding_names_a_role_and_an_account_that_exist(objects: list[Obje
     account = one(objects, "ServiceAccount")["metadata"]
     for binding in (o for o in objects if o["kind"].endswith("RoleBinding")):
         one(objects, binding["roleRef"]["kind"], binding["roleRef"]["name"])
-        assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account["name"], "namespace": account["namespace"]}]
+        assert binding["subjects"] == [
+            {"kind": "ServiceAccount", "name": account["name"], "namespace": account["namespace"]}
+        ]
 
 
 def test_the_operator_has_no_wildcard_and_reads_no_secrets(objects: list[Object]) -> None:
@@ -171,7 +177,9 @@ def flags(*pairs: str) -> Settings:
 
 def test_the_operator_understands_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POD_NAMESPACE", "rlhf-system")
-    assert flags() == Settings(namespace=None, kubeconfig=None, health_port=8080, lease_namespace="rlhf-system", verbose=False)
+    assert flags() == Settings(
+        namespace=None, kubeconfig=None, health_port=8080, lease_namespace="rlhf-system", verbose=False,
+    )
     assert flags("watchNamespace=team-a", "verbose=true") == Settings("team-a", None, 8080, "rlhf-system", verbose=True)
 
 
@@ -180,21 +188,27 @@ def test_one_namespace_needs_no_cluster_role() -> None:
     assert not CLUSTER_WIDE & {o["kind"] for o in objects}
     assert {o["metadata"]["namespace"] for o in objects if o["kind"] == "Role"} == {"team-a", generate.NAMESPACE}
     binding = one(objects, "ValidatingAdmissionPolicyBinding")
-    assert binding["spec"]["matchResources"]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "team-a"}
+    assert binding["spec"]["matchResources"]["namespaceSelector"]["matchLabels"] == {
+        "kubernetes.io/metadata.name": "team-a"
+    }
 
 
 def test_the_rules_are_those_of_the_operators_kinds(objects: list[Object]) -> None:
     wide, lease = one(objects, "ClusterRole", "rlhf-system-rlhf-operator")["rules"], one(objects, "Role")["rules"]
     assert sorted(map(str, wide + lease)) == sorted(map(str, rules()))
     assert [rule["resources"] for rule in lease] == [["leases"]]
-    (narrow,) = [o for o in render(*sets("watchNamespace=team-a")) if o["kind"] == "Role" and o["metadata"]["namespace"] == "team-a"]
+    (narrow,) = [
+        o for o in render(*sets("watchNamespace=team-a"))
+        if o["kind"] == "Role" and o["metadata"]["namespace"] == "team-a"
+    ]
     assert narrow["rules"] == [rule for rule in wide if rule["resources"] != ["customresourcedefinitions"]]
 
 
 def test_users_get_their_rights_by_aggregation_and_never_the_status(objects: list[Object]) -> None:
     roles = {o["metadata"]["name"].rpartition("-")[2]: o for o in objects if o["kind"] == "ClusterRole"}
     aggregated = {
-        name: {label.rpartition("-")[2] for label in role["metadata"]["labels"] if "aggregate-to" in label} for name, role in roles.items()
+        name: {label.rpartition("-")[2] for label in role["metadata"]["labels"] if "aggregate-to" in label} for name,
+        role in roles.items()
     }
     assert aggregated["view"] == {"view", "edit", "admin"}
     assert aggregated["edit"] == {"edit", "admin"}

@@ -22,7 +22,9 @@ def reasons() -> Iterator[str]:
             ):
                 argument = node.args[TELLERS[node.func.id]]
                 options = (argument.body, argument.orelse) if isinstance(argument, ast.IfExp) else (argument,)
-                yield from (o.value for o in options if isinstance(o, ast.Constant) and isinstance(o.value, str) and o.value)
+                yield from (
+                    o.value for o in options if isinstance(o, ast.Constant) and isinstance(o.value, str) and o.value
+                )
 
 
 def test_every_reason_is_explained() -> None:

@@ -16,13 +16,18 @@ SAMPLES = sorted((generate.MANIFESTS / "samples").glob("*.yaml"))
 
 def test_the_kustomize_install_is_the_rendered_chart() -> None:
     expected = generate.manifests(generate.render("--set", "crds.install=false"))
-    stale = [str(path.relative_to(generate.ROOT)) for path, text in expected.items() if not path.exists() or path.read_text() != text]
+    stale = [
+        str(path.relative_to(generate.ROOT)) for path,
+        text in expected.items() if not path.exists() or path.read_text() != text
+    ]
     assert stale == [], "run make generate"
 
 
 def test_nothing_else_lies_in_the_generated_folders() -> None:
     expected = set(generate.manifests(generate.render("--set", "crds.install=false")))
-    found = {path for folder in ("crd", "rbac", "operator", "default") for path in (generate.MANIFESTS / folder).iterdir()}
+    found = {
+        path for folder in ("crd", "rbac", "operator", "default") for path in (generate.MANIFESTS / folder).iterdir()
+    }
     assert found == expected
 
 
@@ -58,7 +63,10 @@ def test_a_samples_data_are_mounted_where_the_spec_names_them(path: Path) -> Non
     assert not ephemeral(load_job(path).spec), "a sample's checkpoints outlive its pods"
     if spec["model"]["path"].startswith("/"):
         readers = ["head", "trainer", *(["rollout"] if spec.get("placement", {}).get("mode") == "Separated" else [])]
-        assert [kind for kind in readers if not any(spec["model"]["path"].startswith(mount) for mount in mounts.get(kind, []))] == []
+        assert [
+            kind for kind in readers
+            if not any(spec["model"]["path"].startswith(mount) for mount in mounts.get(kind, []))
+        ] == []
 
 
 def test_sample_names_differ() -> None:

@@ -56,7 +56,9 @@ def told(who: str) -> set[tuple[str, str, frozenset[str]]]:
 @pytest.mark.parametrize("who", WHO)
 def test_the_page_tells_the_rights(who: str) -> None:
     table = "".join(f"{line}\n" for line in lines(WHO[who]))
-    title = {"operator": "The operator:", "driver": f"`{driver_account_name('JOB')}`, of each job by its name:"}.get(who)
+    title = {
+        "operator": "The operator:", "driver": f"`{driver_account_name('JOB')}`, of each job by its name:",
+    }.get(who)
     text = f"{title}\n\n{HEADER}{table}\n" if title else "A stranger, such as `default` in the job's namespace: nothing.\n\n"
     if os.environ.get("UPDATE_GOLDEN"):
         found = section(who)

@@ -17,7 +17,9 @@ def put(kube: Kube, namespace: str, job: dict[str, Any], *options: str) -> None:
 
 
 @pytest.mark.parametrize(("part", "raw"), BROKEN, ids=[part.strip("<=> ") for part, _ in BROKEN])
-def test_a_broken_rule_is_refused_at_apply_with_the_fix(operator: Kube, namespace: str, part: str, raw: dict[str, Any]) -> None:
+def test_a_broken_rule_is_refused_at_apply_with_the_fix(
+    operator: Kube, namespace: str, part: str, raw: dict[str, Any],
+) -> None:
     with pytest.raises(Refused) as refused:
         put(operator, namespace, raw, "--dry-run=server")
     assert rule(part).message in str(refused.value)
@@ -36,7 +38,10 @@ def test_a_broken_rule_is_refused_at_apply_with_the_fix(operator: Kube, namespac
         ({"checkpoint__path": "relative"}, "spec.checkpoint.path"),
         ({"queue": {"name": "team-a/b"}}, "spec.queue.name"),
         ({"checkpoint__claim": {"size": "0Gi"}}, "spec.checkpoint.claim.size"),
-        ({"checkpoint__claim": {"size": "1Gi", "storageClassName": "fast disk"}}, "spec.checkpoint.claim.storageClassName"),
+        (
+            {"checkpoint__claim": {"size": "1Gi", "storageClassName": "fast disk"}},
+            "spec.checkpoint.claim.storageClassName",
+        ),
     ],
 )
 def test_the_schema_names_the_field(operator: Kube, namespace: str, changes: dict[str, Any], words: str) -> None:
@@ -50,7 +55,9 @@ def test_what_a_run_is_made_of_never_changes(operator: Kube, namespace: str, fie
     put(operator, namespace, a_job(**LIVING, suspend=True))
     with pytest.raises(Refused) as refused:
         put(operator, namespace, edited(field, value, suspend=True), "--dry-run=server")
-    assert f"{field} can never change" in str(refused.value) or "rewards keep their names and types" in str(refused.value)
+    assert f"{field} can never change" in str(
+        refused.value
+    ) or "rewards keep their names and types" in str(refused.value)
 
 
 @pytest.mark.parametrize(("field", "value"), HELD, ids=[field for field, _ in HELD])
@@ -66,12 +73,16 @@ def test_what_changes_only_while_the_job_is_suspended(operator: Kube, namespace:
 @pytest.mark.parametrize(("field", "value"), FREE, ids=[field for field, _ in FREE])
 def test_what_changes_at_any_time(operator: Kube, namespace: str, field: str, value: Any) -> None:
     put(operator, namespace, a_job(**LIVING, image="no-such-image:ever", imagePullPolicy="Never"))
-    put(operator, namespace, edited(field, value, image="no-such-image:ever", imagePullPolicy="Never"), "--dry-run=server")
+    put(
+        operator, namespace, edited(field, value, image="no-such-image:ever", imagePullPolicy="Never"),
+        "--dry-run=server",
+    )
 
 
 def test_defaults_are_visible_and_overrides_keep_unknown_fields(operator: Kube, namespace: str) -> None:
     put(
-        operator, namespace, a_job(suspend=True, pods={"trainer": {"nodeSelector": {"pool": "a"}, "tolerations": [{"operator": "Exists"}]}})
+        operator, namespace,
+        a_job(suspend=True, pods={"trainer": {"nodeSelector": {"pool": "a"}, "tolerations": [{"operator": "Exists"}]}})
     )
     spec = (operator.find("rlhf", "sample", "-n", namespace) or {})["spec"]
     assert spec["placement"] == {

@@ -1,4 +1,6 @@
-"""Bad input that only a running job can find: a clear error in the status, nothing retried in vain, nothing left behind."""
+"""Bad input that only a running job can find: a clear error in the status, nothing retried in vain, nothing left
+behind.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ FINAL: list[tuple[str, dict[str, Any], list[str]]] = [
     ("jsonl", {"data__jsonl": {"path": "/var/lib/rlhf/broken.jsonl"}}, ["/var/lib/rlhf/broken.jsonl", "line 3"]),
     (
         "code",
-        {"rewards": [{"name": "typo", "type": "python", "code": "def rewrd(prompt, completion, **row):\n    return 1.0\n"}]},
+        {"rewards": [{"name": "typo", "type": "python", "code": "def rewrd(prompt, completion, **row):\n    return "
+            "1.0\n"}]},
         ["typo", "reward"],
     ),
 ]
@@ -38,7 +41,9 @@ def test_a_wrong_input_fails_at_once_and_says_which(
     wait_for(lambda: released(operator, namespace, name), 60, "pods and RayCluster gone, no GPU held")
 
 
-def test_a_reward_that_raises_is_retried_then_ends_the_job_with_its_words(operator: Kube, namespace: str, volumes: Path) -> None:
+def test_a_reward_that_raises_is_retried_then_ends_the_job_with_its_words(
+    operator: Kube, namespace: str, volumes: Path,
+) -> None:
     code = "def reward(prompt, completion, **row):\n    raise ValueError('the judge is asleep')\n"
     job = sample(
         "tiny-colocated.yaml",
@@ -56,9 +61,15 @@ def test_a_reward_that_raises_is_retried_then_ends_the_job_with_its_words(operat
 
 def test_a_missing_image_is_told_and_ends_at_the_provisioning_deadline(operator: Kube, namespace: str) -> None:
     operator.apply(
-        sample("tiny-colocated.yaml", "noimage", namespace, image="no-such-image:ever", runPolicy={"provisioningDeadlineSeconds": 40})
+        sample(
+            "tiny-colocated.yaml", "noimage", namespace, image="no-such-image:ever",
+            runPolicy={"provisioningDeadlineSeconds": 40},
+        )
     )
-    wait_for(lambda: condition(operator, namespace, "noimage", "ClusterReady").get("reason") == "ImagePullFailed", 40, "ImagePullFailed")
+    wait_for(
+        lambda: condition(operator, namespace, "noimage", "ClusterReady").get("reason") == "ImagePullFailed", 40,
+        "ImagePullFailed",
+    )
     assert "no-such-image:ever" in condition(operator, namespace, "noimage", "ClusterReady")["message"]
     failed = wait_for_condition(operator, namespace, "noimage", "Failed", 90)
     assert failed["reason"] == "ProvisioningDeadlineExceeded"
@@ -67,9 +78,14 @@ def test_a_missing_image_is_told_and_ends_at_the_provisioning_deadline(operator:
 
 
 def test_more_gpus_than_the_node_has_is_told_in_the_schedulers_words(operator: Kube, namespace: str) -> None:
-    job = sample("tiny-colocated.yaml", "big", namespace, trainer__gpus=16, rollout__engines=16, placement__gpusPerNode=16)
+    job = sample(
+        "tiny-colocated.yaml", "big", namespace, trainer__gpus=16, rollout__engines=16, placement__gpusPerNode=16,
+    )
     operator.apply(job)
-    wait_for(lambda: condition(operator, namespace, "big", "ClusterReady").get("reason") == "Unschedulable", 60, "Unschedulable")
+    wait_for(
+        lambda: condition(operator, namespace, "big", "ClusterReady").get("reason") == "Unschedulable", 60,
+        "Unschedulable",
+    )
     assert "Insufficient nvidia.com/gpu" in condition(operator, namespace, "big", "ClusterReady")["message"]
     operator.run("delete", "rlhfjob", "big", "-n", namespace, "--wait")
     wait_for(lambda: released(operator, namespace, "big"), 60, "deletion leaves nothing")

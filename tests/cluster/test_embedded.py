@@ -1,10 +1,11 @@
-"""The embedded cluster itself: one of its own, beside whatever cluster this clone runs, up from nothing and away again."""
+"""The embedded cluster itself: one of its own, beside whatever cluster this clone runs, up from nothing and away again.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,10 @@ def leftovers(cfg: settings.Settings) -> list[str]:
     found = [link["ifname"] for link in links if link["ifname"] == cfg.link]
     found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"*/{cfg.cgroup}")]
     found += [line for line in Path("/proc/mounts").read_text().splitlines() if str(cfg.state) in line]
-    found += [str(path) for path in (cfg.state, Path("/run/containerd"), Path("/var/lib/kubelet"), Path("/var/log/pods")) if path.exists()]
+    found += [
+        str(path) for path in (cfg.state, Path("/run/containerd"), Path("/var/lib/kubelet"), Path("/var/log/pods"))
+        if path.exists()
+    ]
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             found += [command] if str(cfg.state) in (command := process.read_text()) and "pytest" not in command else []
@@ -51,12 +55,16 @@ def api(cfg: settings.Settings) -> Api:
 
 def run_pod(api: Api, name: str, image: str, script: str, **spec: Any) -> str:
     """Run a script with bash in a pod to its end; returns its log."""
-    container = {"name": "c", "image": image, "imagePullPolicy": "IfNotPresent", "command": ["bash", "-c", script]} | spec.pop(
+    container = {
+        "name": "c", "image": image, "imagePullPolicy": "IfNotPresent", "command": ["bash", "-c", script],
+    } | spec.pop(
         "container", {}
     )
     path = "/api/v1/namespaces/default/pods"
     wait_for(lambda: api.find("/api/v1/namespaces/default/serviceaccounts/default"), 30, "the default ServiceAccount")
-    api.create(path, {"metadata": {"name": name}, "spec": {"restartPolicy": "Never", "containers": [container], **spec}})
+    api.create(
+        path, {"metadata": {"name": name}, "spec": {"restartPolicy": "Never", "containers": [container], **spec}},
+    )
 
     def ended() -> str | None:
         phase: str = api.get(f"{path}/{name}")["status"]["phase"]
@@ -85,7 +93,9 @@ def test_up_with_other_choices_is_refused_and_touches_nothing(cfg: settings.Sett
 
 
 def test_nothing_of_the_node_shows_on_this_machine(cfg: settings.Settings) -> None:
-    seen = [line for line in leftovers(cfg) if not line.startswith(("/sys/fs/cgroup", str(cfg.state))) and "\0" not in line]
+    seen = [
+        line for line in leftovers(cfg) if not line.startswith(("/sys/fs/cgroup", str(cfg.state))) and "\0" not in line
+    ]
     assert seen == [cfg.link]
 
 
@@ -94,7 +104,8 @@ def test_addresses_of_two_clusters_differ() -> None:
 
 
 def test_each_staging_module_is_replaced() -> None:
-    upstream = "go 1.26.0\nreplace (\n\tk8s.io/api => ./staging/src/k8s.io/api\n\tk8s.io/cri-api => ./staging/src/k8s.io/cri-api\n)\n"
+    upstream = ("go 1.26.0\nreplace (\n\tk8s.io/api => ./staging/src/k8s.io/api\n\tk8s.io/cri-api => "
+        "./staging/src/k8s.io/cri-api\n)\n")
     module = _workspace_module(upstream)
     version = "v0" + settings.KUBERNETES.removeprefix("v1")
     assert [line.strip() for line in module.splitlines() if "=>" in line] == [
@@ -106,7 +117,8 @@ def test_each_staging_module_is_replaced() -> None:
 
 
 def test_worker_image_runs_this_environment_read_only(api: Api, cfg: settings.Settings) -> None:
-    script = f"set -e; python -c 'import rlhf_worker, sys; print(sys.prefix)'; ! touch {cfg.clone}/api/x 2>/dev/null; touch /tmp/y; ls {cfg.clone}"
+    script = (f"set -e; python -c 'import rlhf_worker, sys; print(sys.prefix)'; ! touch {cfg.clone}/api/x 2>/dev/null; "
+        f"touch /tmp/y; ls {cfg.clone}")
     log = run_pod(api, "environment", settings.WORKER_IMAGE, script).split()
     assert log[0] == str(cfg.venv)
     assert ".cluster" not in log
@@ -132,7 +144,9 @@ def test_node_s_volumes_are_this_machine_s(api: Api, cfg: settings.Settings) -> 
     assert (cfg.volumes / "checkpoint").read_text() == "saved\n"
 
 
-def test_a_claim_is_a_directory_of_this_machine_that_a_pod_without_rights_writes(api: Api, cfg: settings.Settings) -> None:
+def test_a_claim_is_a_directory_of_this_machine_that_a_pod_without_rights_writes(
+    api: Api, cfg: settings.Settings,
+) -> None:
     path = "/api/v1/namespaces/default/persistentvolumeclaims"
     asked = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
     api.create(path, {"metadata": {"name": "mine"}, "spec": asked})
@@ -152,7 +166,8 @@ def test_a_claim_is_a_directory_of_this_machine_that_a_pod_without_rights_writes
 def test_pods_reach_the_api_server_by_service_and_a_name_is_refused_at_once(api: Api) -> None:
     script = """python - <<'P'
 import os, socket, time
-socket.create_connection((os.environ["KUBERNETES_SERVICE_HOST"], int(os.environ["KUBERNETES_SERVICE_PORT"])), timeout=10)
+service = os.environ["KUBERNETES_SERVICE_HOST"], int(os.environ["KUBERNETES_SERVICE_PORT"])
+socket.create_connection(service, timeout=10)
 start = time.monotonic()
 try:
     socket.getaddrinfo("no-such-name", 80)
@@ -164,14 +179,20 @@ P"""
 
 def test_gpus_are_counted_and_survive_the_kubelet(api: Api, cfg: settings.Settings) -> None:
     kubelet = next(
-        int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if f"--config={cfg.state}/kubelet.json" in text(path)
+        int(
+            path.parent.name
+        ) for path in Path("/proc").glob("[0-9]*/cmdline") if f"--config={cfg.state}/kubelet.json" in text(path)
     )
     subprocess.run(["kill", str(kubelet)], check=True)
-    wait_for(lambda: "kubelet ended" in (cfg.logs / "supervisor.log").read_text(), 20, "the supervisor's word on the kubelet")
+    wait_for(lambda: "kubelet ended" in (cfg.logs / "supervisor.log").read_text(), 20, "the supervisor's word on the "
+        "kubelet")
     wait_for(lambda: embedded.status(cfg), 60, "the node with its GPUs")
     limits = {"resources": {"limits": {"nvidia.com/gpu": settings.LOGICAL_GPUS}}}
     run_pod(api, "gpus", settings.WORKER_IMAGE, "true", container=limits)
-    pod = {"name": "c", "image": settings.WORKER_IMAGE, "resources": {"limits": {"nvidia.com/gpu": settings.LOGICAL_GPUS + 1}}}
+    pod = {
+        "name": "c", "image": settings.WORKER_IMAGE,
+        "resources": {"limits": {"nvidia.com/gpu": settings.LOGICAL_GPUS + 1}},
+    }
     path = "/api/v1/namespaces/default/pods"
     api.create(path, {"metadata": {"name": "too-many"}, "spec": {"containers": [pod]}})
     wait_for(lambda: unschedulable(api.get(f"{path}/too-many")), 30, "the scheduler's refusal of nine GPUs")
@@ -207,7 +228,10 @@ def test_ray_cluster_comes_up_and_its_driver_reaches_the_gpu(api: Api) -> None:
         lambda: json.dumps(api.get(f"{path}/demo")["status"]),
     )
     head = api.get(f"{path}/demo")["status"]["head"]["podName"]
-    log: Callable[[], str] = lambda: api.text(f"/api/v1/namespaces/default/pods/{head}/log?container=driver")  # noqa: E731
+
+    def log() -> str:
+        return str(api.text(f"/api/v1/namespaces/default/pods/{head}/log?container=driver"))
+
     wait_for(lambda: "placed on demo-gpu-worker" in log(), 120, log)
     api.delete(f"{path}/demo")
     gone = "/api/v1/namespaces/default/pods?labelSelector=ray.io%2Fcluster%3Ddemo"

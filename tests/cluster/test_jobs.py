@@ -52,4 +52,9 @@ def test_nothing_is_written_while_nothing_changes(operator: Kube, namespace: str
     assert annotated["metadata"]["resourceVersion"] != before["metadata"]["resourceVersion"]
     version = annotated["metadata"]["resourceVersion"]
     with pytest.raises(pytest.fail.Exception, match="a write"):
-        wait_for(lambda: (operator.find("rlhfjob", "waits", "-n", namespace) or {})["metadata"]["resourceVersion"] != version, 8, "a write")
+        wait_for(
+            lambda: (
+                operator.find("rlhfjob", "waits", "-n", namespace) or {}
+            )["metadata"]["resourceVersion"] != version,
+            8, "a write",
+        )

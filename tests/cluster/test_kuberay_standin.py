@@ -17,12 +17,20 @@ def ray_cluster(**spec: Any) -> Object:
     head = {"containers": [{"name": "ray-head", "image": "i"}, {"name": "driver", "image": "i", "command": ["train"]}]}
     worker = {
         "containers": [
-            {"name": "w", "image": "i", "resources": {"limits": {"nvidia.com/gpu": 2, "memory": "2Gi"}, "requests": {"cpu": "1500m"}}}
+            {
+                "name": "w", "image": "i",
+                "resources": {"limits": {"nvidia.com/gpu": 2, "memory": "2Gi"}, "requests": {"cpu": "1500m"}},
+            }
         ]
     }
-    group = {"groupName": "gpu", "replicas": 2, "minReplicas": 2, "maxReplicas": 2, "rayStartParams": {}, "template": {"spec": worker}}
+    group = {
+        "groupName": "gpu", "replicas": 2, "minReplicas": 2, "maxReplicas": 2, "rayStartParams": {},
+        "template": {"spec": worker},
+    }
     meta = {"name": "demo", "namespace": "team", "uid": "u1", "generation": 1}
-    base = {"headGroupSpec": {"rayStartParams": {"num-gpus": "0"}, "template": {"spec": head}}, "workerGroupSpecs": [group]}
+    base = {
+        "headGroupSpec": {"rayStartParams": {"num-gpus": "0"}, "template": {"spec": head}}, "workerGroupSpecs": [group],
+    }
     return {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": meta, "spec": {**base, **spec}}
 
 
@@ -75,7 +83,9 @@ class MemoryApi:
 
     def run_pods(self) -> None:
         for pod in self.pods():
-            pod["status"] = {"phase": "Running", "podIP": "198.18.0.9", "conditions": [{"type": "Ready", "status": "True"}]}
+            pod["status"] = {
+                "phase": "Running", "podIP": "198.18.0.9", "conditions": [{"type": "Ready", "status": "True"}],
+            }
 
     def settle(self) -> None:
         for _ in range(10):
@@ -180,7 +190,10 @@ def test_template_labels_do_not_override_what_selects() -> None:
 
 @pytest.mark.parametrize(
     ("resource", "seen"),
-    [("nvidia.com/gpu", True), ("amd.com/gpu", True), ("nvidia.com/mig-1g.5gb", True), ("nvidia.com/gpu.shared", False), ("cpu", False)],
+    [
+        ("nvidia.com/gpu", True), ("amd.com/gpu", True), ("nvidia.com/mig-1g.5gb", True),
+        ("nvidia.com/gpu.shared", False), ("cpu", False)
+    ],
 )
 def test_gpu_names_are_those_kuberay_sees(resource: str, seen: bool) -> None:
     assert pods.is_gpu(resource) is seen
@@ -191,7 +204,9 @@ def test_service_exposes_only_declared_ports_and_metrics() -> None:
     container = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
     assert [port["name"] for port in objects.head_service(cluster)["spec"]["ports"]] == sorted(names.PORTS)
     container["ports"] = [{"name": "dashboard", "containerPort": 8265}, {"name": "driver", "containerPort": 8266}]
-    assert [port["name"] for port in objects.head_service(cluster)["spec"]["ports"]] == ["dashboard", "driver", "metrics"]
+    assert [
+        port["name"] for port in objects.head_service(cluster)["spec"]["ports"]
+    ] == ["dashboard", "driver", "metrics"]
 
 
 # --- validation -------------------------------------------------------------------------------------------------
@@ -336,4 +351,5 @@ def test_head_condition_names_the_container_that_does_not_run() -> None:
     waiting = {"name": "driver", "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such image"}}}
     unready = {"type": "Ready", "status": "False", "reason": "ContainersNotReady", "message": "unready: [driver]"}
     condition = status.head_condition({"status": {"conditions": [unready], "containerStatuses": [waiting]}})
-    assert (condition["reason"], condition["message"]) == ("ImagePullBackOff", "unready: [driver]; driver: no such image")
+    assert (condition["reason"], condition["message"]) == ("ImagePullBackOff", "unready: [driver]; driver: no such "
+        "image")

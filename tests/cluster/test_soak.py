@@ -76,7 +76,9 @@ def test_a_soak_goes_on_where_its_log_ends(tmp_path: Path) -> None:
     log, plan = tmp_path / "soak.jsonl", schedule(3, 6)
     soak = Soak.so_far(log)
     for number, fault in enumerate((plan[4], plan[0]), start=1):
-        soak.add(Outcome(number, "soak-1", str(fault), fault.moment, "", "", 4, problems=["lost"] if number == 2 else []))
+        soak.add(
+            Outcome(number, "soak-1", str(fault), fault.moment, "", "", 4, problems=["lost"] if number == 2 else [])
+        )
     soak.end({"job": "soak-1", "goodput": "0.5", "problems": ["left behind: a pod"]})
     assert Soak.so_far(log) == soak
     assert left_of(plan, soak.outcomes) == [plan[1], plan[2], plan[3], plan[5]]
@@ -264,7 +266,9 @@ def test_only_a_failure_that_is_new_is_charged() -> None:
 
 def test_the_table_says_none_where_nothing_was_told() -> None:
     outcomes = [
-        Outcome(1, "j", "SIGKILL of driver", "training", "", "", 4, detected=1.0, recovered=30.0, lost=2, charged="App"),
+        Outcome(
+            1, "j", "SIGKILL of driver", "training", "", "", 4, detected=1.0, recovered=30.0, lost=2, charged="App",
+        ),
         Outcome(2, "j", "SIGKILL of driver", "training", "", "", 8, detected=2.0, driver=5.0, recovered=50.0),
         Outcome(3, "j", "SIGKILL of operator", "training", "", "", 9, recovered=4.0),
     ]

@@ -11,4 +11,5 @@ def check(name: str, text: str) -> None:
     if os.environ.get("UPDATE_GOLDEN"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    assert text == file.read_text(), f"{file} differs: if that is right, run again with UPDATE_GOLDEN=1 and commit the diff"
+    words = "differs: if that is right, run again with UPDATE_GOLDEN=1 and commit the diff"
+    assert text == file.read_text(), f"{file} {words}"

@@ -1,5 +1,7 @@
-"""Lives of a job. Each is a generator that changes the world and then yields what happened in words; after each word the
-operator settles. The same stories are told (golden logs) and survived (killed after, and before, every single write)."""
+"""Lives of a job. Each is a generator that changes the world and then yields what happened in words; after each word
+the operator settles. The same stories are told (golden logs) and survived (killed after, and before, every single
+write).
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -28,7 +30,10 @@ def _training(w: World, step: int = 3) -> Iterator[str]:
 def success(w: World) -> Iterator[str]:
     yield from _training(w)
     w.later(30)
-    w.report(step=10, checkpoint={"step": 10, "path": "/c/10", "time": "2026-01-01T12:00:40Z"}, sync={"version": 10, "seconds": "0.1", "backend": "gloo", "verifiedVersion": 10})
+    w.report(
+        step=10, checkpoint={"step": 10, "path": "/c/10", "time": "2026-01-01T12:00:40Z"},
+        sync={"version": 10, "seconds": "0.1", "backend": "gloo", "verifiedVersion": 10},
+    )
     yield "the last step is finished"
     w.driver_ends(0)
     yield "the driver ends with 0"
@@ -117,7 +122,8 @@ def too_many_crashes(w: World) -> Iterator[str]:
 
 def refused_by_driver(w: World) -> Iterator[str]:
     yield from _training(w)
-    w.driver_ends(64, "InvalidSpec: model.path: /models/none does not exist: mount a volume that has it (pods.trainer.volumes)")
+    w.driver_ends(64, "InvalidSpec: model.path: /models/none does not exist: mount a volume that has it "
+        "(pods.trainer.volumes)")
     yield "the driver ends with 64"
     w.reap()
     yield "the pods are gone"
@@ -304,7 +310,9 @@ def never_scheduled(w: World) -> Iterator[str]:
     yield "the job is applied"
     w.kuberay()
     for pod in w.pods("trainer"):
-        pod["status"] = {"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."}]}
+        words = "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."
+        condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": words}
+        pod["status"] = {"phase": "Pending", "conditions": [condition]}
     yield "the scheduler finds no node"
     w.later(3601)
     yield "an hour later"
@@ -320,7 +328,8 @@ def invalid_override(w: World) -> Iterator[str]:
 
 
 def refused_by_api_server(w: World) -> Iterator[str]:
-    w.api.refuse["RayCluster"] = ApiError(400, "BadRequest", 'strict decoding error: unknown field "spec.headGroupSpec.template.spec.tolerationz"')
+    w.api.refuse["RayCluster"] = ApiError(400, "BadRequest", 'strict decoding error: unknown field '
+        '"spec.headGroupSpec.template.spec.tolerationz"')
     yield "the API server refuses the RayCluster"
     del w.api.refuse["RayCluster"]
     w.later(61)
@@ -342,8 +351,10 @@ def no_kuberay(w: World) -> Iterator[str]:
 
 STORIES: dict[str, Story] = {
     story.__name__: story for story in (
-        success, driver_crash, head_lost, preempted, stalled, too_many_crashes, refused_by_driver, suspend_and_resume, cluster_deleted,
-        worker_preempted, suspend_refused, stuck_head, kept_for_a_look, final_save, unreadable_spec, never_provided_again,
+        success, driver_crash, head_lost, preempted, stalled, too_many_crashes, refused_by_driver, suspend_and_resume,
+        cluster_deleted,
+        worker_preempted, suspend_refused, stuck_head, kept_for_a_look, final_save, unreadable_spec,
+        never_provided_again,
         queued_and_evicted, never_scheduled, invalid_override, refused_by_api_server, name_conflict, no_kuberay,
     )
 }

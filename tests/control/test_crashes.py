@@ -1,4 +1,6 @@
-"""The operator is killed after every single write of every story (which is also right before the next one): the end is the same."""
+"""The operator is killed after every single write of every story (which is also right before the next one): the end is
+the same.
+"""
 
 from typing import Any
 
@@ -27,10 +29,14 @@ def common_writes(story: str) -> int:
 
 
 def essence(world: World) -> dict[str, Any]:
-    """What must be the same. Events may be lost with a crash: they tell of the state and are none. A condition's time may
-    differ: a state that lasted for no time need not have been told."""
+    """What must be the same. Events may be lost with a crash: they tell of the state and are none. A condition's time
+    may differ: a state that lasted for no time need not have been told.
+    """
     told = [{**c, "lastTransitionTime": ""} for c in world.status["conditions"]]
-    return {"status": {**world.status, "conditions": told}, "clusters": world.clusters(), "pods": [p["metadata"]["name"] for p in world.pods()]}
+    return {
+        "status": {**world.status, "conditions": told}, "clusters": world.clusters(),
+        "pods": [p["metadata"]["name"] for p in world.pods()]
+    }
 
 
 def changes(world: World) -> list[str]:

@@ -32,12 +32,16 @@ def trainer(w: World) -> dict[str, Any]:
 
 
 def unscheduled(w: World, reason: str, message: str) -> None:
-    trainer(w)["status"]["conditions"] = [{"type": "PodScheduled", "status": "False", "reason": reason, "message": message}]
+    trainer(w)["status"]["conditions"] = [
+        {"type": "PodScheduled", "status": "False", "reason": reason, "message": message}
+    ]
 
 
 def replica_failure(w: World, message: str) -> None:
     (cluster,) = w.api.of(RAYCLUSTERS)
-    cluster["status"]["conditions"] = [{"type": "ReplicaFailure", "status": "True", "reason": "FailedCreateWorkerPod", "message": message}]
+    cluster["status"]["conditions"] = [
+        {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreateWorkerPod", "message": message}
+    ]
 
 
 def no_pods(w: World) -> None:
@@ -57,16 +61,34 @@ def head_only(w: World) -> None:
 
 READINESS: list[tuple[str, Change, str, str]] = [
     ("nothing yet", lambda w: None, "Creating", "sample-1"),
-    ("image", lambda w: w.waits(trainer(w), "ray", "ImagePullBackOff", 'Back-off pulling image "no/such"'), "ImagePullFailed", "no/such"),
+    (
+        "image", lambda w: w.waits(trainer(w), "ray", "ImagePullBackOff", 'Back-off pulling image "no/such"'),
+        "ImagePullFailed", "no/such",
+    ),
     ("driver's image", lambda w: w.waits(w.head(), "driver", "ErrImagePull", "not found"), "ImagePullFailed", "driver"),
-    ("secret", lambda w: w.waits(w.head(), "ray", "CreateContainerConfigError", 'secret "hf" not found'), "ContainerConfigFailed", '"hf"'),
-    ("claim", lambda w: unscheduled(w, "Unschedulable", 'persistentvolumeclaim "data" not found'), "Unschedulable", '"data"'),
+    (
+        "secret", lambda w: w.waits(w.head(), "ray", "CreateContainerConfigError", 'secret "hf" not found'),
+        "ContainerConfigFailed", '"hf"',
+    ),
+    (
+        "claim", lambda w: unscheduled(w, "Unschedulable", 'persistentvolumeclaim "data" not found'), "Unschedulable",
+        '"data"',
+    ),
     ("gang", lambda w: unscheduled(w, "SchedulingGated", "gated"), "WaitingForGang", "gated"),
-    ("quota", lambda w: replica_failure(w, "pods is forbidden: exceeded quota: team"), "QuotaExceeded", "exceeded quota"),
+    (
+        "quota", lambda w: replica_failure(w, "pods is forbidden: exceeded quota: team"), "QuotaExceeded",
+        "exceeded quota",
+    ),
     ("webhook", lambda w: replica_failure(w, "admission webhook denied the request"), "ReplicaFailure", "denied"),
-    ("refused by KubeRay", lambda w: invalid_cluster(w, "headGroupSpec should have at least one container"), "InvalidRayCluster", "at least one"),
+    (
+        "refused by KubeRay", lambda w: invalid_cluster(w, "headGroupSpec should have at least one container"),
+        "InvalidRayCluster", "at least one",
+    ),
     ("a mere warning", lambda w: invalid_cluster(w, "RayCluster spec warning: autoscaler"), "Creating", "sample-1"),
-    ("volume", lambda w: w.warn(w.head()["metadata"]["uid"], "FailedMount", 'secret "key" not found'), "FailedMount", '"key"'),
+    (
+        "volume", lambda w: w.warn(w.head()["metadata"]["uid"], "FailedMount", 'secret "key" not found'), "FailedMount",
+        '"key"',
+    ),
     ("workers", head_only, "WorkersMissing", "0 of 1 trainer"),
     ("all", lambda w: w.start_pods(), "AllPodsReady", "every worker"),
 ]  # fmt: skip
@@ -115,7 +137,10 @@ CLASSES: list[tuple[str, Change, str]] = [
     ("worker's node gone", lambda w: worker_goes(w, "DeletionByTaintManager"), "nodeLost"),
     ("head drained", lambda w: w.disrupt(w.head(), "EvictionByEvictionAPI", "x"), "preempted"),
     ("head's node gone", lambda w: w.disrupt(w.head(), "DeletionByPodGC", "x"), "nodeLost"),
-    ("head pod gone unseen", lambda w: w.api.objects.pop(("pods", "default", w.head()["metadata"]["name"])), "headLost"),
+    (
+        "head pod gone unseen", lambda w: w.api.objects.pop(("pods", "default", w.head()["metadata"]["name"])),
+        "headLost",
+    ),
     ("no step for long", lambda w: w.later(3601), "stalled"),
 ]  # fmt: skip
 
@@ -237,14 +262,17 @@ def test_a_finished_job_tells_how_it_ended_not_what_it_lacks() -> None:
     world.settle()
     told = {kind: world.condition(kind) for kind in ("ClusterReady", "Running", "Progressing", "WeightsInSync")}
     assert told == {
-        "ClusterReady": ("False", "Deleted"), "Running": ("False", "Finished"), "Progressing": ("False", "Finished"), "WeightsInSync": ("True", "InSync"),
+        "ClusterReady": ("False", "Deleted"), "Running": ("False", "Finished"), "Progressing": ("False", "Finished"),
+        "WeightsInSync": ("True", "InSync"),
     }  # fmt: skip
 
 
 def test_a_failed_check_before_the_first_step_is_a_condition_by_its_name() -> None:
     world = running()
     assert world.condition("PreflightPassed") == ("Unknown", "NoReportYet")
-    world.report(state="Starting", preflight={"failed": "SharedMemory", "message": "/dev/shm has 64 MiB", "seconds": "1.0"})
+    world.report(
+        state="Starting", preflight={"failed": "SharedMemory", "message": "/dev/shm has 64 MiB", "seconds": "1.0"},
+    )
     world.settle()
     assert world.condition("PreflightPassed") == ("False", "SharedMemory")
     world.report(preflight={"message": "SharedMemory, Reduce", "seconds": "1.0"})
@@ -410,7 +438,10 @@ def test_a_new_job_of_the_same_name_waits_for_the_old_ones_pods() -> None:
 
 
 C = ConditionType
-OK = {C.ACCEPTED: yes("Accepted", ""), C.CLUSTER_READY: yes("AllPodsReady", ""), C.RUNNING: yes("DriverRunning", ""), C.PROGRESSING: yes("StepAdvancing", ""), C.SUSPENDED: no("NotSuspended", "")}
+OK = {
+    C.ACCEPTED: yes("Accepted", ""), C.CLUSTER_READY: yes("AllPodsReady", ""), C.RUNNING: yes("DriverRunning", ""),
+    C.PROGRESSING: yes("StepAdvancing", ""), C.SUSPENDED: no("NotSuspended", ""),
+}
 STOPPED = {C.RUNNING: no("DriverPending", "")}
 PHASES: list[tuple[Phase, ConditionType, dict[ConditionType, Verdict]]] = [
     (Phase.RUNNING, C.PROGRESSING, {}),
@@ -418,8 +449,14 @@ PHASES: list[tuple[Phase, ConditionType, dict[ConditionType, Verdict]]] = [
     (Phase.PROVISIONING, C.CLUSTER_READY, {**STOPPED, C.CLUSTER_READY: no("Creating", "")}),
     (Phase.PENDING, C.CLUSTER_READY, {**STOPPED, C.CLUSTER_READY: no("NotCreated", "")}),
     (Phase.PENDING, C.ACCEPTED, {**STOPPED, C.CLUSTER_READY: no("NotCreated", ""), C.ACCEPTED: no("InvalidSpec", "")}),
-    (Phase.PENDING, C.ACCEPTED, {**STOPPED, C.CLUSTER_READY: no("NotCreated", ""), C.ACCEPTED: unknown("KubeRayNotInstalled", "")}),
-    (Phase.QUEUED, C.QUOTA_RESERVED, {**STOPPED, C.CLUSTER_READY: no("Suspended", ""), C.QUOTA_RESERVED: no("WaitingForQuota", "")}),
+    (
+        Phase.PENDING, C.ACCEPTED,
+        {**STOPPED, C.CLUSTER_READY: no("NotCreated", ""), C.ACCEPTED: unknown("KubeRayNotInstalled", "")},
+    ),
+    (
+        Phase.QUEUED, C.QUOTA_RESERVED,
+        {**STOPPED, C.CLUSTER_READY: no("Suspended", ""), C.QUOTA_RESERVED: no("WaitingForQuota", "")},
+    ),
     (Phase.RESTARTING, C.RUNNING, {C.RUNNING: no("OOMKilled", "")}),
     (Phase.RESTARTING, C.RUNNING, {C.RUNNING: no("HeadLost", ""), C.CLUSTER_READY: no("HeadNotReady", "")}),
     (Phase.SUSPENDING, C.SUSPENDED, {C.SUSPENDED: no("Stopping", "")}),

@@ -91,7 +91,8 @@ class Life(RuleBasedStateMachine):
     def is_applied(self, up: str, lasting: bool, keep: bool, separated: bool) -> None:
         policy = {
             "stallTimeoutSeconds": STALL_SECONDS, "provisioningDeadlineSeconds": PROVISION_SECONDS, "backoffLimit": 3,
-            "reprovisioningDeadlineSeconds": REPROVISION_SECONDS, "cleanup": {"onFailure": "Keep" if keep else "Delete"},
+            "reprovisioningDeadlineSeconds": REPROVISION_SECONDS,
+            "cleanup": {"onFailure": "Keep" if keep else "Delete"},
         }  # fmt: skip
         lies = {"path": "s3://bucket/run" if lasting else "/checkpoints"}
         mode = "Separated" if separated else "Colocated"

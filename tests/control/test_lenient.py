@@ -108,8 +108,10 @@ def test_a_heartbeat_changes_nothing_that_is_heeded() -> None:
 
 
 HEEDED: list[dict[str, Any]] = [
-    {"state": "Draining"}, {"state": "Drained"}, {"degraded": "an engine"}, {"saveError": "disk full"}, {"podUid": "another"},
-    {"preflight": {"failed": "Memory", "message": "x", "seconds": "1"}}, {"checkpoint": {"step": 3, "path": "/c", "time": "x"}},
+    {"state": "Draining"}, {"state": "Drained"}, {"degraded": "an engine"}, {"saveError": "disk full"},
+    {"podUid": "another"},
+    {"preflight": {"failed": "Memory", "message": "x", "seconds": "1"}},
+    {"checkpoint": {"step": 3, "path": "/c", "time": "x"}},
     {"sync": {"version": 1, "seconds": "1", "backend": "nccl", "error": "timeout"}},
 ]  # fmt: skip
 

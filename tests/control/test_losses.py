@@ -125,8 +125,10 @@ def head_and_words(w: World) -> None:
 
 
 INCIDENTS: list[tuple[Change, dict[str, int]]] = [
-    (an_old_incident, {"app": 1}), (a_survived_incident, {"app": 1}), (a_preempted_worker_that_is_gone, {"preempted": 1}),
-    (a_worker_told_the_driver, {"preempted": 1}), (a_worker_that_nobody_saw_go, {"nodeLost": 1}), (a_node_under_pressure, {"nodeLost": 1}),
+    (an_old_incident, {"app": 1}), (a_survived_incident, {"app": 1}),
+    (a_preempted_worker_that_is_gone, {"preempted": 1}),
+    (a_worker_told_the_driver, {"preempted": 1}), (a_worker_that_nobody_saw_go, {"nodeLost": 1}),
+    (a_node_under_pressure, {"nodeLost": 1}),
     (an_end_seen_long_after, {"preempted": 1}),
     (the_first_domino, {"headLost": 1}), (an_error_before_the_loss, {"app": 1}), (placement_in_vain, {"preempted": 1}),
     (head_and_words, {"preempted": 1}),
@@ -302,7 +304,8 @@ def test_a_crash_while_the_driver_drains_is_told_and_costs_nothing() -> None:
     assert (charged(w), words(w)) == ({}, ["OSError: no space left on device"])
 
 
-RAISED = """RewardFailed: rewards[judge] failed 2 times on prompt 0:0, completion '1 + 1 =': Traceback (most recent call last):
+RAISED = """RewardFailed: rewards[judge] failed 2 times on prompt 0:0, completion '1 + 1 =': \
+Traceback (most recent call last):
   File "<rewards[judge].code>", line 2, in reward
     raise ValueError('the judge is asleep')
 ValueError: the judge is asleep

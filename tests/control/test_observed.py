@@ -8,15 +8,23 @@ from rlhf_operator.observed import owner_uid, read_job, read_pod
 from tests.api.specs import a_job
 
 Raw = dict[str, Any]
-END = {"exitCode": 1, "reason": "Error", "message": "\x1b[36mray::f()\x1b[39m ValueError: no\n", "startedAt": "2026-01-01T12:00:00Z", "finishedAt": "2026-01-01T12:05:00Z"}
+END = {
+    "exitCode": 1, "reason": "Error", "message": "\x1b[36mray::f()\x1b[39m ValueError: no\n",
+    "startedAt": "2026-01-01T12:00:00Z", "finishedAt": "2026-01-01T12:05:00Z",
+}
 
 
 def container(state: Raw, last: Raw | None = None, restarts: int = 0, name: str = "driver") -> Raw:
-    return {"name": name, "state": state, "lastState": last or {}, "restartCount": restarts, "ready": "running" in state}
+    return {
+        "name": name, "state": state, "lastState": last or {}, "restartCount": restarts, "ready": "running" in state,
+    }
 
 
 def pod(*containers: Raw, **meta: Any) -> Raw:
-    return {"metadata": {"name": "p", "uid": "u", **meta}, "status": {"phase": "Running", "containerStatuses": list(containers)}}
+    return {
+        "metadata": {"name": "p", "uid": "u", **meta},
+        "status": {"phase": "Running", "containerStatuses": list(containers)},
+    }
 
 
 RUNNING = {"running": {"startedAt": "2026-01-01T12:06:00Z"}}

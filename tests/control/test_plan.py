@@ -27,7 +27,9 @@ OPERATOR_PEER = {
     "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "rlhf-system"}},
     "podSelector": {"matchLabels": {"app.kubernetes.io/name": "rlhf-operator"}},
 }
-SEPARATED: dict[str, Any] = {"placement__mode": "Separated", "rollout__engines": 2, "trainer__gpus": 2, "placement__gpusPerNode": 2}
+SEPARATED: dict[str, Any] = {
+    "placement__mode": "Separated", "rollout__engines": 2, "trainer__gpus": 2, "placement__gpusPerNode": 2,
+}
 
 
 class Plain(yaml.SafeDumper):
@@ -70,7 +72,10 @@ def pods_of(cluster: Raw) -> dict[str, Raw]:
 def test_a_sample_is_planned_as_before(sample: Path) -> None:
     (raw,) = [d for d in yaml.safe_load_all(sample.read_text()) if d]
     objects = planned(raw)
-    check(f"plans/{sample.stem}.yaml", "---\n".join(yaml.dump(o, Dumper=Plain, sort_keys=False, width=160) for o in objects.values()))
+    check(
+        f"plans/{sample.stem}.yaml",
+        "---\n".join(yaml.dump(o, Dumper=Plain, sort_keys=False, width=160) for o in objects.values())
+    )
 
 
 def test_everything_is_owned_and_labelled() -> None:
@@ -95,9 +100,14 @@ def test_groups_and_gpus_when_separated() -> None:
 
 def test_roles_with_gpus_of_their_own_are_counted_into_the_trainers_pods() -> None:
     model = {"name": "rm", "type": "model", "model": {"path": "/rm"}, "gpus": 1}
-    changes = {**SEPARATED, "algorithm__name": "ppo", "critic": {"gpus": 1}, "rewards": [model], "checkpoint__path": "s3://bucket/run"}
+    changes = {
+        **SEPARATED, "algorithm__name": "ppo", "critic": {"gpus": 1}, "rewards": [model],
+        "checkpoint__path": "s3://bucket/run",
+    }
     groups = planned(a_job(**changes))["RayCluster"]["spec"]["workerGroupSpecs"]
-    assert [(g["groupName"], g["replicas"], g["rayStartParams"]["num-gpus"]) for g in groups] == [("trainer", 2, "2"), ("rollout", 1, "2")]
+    assert [
+        (g["groupName"], g["replicas"], g["rayStartParams"]["num-gpus"]) for g in groups
+    ] == [("trainer", 2, "2"), ("rollout", 1, "2")]
     assert yaml.safe_load(groups[0]["rayStartParams"]["resources"].strip("'")) == {"rlhf-trainer": 2}
 
 
@@ -187,7 +197,10 @@ def test_a_queue_is_a_label_and_the_cluster_waits_for_it() -> None:
 def test_checkpoints_lie_where_the_user_mounts_or_in_the_pod() -> None:
     own = pods_of(planned(a_job())["RayCluster"])["trainer"]
     assert {"name": "rlhf-checkpoints", "mountPath": "/checkpoints"} in own["containers"][0]["volumeMounts"]
-    data = {"volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "c"}}], "volumeMounts": [{"name": "data", "mountPath": "/checkpoints"}]}
+    data = {
+        "volumes": [{"name": "data", "persistentVolumeClaim": {"claimName": "c"}}],
+        "volumeMounts": [{"name": "data", "mountPath": "/checkpoints"}],
+    }
     theirs = pods_of(planned(a_job(pods={"trainer": data}))["RayCluster"])["trainer"]
     assert theirs["volumes"] == data["volumes"]
     remote = pods_of(planned(a_job(checkpoint__path="s3://bucket/run"))["RayCluster"])["trainer"]
@@ -196,14 +209,18 @@ def test_checkpoints_lie_where_the_user_mounts_or_in_the_pod() -> None:
 
 def test_overrides_are_merged_by_name_and_unknown_fields_pass() -> None:
     user = {
-        "labels": {"team": "a"}, "annotations": {"note": "b"}, "nodeSelector": {"gpu": "h200"}, "terminationGracePeriodSeconds": 600,
+        "labels": {"team": "a"}, "annotations": {"note": "b"}, "nodeSelector": {"gpu": "h200"},
+        "terminationGracePeriodSeconds": 600,
         "env": [{"name": "HF_HOME", "value": "/hf"}, {"name": "PYTHONUNBUFFERED", "value": "0"}],
-        "envFrom": [{"secretRef": {"name": "wandb"}}], "resources": {"requests": {"cpu": "8"}, "limits": {"memory": "64Gi"}},
+        "envFrom": [{"secretRef": {"name": "wandb"}}],
+        "resources": {"requests": {"cpu": "8"}, "limits": {"memory": "64Gi"}},
         "volumes": [{"name": "hf", "emptyDir": {}}], "volumeMounts": [{"name": "hf", "mountPath": "/hf"}],
     }  # fmt: skip
     cluster = planned(a_job(pods={"head": user}))["RayCluster"]
     template, head = cluster["spec"]["headGroupSpec"]["template"], pods_of(cluster)["head"]
-    assert template["metadata"] == {"labels": {"team": "a", "rlhf.dev/job": "sample", "rlhf.dev/role": "head"}, "annotations": {"note": "b"}}
+    assert template["metadata"] == {
+        "labels": {"team": "a", "rlhf.dev/job": "sample", "rlhf.dev/role": "head"}, "annotations": {"note": "b"},
+    }
     assert (head["nodeSelector"], head["terminationGracePeriodSeconds"]) == ({"gpu": "h200"}, 600)
     assert head["containers"][0]["resources"] == {"requests": {"cpu": "8"}, "limits": {"memory": "64Gi"}}
     for container in head["containers"]:
@@ -259,7 +276,8 @@ def test_a_quota_on_limits_can_be_met() -> None:
 
 THEIRS = (
     "rlhf.dev/job", "ray.io/cluster", "app.kubernetes.io/name", "helm.sh/chart", "meta.helm.sh/release-name",
-    "kubectl.kubernetes.io/x", "argocd.argoproj.io/instance", "kustomize.toolkit.fluxcd.io/name", "kopf.zalando.org/last",
+    "kubectl.kubernetes.io/x", "argocd.argoproj.io/instance", "kustomize.toolkit.fluxcd.io/name",
+    "kopf.zalando.org/last",
     "kopf.dev/x",
 )  # fmt: skip
 OURS = ("team", "example.com/cost", "topology.kubernetes.io/zone", "notray.io/x", "kueue.x-k8s.io/priority-class")

@@ -1,4 +1,6 @@
-"""What the plan makes, through whole passes: policies that are edited, claims that outlive a job, resources of every kind."""
+"""What the plan makes, through whole passes: policies that are edited, claims that outlive a job, resources of every
+kind.
+"""
 
 from typing import Any
 
@@ -87,7 +89,9 @@ def test_a_kept_claim_outlives_its_job_and_serves_the_next(on_delete: str, left:
     assert world.condition("Accepted")[0] == "True"
     assert world.clusters() == ["sample-1"]
     (claim,) = world.api.of(CLAIMS)
-    assert claim["spec"]["resources"]["requests"]["storage"] == ("10Gi" if left else "5Gi"), "what holds data is left as it is"
+    assert claim["spec"]["resources"]["requests"]["storage"] == (
+        "10Gi" if left else "5Gi"
+    ), "what holds data is left as it is"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Every planned pod meets the restricted Pod Security Standard, and what makes one break it is the user's own word.
 
-https://kubernetes.io/docs/concepts/security/pod-security-standards: the controls of Baseline and Restricted for Linux pods.
-"""
+https://kubernetes.io/docs/concepts/security/pod-security-standards: the controls of Baseline and Restricted for Linux
+pods. """
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,8 +26,10 @@ VOLUMES = {
     "secret",
 }
 SYSCTLS = {
-    "kernel.shm_rmid_forced", "net.ipv4.ip_local_port_range", "net.ipv4.ip_unprivileged_port_start", "net.ipv4.tcp_syncookies",
-    "net.ipv4.ping_group_range", "net.ipv4.ip_local_reserved_ports", "net.ipv4.tcp_keepalive_time", "net.ipv4.tcp_fin_timeout",
+    "kernel.shm_rmid_forced", "net.ipv4.ip_local_port_range", "net.ipv4.ip_unprivileged_port_start",
+    "net.ipv4.tcp_syncookies",
+    "net.ipv4.ping_group_range", "net.ipv4.ip_local_reserved_ports", "net.ipv4.tcp_keepalive_time",
+    "net.ipv4.tcp_fin_timeout",
     "net.ipv4.tcp_keepalive_intvl", "net.ipv4.tcp_keepalive_probes", "net.ipv4.tcp_rmem", "net.ipv4.tcp_wmem",
 }  # fmt: skip
 SELINUX = {None, "", "container_t", "container_init_t", "container_kvm_t", "container_engine_t"}
@@ -152,10 +154,12 @@ def test_the_users_context_is_added_to_ours() -> None:
     user = {"securityContext": {"fsGroup": 1000}, "containerSecurityContext": {"runAsUser": 1000}, "ipcLock": True}
     head, _ = made_pods(planned(a_job(pods={"head": user}))["RayCluster"])
     assert head["spec"]["securityContext"] == {
-        "runAsNonRoot": True, "runAsUser": 65532, "runAsGroup": 65532, "fsGroup": 1000, "fsGroupChangePolicy": "OnRootMismatch",
+        "runAsNonRoot": True, "runAsUser": 65532, "runAsGroup": 65532, "fsGroup": 1000,
+        "fsGroupChangePolicy": "OnRootMismatch",
         "seccompProfile": {"type": "RuntimeDefault"},
     }  # fmt: skip
     for container in containers(head):
         assert container["securityContext"] == {
-            "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"], "add": ["IPC_LOCK"]}, "runAsUser": 1000,
+            "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"], "add": ["IPC_LOCK"]},
+            "runAsUser": 1000,
         }  # fmt: skip

@@ -140,7 +140,8 @@ async def test_a_network_error_is_a_failed_try_for_the_lease_and_not_its_end() -
 
 def test_the_imports_fit_the_operators_memory() -> None:
     """All of it but the objects of the jobs; the promise is 120 MiB with one job."""
-    script = "import rlhf_operator.__main__, re; print(re.search(r'VmRSS:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+    script = ("import rlhf_operator.__main__, re; print(re.search(r'VmRSS:\\s+(\\d+)', "
+        "open('/proc/self/status').read())[1])")
     out = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
     assert int(out) / 1024 < 100
 
@@ -156,13 +157,18 @@ def test_the_documented_metrics_are_those_that_there_are() -> None:
 def test_what_a_status_tells_for_the_first_time_is_counted() -> None:
     waits = {"clusterCreatedAt": "2026-01-01T12:00:00Z", "awaitedSince": "2026-01-01T12:01:00Z"}
     before = RLHFJobStatus.model_validate({"record": waits})
-    record = {"clusterCreatedAt": "2026-01-01T12:00:00Z", "admittedAt": "2026-01-01T12:01:00Z", "readyAt": "2026-01-01T12:03:00Z"}
+    record = {
+        "clusterCreatedAt": "2026-01-01T12:00:00Z", "admittedAt": "2026-01-01T12:01:00Z",
+        "readyAt": "2026-01-01T12:03:00Z",
+    }
     after = RLHFJobStatus.model_validate({"restarts": {"total": 2, "app": 2}, "record": {**record, "result": "Failed"}})
     names = {
         "rlhf_operator_job_queue_seconds_sum": 60.0, "rlhf_operator_job_provisioning_seconds_sum": 120.0,
         "rlhf_operator_job_restarts_total": 2.0, "rlhf_operator_jobs_ended_total": 1.0,
     }
-    labels = {"rlhf_operator_job_restarts_total": {"class": "app"}, "rlhf_operator_jobs_ended_total": {"result": "Failed"}}
+    labels = {
+        "rlhf_operator_job_restarts_total": {"class": "app"}, "rlhf_operator_jobs_ended_total": {"result": "Failed"},
+    }
     was = {name: REGISTRY.get_sample_value(name, labels.get(name, {})) or 0.0 for name in names}
     told(before, after)
     told(after, after)
@@ -175,7 +181,10 @@ async def test_a_status_of_which_the_crd_lacks_fields_is_written_without_them(mo
 
     async def call(*_: Any, body: dict[str, Any], **__: Any) -> Any:
         sent.append(body["status"])
-        there = {".status.goodput": "goodput" in body["status"], ".status.failures[0].words": "words" in body["status"]["failures"][0]}
+        there = {
+            ".status.goodput": "goodput" in body["status"],
+            ".status.failures[0].words": "words" in body["status"]["failures"][0],
+        }
         for field in sorted(lacking):
             if there[field]:
                 raise ApiError(500, "", f"failed to create typed patch object: {field}: field not declared in schema")
@@ -183,7 +192,10 @@ async def test_a_status_of_which_the_crd_lacks_fields_is_written_without_them(mo
 
     monkeypatch.setattr(KubernetesApi, "_call", call)
     api = KubernetesApi(Connection(), None)
-    body = {"metadata": {"name": "a"}, "status": {"phase": "Running", "goodput": "0.9", "failures": [{"words": "x", "step": 3}]}}
+    body = {
+        "metadata": {"name": "a"},
+        "status": {"phase": "Running", "goodput": "0.9", "failures": [{"words": "x", "step": 3}]},
+    }
     kept = {"phase": "Running", "failures": [{"step": 3}]}
     assert (await api.apply(JOBS, "default", body, status=True))["status"] == kept
     assert len(sent) == 3

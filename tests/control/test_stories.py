@@ -28,7 +28,8 @@ def told(world: World, story: str) -> str:
         writes, events = len(world.api.writes), len(world.events())
     restarts = {name: n for name, n in world.status["restarts"].items() if n}
     lines.append(
-        f"restarts: {restarts}, since progress: {world.record['restartsSinceProgress']}, active seconds: {world.record['activeSeconds']}"
+        f"restarts: {restarts}, since progress: {world.record['restartsSinceProgress']}, active seconds: "
+            f"{world.record['activeSeconds']}"
     )
     return "\n".join(lines) + "\n"
 

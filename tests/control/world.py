@@ -1,5 +1,6 @@
-"""The world around one job: KubeRay, the kubelet, the driver and the clock, each moved by hand. And the operator, which runs
-until it rests."""
+"""The world around one job: KubeRay, the kubelet, the driver and the clock, each moved by hand. And the operator, which
+runs until it rests.
+"""
 
 import asyncio
 from datetime import UTC, datetime, timedelta
@@ -25,7 +26,9 @@ RUNNER = asyncio.Runner()
 class World:
     def __init__(self, **changes: Any) -> None:
         self.api = MemoryApi(START)
-        self.job_raw = self.api.put(JOBS, a_job(**{"name": "sample", "checkpoint": {"path": "s3://bucket/run"}, **changes}))
+        self.job_raw = self.api.put(
+            JOBS, a_job(**{"name": "sample", "checkpoint": {"path": "s3://bucket/run"}, **changes}),
+        )
         self.job_raw["metadata"]["generation"] = 1
         self.errors: list[str] = []
         self.wake: datetime | None = None  # when the operator wants to look again
@@ -38,7 +41,9 @@ class World:
         for _ in range(MOST_PASSES):
             before = len(self.api.writes)
             try:
-                wake = self.wake = RUNNER.run(reconcile(ClusterIO(self.api, self.api.store), ("default", "sample"), lambda: self.api.now))
+                wake = self.wake = RUNNER.run(
+                    reconcile(ClusterIO(self.api, self.api.store), ("default", "sample"), lambda: self.api.now)
+                )
             except Killed:
                 self.api.dead, self.api.kill_at = False, None
                 continue
@@ -102,7 +107,9 @@ class World:
                     pod["metadata"].setdefault("deletionTimestamp", stamp(self.api.now))
                 continue
             alive = [p["metadata"]["labels"][ROLE_LABEL] for p in mine if "deletionTimestamp" not in p["metadata"]]
-            for role, wanted in {"head": 1, **{g["groupName"]: g["replicas"] for g in cluster["spec"]["workerGroupSpecs"]}}.items():
+            for role, wanted in {
+                "head": 1, **{g["groupName"]: g["replicas"] for g in cluster["spec"]["workerGroupSpecs"]}
+            }.items():
                 for _ in range(wanted - alive.count(role)):
                     self._pod(cluster, role)
 
@@ -111,7 +118,10 @@ class World:
         names = [RAY_CONTAINER, DRIVER_CONTAINER] if role == "head" else [RAY_CONTAINER]
         waiting = {"state": {"waiting": {"reason": "ContainerCreating"}}, "ready": False, "restartCount": 0}
         meta = cluster["metadata"]
-        owner = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "name": meta["name"], "uid": meta["uid"], "controller": True}
+        owner = {
+            "apiVersion": "ray.io/v1", "kind": "RayCluster", "name": meta["name"], "uid": meta["uid"],
+            "controller": True,
+        }
         self.api.put(PODS, {
             "metadata": {
                 "name": f"{cluster['metadata']['name']}-{role}-{self._pods}",
@@ -178,16 +188,22 @@ class World:
         """The driver's back-off: the kubelet moves the end to lastState and counts no restart yet."""
         container = self.container(self.head(), DRIVER_CONTAINER)
         container["lastState"] = container["state"]
-        container["state"] = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s restarting failed container"}}
+        container["state"] = {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off 10s restarting failed "
+            "container"}}
 
     def disrupt(self, pod: Raw, reason: str, message: str) -> None:
-        condition = {"type": "DisruptionTarget", "status": "True", "reason": reason, "message": message, "lastTransitionTime": stamp(self.api.now)}
+        condition = {
+            "type": "DisruptionTarget", "status": "True", "reason": reason, "message": message,
+            "lastTransitionTime": stamp(self.api.now),
+        }
         pod["status"]["conditions"].append(condition)
         pod["metadata"]["deletionTimestamp"] = stamp(self.api.now)
 
     def evict(self, pod: Raw) -> None:
         """By the kubelet, for want of memory on the node: the pod stays as Failed until somebody deletes it."""
-        condition = {"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet", "message": LOW_ON_MEMORY}
+        condition = {
+            "type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet", "message": LOW_ON_MEMORY,
+        }
         pod["status"]["conditions"].append(condition | {"lastTransitionTime": stamp(self.api.now)})
         pod["status"] |= {"phase": "Failed", "reason": "Evicted", "message": LOW_ON_MEMORY}
         for container in pod["status"]["containerStatuses"]:
@@ -210,7 +226,9 @@ class World:
         (cluster,) = self.api.of(RAYCLUSTERS)
         condition = {"type": kind, "status": status, "reason": reason, "message": message}
         labels = {WORKLOAD_UID_LABEL: cluster["metadata"]["uid"]}
-        self.api.put(WORKLOADS, {"metadata": {"name": "workload", "labels": labels}, "status": {"conditions": [condition]}})
+        self.api.put(
+            WORKLOADS, {"metadata": {"name": "workload", "labels": labels}, "status": {"conditions": [condition]}},
+        )
 
     def admit(self, admitted: bool) -> None:
         (cluster,) = self.api.of(RAYCLUSTERS)
@@ -227,13 +245,22 @@ class World:
     def report(self, state: str = "Training", step: int = 0, **more: Any) -> None:
         """As the driver does: status.progress and nothing else."""
         now = stamp(self.api.now)
-        told = {"state": state, "step": step, "totalSteps": 10, "reportTime": now, **({"stepTime": now} if step else {}), **more}
+        told = {
+            "state": state, "step": step, "totalSteps": 10, "reportTime": now, **({"stepTime": now} if step else {}),
+            **more,
+        }
         whose = {"podUid": self.head()["metadata"]["uid"]} if self.pods("head") else {}
         self.job_raw.setdefault("status", {})["progress"] = {**whose, **told}
 
     def warn(self, uid: str, reason: str, message: str) -> None:
         name = f"event-{len(self.events())}"
-        self.api.put(EVENTS, {"metadata": {"name": name}, "involvedObject": {"uid": uid}, "type": "Warning", "reason": reason, "message": message})
+        self.api.put(
+            EVENTS,
+            {
+                "metadata": {"name": name}, "involvedObject": {"uid": uid}, "type": "Warning", "reason": reason,
+                "message": message,
+            },
+        )
 
 
 def running(**changes: Any) -> World:

@@ -9,8 +9,10 @@ from rlhf_api.run import RunConfig, resolve
 def run_config(steps: int = 4, **changes: Any) -> RunConfig:
     """A tiny colocated run; `changes` replace whole sections of the spec."""
     spec: dict[str, Any] = {
-        "image": "rlhf-worker:dev", "model": {"path": "/models/tiny", "dtype": "float32"}, "data": {"jsonl": {"path": "/data.jsonl"}, "maxPromptTokens": 16},
-        "rewards": [{"name": "r", "type": "python", "function": "a:b"}], "trainer": {"steps": steps}, "rollout": {"maxTokens": 16},
+        "image": "rlhf-worker:dev", "model": {"path": "/models/tiny", "dtype": "float32"},
+        "data": {"jsonl": {"path": "/data.jsonl"}, "maxPromptTokens": 16},
+        "rewards": [{"name": "r", "type": "python", "function": "a:b"}], "trainer": {"steps": steps},
+        "rollout": {"maxTokens": 16},
     }
     metadata = ObjectMeta(name="tiny", uid="u-1")
     return resolve(RLHFJob(metadata=metadata, spec=RLHFJobSpec.model_validate(spec | changes)))

@@ -22,7 +22,9 @@ class PokedEngine(Engine):
 
 def flip_one_element(worker: Any) -> str:
     """The lowest bit of one element of a parameter that vLLM computes with as it came. Returns its name."""
-    name, parameter = next((n, p) for n, p in worker.model_runner.get_model().named_parameters() if p.numel() and "norm" in n)
+    name, parameter = next(
+        (n, p) for n, p in worker.model_runner.get_model().named_parameters() if p.numel() and "norm" in n
+    )
     parameter.data.view(torch.int32)[5] ^= 1
     return str(name)
 

@@ -18,10 +18,15 @@ CONTEXT.set_forkserver_preload(["rlhf_worker.trainer.rank", "hack.tiny_model", "
 
 
 def over_ranks(world: int, function: Callable[..., Any], *arguments: Any, lost: Sequence[int] = ()) -> list[Any]:
-    """function(rank, world, *arguments) on every rank; the results by rank, None of those in `lost`, which die. Raises what a rank raised, as text."""
+    """function(rank, world, *arguments) on every rank; the results by rank, None of those in `lost`, which die. Raises
+    what a rank raised, as text.
+    """
     with tempfile.TemporaryDirectory() as meeting:
         pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world)]
-        ranks = [CONTEXT.Process(target=_rank, args=(pipes[i][1], i, world, meeting, function, arguments)) for i in range(world)]
+        ranks = [
+            CONTEXT.Process(target=_rank, args=(pipes[i][1], i, world, meeting, function, arguments))
+            for i in range(world)
+        ]
         for rank in ranks:
             rank.start()
         try:
@@ -37,10 +42,14 @@ def over_ranks(world: int, function: Callable[..., Any], *arguments: Any, lost: 
 
 
 def _answer(pipe: Connection) -> Any:
-    return torch.load(io.BytesIO(pipe.recv_bytes()), weights_only=False) if pipe.poll(DEADLINE_SECONDS) else TimeoutError("no answer")
+    return torch.load(
+        io.BytesIO(pipe.recv_bytes()), weights_only=False,
+    ) if pipe.poll(DEADLINE_SECONDS) else TimeoutError("no answer")
 
 
-def _rank(pipe: Connection, rank: int, world: int, meeting: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _rank(
+    pipe: Connection, rank: int, world: int, meeting: str, function: Callable[..., Any], arguments: tuple[Any, ...],
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{Path(meeting) / 'rendezvous'}", rank=rank, world_size=world)
     try:

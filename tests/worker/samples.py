@@ -7,7 +7,9 @@ from rlhf_worker.experience import Prompt, Sample, ScoredSample, TrainSequence
 
 
 def a_prompt(row: int = 0, length: int = 3, **fields: Any) -> Prompt:
-    return Prompt(uid=f"0:{row}", epoch=0, row=row, token_ids=[10 + i for i in range(length)], text=f"prompt {row}", fields=fields)
+    return Prompt(
+        uid=f"0:{row}", epoch=0, row=row, token_ids=[10 + i for i in range(length)], text=f"prompt {row}", fields=fields
+    )
 
 
 def a_sample(row: int = 0, text: str = "yes", tokens: int = 2, **fields: Any) -> Sample:

@@ -73,7 +73,8 @@ def test_without_dynamic_sampling_no_group_is_dropped() -> None:
 
 @given(seed=st.integers(0, 10**6), batch=st.integers(1, 5), staleness=st.integers(0, 3), rounds=st.integers(1, 3))
 def test_no_prompt_is_lost_or_repeated_or_trained_too_late(seed: int, batch: int, staleness: int, rounds: int) -> None:
-    """Groups finish in any order, some teach nothing, and the driver dies at any point and resumes from any saved step."""
+    """Groups finish in any order, some teach nothing, and the driver dies at any point and resumes from any saved step.
+    """
     chance = random.Random(seed)
     admission, drawn, trained, dropped = Admission(batch, staleness, 8, rounds=rounds), 0, [], []
     saved = (0, 0, list[str](), list[str](), list[str]())
@@ -105,9 +106,16 @@ def test_no_prompt_is_lost_or_repeated_or_trained_too_late(seed: int, batch: int
         assert everyone == Counter(f"0:{row}" for row in range(drawn))
 
 
-@given(left=st.integers(0, 40), batch=st.integers(1, 9), staleness=st.integers(0, 3), step=st.integers(0, 6), steps=st.integers(1, 9))
-def test_a_run_resumed_with_other_numbers_first_trains_what_was_left(left: int, batch: int, staleness: int, step: int, steps: int) -> None:
-    """Groups that were under way with another batch and staleness, more or fewer than a step takes now; also with fewer steps than are done."""
+@given(
+    left=st.integers(0, 40), batch=st.integers(1, 9), staleness=st.integers(0, 3), step=st.integers(0, 6),
+    steps=st.integers(1, 9),
+)
+def test_a_run_resumed_with_other_numbers_first_trains_what_was_left(
+    left: int, batch: int, staleness: int, step: int, steps: int,
+) -> None:
+    """Groups that were under way with another batch and staleness, more or fewer than a step takes now; also with fewer
+    steps than are done.
+    """
     pending, trained, drawn = list(range(left)), list[int](), left
     admission = Admission(batch, staleness, steps, step=step)
     for number in range(step + 1, steps + 1):

@@ -30,7 +30,9 @@ def test_each_group_is_taken_by_itself_whatever_their_order_and_sizes() -> None:
     for estimate in (grpo, leave_one_out, centred):
         found = estimate(rewards, groups)
         torch.testing.assert_close(found[groups == 0], estimate(ONE_IN_FOUR, TOGETHER))
-        torch.testing.assert_close(found[groups == 1], estimate(torch.tensor([1.0, 0, 0]), torch.zeros(3, dtype=torch.int64)))
+        torch.testing.assert_close(
+            found[groups == 1], estimate(torch.tensor([1.0, 0, 0]), torch.zeros(3, dtype=torch.int64)),
+        )
         assert found[7] == 0, "a group of one teaches nothing"
 
 
@@ -43,7 +45,9 @@ def test_a_group_of_equal_rewards_gets_exactly_zero(value: float) -> None:
 
 @given(TABLE)
 def test_grpo_is_centred_and_never_longer_than_its_group_allows(rows: list[list[float]]) -> None:
-    advantages = grpo(torch.tensor(rows, dtype=torch.float64).flatten(), torch.arange(len(rows)).repeat_interleave(5)).view(-1, 5)
+    advantages = grpo(
+        torch.tensor(rows, dtype=torch.float64).flatten(), torch.arange(len(rows)).repeat_interleave(5),
+    ).view(-1, 5)
     assert torch.isfinite(advantages).all()
     assert advantages.sum(dim=1).abs().max() < 1e-6
     assert advantages.abs().max() <= 4 / math.sqrt(5) + 1e-9  # (K - 1) / sqrt(K) of unbiased scores
@@ -67,7 +71,9 @@ ROW = st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5), st.booleans()), max
 
 
 @given(st.lists(ROW, min_size=1, max_size=4), st.floats(0.1, 1), st.floats(0, 1))
-def test_gae_across_observations_is_gae_of_the_tokens_that_count(rows: list[list[tuple[float, float, bool]]], gamma: float, lam: float) -> None:
+def test_gae_across_observations_is_gae_of_the_tokens_that_count(
+    rows: list[list[tuple[float, float, bool]]], gamma: float, lam: float,
+) -> None:
     longest = max(1, *map(len, rows))
     padded = [row + [(9.0, 9.0, False)] * (longest - len(row)) for row in rows]
     rewards, values, mask = (torch.tensor([[item[i] for item in row] for row in padded]) for i in range(3))

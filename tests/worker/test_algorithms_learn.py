@@ -2,10 +2,10 @@
 the driver's own `drive` on one Ray, the real trainer, rewards and checkpoints; transformers' `generate` stands for
 vLLM, so that a run takes seconds.
 
-The task: write the letter "e". By chance it is one token of 81, so a run begins near 0.01. Seeded runs are exact on one machine; on
-another, floats that are added in another order soon give other samples, as another seed does. So the bound is far below what several
-seeds gave: 0.6 at the least for dapo, which first learns to end within maxTokens for the sake of its overlong penalty, 0.95 for the others.
-"""
+The task: write the letter "e". By chance it is one token of 81, so a run begins near 0.01. Seeded runs are exact on one
+machine; on another, floats that are added in another order soon give other samples, as another seed does. So the bound
+is far below what several seeds gave: 0.6 at the least for dapo, which first learns to end within maxTokens for the sake
+of its overlong penalty, 0.95 for the others. """
 
 import json
 import shutil
@@ -28,7 +28,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 STEPS, RATE = 20, 5e-3
 LETTER = {
     "name": "letter", "type": "python",
-    "code": "def reward(prompt, completion, **row):\n    return completion.count('e') / len(completion) if completion else 0.0\n",
+    "code": "def reward(prompt, completion, **row):\n    return completion.count('e') / len(completion) if "
+        "completion else 0.0\n",
 }  # fmt: skip
 
 
@@ -55,7 +56,8 @@ def config(tiny: Path, directory: Path, algorithm: dict[str, Any], **changes: An
     critic: dict[str, Any] = {"critic": {"learningRate": RATE}} if algorithm["name"] == "ppo" else {}
     trainer = {"steps": STEPS, "learningRate": RATE, "updatesPerStep": 2, "gradientCheckpointing": False}
     return run_config(
-        algorithm=algorithm, model={"path": str(tiny), "dtype": "float32"}, data={"jsonl": {"path": str(tiny / "prompts.jsonl")}, "maxPromptTokens": 16},
+        algorithm=algorithm, model={"path": str(tiny), "dtype": "float32"},
+        data={"jsonl": {"path": str(tiny / "prompts.jsonl")}, "maxPromptTokens": 16},
         rollout={"engine": "hf", "promptsPerStep": 8, "samplesPerPrompt": 8, "maxTokens": 8, "seed": 0},
         trainer=trainer | changes.pop("trainer", {}),
         telemetry={"tensorboard": False, "rolloutsEverySteps": 0},

@@ -15,8 +15,10 @@ def config(mode: str, backend: str = "auto") -> Any:
 
 
 @pytest.mark.parametrize(("mode", "device", "one_node", "backend"), [
-    ("Colocated", "cuda", True, "ipc"), ("Colocated", "cuda", False, "vllm-ipc"), ("Separated", "cuda", True, "nccl"), ("Separated", "cuda", False, "nccl"),
-    ("Colocated", "cpu", True, "shm"), ("Separated", "cpu", True, "shm"), ("Separated", "cpu", False, "gloo"), ("Colocated", "cpu", False, "gloo"),
+    ("Colocated", "cuda", True, "ipc"), ("Colocated", "cuda", False, "vllm-ipc"), ("Separated", "cuda", True, "nccl"),
+    ("Separated", "cuda", False, "nccl"),
+    ("Colocated", "cpu", True, "shm"), ("Separated", "cpu", True, "shm"), ("Separated", "cpu", False, "gloo"),
+    ("Colocated", "cpu", False, "gloo"),
 ])
 def test_auto(mode: str, device: str, one_node: bool, backend: str) -> None:
     assert choose(config(mode), device, one_node=one_node) == backend
@@ -33,9 +35,12 @@ def test_a_wish_that_can_be_met_is_met() -> None:
 
 
 @pytest.mark.parametrize(("mode", "wish", "device", "one_node", "said"), [
-    ("Separated", "nccl", "cpu", True, "is nccl, but the run is Separated on cpu, one node: use auto, or one of shm, gloo"),
-    ("Colocated", "shm", "cpu", False, "is shm, but the run is Colocated on cpu, several nodes: use auto, or one of gloo"),
-    ("Colocated", "ipc", "cuda", False, "is ipc, but the run is Colocated on cuda, several nodes: use auto, or one of vllm-ipc"),
+    ("Separated", "nccl", "cpu", True, "is nccl, but the run is Separated on cpu, one node: use auto, or one of shm, "
+        "gloo"),
+    ("Colocated", "shm", "cpu", False, "is shm, but the run is Colocated on cpu, several nodes: use auto, or one of "
+        "gloo"),
+    ("Colocated", "ipc", "cuda", False, "is ipc, but the run is Colocated on cuda, several nodes: use auto, or one of "
+        "vllm-ipc"),
 ])
 def test_a_wish_that_cannot_be_met_names_what_can(mode: str, wish: str, device: str, one_node: bool, said: str) -> None:
     with pytest.raises(BadSpec, match=said):
@@ -48,7 +53,8 @@ def test_vllm_knows_ours_by_one_name_and_its_own_by_theirs() -> None:
 
 
 def test_what_is_not_written_in_place_is_told_with_its_reason() -> None:
-    plans = [RankPlan((), {}, {"a.weight": "Fp8 may store it in another form", "b.weight": "Fp8 may store it in another form"}, ("k_scale",))] * 2
+    plans = [RankPlan((), {}, {"a.weight": "Fp8 may store it in another form", "b.weight": "Fp8 may store it in "
+        "another form"}, ("k_scale",))] * 2
     assert describe(plans) == [
         "2 tensors go through load_weights, such as a.weight: Fp8 may store it in another form",
         "1 parameters stay as vLLM loaded them, such as k_scale: the trainer has no tensor for them",

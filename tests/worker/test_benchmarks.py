@@ -31,7 +31,9 @@ def test_every_way_of_the_weight_sync_is_timed_and_proven(tmp_path: Path) -> Non
 
 def test_generation_is_timed_beside_vllm_s_own() -> None:
     small = ("--prompts", "2", "--samples", "2", "--tokens", "8", "--eager")
-    rows = json.loads(printed("generation", "--shape", "tiny", "--device", "cpu", "--dtype", "float32", *small).splitlines()[0])
+    rows = json.loads(
+        printed("generation", "--shape", "tiny", "--device", "cpu", "--dtype", "float32", *small).splitlines()[0]
+    )
     assert set(rows) == {"vLLM offline", "vLLM offline, log probabilities", "ours"}
     assert all(speed > 0 for speeds in rows.values() for speed in speeds)
 
@@ -46,5 +48,7 @@ def test_a_training_step_is_timed() -> None:
 def test_engine_and_trainer_agree_on_a_token_s_log_probability(tmp_path: Path) -> None:
     write(tmp_path / "model")
     small = ("--steps", "1", "--prompts", "2", "--device", "cpu", "--dtype", "float32", "--most", "1e-4")
-    found = json.loads(printed("mismatch", "--model", str(tmp_path / "model"), "--runs", "plain", *small).splitlines()[-1])
+    found = json.loads(
+        printed("mismatch", "--model", str(tmp_path / "model"), "--runs", "plain", *small).splitlines()[-1]
+    )
     assert (found["run"], found["steps"]) == ("plain", 1)

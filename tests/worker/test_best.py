@@ -61,7 +61,9 @@ def test_a_checkpoint_remembers_its_own_score_and_the_best_which_a_resumed_run_g
 
 
 def test_a_metric_that_no_one_logs_is_told_with_those_that_are() -> None:
-    with pytest.raises(BadSpec, match=r"checkpoint\.best\.metric: this run logs no eval/a/mean_reward: use one of a, b"):
+    with pytest.raises(
+        BadSpec, match=r"checkpoint\.best\.metric: this run logs no eval/a/mean_reward: use one of a, b",
+    ):
         Best(EVALUATED).require({"b": 1.0, "a": 1.0}, evaluated=True)
     Best(EVALUATED).require({}, evaluated=False)  # a step's own metrics have no evaluation's
     Best(None).require({}, evaluated=True)

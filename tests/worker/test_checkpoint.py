@@ -1,4 +1,6 @@
-"""Checkpoints on gloo ranks: bit-exact, in the background, whole or not there, pruned, checked file by file, and of this model only."""
+"""Checkpoints on gloo ranks: bit-exact, in the background, whole or not there, pruned, checked file by file, and of
+this model only.
+"""
 
 import errno
 import json
@@ -41,7 +43,9 @@ MODEL = {"path": "/m", "hidden_size": 8}
 @pytest.fixture(params=["directory", "file", "bucket"])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     Bucket.empty()
-    return {"directory": str(tmp_path / "run"), "file": f"file://{tmp_path}/run", "bucket": "bucket://models/run"}[request.param]
+    return {
+        "directory": str(tmp_path / "run"), "file": f"file://{tmp_path}/run", "bucket": "bucket://models/run",
+    }[request.param]
 
 
 Made = tuple[nn.Module, AdamW]
@@ -63,10 +67,14 @@ def train(held: Made, steps: int, batch: int = 4) -> None:
 
 
 def state(step: int) -> RunState:
-    return RunState(step=step, version=step, model=MODEL, sampler={"epoch": 0, "position": step}, loop={"kl": 0.1 * step})
+    return RunState(
+        step=step, version=step, model=MODEL, sampler={"epoch": 0, "position": step}, loop={"kl": 0.1 * step},
+    )
 
 
-def saver(root: str | Path, keep: int = 2, expected: tuple[str, ...] = ("policy",), driver: str = "a", leads: bool = True) -> Saver:
+def saver(
+    root: str | Path, keep: int = 2, expected: tuple[str, ...] = ("policy",), driver: str = "a", leads: bool = True,
+) -> Saver:
     return Saver(str(root), keep, expected, driver, leads=leads, seconds=60.0)
 
 
@@ -249,7 +257,8 @@ def test_when_all_are_damaged_the_run_stops_and_does_not_start_anew(tmp_path: Pa
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
     saved(tmp_path, 1)
-    with pytest.raises(BadData, match=r"step-1\S+ is of another model \(path '/m' there, '/other' here\): set spec\.checkpoint\.path"):
+    with pytest.raises(BadData, match=r"step-1\S+ is of another model \(path '/m' there, '/other' here\): set "
+        r"spec\.checkpoint\.path"):
         saver(tmp_path).restore(MODEL | {"path": "/other"}, {"policy": made(1)})
 
 
@@ -278,7 +287,8 @@ def test_a_full_disk_costs_the_save_and_nothing_else(tmp_path: Path, monkeypatch
     train(held, 1)
     (outcome,) = its.finished(wait=True)
     assert outcome.step == 2 and outcome.error is not None
-    assert f"spec.checkpoint.path ({tmp_path}) is full (0.0 GiB free of 1024.0): free space, lower spec.checkpoint.keep" in outcome.error
+    no_room = f"spec.checkpoint.path ({tmp_path}) is full (0.0 GiB free of 1024.0)"
+    assert f"{no_room}: free space, lower spec.checkpoint.keep" in outcome.error
     assert whole(Store(str(tmp_path))) == [named(1)] and not list(tmp_path.glob(".step-*"))
     monkeypatch.setattr(checkpoint._Summed, "write", write)
     its.begin(state(3), {"policy": held})
@@ -299,7 +309,9 @@ def test_an_upload_that_breaks_leaves_no_checkpoint(monkeypatch: pytest.MonkeyPa
 
 def test_a_part_of_an_earlier_driver_is_not_taken_for_this_ones(tmp_path: Path) -> None:
     """The critic has ranks of its own, and its part of a try that died still lies there."""
-    Store(str(tmp_path)).write(f".{named(1)}.partial/critic/part.json", json.dumps({"driver": "before", "files": {}}).encode())
+    Store(str(tmp_path)).write(
+        f".{named(1)}.partial/critic/part.json", json.dumps({"driver": "before", "files": {}}).encode(),
+    )
     its = saver(tmp_path, expected=("policy", "critic"))
     its.seconds = 0.5
     its.begin(state(1), {"policy": made(0)})
@@ -336,7 +348,8 @@ def test_roles_of_two_rank_groups_make_one_checkpoint(tmp_path: Path) -> None:
     ("path", "told"), [("nosuch://bucket/run", "Protocol not known: nosuch"), ("oss://bucket/run", "ossfs")]
 )
 def test_a_filesystem_without_a_driver_is_a_wrong_spec(path: str, told: str) -> None:
-    with pytest.raises(BadSpec, match=rf"spec\.checkpoint\.path: {path}: .*{told}.*put fsspec's driver for it into spec\.image"):
+    with pytest.raises(BadSpec, match=rf"spec\.checkpoint\.path: {path}: .*{told}.*put fsspec's driver for it into "
+        r"spec\.image"):
         Store(path)
 
 
@@ -349,7 +362,9 @@ def test_a_directory_is_published_whole_or_not_at_all(root: str) -> None:
     with pytest.raises(OSError, match="full"), store.publishing("export", "config.json", "a", lambda: None) as folder:
         (folder / "config.json").write_bytes(b"three")
         raise OSError("full")
-    assert {name: store.read(f"export/{name}") for name in store.names("export")} == {"config.json": b"two", "model.safetensors": b"two"}
+    assert {
+        name: store.read(f"export/{name}") for name in store.names("export")
+    } == {"config.json": b"two", "model.safetensors": b"two"}
 
 
 def rank_of_two(rank: int, world: int, tmp_path: Path, act: str) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -373,14 +388,18 @@ def test_two_ranks_save_and_one_or_two_load(tmp_path: Path) -> None:
     """Every rank's own stream of random numbers comes back when their number is the same."""
     (before, drawn0), (_, drawn1) = over_ranks(2, rank_of_two, tmp_path, "save")
     (after, again0), (_, again1) = over_ranks(2, rank_of_two, tmp_path, "load")
-    assert same(before, after) and torch.equal(drawn0, again0) and torch.equal(drawn1, again1) and not torch.equal(drawn0, drawn1)
+    assert same(before, after) and torch.equal(
+        drawn0, again0,
+    ) and torch.equal(drawn1, again1) and not torch.equal(drawn0, drawn1)
     alone = made(5)
     assert saver(tmp_path / "run").restore(MODEL, {"policy": alone}).state == state(2)
     assert same(weights(alone), before)
 
 
 def _life(rank: int, world: int, model: str, root: str, last: int) -> list[torch.Tensor]:
-    """Policy and critic of the real trainer, from the newest checkpoint to step `last`; every step is saved while the next one changes what is saved."""
+    """Policy and critic of the real trainer, from the newest checkpoint to step `last`; every step is saved while the
+    next one changes what is saved.
+    """
     given = {
         "steps": 4, "learningRate": 0.01, "gradientCheckpointing": False, "epochs": 2, "updatesPerStep": 2,
         "warmupSteps": 3, "learningRateSchedule": "cosine", "learningRateFloor": 0.1, "weightDecay": 0.1,
@@ -426,10 +445,17 @@ def test_the_real_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, atol=5e-4, rtol=1e-3)
 
 
-def _changed_life(rank: int, world: int, model: str, root: str, changes: dict[str, Any]) -> tuple[int, dict[str, float], list[dict[str, Any]]]:
-    """A step of the real trainer from the newest checkpoint, with another spec; its version before, its metrics, and its optimizers' settings."""
+def _changed_life(
+    rank: int, world: int, model: str, root: str, changes: dict[str, Any],
+) -> tuple[int, dict[str, float], list[dict[str, Any]]]:
+    """A step of the real trainer from the newest checkpoint, with another spec; its version before, its metrics, and
+    its optimizers' settings.
+    """
     trainer = {"steps": 9, "gpus": world, "learningRate": 0.01, "gradientCheckpointing": False} | changes
-    config = run_config(model={"path": model, "dtype": "float32"}, algorithm={"name": "ppo"}, checkpoint={"path": root}, trainer=trainer)
+    config = run_config(
+        model={"path": model, "dtype": "float32"}, algorithm={"name": "ppo"}, checkpoint={"path": root},
+        trainer=trainer,
+    )
     made = Trainer(config, list(config.roles), rank, world, "cpu", 1)
     made.load()
     made.restore()
@@ -442,7 +468,10 @@ def _changed_life(rank: int, world: int, model: str, root: str, changes: dict[st
     made.save(1, {}, {})
     assert all(outcome.error is None for outcome in made.saved(wait=True))
     optimizers = [made.roles[role].optimizer for role in ("policy", "critic")]
-    return version, metrics, [{key: value for key, value in group.items() if key != "params"} for one in optimizers if one for group in one.param_groups]
+    return version, metrics, [
+        {key: value for key, value in group.items() if key != "params"} for one in optimizers if one
+        for group in one.param_groups
+    ]
 
 
 @pytest.mark.parametrize(
@@ -454,11 +483,15 @@ def _changed_life(rank: int, world: int, model: str, root: str, changes: dict[st
         (2, {"contextParallel": 2}), (2, {"updatesPerStep": 2, "weightDecay": 0.1}),
     ],
 )  # fmt: skip
-def test_a_resumed_run_takes_its_numbers_from_the_spec_and_its_moments_from_the_checkpoint(tmp_path: Path, world: int, changes: dict[str, Any]) -> None:
+def test_a_resumed_run_takes_its_numbers_from_the_spec_and_its_moments_from_the_checkpoint(
+    tmp_path: Path, world: int, changes: dict[str, Any],
+) -> None:
     write(tmp_path / "model")
     ((version, _, _),) = over_ranks(1, _changed_life, str(tmp_path / "model"), str(tmp_path / "run"), {})
     assert version == 0
-    for version, metrics, groups in over_ranks(world, _changed_life, str(tmp_path / "model"), str(tmp_path / "run"), changes):
+    for version, metrics, groups in over_ranks(
+        world, _changed_life, str(tmp_path / "model"), str(tmp_path / "run"), changes,
+    ):
         updates, base = changes.get("updatesPerStep", 1), changes.get("learningRate", 0.01)
         spec = TrainerSpec.model_validate({"steps": 9} | changes)
         rates = [learning_rate(spec, base, updates + update, 9 * updates) for update in range(updates)]
@@ -516,7 +549,9 @@ def test_both_groups_restore_what_the_policys_first_rank_chose(tmp_path: Path) -
     assert second[1].restore(MODEL, {"critic": critic}).state == state(1)
     assert same(weights(critic), weights(made(1)))
     save(2, second)
-    assert saver(tmp_path, expected=both, driver="z").restore(MODEL, {"policy": made(5), "critic": made(6)}).state == state(2)
+    assert saver(tmp_path, expected=both, driver="z").restore(
+        MODEL, {"policy": made(5), "critic": made(6)},
+    ).state == state(2)
 
 
 def test_a_fenced_driver_publishes_nothing_and_says_so_ever_after(root: str) -> None:
@@ -561,13 +596,18 @@ def export(one: Saver, text: bytes) -> None:
 def found(root: str) -> set[bytes]:
     """What loads an export finds: nothing where config.json is not there."""
     store, names = Store(root), set(Store(root).names("export"))
-    return {store.read(f"export/{name}") if name in names else b"missing" for name in ("config.json", "weights")} if "config.json" in names else set()
+    return {
+        store.read(f"export/{name}") if name in names else b"missing" for name in ("config.json", "weights")
+    } if "config.json" in names else set()
 
 
 def test_no_one_finds_half_an_export_while_another_takes_its_place(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one, seen = saver(root), list[set[bytes]]()
     export(one, b"old")
-    files: list[tuple[Any, str]] = [(Store, "remove"), (Path, "rename"), (type(Store(root).fs), "put_file"), (type(Store(root).fs), "rm_file"), (shutil, "rmtree")]
+    files: list[tuple[Any, str]] = [
+        (Store, "remove"), (Path, "rename"), (type(Store(root).fs), "put_file"), (type(Store(root).fs), "rm_file"),
+        (shutil, "rmtree")
+    ]
     for owner, name in files:
         monkeypatch.setattr(owner, name, looking(getattr(owner, name, None), lambda: seen.append(found(root))))
     export(one, b"new")
@@ -586,7 +626,9 @@ def looking(call: Any, look: Callable[[], None]) -> Any:
     return looked
 
 
-def test_an_export_that_comes_late_gives_the_later_drivers_its_place_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_comes_late_gives_the_later_drivers_its_place_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Overtaken between its last look and its call, for as long as the other needs to finish the run."""
     root = str(tmp_path / "run")
     early, late = saver(root, driver="x"), saver(root, driver="y")

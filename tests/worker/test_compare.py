@@ -12,7 +12,9 @@ def test_ranks_shares_are_added_before_they_are_compared() -> None:
 def test_each_tensor_parallel_rank_has_its_own_sums() -> None:
     trainer = [[{"a": 1}, {"a": 2}]]
     assert compare(trainer, [[EngineSums({"a": 1}, 0), EngineSums({"a": 2}, 0)]]).wrong == {}
-    assert compare(trainer, [[EngineSums({"a": 2}, 0), EngineSums({"a": 1}, 0)]]).wrong == {(0, 0): ["a"], (0, 1): ["a"]}
+    assert compare(
+        trainer, [[EngineSums({"a": 2}, 0), EngineSums({"a": 1}, 0)]],
+    ).wrong == {(0, 0): ["a"], (0, 1): ["a"]}
 
 
 def test_what_is_packed_away_and_was_not_summed_is_not_compared() -> None:

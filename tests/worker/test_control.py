@@ -60,9 +60,15 @@ def local_error() -> Exception:
 
 
 @pytest.mark.parametrize(
-    ("failure", "kind", "words"), [(ValueError("layer 3 is missing"), ValueError, "layer 3 is missing"), (local_error(), RuntimeError, "Local: deep inside")]
+    ("failure", "kind", "words"),
+    [
+        (ValueError("layer 3 is missing"), ValueError, "layer 3 is missing"),
+        (local_error(), RuntimeError, "Local: deep inside")
+    ]
 )
-def test_what_a_member_raises_is_raised_here_or_its_words_where_it_cannot_travel(hub: Hub, failure: Exception, kind: type[Exception], words: str) -> None:
+def test_what_a_member_raises_is_raised_here_or_its_words_where_it_cannot_travel(
+    hub: Hub, failure: Exception, kind: type[Exception], words: str,
+) -> None:
     served = serving(joined(hub, 1)[0], lambda _: failure)
     hub.order("order", range(1, 2))
     with pytest.raises(kind, match=words):
@@ -103,7 +109,9 @@ def test_a_member_closes_itself_while_it_waits(hub: Hub) -> None:
 def test_a_stranger_is_turned_away(hub: Hub) -> None:
     """Neither a wrong token nor a connection that says nothing counts, or keeps the others out."""
     silent = socket.create_connection((hub.meeting.host, hub.meeting.port))
-    stranger = threading.Thread(target=Member, args=(Meeting(hub.meeting.host, hub.meeting.port, b"x" * 32), 1, DEADLINE))
+    stranger = threading.Thread(
+        target=Member, args=(Meeting(hub.meeting.host, hub.meeting.port, b"x" * 32), 1, DEADLINE),
+    )
     stranger.start()
     joined(hub, 1)
     stranger.join()

@@ -44,7 +44,8 @@ def test_advantages_of_ones_own_are_taken_as_they_are_with_their_metrics() -> No
     given = config(name="dapo", advantage={"code": BEST_OF_ITS_GROUP}, overlong={"bufferTokens": 0})
     items, rewards = sequences([(2, 4), (1, 2), (3, 1), (2, 2)]), [1.0, 0.0, 0.5, 2.0]
     made = shape(
-        given.algorithm, 0.0, items, rewards, [0, 0, 1, 1], updates=[range(4)], max_tokens=16, parts={"r": [5.0, 6, 7, 8]},
+        given.algorithm, 0.0, items, rewards, [0, 0, 1, 1], updates=[range(4)], max_tokens=16,
+        parts={"r": [5.0, 6, 7, 8]},
         custom=custom.advantage(given),
     )  # fmt: skip
     assert made.advantages == [[1.0] * 4, [0.0] * 2, [0.0], [1.0] * 2]
@@ -64,8 +65,10 @@ def test_a_loss_of_ones_own_has_the_weights_the_correction_and_the_kl_of_every_o
     generator = torch.Generator().manual_seed(0)
     new, old, reference, engine = (torch.randn(5, generator=generator) / 2 for _ in range(4))
     columns = {
-        "advantages": torch.tensor([1.0, -1.0, 2.0, -0.5, 1.0]), "loss_weights": torch.full((5,), 0.3), "old_logprobs": old,
-        "token_weights": torch.full((5,), 0.2), "rollout_logprobs": engine, "ref_logprobs": reference, "kl_weights": torch.full((5,), 0.1),
+        "advantages": torch.tensor([1.0, -1.0, 2.0, -0.5, 1.0]), "loss_weights": torch.full((5,), 0.3),
+        "old_logprobs": old,
+        "token_weights": torch.full((5,), 0.2), "rollout_logprobs": engine, "ref_logprobs": reference,
+        "kl_weights": torch.full((5,), 0.1),
     }  # fmt: skip
     found = []
     for own in (False, True):
@@ -97,12 +100,15 @@ ADVANTAGE, LOSS = "def advantage(rewards, **more): ", "def loss(logprobs, **more
         ("advantage", {"code": "def score(**more): ..."}, "defines no function advantage"),
         ("advantage", {"code": "def advantage("}, "SyntaxError"),
         ("advantage", {"code": "def advantage(rewards): ..."}, "unexpected keyword argument 'groups'"),
-        ("advantage", {"code": "def advantage(rewards, baseline, **more): ..."}, "missing a required argument: 'baseline'"),
-        ("advantage", {"code": ADVANTAGE + "return [1.0]"}, r"returned \[1.0\], floats \(6(, 3)?,?\) or \(6(, 3)?,?\) are needed"),
+        ("advantage", {"code": "def advantage(rewards, baseline, **more): ..."}, "missing a required argument: "
+            "'baseline'"),
+        ("advantage", {"code": ADVANTAGE + "return [1.0]"}, r"returned \[1.0\], floats \(6(, 3)?,?\) or \(6(, 3)?,?\) "
+            r"are needed"),
         ("advantage", {"code": ADVANTAGE + "return rewards.mean()"}, r"returned torch.float64 \(\)"),
         ("advantage", {"code": ADVANTAGE + "return rewards.long()"}, r"returned torch.int64 \(6,\)"),
         ("advantage", {"code": ADVANTAGE + "return rewards / rewards.min()"}, "is not finite"),
-        ("advantage", {"code": ADVANTAGE + "return rewards, {'a': rewards}"}, "metrics are a dictionary of names to a number"),
+        ("advantage", {"code": ADVANTAGE + "return rewards, {'a': rewards}"}, "metrics are a dictionary of names to a "
+            "number"),
         ("advantage", {"code": ADVANTAGE + "return rewards, {'a b': 1}"}, "metrics are a dictionary of names"),
         ("advantage", {"code": ADVANTAGE + "return more['columns']['values']"}, "KeyError: 'values'"),
         ("loss", {"code": LOSS + "return logprobs.sum()"}, r"returned torch.float32 \(\), floats \(3,\) are needed"),

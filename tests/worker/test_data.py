@@ -113,7 +113,9 @@ def test_reasoning_gym_rows_are_those_of_the_seed_and_carry_their_verifier() -> 
 
 
 def test_the_mark_of_a_task_is_how_it_is_made() -> None:
-    """ransom_note and three other tasks word a problem otherwise in another process (sets of strings); that must not refuse a checkpoint."""
+    """ransom_note and three other tasks word a problem otherwise in another process (sets of strings); that must not
+    refuse a checkpoint.
+    """
     source = PromptSource(spec(reasoning_gym={"task": "ransom_note", "size": 4}))
     before = source.digest()
     source.rows = [{"question": "another wording"}] * 4
@@ -121,7 +123,9 @@ def test_the_mark_of_a_task_is_how_it_is_made() -> None:
 
 
 def test_the_completion_column_is_not_handed_on_and_the_prompt_has_its_name(tmp_path: Path) -> None:
-    source = PromptSource(spec(**jsonl(tmp_path / "p.jsonl", [{"q": "say", "completion": "old", "n": 1}]), prompt_field="q"))
+    source = PromptSource(
+        spec(**jsonl(tmp_path / "p.jsonl", [{"q": "say", "completion": "old", "n": 1}]), prompt_field="q")
+    )
     assert source.read(0) == ("say", {"q": "say", "n": 1, "prompt": "say"})
 
 
@@ -223,7 +227,8 @@ def test_an_unreachable_hub_is_no_bad_data(monkeypatch: pytest.MonkeyPatch, wrap
 
 
 def test_an_unknown_task_names_close_ones() -> None:
-    with pytest.raises(BadSpec, match=r"data\.reasoningGym\.task: there is no 'basic_aritmetic'; did you mean basic_arithmetic"):
+    with pytest.raises(BadSpec, match=r"data\.reasoningGym\.task: there is no 'basic_aritmetic'; did you mean "
+        r"basic_arithmetic"):
         PromptSource(spec(reasoning_gym={"task": "basic_aritmetic"}))
 
 
@@ -392,7 +397,9 @@ def test_each_epoch_has_every_row_once_in_another_order(seven: DataSpec) -> None
 
 @settings(deadline=None)
 @given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=8), stop=st.integers(0, 8))
-def test_resume_anywhere_is_the_uninterrupted_order(sizes: list[int], stop: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_resume_anywhere_is_the_uninterrupted_order(
+    sizes: list[int], stop: int, tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     data = spec(**jsonl(tmp_path_factory.mktemp("rows") / "p.jsonl", ROWS))
     whole = sampler(data).next(sum(sizes))
     first = sampler(data)
@@ -496,7 +503,9 @@ def test_the_chat_template_renders_and_brings_its_own_special_tokens(seven: Data
 
 
 def test_messages_are_rendered_as_they_are(tmp_path: Path) -> None:
-    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "go"}]
+    chat = [
+        {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "go"}
+    ]
     data = spec(**jsonl(tmp_path / "p.jsonl", [{"prompt": chat}]))
     assert sampler(data, chat=True).next(1)[0].text == "<user>hi<assistant>yes?<user>go<assistant>"
     with pytest.raises(BadData, match=r"line 1: a list of chat messages needs data\.chatTemplate"):

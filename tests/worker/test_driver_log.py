@@ -49,13 +49,16 @@ def test_the_newest_attempts_stay(root: str, monkeypatch: pytest.MonkeyPatch) ->
     assert Store(root).names("logs") == ["attempt-10", "attempt-11", "attempt-9"]
 
 
-def test_a_storage_that_fails_costs_one_warning_and_what_waits_is_written_later(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_storage_that_fails_costs_one_warning_and_what_waits_is_written_later(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
     Bucket.empty()
     monkeypatch.setattr(Bucket, "broken", True)
     log = DriverLog("bucket://models/run", 1)
     for letter in "abc":
         log.add(letter)
-    assert capsys.readouterr().err.count("the driver's log is not kept in bucket://models/run/logs/attempt-1: OSError: connection reset") == 1
+    assert capsys.readouterr().err.count("the driver's log is not kept in bucket://models/run/logs/attempt-1: "
+        "OSError: connection reset") == 1
     monkeypatch.setattr(Bucket, "broken", False)
     log.add("d")
     assert kept("bucket://models/run", 1) == "abcd"

@@ -50,9 +50,11 @@ def test_latent_attention_is_refused() -> None:
 
 def test_a_model_class_that_vllm_does_not_know_is_named() -> None:
     """The message is that of vLLM 0.32.0; test_vllm_config.py holds it against the real one."""
-    reason = "Value error, Model architectures ['NopeForCausalLM'] are not supported for now. Supported architectures: dict_keys(['Afmoe'])"
+    reason = ("Value error, Model architectures ['NopeForCausalLM'] are not supported for now. Supported "
+        "architectures: dict_keys(['Afmoe'])")
     assert str(refused(run_config(), reason, "0.32.0")) == (
-        "spec.model.path: /models/tiny: vLLM 0.32.0 does not know its model class ['NopeForCausalLM']: use a model that it knows, or for debugging "
+        "spec.model.path: /models/tiny: vLLM 0.32.0 does not know its model class ['NopeForCausalLM']: use a "
+            "model that it knows, or for debugging "
         "spec.rollout.engine: hf"
     )
     assert "refuses them: something else" in str(refused(run_config(), "something else", "0.32.0"))

@@ -1,4 +1,5 @@
-"""Episodes: ids only grow, observations are masked, and environments can fail, hang and die without becoming samples."""
+"""Episodes: ids only grow, observations are masked, and environments can fail, hang and die without becoming samples.
+"""
 
 import asyncio
 from collections import Counter
@@ -19,7 +20,8 @@ from rlhf_worker.rollout.episode import Episode, Request, Speech, Turn, request_
 from rlhf_worker.template import Template
 
 EOS = 2
-CHATML = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+CHATML = ("{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt "
+    "%}<s>assistant\n{% endif %}")
 CALCULATOR = """
 class Environment:
     def reset(self, prompt, answer, **row):
@@ -49,7 +51,10 @@ def ids(text: str) -> list[int]:
 
 def request(max_tokens: int = 200, **fields: Any) -> Request:
     text = "2 + 3 ="
-    return Request(prompt=Prompt(uid="0:7", epoch=0, row=7, token_ids=ids(text), text=text, fields=fields), seed=5, temperature=1.0, max_tokens=max_tokens)
+    return Request(
+        prompt=Prompt(uid="0:7", epoch=0, row=7, token_ids=ids(text), text=text, fields=fields), seed=5,
+        temperature=1.0, max_tokens=max_tokens,
+    )
 
 
 def says(*turns: str) -> Callable[[Episode], AsyncIterator[Turn]]:
@@ -83,9 +88,13 @@ async def test_a_chat_template_renders_the_observation_as_a_suffix() -> None:
     """What the template says of the whole conversation, token for token, although only its end was tokenised."""
     sample = await played({"code": CALCULATOR}, says("4", "5"), request(answer=5), chat=True)
     messages = [("assistant", "4"), ("user", " 5 is it"), ("assistant", "5")]
-    whole = "".join(f"<s>{role}\n{text}</s>\n" for role, text in messages).removeprefix("<s>assistant\n").removesuffix("\n")
+    whole = "".join(
+        f"<s>{role}\n{text}</s>\n" for role, text in messages
+    ).removeprefix("<s>assistant\n").removesuffix("\n")
     assert sample.token_ids == ids(whole)
-    assert [token for token, ours in zip(sample.token_ids, sample.mask, strict=True) if ours] == [*ids("4"), EOS, *ids("5"), EOS]
+    assert [
+        token for token, ours in zip(sample.token_ids, sample.mask, strict=True) if ours
+    ] == [*ids("4"), EOS, *ids("5"), EOS]
 
 
 async def test_the_calculator_of_the_docs() -> None:
@@ -114,7 +123,8 @@ def told(turn: Turn, found: Environments, *texts: str) -> Any:
 
 
 async def test_episodes_are_spread_over_the_subprocesses() -> None:
-    code = "import os\nclass Environment:\n    def reset(self, **row): pass\n    def step(self, completion): return {'observation': '', 'done': True, 'reward': float(os.getpid())}"
+    code = ("import os\nclass Environment:\n    def reset(self, **row): pass\n    def step(self, completion): return "
+        "{'observation': '', 'done': True, 'reward': float(os.getpid())}")
     table = Environments(EnvironmentSpec(code=code, workers=2, timeout_seconds=20.0), speech())
     try:
         samples = await asyncio.gather(*(table.play(request(), says("4")) for _ in range(4)))  # type: ignore[arg-type]
@@ -141,7 +151,8 @@ async def test_turns_and_tokens_are_bounded() -> None:
     two = await played({"code": CALCULATOR, "maxTurns": 2}, says("4"), request(answer=5))
     assert sum(token == EOS for token in two.token_ids) == 2 and two.finish_reason == "stop"
     cut = await played({"code": CALCULATOR}, says("4"), request(answer=5, max_tokens=8))
-    assert (cut.token_ids, cut.finish_reason, cut.episode_reward) == ([*ids("4"), EOS], "length", -0.25)  # 8 more do not fit before a turn
+    # 8 more do not fit before a turn
+    assert (cut.token_ids, cut.finish_reason, cut.episode_reward) == ([*ids("4"), EOS], "length", -0.25)
     within = await played({"code": CALCULATOR}, says("4", "44444444"), request(answer=5, max_tokens=13))
     assert len(within.token_ids) == 13 and within.finish_reason == "length" and within.episode_reward == -0.5
 
@@ -165,14 +176,17 @@ class Environment:
         ("import os; os._exit(3)", "its process died: exit status 3"),
         ("import time; time.sleep(100)", "no answer within 0.5 s; its process was killed"),
         ("return 'done'", "step returned 'done'"),
-        ("return {'observation': 'x', 'done': False, 'reward': float('nan')}", "returned nan, a finite number is needed"),
+        ("return {'observation': 'x', 'done': False, 'reward': float('nan')}", "returned nan, a finite number is "
+            "needed"),
         ("return {'observation': 'x', 'done': 0}", "step returned"),
     ],
 )
 async def test_a_failing_step_never_becomes_a_sample(step: str, words: str) -> None:
     code = f"class Environment:\n    def reset(self, **row): pass\n    def step(self, completion):\n        {step}\n"
     with pytest.raises(EnvironmentFailed, match=r"failed 2 times on prompt 0:7") as caught:
-        await played({"code": code, "retries": 1, "timeoutSeconds": 0.5 if "sleep" in step else 20.0}, says("4"), request())
+        await played(
+            {"code": code, "retries": 1, "timeoutSeconds": 0.5 if "sleep" in step else 20.0}, says("4"), request(),
+        )
     assert words in str(caught.value)
 
 
@@ -260,6 +274,9 @@ def test_a_turn_of_unlike_lists_or_too_many_tokens_is_refused() -> None:
 
 
 def test_seeds_differ_by_sample_step_and_run_and_are_the_same_again() -> None:
-    seeds = {request_seed(seed, step, uid, index) for seed in (0, 1) for step in (1, 2) for uid in ("0:1", "1:1") for index in (0, 1)}
+    seeds = {
+        request_seed(seed, step, uid, index) for seed in (0, 1) for step in (1, 2) for uid in ("0:1", "1:1")
+        for index in (0, 1)
+    }
     assert len(seeds) == 16
     assert request_seed(0, 1, "0:1", 0) in seeds and all(0 <= seed < 2**63 for seed in seeds)

@@ -24,7 +24,9 @@ def spec(**fields: Any) -> EvaluationSpec:
     return EvaluationSpec.model_validate({"name": "a", "data": {"jsonl": {"path": "/x"}}, **fields})
 
 
-@pytest.mark.parametrize(("steps", "every", "when"), [(10, 4, [0, 4, 8, 10]), (8, 4, [0, 4, 8]), (3, 50, [0, 3]), (2, 1, [0, 1, 2])])
+@pytest.mark.parametrize(
+    ("steps", "every", "when"), [(10, 4, [0, 4, 8, 10]), (8, 4, [0, 4, 8]), (3, 50, [0, 3]), (2, 1, [0, 1, 2])],
+)
 def test_before_the_first_step_every_so_many_and_after_the_last(steps: int, every: int, when: list[int]) -> None:
     assert [step for step in range(steps + 1) if due(spec(every_steps=every), step, steps)] == when
 
@@ -36,10 +38,14 @@ def score(sample: Sample, reward: float) -> ScoredSample:
 def test_metrics_of_groups() -> None:
     """Two prompts of three samples: 1 of 3 and 0 of 3 right."""
     rewards = [[0, 1, 0], [0, 0, 0]]
-    groups = [[score(a_sample(row, tokens=k + 1), value) for k, value in enumerate(values)] for row, values in enumerate(rewards)]
+    groups = [
+        [score(a_sample(row, tokens=k + 1), value) for k, value in enumerate(values)] for row,
+        values in enumerate(rewards)
+    ]
     found = metrics(spec(samples=3, temperature=1), groups)
     assert found == {
-        "eval/a/exact": 1 / 6, "eval/a/length": 2.0, "eval/a/mean_reward": 1 / 6, "eval/a/best_reward": 0.5, "eval/a/mean_length": 2.0,
+        "eval/a/exact": 1 / 6, "eval/a/length": 2.0, "eval/a/mean_reward": 1 / 6, "eval/a/best_reward": 0.5,
+        "eval/a/mean_length": 2.0,
         "eval/a/truncated_share": 0.0,
     }  # fmt: skip
 
@@ -126,8 +132,13 @@ class Engines:
 
 def test_only_sets_that_are_due_are_drawn_and_in_calls_of_a_steps_size() -> None:
     data = {"jsonl": {"path": "/x"}}
-    sets = [{"name": "a", "data": data, "everySteps": 2}, {"name": "b", "data": data, "everySteps": 3, "samples": 8, "temperature": 1}]
-    config = run_config(steps=10, evaluation=sets, rollout={"promptsPerStep": 2, "samplesPerPrompt": 4, "maxTokens": 16})
+    sets = [
+        {"name": "a", "data": data, "everySteps": 2},
+        {"name": "b", "data": data, "everySteps": 3, "samples": 8, "temperature": 1}
+    ]
+    config = run_config(
+        steps=10, evaluation=sets, rollout={"promptsPerStep": 2, "samplesPerPrompt": 4, "maxTokens": 16},
+    )
     prompts = {"a": [a_prompt(i) for i in range(10)], "b": [a_prompt(0), a_prompt(1)]}
     engines = Engines()
 
@@ -151,7 +162,8 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, Any]
     code = "def reward(prompt, completion, **row): return 1.0"
     train = jsonl(tmp_path / "train.jsonl", ROWS)
     config = run_config(
-        data=train, evaluation=[{"name": "held-out", "data": data, **fields}], rewards=[{"name": "r", "type": "python", "code": code}],
+        data=train, evaluation=[{"name": "held-out", "data": data, **fields}],
+        rewards=[{"name": "r", "type": "python", "code": code}],
         checkpoint={"path": str(tmp_path)},
     )  # fmt: skip
     feed = Feed(config)
@@ -159,11 +171,15 @@ def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, Any]
     return feed
 
 
-def test_the_feed_draws_the_first_rows_in_the_order_of_the_source_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_feed_draws_the_first_rows_in_the_order_of_the_source_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
     feed = opened(tmp_path, monkeypatch, jsonl(tmp_path / "test.jsonl", ROWS), limit=3)
     before = feed.sampler_state()
     prompts = feed.draw_evaluation("held-out")
-    assert [(p.uid, p.text, p.fields["answer"]) for p in prompts] == [(f"held-out:{i}", f"say {i}", i) for i in range(3)]
+    assert [
+        (p.uid, p.text, p.fields["answer"]) for p in prompts
+    ] == [(f"held-out:{i}", f"say {i}", i) for i in range(3)]
     assert feed.draw_evaluation("held-out") == prompts
     assert feed.sampler_state() == before
     feed.scorer.close()
@@ -208,12 +224,17 @@ def test_a_sets_reward_that_fails_names_the_set(tmp_path: Path, monkeypatch: pyt
     [
         ([], {}, BadData, r"evaluation\[held-out\]: data\.jsonl .*test\.jsonl: there are no rows"),
         ([{"text": "a"}], {}, BadData, r"evaluation\[held-out\]: data\.jsonl: .*line 1: no 'prompt'"),
-        ([{"prompt": "x" * 2000}], {}, BadData, r"evaluation\[held-out\]: .*2001 tokens, data\.maxPromptTokens is 1024"),
-        ([{"prompt": "a"}], {"systemPrompt": "be brief"}, BadSpec, r"evaluation\[held-out\]: data\.systemPrompt needs a chat template"),
+        (
+            [{"prompt": "x" * 2000}], {}, BadData,
+            r"evaluation\[held-out\]: .*2001 tokens, data\.maxPromptTokens is 1024",
+        ),
+        ([{"prompt": "a"}], {"systemPrompt": "be brief"}, BadSpec, r"evaluation\[held-out\]: data\.systemPrompt needs "
+            r"a chat template"),
     ],
 )
 def test_bad_data_of_a_set_is_named_before_the_first_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[Any], more: dict[str, Any], error: type[Exception], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[Any], more: dict[str, Any], error: type[Exception],
+    message: str
 ) -> None:
     with pytest.raises(error, match=message):
         opened(tmp_path, monkeypatch, {**jsonl(tmp_path / "test.jsonl", rows), **more})

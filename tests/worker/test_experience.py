@@ -33,7 +33,9 @@ CPU = torch.device("cpu")
 def unpack(batch: PackedBatch) -> list[TrainSequence]:
     """The sequences of a micro-batch, from its tensors alone."""
     found = []
-    for number, (start, end) in enumerate(zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True)):
+    for number, (start, end) in enumerate(
+        zip(batch.cu_seqlens[:-1].tolist(), batch.cu_seqlens[1:].tolist(), strict=True)
+    ):
         prompt, tokens = batch.prompt_lengths[number], batch.token_ids[start:end].tolist()
         mask = batch.target_mask[start:end].tolist()
         assert not any(mask[: prompt - 1]) and not mask[-1]
@@ -43,7 +45,12 @@ def unpack(batch: PackedBatch) -> list[TrainSequence]:
         columns = {name: column[start:end].tolist() for name, column in batch.columns.items()}
         assert not any(any(column[: prompt - 1]) or column[-1] for column in columns.values())
         inner = {name: column[prompt - 1 : -1] for name, column in columns.items()}
-        found.append(TrainSequence(token_ids=tokens, prompt_length=prompt, index=batch.indices[number], mask=mask[prompt - 1 : -1], columns=inner))
+        found.append(
+            TrainSequence(
+                token_ids=tokens, prompt_length=prompt, index=batch.indices[number], mask=mask[prompt - 1 : -1],
+                columns=inner,
+            )
+        )
     return found
 
 
@@ -76,7 +83,9 @@ def test_the_budget_holds_unless_one_sequence_is_longer(lengths: list[tuple[int,
 @given(LENGTHS, BUDGETS, st.integers(1, 6))
 def test_packing_and_splitting_are_deterministic(lengths: list[tuple[int, int]], budget: int, parts: int) -> None:
     first, second = ([pack(part, budget) for part in split(sequences(lengths), parts) if part] for _ in range(2))
-    assert [[b.token_ids.tolist() for b in part] for part in first] == [[b.token_ids.tolist() for b in part] for part in second]
+    assert [[b.token_ids.tolist() for b in part] for part in first] == [
+        [b.token_ids.tolist() for b in part] for part in second
+    ]
 
 
 @given(LENGTHS, BUDGETS, st.integers(1, 6))
@@ -112,7 +121,10 @@ def test_the_filler_is_one_token_without_a_target() -> None:
 
 def test_dtypes() -> None:
     (batch,) = pack(sequences([(2, 3)]), 100)
-    assert {name: getattr(batch, name).dtype for name in ("token_ids", "position_ids", "cu_seqlens", "target_mask", "targets")} == {
+    assert {
+        name: getattr(batch, name).dtype
+        for name in ("token_ids", "position_ids", "cu_seqlens", "target_mask", "targets")
+    } == {
         "token_ids": torch.int64,
         "position_ids": torch.int64,
         "cu_seqlens": torch.int32,
@@ -146,12 +158,17 @@ def test_a_sample_with_an_entry_missing_is_refused(name: str) -> None:
 
 
 @given(LENGTHS, BUDGETS, st.integers(1, 4))
-def test_what_the_ranks_say_of_targets_finds_back_to_its_samples(lengths: list[tuple[int, int]], budget: int, parts: int) -> None:
+def test_what_the_ranks_say_of_targets_finds_back_to_its_samples(
+    lengths: list[tuple[int, int]], budget: int, parts: int,
+) -> None:
     given_ = masked(sequences(lengths))
     ranks = equalise([pack(part, budget) for part in split(given_, parts)])
     found = [by_sample(batch, at_targets(batch, CPU)[0]["advantages"]) for batches in ranks for batch in batches]
     for sequence in add_column(given_, "seen", found):
-        wanted = [value if counts else 0.0 for value, counts in zip(sequence.columns["advantages"], sequence.mask, strict=True)]
+        wanted = [
+            value if counts else 0.0 for value,
+            counts in zip(sequence.columns["advantages"], sequence.mask, strict=True)
+        ]
         assert sequence.columns["seen"] == pytest.approx(wanted)
 
 

@@ -1,4 +1,6 @@
-"""Several drivers on one checkpoint path: who holds it, and that no interleaving of them makes a checkpoint of two, or takes an earlier one's for the newest."""
+"""Several drivers on one checkpoint path: who holds it, and that no interleaving of them makes a checkpoint of two, or
+takes an earlier one's for the newest.
+"""
 
 import re
 import threading
@@ -73,7 +75,8 @@ def test_who_was_overtaken_is_told_by_whom(root: str, monkeypatch: pytest.Monkey
     third.check()
     fourth.take()
     fourth.check()
-    with pytest.raises(Fenced, match=rf"attempt 4 of this job \(on tiny-trainer-1 since 20\S+Z\) writes {root} now: this driver, attempt 3, is an earlier one"):
+    with pytest.raises(Fenced, match=rf"attempt 4 of this job \(on tiny-trainer-1 since 20\S+Z\) writes {root} now: "
+        r"this driver, attempt 3, is an earlier one"):
         third.check()
     fence(root, 1, job="b").take()
     with pytest.raises(Fenced, match=r"attempt 1 of another job \(uid b\)"):
@@ -162,8 +165,12 @@ def test_a_job_that_another_took_the_path_from_stays_out_however_long_ago(root: 
         first.check()
 
 
-def test_a_number_that_was_removed_and_is_made_anew_by_a_late_writer_is_no_take_over(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between its look and its claim others take over, and the number that it meant to take is theirs, and gone into one file."""
+def test_a_number_that_was_removed_and_is_made_anew_by_a_late_writer_is_no_take_over(
+    root: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between its look and its claim others take over, and the number that it meant to take is theirs, and gone into
+    one file.
+    """
     take_over(root, 2)
     late, before = fence(root, 3, driver="late"), list[Turn]()
     create = Store.create
@@ -183,7 +190,9 @@ def test_a_number_that_was_removed_and_is_made_anew_by_a_late_writer_is_no_take_
     assert "00000003.json" not in Store(root).names("fence")
 
 
-def test_a_look_between_the_one_file_and_the_end_of_the_others_sees_all(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_look_between_the_one_file_and_the_end_of_the_others_sees_all(
+    root: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Whoever lists, and then reads what is gone, looks again; a driver that ends half-way leaves nothing amiss."""
     monkeypatch.setattr(fences, "MOST_FILES", 3)
     monkeypatch.setattr(fences, "POLL_SECONDS", 0.0)
@@ -206,10 +215,14 @@ def test_a_look_between_the_one_file_and_the_end_of_the_others_sees_all(root: st
     monkeypatch.setattr(Store, "names", listed)
     monkeypatch.setattr(Store, "remove", watched)
     assert [turn.number for turn in reader.line()] == [1, 2, 3, 4, 5]
-    assert seen[0] == [f"0000000{number}.json" for number in range(1, 5)] and names(Store(root), "fence") == ["00000005.json", "until-00000004.json"]
+    assert seen[0] == [
+        f"0000000{number}.json" for number in range(1, 5)
+    ] and names(Store(root), "fence") == ["00000005.json", "until-00000004.json"]
 
 
-def test_storage_that_removes_nothing_costs_no_run(root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_storage_that_removes_nothing_costs_no_run(
+    root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
     def refused(self: Store, name: str) -> None:
         raise PermissionError(name)
 
@@ -220,7 +233,10 @@ def test_storage_that_removes_nothing_costs_no_run(root: str, monkeypatch: pytes
 
 
 def line(*resumed: str | None) -> list[Turn]:
-    return [Turn(number=i, mark=f"m{i}", job="a", attempt=i, host="h", time="t", resumed=name) for i, name in enumerate(resumed, 1)]
+    return [
+        Turn(number=i, mark=f"m{i}", job="a", attempt=i, host="h", time="t", resumed=name) for i,
+        name in enumerate(resumed, 1)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -228,15 +244,22 @@ def line(*resumed: str | None) -> list[Turn]:
     [
         ([("step-1", 1, None), ("step-10", 10, None), ("step-9", 9, None)], [], ["step-1", "step-9", "step-10"]),
         ([("step-20", 20, "m1"), ("step-40", 40, "m1")], line("", "step-20"), ["step-20"]),  # 40 came late
-        ([("step-20", 20, "m1"), ("step-40", 40, "m1"), ("step-30", 30, "m2")], line("", "step-20"), ["step-20", "step-30"]),
-        ([("step-20", 20, "m1"), ("step-40", 40, "m1")], line("", None), ["step-20", "step-40"]),  # the second has not chosen
+        (
+            [("step-20", 20, "m1"), ("step-40", 40, "m1"), ("step-30", 30, "m2")], line("", "step-20"),
+            ["step-20", "step-30"],
+        ),
+        # the second has not chosen
+        ([("step-20", 20, "m1"), ("step-40", 40, "m1")], line("", None), ["step-20", "step-40"]),
         ([("step-20", 20, None), ("step-40", 40, "gone")], line("step-20"), ["step-20"]),
         ([("step-20", 20, "m1")], line("", ""), []),  # the second began anew: an older one was nothing to it
-        ([("step-20", 20, "m1"), ("step-40", 40, "m1")], line("", "step-20", "step-40"), ["step-20", "step-40"]),  # the third chose it all the same
+        # the third chose it all the same
+        ([("step-20", 20, "m1"), ("step-40", 40, "m1")], line("", "step-20", "step-40"), ["step-20", "step-40"]),
         ([("step-40", 40, "m1"), ("step-40.b", 40, "m2")], line("", "step-20"), ["step-40.b"]),
     ],
 )  # fmt: skip
-def test_which_checkpoints_count(found: list[tuple[str, int, str | None]], turns: list[Turn], counting: list[str]) -> None:
+def test_which_checkpoints_count(
+    found: list[tuple[str, int, str | None]], turns: list[Turn], counting: list[str],
+) -> None:
     assert standing(found, turns) == counting
 
 
@@ -248,7 +271,9 @@ class Killed(BaseException):
 
 
 class Driver(threading.Thread):
-    """One life: take the path over, restore, save a few steps. It stands still before each of its calls of the store, and after each event, until `go`."""
+    """One life: take the path over, restore, save a few steps. It stands still before each of its calls of the store,
+    and after each event, until `go`.
+    """
 
     def __init__(self, root: str, keep: int, attempt: int, name: str, log: list["Event"], saves: int = 3) -> None:
         super().__init__(daemon=True)
@@ -304,7 +329,9 @@ class Driver(threading.Thread):
         for step in range(base + 1, base + 1 + self.saves):
             value = 100.0 * self.number + step
             loop = {"by": self.number, "value": value}
-            self.saver.begin(RunState(step=step, version=step, model={}, sampler={}, loop=loop), {"policy": weight(value)})
+            self.saver.begin(
+                RunState(step=step, version=step, model={}, sampler={}, loop=loop), {"policy": weight(value)},
+            )
             (outcome,) = self.saver.finished(wait=True)
             assert outcome.error is None, outcome.error
             self._tell(Event("saved", self.number, step, self.number, 0))
@@ -356,16 +383,27 @@ def _check(log: list[Event]) -> None:
     for index, event in enumerate(log):
         if event.what == "restored":
             for before in (one for one in restores if log.index(one) < event.asked and one.number < event.number):
-                assert event.by >= before.number or (event.by, event.step) == (before.by, before.step), "an earlier driver's became the newest"
-            known = [one for one in log[: event.asked] if one.what == "saved" and one.number == max((b.number for b in log[: event.asked]), default=0)]
+                assert event.by >= before.number or (event.by, event.step) == (
+                    before.by, before.step,
+                ), "an earlier driver's became the newest"
+            known = [
+                one for one in log[: event.asked]
+                if one.what == "saved" and one.number == max((b.number for b in log[: event.asked]), default=0)
+            ]
             assert event.step >= max((one.step for one in known), default=0), "what was saved is lost"
         elif event.what == "saved":
-            assert all(one.number <= event.number or one.step >= event.step or one.asked <= index for one in restores), "a save after a later driver restored"
+            assert all(
+                one.number <= event.number or one.step >= event.step or one.asked <= index for one in restores
+            ), "a save after a later driver restored"
 
 
 @contextmanager
-def standing_still(root: str, keep: int, attempts: list[int], saves: int = 3) -> Iterator[tuple[list[Driver], list[Event]]]:
-    """Drivers that have not begun, and what they will tell. At the end all of them end, and one more restores and saves."""
+def standing_still(
+    root: str, keep: int, attempts: list[int], saves: int = 3,
+) -> Iterator[tuple[list[Driver], list[Event]]]:
+    """Drivers that have not begun, and what they will tell. At the end all of them end, and one more restores and
+    saves.
+    """
     torch.set_num_threads(1)
     gates, log = Gated(), list[Event]()
     drivers = [Driver(root, keep, attempt, f"driver {i}", log, saves) for i, attempt in enumerate(attempts)]
@@ -394,7 +432,9 @@ PLACES = ("create", "restored", "write fence", r"write .*/run\.json", "rename", 
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("dies", [True, False])
 def test_what_an_earlier_driver_publishes_late_never_counts(root: str, dies: bool) -> None:
-    """It had looked, and nobody was there; before its next call a later one took over and went on from the checkpoint before."""
+    """It had looked, and nobody was there; before its next call a later one took over and went on from the checkpoint
+    before.
+    """
     with standing_still(root, 2, [1, 2]) as ((early, late), log):
         early.until("saved")
         early.until(r"write step-2.*/run\.json" if root.startswith("bucket") else r"rename \.step-2")
@@ -404,7 +444,9 @@ def test_what_an_earlier_driver_publishes_late_never_counts(root: str, dies: boo
         while not early.over:
             early.go()
         assert any(name.startswith("step-2.attempt-1") for name in whole(Store(root)))  # too late to be kept from it
-        assert [(event.what, event.number, event.step) for event in log] == [("restored", 1, 0), ("saved", 1, 1), ("restored", 2, 1)]
+        assert [
+            (event.what, event.number, event.step) for event in log
+        ] == [("restored", 1, 0), ("saved", 1, 1), ("restored", 2, 1)]
     assert [(event.by, event.step) for event in log if event.what == "restored"][-1] == ((1, 1) if dies else (2, 4))
 
 
@@ -433,7 +475,10 @@ def test_who_finds_its_own_removed_by_a_later_driver_is_fenced(tmp_path: Path) -
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), attempts=st.sampled_from([[1, 2], [1, 1], [1, 2, 3], [2, 1, 3], [1, 1, 2]]), keep=st.sampled_from([1, 2]))
+@given(
+    data=st.data(), attempts=st.sampled_from([[1, 2], [1, 1], [1, 2, 3], [2, 1, 3], [1, 1, 2]]),
+    keep=st.sampled_from([1, 2]),
+)
 @pytest.mark.usefixtures("group")
 def test_no_interleaving_of_drivers_mixes_them_or_goes_back(
     root: str, monkeypatch: pytest.MonkeyPatch, data: st.DataObject, attempts: list[int], keep: int

@@ -80,7 +80,10 @@ class PretendedSync:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     directory = Path("/tmp") / f"rf-{os.getpid()}"  # Ray's sockets need a short path
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, _temp_dir=str(directory), log_to_driver=False)
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, _temp_dir=str(directory),
+        log_to_driver=False,
+    )
     yield
     ray.shutdown()
 
@@ -146,7 +149,9 @@ def test_engines_that_sleep_serve_nothing_until_a_sync_reaches_those_that_still_
     fleet.sleep()
     assert fleet.serving == [] and ray.get([actor.sleeps.remote() for actor in (first, second)]) == [True, True]
     fleet.sync(prove=False)
-    assert fleet.serving == [first, second] and ray.get([actor.sleeps.remote() for actor in (first, second)]) == [False, False]
+    assert fleet.serving == [first, second] and ray.get(
+        [actor.sleeps.remote() for actor in (first, second)]
+    ) == [False, False]
     kill(first)
     fleet.sleep()
     assert fleet.health()[0] is not Health.HEALTHY
@@ -183,7 +188,9 @@ def test_no_engine_is_started_into_the_memory_that_the_sleeping_lend(make: Calla
 
 
 @pytest.mark.parametrize("how", ["hangs", "dies"])
-def test_who_is_lost_in_a_sync_is_left_out_and_the_others_get_the_weights_whole(make: Callable[..., Any], how: str) -> None:
+def test_who_is_lost_in_a_sync_is_left_out_and_the_others_get_the_weights_whole(
+    make: Callable[..., Any], how: str,
+) -> None:
     fleet, amiss = make()
     first, victim = fleet.actors
     ray.get(victim.hang.remote()) if how == "hangs" else kill(victim)
@@ -210,7 +217,9 @@ def test_a_sync_that_finds_nobody_alive_waits_for_the_first_that_comes_back(make
     assert Health.HEALTHY in fleet.health()
 
 
-def test_an_error_that_no_death_explains_is_the_callers(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_that_no_death_explains_is_the_callers(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fleet, _ = make()
     monkeypatch.setattr(PretendedSync, "__call__", lambda self, prove: (_ for _ in ()).throw(LinkBroken("a cable")))
     with pytest.raises(LinkBroken, match="a cable"):
@@ -221,7 +230,8 @@ def test_an_error_that_no_death_explains_is_the_callers(make: Callable[..., Any]
 def test_engines_that_never_start_again_end_the_run_by_name(make: Callable[..., Any]) -> None:
     fleet, _ = make(least=2, broken=True)
     fleet.lost(fleet.actors[1])
-    with pytest.raises(EnginesLost, match=r"fewer than spec\.rollout\.minEngines \(2\) engines are left.*engine 1 is dead; engine 1: no memory"):
+    with pytest.raises(EnginesLost, match=r"fewer than spec\.rollout\.minEngines \(2\) engines are left.*engine 1 is "
+        r"dead; engine 1: no memory"):
         fleet.ensure()
 
 

@@ -27,7 +27,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(path: Path, **rollout: Any) -> RunConfig:
-    return run_config(model={"path": str(path), "dtype": "float32"}, rollout={"engine": "hf", "maxTokens": 24, **rollout})
+    return run_config(
+        model={"path": str(path), "dtype": "float32"}, rollout={"engine": "hf", "maxTokens": 24, **rollout},
+    )
 
 
 def generator(path: Path, **rollout: Any) -> Generator:
@@ -38,7 +40,10 @@ def generator(path: Path, **rollout: Any) -> Generator:
 
 def requests(*texts: str, temperature: float = 0.7, seed: int | None = 11, **fields: Any) -> list[Request]:
     prompts = [
-        Prompt(uid=f"0:{row}", epoch=0, row=row, token_ids=list(tokenizer().encode(text, add_special_tokens=False)), text=text, fields=fields)
+        Prompt(
+            uid=f"0:{row}", epoch=0, row=row, token_ids=list(tokenizer().encode(text, add_special_tokens=False)),
+            text=text, fields=fields,
+        )
         for row, text in enumerate(texts)
     ]
     return [Request(prompt=prompt, seed=seed, temperature=temperature, max_tokens=24) for prompt in prompts]
@@ -85,7 +90,8 @@ def test_many_rows_are_generated_in_parts(path: Path, monkeypatch: pytest.Monkey
 
 
 def test_an_environment_plays_with_it(path: Path) -> None:
-    code = "class Environment:\n    def reset(self, **row): pass\n    def step(self, completion): return {'observation': ' go on', 'done': False, 'reward': 1.0}"
+    code = ("class Environment:\n    def reset(self, **row): pass\n    def step(self, completion): return "
+        "{'observation': ' go on', 'done': False, 'reward': 1.0}")
     made = generator(path, environment={"code": code, "maxTurns": 2, "workers": 1})
     try:
         samples = made.generate(requests("2 + 3 =", "4 ="), 60.0)

@@ -1,4 +1,6 @@
-"""Loss and gradient of a tiny attention model do not depend on micro-batch size, packing, ranks or order; the oracle pads and loops."""
+"""Loss and gradient of a tiny attention model do not depend on micro-batch size, packing, ranks or order; the oracle
+pads and loops.
+"""
 
 import pytest
 import torch
@@ -38,15 +40,22 @@ class Tiny(nn.Module):
 def packed_loss(model: Tiny, reference: Tiny, batch: PackedBatch) -> Tensor:
     allowed = (batch.sequence[:, None] == batch.sequence[None, :]).tril()
     mask = batch.target_mask if batch.target_mask.any() else torch.arange(len(batch.token_ids)) == 0
-    new, ref = (m(batch.token_ids, batch.position_ids, allowed).gather(-1, batch.targets[:, None])[:, 0][mask] for m in (model, reference))
+    new, ref = (
+        m(batch.token_ids, batch.position_ids, allowed).gather(-1, batch.targets[:, None])[:, 0][mask]
+        for m in (model, reference)
+    )
     columns, sequence = at_targets(batch, torch.device("cpu"))
     columns = {name: column.double() for name, column in columns.items()}
-    columns |= {"old_logprobs": columns["rollout_logprobs"], "ref_logprobs": ref, "kl_weights": BETA * columns["loss_weights"]}
+    columns |= {
+        "old_logprobs": columns["rollout_logprobs"], "ref_logprobs": ref, "kl_weights": BETA * columns["loss_weights"],
+    }
     return policy_loss(SPEC, new, torch.zeros_like(new), columns, sequence)[0]
 
 
 def oracle_loss(model: Tiny, reference: Tiny, items: list[TrainSequence]) -> Tensor:
-    """Right-padded to one length, one term a token, the mean over sequences of the mean over tokens: by the book, nothing shared with the product."""
+    """Right-padded to one length, one term a token, the mean over sequences of the mean over tokens: by the book,
+    nothing shared with the product.
+    """
     longest = max(s.length for s in items)
     token_ids = torch.tensor([s.token_ids + [0] * (longest - s.length) for s in items])
     positions = torch.arange(longest).expand(len(items), -1)
@@ -88,7 +97,9 @@ def measured(model: Tiny, losses: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     st.integers(1, 4),
     st.integers(0, 99),
 )
-def test_loss_and_gradient_are_those_of_the_padded_oracle(lengths: list[tuple[int, int]], budget: int, parts: int, seed: int) -> None:
+def test_loss_and_gradient_are_those_of_the_padded_oracle(
+    lengths: list[tuple[int, int]], budget: int, parts: int, seed: int,
+) -> None:
     items = sequences(lengths, seed, VOCABULARY)
     model, reference = Tiny(seed), Tiny(seed + 1)
     expected, wanted = measured(model, [oracle_loss(model, reference, items)])
@@ -103,7 +114,9 @@ def test_fsdp_averages_so_each_rank_multiplies_by_their_number() -> None:
     items = sequences([(2, 5), (3, 1), (1, 9), (4, 4), (2, 2)])
     model, reference = Tiny(0), Tiny(1)
     _, wanted = measured(model, [oracle_loss(model, reference, items)])
-    per_rank = [measured(model, [3 * packed_loss(model, reference, b) for b in pack(part, 8)])[1] for part in split(items, 3)]
+    per_rank = [
+        measured(model, [3 * packed_loss(model, reference, b) for b in pack(part, 8)])[1] for part in split(items, 3)
+    ]
     for rank_gradients, want in zip(zip(*per_rank, strict=True), wanted, strict=True):
         torch.testing.assert_close(torch.stack(rank_gradients).mean(0), want, rtol=1e-5, atol=1e-6)
 
@@ -115,5 +128,7 @@ def test_the_mean_of_micro_batch_means_would_have_been_seen() -> None:
     expected = oracle_loss(model, reference, items).detach()
     batches = pack(items, 14)
     assert len(batches) == 2
-    wrong = torch.stack([packed_loss(model, reference, b).detach() / b.columns["loss_weights"].sum() for b in batches]).mean()
+    wrong = torch.stack(
+        [packed_loss(model, reference, b).detach() / b.columns["loss_weights"].sum() for b in batches]
+    ).mean()
     assert wrong != pytest.approx(float(expected), rel=1e-3)

@@ -17,7 +17,10 @@ TABLE = {
     H.DEAD: [H.DEAD, H.DEAD, H.DEAD, H.RESTARTING, H.DEAD, H.DEAD],
     H.RESTARTING: [H.RESTARTING, H.RESTARTING, H.DEAD, H.RESTARTING, H.STALE, H.RESTARTING],
 }
-ROWS = [(state, event, ends[i]) for state, ends in TABLE.items() for i, event in enumerate((E.ANSWERED, E.MISSED, E.LOST, E.RESTARTED, E.STARTED, E.SYNCED))]
+ROWS = [
+    (state, event, ends[i]) for state, ends in TABLE.items() for i,
+    event in enumerate((E.ANSWERED, E.MISSED, E.LOST, E.RESTARTED, E.STARTED, E.SYNCED))
+]
 
 
 @pytest.mark.parametrize(("state", "event", "end"), ROWS)
@@ -70,7 +73,9 @@ def test_whether_to_go_on(engines: list[Engine], least: int, expected: Verdict) 
 
 def test_what_is_amiss_in_words() -> None:
     assert told([Engine(H.HEALTHY), Engine()]) is None
-    assert told([Engine(H.HEALTHY), Engine(H.DEAD), Engine(H.STALE, restarts=1)]) == "engine 1 is dead, engine 2 is stale"
+    assert told(
+        [Engine(H.HEALTHY), Engine(H.DEAD), Engine(H.STALE, restarts=1)]
+    ) == "engine 1 is dead, engine 2 is stale"
 
 
 @given(st.lists(st.sampled_from(list(Event)), max_size=60))
@@ -78,7 +83,9 @@ def test_no_story_serves_without_a_sync_or_restarts_past_the_budget(events: list
     engine, synced = Engine(), False
     for event in events:
         before, engine = engine, after(engine, event, LIMITS)
-        synced = (synced and engine.health not in (H.DEAD, H.RESTARTING)) or (event is E.SYNCED and engine.health is H.HEALTHY)
+        synced = (
+            synced and engine.health not in (H.DEAD, H.RESTARTING)
+        ) or (event is E.SYNCED and engine.health is H.HEALTHY)
         assert synced or engine.health not in (H.HEALTHY, H.SUSPECT)
         assert engine.restarts <= LIMITS.restarts
         assert engine.restarts <= before.restarts + (event is E.RESTARTED)

@@ -1,4 +1,6 @@
-"""Who has the GPUs that trainer and engines share, and when: the order of the loop's calls in one step, with stand-ins for all actors."""
+"""Who has the GPUs that trainer and engines share, and when: the order of the loop's calls in one step, with stand-ins
+for all actors.
+"""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -46,7 +48,9 @@ class Stand:
 
     def take(self) -> list[Any]:
         self.asked.append("take")
-        return [SimpleNamespace(samples=[scored(a_sample(row), float(index)) for index in range(8)]) for row in range(16)]
+        return [
+            SimpleNamespace(samples=[scored(a_sample(row), float(index)) for index in range(8)]) for row in range(16)
+        ]
 
     def finish(self, step: int) -> tuple[dict[str, Any], list[str]]:
         return {}, []
@@ -76,7 +80,10 @@ class Told:
 
 
 def zeros(batches: list[PackedBatch]) -> dict[int, list[float]]:
-    return {index: row for batch in batches for index, row in by_sample(batch, batch.targets[batch.target_mask] * 0.0).items()}
+    return {
+        index: row for batch in batches for index,
+        row in by_sample(batch, batch.targets[batch.target_mask] * 0.0).items()
+    }
 
 
 def looping(config: RunConfig, stand: Stand, stop: Stop, *, padded: bool = False) -> tuple[Loop, Told]:
@@ -88,13 +95,19 @@ def looping(config: RunConfig, stand: Stand, stop: Stop, *, padded: bool = False
 
 
 @pytest.mark.parametrize(("args", "mode", "sleep"), [
-    ({}, "Colocated", []), ({"enable_sleep_mode": True}, "Colocated", ["sleep"]), ({"enable_sleep_mode": True}, "Separated", []),
+    ({}, "Colocated", []), ({"enable_sleep_mode": True}, "Colocated", ["sleep"]),
+    ({"enable_sleep_mode": True}, "Separated", []),
 ])  # fmt: skip
-def test_engines_that_share_gpus_sleep_from_the_last_completion_to_the_sync(monkeypatch: pytest.MonkeyPatch, args: dict[str, Any], mode: str, sleep: list[str]) -> None:
+def test_engines_that_share_gpus_sleep_from_the_last_completion_to_the_sync(
+    monkeypatch: pytest.MonkeyPatch, args: dict[str, Any], mode: str, sleep: list[str],
+) -> None:
     stand = Stand()
     monkeypatch.setattr(module, "gather", lambda calls, *rest: calls)
     monkeypatch.setattr(module, "call", lambda *args, **more: None)
-    config = run_config(algorithm={"name": "ppo", "kl": {"coefficient": 0.1}}, rollout={"maxTokens": 16, "engineArgs": args}, placement={"mode": mode})
+    config = run_config(
+        algorithm={"name": "ppo", "kl": {"coefficient": 0.1}}, rollout={"maxTokens": 16, "engineArgs": args},
+        placement={"mode": mode},
+    )
     loop, told = looping(config, stand, Stop())
     loop._step()
     forward, train = ["logprobs policy", "logprobs reference", "values"], ["train critic", "train policy"]

@@ -1,4 +1,6 @@
-"""Adapters on trainer ranks, without engines: what is trained, the reference, checkpoints, and PEFT's format, read by PEFT itself."""
+"""Adapters on trainer ranks, without engines: what is trained, the reference, checkpoints, and PEFT's format, read by
+PEFT itself.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,10 @@ from tests.worker.samples import evenly
 RANK_4 = {"rank": 4, "alpha": 8}
 
 
-def trainer(tiny: Path, root: Path, rank: int = 0, world: int = 1, lora: dict[str, Any] | None = RANK_4, dtype: str = "float32", **changes: Any) -> Trainer:
+def trainer(
+    tiny: Path, root: Path, rank: int = 0, world: int = 1, lora: dict[str, Any] | None = RANK_4, dtype: str = "float32",
+    **changes: Any,
+) -> Trainer:
     model = {"path": str(tiny), "dtype": dtype} | ({} if lora is None else {"lora": lora})
     given = {"steps": 4, "learningRate": 0.05, "gpus": world} | changes.pop("trainer", {})
     config = run_config(model=model, trainer=given, checkpoint={"path": str(root)}, **changes)
@@ -41,8 +46,12 @@ def sequences() -> list[TrainSequence]:
     generator, lengths = torch.Generator().manual_seed(7), (6, 9, 9, 12)
     return [
         TrainSequence(
-            token_ids=torch.randint(3, 70, (n,), generator=generator).tolist(), prompt_length=3, index=index, mask=[True] * (n - 3),
-            columns={"rollout_logprobs": [-4.0] * (n - 3), "advantages": [(-1.0) ** index] * (n - 3), **evenly(4, n - 3, sum(lengths) - 12)},
+            token_ids=torch.randint(3, 70, (n,), generator=generator).tolist(), prompt_length=3, index=index,
+            mask=[True] * (n - 3),
+            columns={
+                "rollout_logprobs": [-4.0] * (n - 3), "advantages": [(-1.0) ** index] * (n - 3),
+                **evenly(4, n - 3, sum(lengths) - 12),
+            },
         )
         for index, n in enumerate(lengths)
     ]  # fmt: skip
@@ -56,7 +65,10 @@ def step(made: Trainer) -> dict[str, float]:
 def weights(made: Trainer) -> dict[str, Tensor]:
     module = made._use("policy").module
     module.reshard()
-    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in module.named_parameters()}
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name,
+        p in module.named_parameters()
+    }
 
 
 def logprobs(made: Trainer, role: str = "policy") -> dict[int, list[float]]:
@@ -65,7 +77,9 @@ def logprobs(made: Trainer, role: str = "policy") -> dict[int, list[float]]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("options", [{}, {"offload": True, "gradientCheckpointing": False}], ids=str)
-def test_only_adapters_are_trained_and_the_reference_is_the_policy_without_them(tiny: Path, tmp_path: Path, group: None, dtype: str, options: dict[str, Any]) -> None:
+def test_only_adapters_are_trained_and_the_reference_is_the_policy_without_them(
+    tiny: Path, tmp_path: Path, group: None, dtype: str, options: dict[str, Any],
+) -> None:
     made = trainer(tiny, tmp_path, dtype=dtype, trainer=options, algorithm={"kl": {"coefficient": 0.1}})
     assert list(made.roles) == ["policy"]
     before, first = weights(made), logprobs(made)
@@ -101,7 +115,9 @@ def _two_and_two(rank: int, world: int, tiny: str, root: str) -> tuple[dict[str,
     return before, [weights(through), weights(resumed)]
 
 
-def test_ranks_begin_alike_and_a_resumed_run_takes_the_same_steps_bit_for_bit(tiny: Path, tmp_path: Path, group: None) -> None:
+def test_ranks_begin_alike_and_a_resumed_run_takes_the_same_steps_bit_for_bit(
+    tiny: Path, tmp_path: Path, group: None,
+) -> None:
     found = over_ranks(2, _two_and_two, str(tiny), str(tmp_path / "two"))
     alone, ended = _two_and_two(0, 1, str(tiny), str(tmp_path / "one"))
     for before, after in found:
@@ -114,12 +130,17 @@ def test_ranks_begin_alike_and_a_resumed_run_takes_the_same_steps_bit_for_bit(ti
     assert tensors and all(".lora_" in name for name in tensors)
 
 
-@pytest.mark.parametrize("other", [None, {"rank": 8, "alpha": 8}, {"rank": 4, "alpha": 4}, RANK_4 | {"targetModules": ["q_proj"]}], ids=str)
-def test_a_checkpoint_of_other_adapters_is_refused_by_name(tiny: Path, tmp_path: Path, group: None, other: dict[str, Any] | None) -> None:
+@pytest.mark.parametrize(
+    "other", [None, {"rank": 8, "alpha": 8}, {"rank": 4, "alpha": 4}, RANK_4 | {"targetModules": ["q_proj"]}], ids=str,
+)
+def test_a_checkpoint_of_other_adapters_is_refused_by_name(
+    tiny: Path, tmp_path: Path, group: None, other: dict[str, Any] | None,
+) -> None:
     made = trainer(tiny, tmp_path)
     made.save(1, {}, {})
     made.saved(wait=True)
-    with pytest.raises(BadData, match=r"is of another model \(lora \{'rank': 4, 'alpha': 8\.0\} there, .* here\): set spec\.checkpoint\.path"):
+    with pytest.raises(BadData, match=r"is of another model \(lora \{'rank': 4, 'alpha': 8\.0\} there, .* here\): set "
+        r"spec\.checkpoint\.path"):
         trainer(tiny, tmp_path, lora=other).restore()
 
 
@@ -143,7 +164,9 @@ def test_peft_reads_what_is_exported(tiny: Path, tmp_path: Path, group: None) ->
     lm = PeftModel.from_pretrained(base, made.export())
     assert lm.peft_config["default"].base_model_name_or_path == str(tiny)
     assert same(whole_logprobs(lm), logprobs(made))
-    assert {file.name for file in (tmp_path / "export").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert {file.name for file in (tmp_path / "export").iterdir()} >= {
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+    }
 
 
 def test_transformers_generates_with_the_adapters_merged(tiny: Path, tmp_path: Path, group: None) -> None:
@@ -157,7 +180,10 @@ def test_transformers_generates_with_the_adapters_merged(tiny: Path, tmp_path: P
 
 def test_merging_keeps_names_biases_and_types() -> None:
     a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [0.0]])
-    given = {"x.q.base_layer.weight": torch.eye(2).bfloat16(), "x.q.base_layer.bias": torch.ones(2), "x.q.lora_A.default.weight": a, "x.q.lora_B.default.weight": b, "n": a}
+    given = {
+        "x.q.base_layer.weight": torch.eye(2).bfloat16(), "x.q.base_layer.bias": torch.ones(2),
+        "x.q.lora_A.default.weight": a, "x.q.lora_B.default.weight": b, "n": a,
+    }
     made = merged(given, LoRASpec(rank=1, alpha=2))
     assert made.keys() == {"x.q.weight", "x.q.bias", "n"}
     assert torch.equal(made["x.q.weight"], torch.tensor([[7.0, 12.0], [0.0, 1.0]]).bfloat16())
@@ -165,24 +191,40 @@ def test_merging_keeps_names_biases_and_types() -> None:
 
 
 def test_only_named_layers_get_adapters_and_a_name_that_is_none_is_told(tiny: Path) -> None:
-    module = load_policy(PolicySpec(path=str(tiny), lora=LoRASpec(rank=2, target_modules=("q_proj", "down_proj"))), 1.0, TrainerSpec(steps=1))
+    module = load_policy(
+        PolicySpec(path=str(tiny), lora=LoRASpec(rank=2, target_modules=("q_proj", "down_proj"))), 1.0,
+        TrainerSpec(steps=1),
+    )
     assert {name.split(".")[-4] for name, p in module.named_parameters() if p.requires_grad} == {"q_proj", "down_proj"}
-    with pytest.raises(BadSpec, match=r"spec\.model\.lora\.targetModules: the decoder of .* has no linear layers qkv; it has down_proj, gate_proj, k_proj, o_proj, q_proj"):
-        load_policy(PolicySpec(path=str(tiny), lora=LoRASpec(target_modules=("q_proj", "qkv"))), 1.0, TrainerSpec(steps=1))
+    with pytest.raises(BadSpec, match=r"spec\.model\.lora\.targetModules: the decoder of .* has no linear layers qkv; "
+        r"it has down_proj, gate_proj, k_proj, o_proj, q_proj"):
+        load_policy(
+            PolicySpec(path=str(tiny), lora=LoRASpec(target_modules=("q_proj", "qkv"))), 1.0, TrainerSpec(steps=1),
+        )
 
 
 def test_adapters_are_a_part_of_a_models_identity(tiny: Path) -> None:
     config = load_config(PolicySpec(path=str(tiny)))
-    seen = [identity(PolicySpec(path=str(tiny), lora=lora), config)["lora"] for lora in (None, LoRASpec(), LoRASpec(rank=2), LoRASpec(alpha=2))]
+    seen = [
+        identity(PolicySpec(path=str(tiny), lora=lora), config)["lora"]
+        for lora in (None, LoRASpec(), LoRASpec(rank=2), LoRASpec(alpha=2))
+    ]
     assert len({str(one) for one in seen}) == 4
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize(("rank", "staleness", "most", "slots"), [(1, 0, 1, 2), (9, 1, 16, 2), (300, 3, 320, 4), (512, 0, 512, 2)])
-def test_an_engine_has_room_for_the_rank_and_for_the_versions_in_use(tiny: Path, rank: int, staleness: int, most: int, slots: int) -> None:
+@pytest.mark.parametrize(
+    ("rank", "staleness", "most", "slots"), [(1, 0, 1, 2), (9, 1, 16, 2), (300, 3, 320, 4), (512, 0, 512, 2)],
+)
+def test_an_engine_has_room_for_the_rank_and_for_the_versions_in_use(
+    tiny: Path, rank: int, staleness: int, most: int, slots: int,
+) -> None:
     model = {"path": str(tiny), "lora": {"rank": rank, "targetModules": ["o_proj"]}}
     args = adapter_args(run_config(model=model, rollout={"staleness": staleness}, placement={"mode": "Separated"}))
-    assert args == {"enable_lora": True, "max_lora_rank": most, "max_loras": slots, "max_cpu_loras": slots, "lora_target_modules": ["o_proj"]}
+    assert args == {
+        "enable_lora": True, "max_lora_rank": most, "max_loras": slots, "max_cpu_loras": slots,
+        "lora_target_modules": ["o_proj"],
+    }
 
 
 def test_an_engine_without_adapters_has_no_arguments_for_them() -> None:

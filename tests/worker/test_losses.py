@@ -22,16 +22,22 @@ def algorithm(**given: Any) -> Algorithm:
 
 
 def policy(
-    new: Tensor, old: Tensor | None, advantages: Tensor, weights: Tensor, sequence: list[int] | None = None, **options: Any
+    new: Tensor, old: Tensor | None, advantages: Tensor, weights: Tensor, sequence: list[int] | None = None,
+    **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    columns = {"advantages": advantages, "loss_weights": weights, "token_weights": weights, "rollout_logprobs": torch.zeros(len(new))}
+    columns = {
+        "advantages": advantages, "loss_weights": weights, "token_weights": weights,
+        "rollout_logprobs": torch.zeros(len(new)),
+    }
     columns |= {} if old is None else {"old_logprobs": old}
     numbers = torch.tensor(sequence or [0] * len(new))
     return policy_loss(algorithm(**options), new, torch.zeros_like(new), columns, numbers)
 
 
 def loss_of(ratio: float, advantage: float, **options: Any) -> float:
-    return policy(torch.tensor([math.log(ratio)]), torch.zeros(1), torch.tensor([advantage]), torch.ones(1), **options)[0].item()
+    return policy(
+        torch.tensor([math.log(ratio)]), torch.zeros(1), torch.tensor([advantage]), torch.ones(1), **options,
+    )[0].item()
 
 
 @pytest.mark.parametrize(
@@ -61,7 +67,9 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_is_the_policy_gradient() ->
     loss, metrics = policy(new, None, torch.tensor([2.0, -1.0]), torch.tensor([0.5, 0.5]))
     backward(loss)
     torch.testing.assert_close(new.grad, torch.tensor([-1.0, 0.5]))
-    assert {name: float(metrics[name]) for name in ("ratio", "clip_fraction", "policy_kl")} == {"ratio": 1.0, "clip_fraction": 0.0, "policy_kl": 0.0}
+    assert {
+        name: float(metrics[name]) for name in ("ratio", "clip_fraction", "policy_kl")
+    } == {"ratio": 1.0, "clip_fraction": 0.0, "policy_kl": 0.0}
 
 
 def test_policy_kl_is_of_the_old_policy_that_sampled() -> None:
@@ -130,7 +138,9 @@ def test_k2_has_the_gradient_of_the_kl_on_policy() -> None:
 
 
 @pytest.mark.parametrize(("ratio", "advantage", "expected"), [(5, -1, 3.0), (2, -1, 2.0), (5, 1, -1.2), (0.5, -1, 0.8)])
-def test_a_dual_clip_bounds_the_loss_of_negative_advantages_only(ratio: float, advantage: float, expected: float) -> None:
+def test_a_dual_clip_bounds_the_loss_of_negative_advantages_only(
+    ratio: float, advantage: float, expected: float,
+) -> None:
     assert loss_of(ratio, advantage, dualClip=3) == pytest.approx(expected, rel=1e-6)
 
 
@@ -149,7 +159,9 @@ def test_gspos_gradient_is_that_of_the_paper() -> None:
     """Mean over sequences of -s_i A_i with s_i = exp(mean of the log ratios), differentiated as it stands."""
     torch.manual_seed(0)
     old, new = torch.randn(7, dtype=torch.float64), torch.randn(7, dtype=torch.float64, requires_grad=True)
-    advantages, weights = torch.tensor([2.0] * 3 + [-1.0] * 4).double(), torch.tensor([1 / 6] * 3 + [1 / 8] * 4).double()
+    advantages, weights = torch.tensor([2.0] * 3 + [-1.0] * 4).double(), torch.tensor(
+        [1 / 6] * 3 + [1 / 8] * 4
+    ).double()
     loss, _ = policy(new, old, advantages, weights, [0, 0, 0, 1, 1, 1, 1], name="gspo", clipLow=0.99, clipHigh=9)
     paper = (-2.0 * (new - old)[:3].mean().exp() + (new - old)[3:].mean().exp()) / 2
     for a, b in zip(torch.autograd.grad(loss, new), torch.autograd.grad(paper, new), strict=True):
@@ -167,7 +179,9 @@ def test_a_clipped_sequence_of_gspo_has_no_gradient() -> None:
 
 def test_cispo_keeps_the_gradient_of_clipped_tokens() -> None:
     new = torch.tensor([math.log(2.0), math.log(0.5)], requires_grad=True)
-    loss, metrics = policy(new, torch.zeros(2), torch.tensor([1.0, -1.0]), torch.ones(2), name="cispo", clipHigh=0.5, clipLow=0.2)
+    loss, metrics = policy(
+        new, torch.zeros(2), torch.tensor([1.0, -1.0]), torch.ones(2), name="cispo", clipHigh=0.5, clipLow=0.2,
+    )
     backward(loss)
     torch.testing.assert_close(new.grad, torch.tensor([-1.5, 0.8]))
     assert float(metrics["clip_fraction"]) == 2
@@ -196,9 +210,14 @@ def test_an_entropy_bonus_is_weighted_as_the_loss_and_adds_its_own_gradient() ->
     torch.testing.assert_close(entropy.grad, torch.tensor([-0.075, -0.025]))
 
 
-@pytest.mark.parametrize(("new", "expected"), [(1.1, 0.5 * 0.9**2), (1.9, 0.5 * 0.1**2), (0.0, 0.5 * 2.0**2), (-3.0, 0.5 * 5.0**2)])
+@pytest.mark.parametrize(
+    ("new", "expected"), [(1.1, 0.5 * 0.9**2), (1.9, 0.5 * 0.1**2), (0.0, 0.5 * 2.0**2), (-3.0, 0.5 * 5.0**2)],
+)
 def test_value_loss(new: float, expected: float) -> None:
-    columns = {"values": torch.tensor([1.0]), "returns": torch.tensor([2.0]), "loss_weights": torch.ones(1), "token_weights": torch.ones(1)}
+    columns = {
+        "values": torch.tensor([1.0]), "returns": torch.tensor([2.0]), "loss_weights": torch.ones(1),
+        "token_weights": torch.ones(1),
+    }
     free = value_loss(algorithm(name="ppo", valueClip=0), torch.tensor([new]), columns)[0].item()
     clipped, metrics = value_loss(algorithm(name="ppo", valueClip=0.2), torch.tensor([new]), columns)
     assert free == pytest.approx(expected)
@@ -209,7 +228,9 @@ def test_value_loss(new: float, expected: float) -> None:
 def corrected(log_weights: list[float], sequence: list[int], **spec: float) -> tuple[list[float], dict[str, float]]:
     size = len(log_weights)
     options = algorithm(correction=OFF | spec).correction
-    factor, metrics = correction(options, torch.tensor(log_weights), torch.zeros(size), torch.tensor(sequence), torch.full((size,), 1 / size))
+    factor, metrics = correction(
+        options, torch.tensor(log_weights), torch.zeros(size), torch.tensor(sequence), torch.full((size,), 1 / size),
+    )
     return factor.tolist(), {name: value.item() for name, value in metrics.items()}
 
 
@@ -250,7 +271,9 @@ def test_the_loss_is_multiplied_and_no_gradient_flows_through_the_weights() -> N
 def test_the_alarm_names_the_number_and_the_fix() -> None:
     spec = algorithm(correction={"alarm": 0.01}).correction
     assert alarm(spec, {"mismatch/kl": 0.01}) is None
-    assert "0.02 nats a token, above spec.algorithm.correction.alarm (0.01)" in (alarm(spec, {"mismatch/kl": 0.02}) or "")
+    assert "0.02 nats a token, above spec.algorithm.correction.alarm (0.01)" in (
+        alarm(spec, {"mismatch/kl": 0.02}) or ""
+    )
 
 
 def test_far_mismatches_stay_finite() -> None:

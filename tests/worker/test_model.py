@@ -58,7 +58,9 @@ def entropies(lm: torch.nn.Module, item: TrainSequence, temperature: float) -> T
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("trainer", [{"gradientCheckpointing": False}, {}, {"batching": "padded"}], ids=str)
-def test_logprobs_and_gradients_equal_those_of_each_sequence_alone(tiny: Path, temperature: float, trainer: dict[str, Any]) -> None:
+def test_logprobs_and_gradients_equal_those_of_each_sequence_alone(
+    tiny: Path, temperature: float, trainer: dict[str, Any],
+) -> None:
     sequences = [sequence(length) for length in (9, 9, 7, 12, 4)]
     ours = module(tiny, temperature, **trainer)
     theirs = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="eager", dtype=torch.float32)
@@ -66,7 +68,9 @@ def test_logprobs_and_gradients_equal_those_of_each_sequence_alone(tiny: Path, t
     made, entropy = policy_pass(ours, batch, CPU)
     wanted = torch.cat([alone(theirs, item, temperature) for item in sequences])
     torch.testing.assert_close(made, wanted, atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(entropy, torch.cat([entropies(theirs, item, temperature) for item in sequences]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        entropy, torch.cat([entropies(theirs, item, temperature) for item in sequences]), atol=1e-5, rtol=1e-5
+    )
     torch.autograd.backward([made.sum(), wanted.sum()])
     for (name, p), (_, q) in zip(ours.lm.named_parameters(), theirs.named_parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, atol=2e-4, rtol=1e-4, msg=name)
@@ -89,14 +93,18 @@ def test_values_begin_at_zero_and_belong_to_the_token_before_each_target(tiny: P
     torch.nn.init.normal_(critic.head.weight)
     base = AutoModel.from_pretrained(tiny, attn_implementation="eager", dtype=torch.float32)
     hidden = [base(torch.tensor(s.token_ids)[None]).last_hidden_state[0, s.prompt_length - 1 : -1] for s in items]
-    torch.testing.assert_close(values_of(critic, batch, CPU), critic.head(torch.cat(hidden))[:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        values_of(critic, batch, CPU), critic.head(torch.cat(hidden))[:, 0], atol=1e-5, rtol=1e-5,
+    )
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
 def test_scores_are_those_of_the_plain_call(tiny: Path, tmp_path: Path, batching: str) -> None:
     plain = write_reward(tiny, tmp_path)
     items = [sequence(length) for length in (9, 7, 12, 9)]
-    reward = load_reward(spec_of(tmp_path), TrainerSpec.model_validate({"steps": 1, "batching": batching}), "spec.rewards[r].model.path")
+    reward = load_reward(
+        spec_of(tmp_path), TrainerSpec.model_validate({"steps": 1, "batching": batching}), "spec.rewards[r].model.path",
+    )
     (batch,) = pack(items, 1000)
     wanted = torch.stack([plain(torch.tensor(s.token_ids)[None]).logits[0, 0] for s in items])
     torch.testing.assert_close(scores_of(reward, batch, CPU), wanted, atol=1e-6, rtol=1e-5)
@@ -104,7 +112,8 @@ def test_scores_are_those_of_the_plain_call(tiny: Path, tmp_path: Path, batching
 
 def test_a_model_without_a_score_head_is_no_reward_model(tiny: Path, tmp_path: Path) -> None:
     trainer = TrainerSpec(steps=1)
-    with pytest.raises(BadSpec, match=r"rewards\[r\]\.model\.path: .*: the checkpoint lacks 1 weights of LlamaForSequenceClassification, such as score.weight"):
+    with pytest.raises(BadSpec, match=r"rewards\[r\]\.model\.path: .*: the checkpoint lacks 1 weights of "
+        r"LlamaForSequenceClassification, such as score.weight"):
         load_reward(spec_of(tiny), trainer, "spec.rewards[r].model.path")
     write_reward(tiny, tmp_path, labels=2)
     with pytest.raises(BadSpec, match=r"one label \(num_labels: 1 in its config\)"):
@@ -112,10 +121,13 @@ def test_a_model_without_a_score_head_is_no_reward_model(tiny: Path, tmp_path: P
 
 
 def test_what_cannot_be_spread_over_ranks_is_refused_before_it_is_loaded(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadSpec, match=r"spec\.trainer\.contextParallel is 3, but .* has 4 attention heads: use a divisor of that"):
+    with pytest.raises(BadSpec, match=r"spec\.trainer\.contextParallel is 3, but .* has 4 attention heads: use a "
+        r"divisor of that"):
         module(tiny, gpus=3, contextParallel=3)
     Qwen3NextConfig(num_hidden_layers=4).save_pretrained(tmp_path)
-    with pytest.raises(BadSpec, match=r"has layers of linear_attention, which cannot be spread over ranks: set it to 1"):
+    with pytest.raises(
+        BadSpec, match=r"has layers of linear_attention, which cannot be spread over ranks: set it to 1",
+    ):
         module(tmp_path, gpus=2, contextParallel=2)
 
 

@@ -1,4 +1,6 @@
-"""Mixture-of-experts models in the trainer: what their checkpoints hold, the forward pass, FSDP over more ranks than experts, the way out."""
+"""Mixture-of-experts models in the trainer: what their checkpoints hold, the forward pass, FSDP over more ranks than
+experts, the way out.
+"""
 
 import re
 from functools import partial
@@ -28,7 +30,8 @@ from tests.worker.test_model import CPU, alone, module, sequence
 from tests.worker.test_trainer import after, same, sequences, trainer, with_logprobs
 
 RANKS = 3  # torch.chunk gives them 2, 2 and 0 of the experts
-BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"  # of glm4_moe: a buffer, which steers the routing and is not trained
+# of glm4_moe: a buffer, which steers the routing and is not trained
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -70,35 +73,52 @@ def test_the_layout_is_that_of_the_checkpoints_files(each: Path) -> None:
 def test_a_checkpoint_in_another_form_is_refused(tiny: Path) -> None:
     lm = AutoModelForCausalLM.from_pretrained(tiny)
     lm._weight_conversions = [WeightConverter("mlp.experts.down_proj", "mlp.experts.down_proj", [Transpose(1, 2)])]
-    with pytest.raises(BadSpec, match=r"spec\.model\.path: .*: the trainer computes with model\.layers\.1\.mlp\.experts\.down_proj in another form"):
+    with pytest.raises(BadSpec, match=r"spec\.model\.path: .*: the trainer computes with "
+        r"model\.layers\.1\.mlp\.experts\.down_proj in another form"):
         layout_of(lm)
 
 
-@pytest.mark.parametrize(("kernel", "trouble", "packed"), [("TRITON", None, False), ("CPU", None, True), ("FLASHINFER_TRTLLM", "another form: .*moe_backend: triton", False)])
-def test_experts_are_written_in_place_where_their_kernel_leaves_them_as_they_are(kernel: str, trouble: str | None, packed: bool) -> None:
+@pytest.mark.parametrize((
+    "kernel", "trouble", "packed",
+), [("TRITON", None, False), ("CPU", None, True), ("FLASHINFER_TRTLLM", "another form: "
+    ".*moe_backend: triton", False)])
+def test_experts_are_written_in_place_where_their_kernel_leaves_them_as_they_are(
+    kernel: str, trouble: str | None, packed: bool,
+) -> None:
     method = object.__new__(UnquantizedFusedMoEMethod)
     layer = SimpleNamespace(quant_method=method)
     torch.nn.Module.__init__(method)
     method.unquantized_backend = UnquantizedMoeBackend[kernel]
     weight, whole = torch.nn.Parameter(torch.zeros(2, 3)), View(0, (6,), (1,))
-    found = _Parameter("experts.w2_weight", weight, weight, [cast(Any, layer)], [Move("experts.0.down_proj.weight", whole, "experts.w2_weight", whole)])
+    found = _Parameter(
+        "experts.w2_weight", weight, weight, [cast(Any, layer)],
+        [Move("experts.0.down_proj.weight", whole, "experts.w2_weight", whole)],
+    )
     assert re.search(trouble, _trouble(found) or "") if trouble else _trouble(found) is None
     assert _packed_away(found) is packed
 
 
 @pytest.mark.parametrize("trainer", [{}, {"batching": "padded"}], ids=str)
-def test_logprobs_and_gradients_equal_those_of_each_sequence_alone_expert_by_expert(each: Path, trainer: dict[str, Any]) -> None:
+def test_logprobs_and_gradients_equal_those_of_each_sequence_alone_expert_by_expert(
+    each: Path, trainer: dict[str, Any],
+) -> None:
     items = [sequence(length) for length in (9, 9, 7, 12, 4)]
     ours = module(each, **trainer)
-    theirs = AutoModelForCausalLM.from_pretrained(each, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32)
-    made, wanted = policy_pass(ours, pack(items, 1000)[0], CPU)[0], torch.cat([alone(theirs, item, 1.0) for item in items])
+    theirs = AutoModelForCausalLM.from_pretrained(
+        each, attn_implementation="eager", experts_implementation="eager", dtype=torch.float32,
+    )
+    made, wanted = policy_pass(ours, pack(items, 1000)[0], CPU)[0], torch.cat(
+        [alone(theirs, item, 1.0) for item in items]
+    )
     torch.testing.assert_close(made, wanted, atol=2e-6, rtol=1e-5)
     torch.autograd.backward([made.sum(), wanted.sum()])
     for (name, p), (_, q) in zip(ours.lm.named_parameters(), theirs.named_parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, atol=2e-4, rtol=1e-4, msg=name)
 
 
-Answer = tuple[tuple[dict[str, float], list[torch.Tensor]], dict[str, tuple[Extent, torch.Tensor]], dict[str, torch.Tensor]]
+Answer = tuple[
+    tuple[dict[str, float], list[torch.Tensor]], dict[str, tuple[Extent, torch.Tensor]], dict[str, torch.Tensor]
+]
 
 
 def _rank(rank: int, world: int, tiny: str, root: str) -> Answer:
@@ -115,7 +135,9 @@ def test_ranks_change_nothing_and_hold_each_tensor_once(tiny: Path, tmp_path: Pa
     files = checkpoint(tiny)
     for trained, _, whole in several:
         same(one, trained)
-        assert whole.keys() == files.keys() - {BIAS} and all(torch.equal(tensor, files[name]) for name, tensor in whole.items())
+        assert whole.keys() == files.keys() - {BIAS} and all(
+            torch.equal(tensor, files[name]) for name, tensor in whole.items()
+        )
     parameters = dict(AutoModelForCausalLM.from_pretrained(tiny).named_parameters())
     assert several[0][1].keys() == parameters.keys()
     for name, parameter in parameters.items():
@@ -127,7 +149,9 @@ def test_ranks_change_nothing_and_hold_each_tensor_once(tiny: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_first_ratio_is_exactly_one(tiny: Path, tmp_path: Path, group: None, dtype: str) -> None:
-    made = trainer(tiny, tmp_path, dtype=dtype, algorithm={"kl": {"coefficient": 0.1}}, options={"gradientCheckpointing": True})
+    made = trainer(
+        tiny, tmp_path, dtype=dtype, algorithm={"kl": {"coefficient": 0.1}}, options={"gradientCheckpointing": True},
+    )
     items = with_logprobs(made, with_logprobs(made, sequences(), "old_logprobs", "policy"), "ref_logprobs", "reference")
     metrics = made.train("policy", [pack(items, 1000)])
     assert metrics["kl"] == 0.0 and metrics["policy_kl"] == 0.0 and metrics["ratio"] == pytest.approx(1.0, abs=1e-6)
@@ -136,14 +160,18 @@ def test_the_first_ratio_is_exactly_one(tiny: Path, tmp_path: Path, group: None,
 def test_compiled_layers_train_the_same(tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     write_moe(tiny := tmp_path / "one-layer", num_hidden_layers=1)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    one, two = trainer(tiny, tmp_path), trainer(tiny, tmp_path, options={"compile": True, "gradientCheckpointing": True})
+    one, two = trainer(tiny, tmp_path), trainer(
+        tiny, tmp_path, options={"compile": True, "gradientCheckpointing": True},
+    )
     same(after(one, [pack(sequences(), 1000)]), after(two, [pack(sequences(), 1000)]))
     assert counters["frames"]["ok"] > 0
 
 
 def test_the_export_is_the_checkpoint_again(each: Path, tmp_path: Path, group: None) -> None:
     files, exported = checkpoint(each), checkpoint(Path(trainer(each, tmp_path).export()))
-    assert files.keys() == exported.keys() and all(torch.equal(tensor, exported[name]) for name, tensor in files.items())
+    assert files.keys() == exported.keys() and all(
+        torch.equal(tensor, exported[name]) for name, tensor in files.items()
+    )
 
 
 def test_the_ranks_own_generator_gets_all_weights_and_buffers(tiny: Path, tmp_path: Path, group: None) -> None:
@@ -152,6 +180,9 @@ def test_the_ranks_own_generator_gets_all_weights_and_buffers(tiny: Path, tmp_pa
     made.refresh()
     assert made.generator is not None
     theirs = made.generator.lm.state_dict()
-    ours = {name: getattr(tensor, "full_tensor", lambda tensor=tensor: tensor)() for name, tensor in made.roles["policy"].module.lm.state_dict().items()}
+    ours = {
+        name: getattr(tensor, "full_tensor", lambda tensor=tensor: tensor)() for name,
+        tensor in made.roles["policy"].module.lm.state_dict().items()
+    }
     assert BIAS in ours and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert dist.get_world_size() == 1

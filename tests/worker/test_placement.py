@@ -14,7 +14,8 @@ from rlhf_worker.placement import Bundle, Patience, Seat, Stage, check_seats, re
 
 def plan(mode: str, gpus: int, engines: int, size: int, node: int) -> Placement:
     spec: dict[str, Any] = {
-        "image": "x", "model": {"path": "/m"}, "data": {"jsonl": {"path": "/d"}}, "rewards": [{"name": "r", "type": "python", "function": "a:b"}],
+        "image": "x", "model": {"path": "/m"}, "data": {"jsonl": {"path": "/d"}},
+        "rewards": [{"name": "r", "type": "python", "function": "a:b"}],
         "trainer": {"gpus": gpus, "steps": 1}, "rollout": {"engines": engines, "tensorParallelSize": size},
         "placement": {"mode": mode, "gpusPerNode": node},
     }
@@ -26,7 +27,9 @@ def bundles(places: list[tuple[str, str]]) -> list[Bundle]:
 
 
 def test_one_bundle_a_gpu_with_its_groups_resource() -> None:
-    assert wanted_bundles(plan("Separated", 1, 1, 1, 8)) == [{"GPU": 1, "rlhf-trainer": 1}, {"GPU": 1, "rlhf-rollout": 1}]
+    assert wanted_bundles(plan("Separated", 1, 1, 1, 8)) == [
+        {"GPU": 1, "rlhf-trainer": 1}, {"GPU": 1, "rlhf-rollout": 1}
+    ]
 
 
 def test_an_engines_slots_are_tied_to_one_node_whatever_ray_chose() -> None:
@@ -71,7 +74,8 @@ def test_gpus_are_waited_for_without_end_and_what_is_missing_is_told(monkeypatch
     monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 1.0})
     patience = Patience(-1.0, lambda: next(asked) > 500)
     monkeypatch.setattr(Patience, "over", property(lambda self: self._counts()))
-    with pytest.raises(PlacementFailed, match=r"no placement for 2 GPUs, though all pods have been ready.*GPU: asked 2, Ray has 1"):
+    with pytest.raises(PlacementFailed, match=r"no placement for 2 GPUs, though all pods have been ready.*GPU: asked "
+        r"2, Ray has 1"):
         reserve(plan("Separated", 1, 1, 1, 8), patience, "rlhf-tiny", told.append)
     assert len(told) == 502 and told[0].startswith("GPU: asked 2, Ray has 1")
 
@@ -82,7 +86,8 @@ A, B, C = Seat("n", "GPU-a"), Seat("n", "GPU-b"), Seat("n", "GPU-c")
 def test_colocated_roles_must_share() -> None:
     placement = plan("Colocated", 2, 1, 2, 8)
     check_seats(placement, [A, B], [[B, A]], {})
-    with pytest.raises(PlacementFailed, match=r"engine 0 is Colocated with trainer ranks on n/GPU-a, n/GPU-b but runs on n/GPU-a, n/GPU-c"):
+    with pytest.raises(PlacementFailed, match=r"engine 0 is Colocated with trainer ranks on n/GPU-a, n/GPU-b but runs "
+        r"on n/GPU-a, n/GPU-c"):
         check_seats(placement, [A, B], [[A, C]], {})
 
 
@@ -117,7 +122,10 @@ def test_two_ranks_on_one_gpu_are_an_error() -> None:
 
 
 def test_an_engine_sees_its_own_gpu_first_and_the_others_of_its_node() -> None:
-    bundles = {slot: Bundle(slot, node, gpu, "cuda", 8) for slot, (node, gpu) in enumerate([("a", "0"), ("a", "10"), ("a", "2"), ("b", "0")])}
+    bundles = {
+        slot: Bundle(slot, node, gpu, "cuda", 8) for slot,
+        (node, gpu) in enumerate([("a", "0"), ("a", "10"), ("a", "2"), ("b", "0")])
+    }
     stage = Stage(None, bundles)
     assert stage.visible(1) == ["10", "0", "2"]
     assert stage.visible(3) == ["0"]

@@ -8,7 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_worker.weights.plan import Group, Incomplete, Move, Piece, Places, RankPlan, View, fills_once, joined, pieces, unused, waves
+from rlhf_worker.weights.plan import (
+    Group,
+    Incomplete,
+    Move,
+    Piece,
+    Places,
+    RankPlan,
+    View,
+    fills_once,
+    joined,
+    pieces,
+    unused,
+    waves,
+)
 
 
 def viewed(tensor: torch.Tensor, view: View) -> torch.Tensor:
@@ -17,7 +30,9 @@ def viewed(tensor: torch.Tensor, view: View) -> torch.Tensor:
 
 @st.composite
 def moves(draw: st.DrawFn) -> tuple[Move, tuple[int, ...], int]:
-    """A slice of a matrix or cube, perhaps transposed, into a fused parameter that is larger; (move, source shape, numel of target)."""
+    """A slice of a matrix or cube, perhaps transposed, into a fused parameter that is larger; (move, source shape,
+    numel of target).
+    """
     shape = tuple(draw(st.integers(1, 6)) for _ in range(draw(st.integers(1, 3))))
     source = torch.arange(torch.Size(shape).numel()).view(shape)
     view = source
@@ -43,7 +58,9 @@ def plan(move: Move) -> RankPlan:
 
 @settings(max_examples=300, deadline=None)
 @given(moves(), st.integers(1, 4), st.integers(1, 9))
-def test_pieces_of_any_sharding_make_the_same_parameter(case: tuple[Move, tuple[int, ...], int], ranks: int, limit: int) -> None:
+def test_pieces_of_any_sharding_make_the_same_parameter(
+    case: tuple[Move, tuple[int, ...], int], ranks: int, limit: int,
+) -> None:
     move, shape, numel = case
     source = torch.randn(shape)
     whole = torch.zeros(numel)
@@ -66,8 +83,12 @@ BF16 = {"t": "bfloat16"}
 
 
 def experts(count: int, heights: list[int], width: int, *, by_part: bool = False) -> tuple[Places, dict[str, int]]:
-    """Where the parts (gate, up) of each expert lie in one parameter: expert by expert, or part by part; and the height of each."""
-    order = [(e, p) for p, e in product(range(len(heights)), range(count))] if by_part else [*product(range(count), range(len(heights)))]
+    """Where the parts (gate, up) of each expert lie in one parameter: expert by expert, or part by part; and the height
+    of each.
+    """
+    order = [
+        (e, p) for p, e in product(range(len(heights)), range(count))
+    ] if by_part else [*product(range(count), range(len(heights)))]
     places, start = {}, 0
     for e, p in order:
         places[f"{e}.{p}"] = ("w", start)
@@ -75,8 +96,12 @@ def experts(count: int, heights: list[int], width: int, *, by_part: bool = False
     return places, {f"{e}.{p}": heights[p] for e, p in order}
 
 
-def slices(heights: dict[str, int], width: int, rows: tuple[int, int], columns: tuple[int, int], gaps: list[int]) -> RankPlan:
-    """The same rows (counted in halves of a tensor) and columns of each tensor, one behind the other in one parameter of an engine, gaps[i % n] between them."""
+def slices(
+    heights: dict[str, int], width: int, rows: tuple[int, int], columns: tuple[int, int], gaps: list[int],
+) -> RankPlan:
+    """The same rows (counted in halves of a tensor) and columns of each tensor, one behind the other in one parameter
+    of an engine, gaps[i % n] between them.
+    """
     found, end = [], 0
     for i, (name, height) in enumerate(heights.items()):
         start, stop = (height * half // 2 for half in rows)
@@ -89,7 +114,9 @@ def slices(heights: dict[str, int], width: int, rows: tuple[int, int], columns: 
 def located(plan: RankPlan, places: Places) -> RankPlan:
     """What `joined` makes of a plan in which it finds no neighbours."""
     return replace(plan, moves=tuple(
-        Move(places[m.source][0], replace(m.take, offset=places[m.source][1] + m.take.offset), m.target, m.put) for m in plan.moves
+        Move(
+            places[m.source][0], replace(m.take, offset=places[m.source][1] + m.take.offset), m.target, m.put,
+        ) for m in plan.moves
     ))
 
 
@@ -106,13 +133,20 @@ def moved(found: list[Piece], starts: list[int], numel: int) -> torch.Tensor:
 @given(st.data())
 def test_joined_moves_move_the_same_elements_in_no_more_pieces(data: st.DataObject) -> None:
     draw = data.draw
-    count, width, heights = draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    count, width, heights = draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(
+        st.lists(st.integers(1, 4), min_size=1, max_size=3)
+    )
     places, sizes = experts(count, heights, width, by_part=draw(st.booleans()))
     sizes = {name: sizes[name] for name in (draw(st.permutations([*sizes])) if draw(st.booleans()) else sizes)}
     columns = draw(st.sampled_from([(0, width), (0, (width + 1) // 2), (width // 2, width)]))
-    plan = slices(sizes, width, draw(st.sampled_from([(0, 2), (0, 1), (1, 2)])), columns, draw(st.lists(st.integers(0, 2), min_size=1, max_size=3)))
+    plan = slices(
+        sizes, width, draw(st.sampled_from([(0, 2), (0, 1), (1, 2)])), columns,
+        draw(st.lists(st.integers(0, 2), min_size=1, max_size=3)),
+    )
     plan = replace(plan, moves=tuple(move for move in plan.moves if draw(st.integers(0, 5))))
-    numel, small, dtypes = count * sum(heights) * width, draw(st.integers(0, 40)), {"w": draw(st.sampled_from(["bfloat16", "float32"]))}
+    numel, small, dtypes = count * sum(heights) * width, draw(st.integers(0, 40)), {
+        "w": draw(st.sampled_from(["bfloat16", "float32"]))
+    }
     borders = [0, *sorted(draw(st.lists(st.integers(0, numel), max_size=3))), numel]
     shards = [{"w": extent} for extent in pairwise(borders)]
     fewer = joined(plan, places, dtypes, small)
@@ -122,12 +156,19 @@ def test_joined_moves_move_the_same_elements_in_no_more_pieces(data: st.DataObje
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 4), st.booleans(), st.sampled_from([(0, 2), (0, 1)]), st.lists(st.integers(0, 2), min_size=1, max_size=2), st.integers(0, 40))
-def test_a_large_stretch_stays_one(count: int, width: int, by_part: bool, rows: tuple[int, int], gaps: list[int], small: int) -> None:
+@given(
+    st.integers(1, 5), st.integers(1, 4), st.booleans(), st.sampled_from([(0, 2), (0, 1)]),
+    st.lists(st.integers(0, 2), min_size=1, max_size=2), st.integers(0, 40),
+)
+def test_a_large_stretch_stays_one(
+    count: int, width: int, by_part: bool, rows: tuple[int, int], gaps: list[int], small: int,
+) -> None:
     """It goes from memory to memory, and would be packed as a part of what is strided."""
     places, sizes = experts(count, [2, 4], width, by_part=by_part)
     plan, dtypes = slices(sizes, width, rows, (0, width), gaps), {"w": "bfloat16"}
-    direct = [sum(p.move.put.numel for p in pieces(each, [{"w": (0, 6 * count * width)}], dtypes, small) if not p.packed)
+    direct = [sum(
+        p.move.put.numel for p in pieces(each, [{"w": (0, 6 * count * width)}], dtypes, small) if not p.packed
+    )
               for each in (located(plan, places), joined(plan, places, dtypes, small))]
     assert direct[1] >= direct[0]
 
@@ -137,7 +178,9 @@ def test_a_large_stretch_stays_one(count: int, width: int, by_part: bool, rows: 
     ((0, 1), (0, 6), ((128, 6), (12, 1), (6, 1))),  # half of the rows of gate, then of up
     ((0, 2), (3, 6), ((64 * 4, 3), (6, 1), (3, 1))),  # half of the columns
 ])
-def test_a_layers_experts_are_one_move_and_a_piece_a_trainer_rank(rows: tuple[int, int], columns: tuple[int, int], made: tuple[tuple[int, ...], ...]) -> None:
+def test_a_layers_experts_are_one_move_and_a_piece_a_trainer_rank(
+    rows: tuple[int, int], columns: tuple[int, int], made: tuple[tuple[int, ...], ...],
+) -> None:
     places, sizes = experts(64, [2, 2], 6)
     plan = joined(slices(sizes, 6, rows, columns, [0]), places, {"w": "bfloat16"}, 1 << 20)
     assert [(m.put.size, m.take.stride, m.put.stride) for m in plan.moves] == [made]
@@ -153,7 +196,10 @@ def test_parts_that_would_have_to_be_packed_stay_apart_unless_they_are_of_anothe
 
 def test_tensors_of_other_parameters_stay_apart() -> None:
     plan = slices({"q": 2, "k": 2}, 6, (0, 2), (0, 6), [0])
-    assert [m.source for m in joined(plan, {"q": ("a", 0), "k": ("b", 0)}, {"a": "bfloat16", "b": "bfloat16"}, 1 << 20).moves] == ["a", "b"]
+    assert [
+        m.source
+        for m in joined(plan, {"q": ("a", 0), "k": ("b", 0)}, {"a": "bfloat16", "b": "bfloat16"}, 1 << 20).moves
+    ] == ["a", "b"]
 
 
 def test_a_fused_parameter_is_filled_once() -> None:
@@ -185,14 +231,19 @@ def test_what_several_ranks_hold_comes_from_the_first() -> None:
 
 def test_a_border_may_lie_within_rows_of_which_no_whole_one_is_held() -> None:
     move = Move("s", View(4, (2, 4), (8, 1)), "t", View(0, (2, 4), (4, 1)))
-    assert [(p.rank, p.move.put.offset, p.move.put.numel) for p in pieces(plan(move), [{"s": (0, 13)}, {"s": (13, 16)}], F32)] == [(0, 0, 4), (0, 4, 1), (1, 5, 3)]
+    assert [
+        (p.rank, p.move.put.offset, p.move.put.numel)
+        for p in pieces(plan(move), [{"s": (0, 13)}, {"s": (13, 16)}], F32)
+    ] == [(0, 0, 4), (0, 4, 1), (1, 5, 3)]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.builds(Group, st.integers(1, 3), st.integers(1, 4), st.integers(1, 2)), st.integers(1, 64))
 def test_every_engine_gets_every_piece_once_and_sends_only_what_it_has(group: Group, limit: int) -> None:
     needs = [
-        Piece(t, Move(f"s{i}", View(0, (6, 2), (2, 1)), f"t{i}", View(t * 12, (6, 2), (2, 1))), 2, i == 1) for i in range(3) for t in range(group.trainers)
+        Piece(
+            t, Move(f"s{i}", View(0, (6, 2), (2, 1)), f"t{i}", View(t * 12, (6, 2), (2, 1))), 2, i == 1,
+        ) for i in range(3) for t in range(group.trainers)
     ]
     has: dict[int, list[tuple[str, View]]] = {}
     for wave in waves(needs, group.ranks - 1, group, limit):
@@ -217,4 +268,7 @@ def test_a_slice_leaves_the_trainer_once_whatever_the_number_of_engines() -> Non
 
 
 def test_a_tensor_that_reaches_nothing_is_named() -> None:
-    assert unused([plan(Move("a", View(0, (1,), (1,)), "t", View(0, (1,), (1,)))), RankPlan((), {}, {"b": "quantised"}, ())], ["a", "b", "c"]) == ["c"]
+    assert unused(
+        [plan(Move("a", View(0, (1,), (1,)), "t", View(0, (1,), (1,)))), RankPlan((), {}, {"b": "quantised"}, ())],
+        ["a", "b", "c"],
+    ) == ["c"]

@@ -175,7 +175,9 @@ def test_a_trainers_pod_that_goes_costs_no_finished_step(
     assert "trainer pod a is being deleted" in kept and kept.splitlines()[-1].startswith(f"saved step {last} to "), kept
 
 
-def test_a_driver_that_a_signal_stopped_is_ended_and_says_so(server: Server, start: Callable[[int, int], Driver]) -> None:
+def test_a_driver_that_a_signal_stopped_is_ended_and_says_so(
+    server: Server, start: Callable[[int, int], Driver],
+) -> None:
     server.job["status"]["record"] = {}  # so it waits for its number, and begins nothing
     driver = start(free_port(), STEPS)
     driver.until(lambda: bool(server.told))

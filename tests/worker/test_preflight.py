@@ -1,4 +1,6 @@
-"""The checks before the first step: the pure ones in tables, the collective ones on gloo ranks, the driver's part with Ray actors."""
+"""The checks before the first step: the pure ones in tables, the collective ones on gloo ranks, the driver's part with
+Ray actors.
+"""
 
 import os
 from collections.abc import Callable

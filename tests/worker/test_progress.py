@@ -19,7 +19,8 @@ from tests.worker.configs import run_config
 from tests.worker.waiting import until
 
 STEP = {
-    "reward/mean": 0.51234, "mismatch/abs": 0.00123, "rollout/tokens_per_second": 812.4, "train/loss": -0.1, "train/grad_norm": 0.5,
+    "reward/mean": 0.51234, "mismatch/abs": 0.00123, "rollout/tokens_per_second": 812.4, "train/loss": -0.1,
+    "train/grad_norm": 0.5,
     "seconds/step": 2.0, "seconds/productive": 8.7,
     "seconds/generate": 1.0, "seconds/score": 0.1, "seconds/train": 0.5, "seconds/sync": 0.2,
 }

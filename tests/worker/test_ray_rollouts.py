@@ -1,4 +1,6 @@
-"""Rollouts with real Ray actors that only pretend to generate and to score: failures, deaths, refills, staleness, and a resume."""
+"""Rollouts with real Ray actors that only pretend to generate and to score: failures, deaths, refills, staleness, and a
+resume.
+"""
 
 import os
 import time
@@ -71,7 +73,9 @@ class Engine:
 
 
 class Feed:
-    """Prompts 0, 1, 2, ...; samples of a prompt whose row is in `dull` are all worth 0, others 0, 1, ...; `broken`: a reward that fails."""
+    """Prompts 0, 1, 2, ...; samples of a prompt whose row is in `dull` are all worth 0, others 0, 1, ...; `broken`: a
+    reward that fails.
+    """
 
     def __init__(self, dull: list[int], broken: bool = False) -> None:
         self.drawn, self.dull, self.broken = 0, dull, broken
@@ -90,7 +94,9 @@ class Feed:
     def score(self, samples: list[Sample], models: dict[str, list[float]], judge: str) -> list[ScoredSample]:
         if self.broken:
             raise RewardFailed("rewards[r] failed")
-        values = [0.0 if sample.prompt.row in self.dull else float(index % SAMPLES) for index, sample in enumerate(samples)]
+        values = [
+            0.0 if sample.prompt.row in self.dull else float(index % SAMPLES) for index, sample in enumerate(samples)
+        ]
         pairs = zip(samples, values, strict=True)
         return [ScoredSample(sample=sample, reward=value, parts={judge or "r": value}) for sample, value in pairs]
 
@@ -154,19 +160,26 @@ class Crew:
 def cluster() -> Iterator[None]:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     directory = Path("/tmp") / f"rr-{os.getpid()}"  # Ray's sockets need a short path
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, _temp_dir=str(directory), log_to_driver=False)
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 << 20, _temp_dir=str(directory),
+        log_to_driver=False,
+    )
     yield
     ray.shutdown()
 
 
 def make(
-    behaviours: list[str], *, staleness: int = 0, dull: list[int] | None = None, broken: bool = False, step: int = 0, pending: list[str] | None = None,
+    behaviours: list[str], *, staleness: int = 0, dull: list[int] | None = None, broken: bool = False, step: int = 0,
+    pending: list[str] | None = None,
     spec: dict[str, Any] | None = None, **rollout: Any
 ) -> tuple[Rollouts, Crew]:
     crew = Crew(behaviours, dull or [], broken)
     config = run_config(
         steps=50, algorithm={"name": "dapo", "dynamicSampling": {"maxRounds": 3}},
-        rollout={"maxTokens": 16, "promptsPerStep": 4, "samplesPerPrompt": SAMPLES, "staleness": staleness, "seed": 3, **rollout},
+        rollout={
+            "maxTokens": 16, "promptsPerStep": 4, "samplesPerPrompt": SAMPLES, "staleness": staleness, "seed": 3,
+            **rollout,
+        },
         **(spec or {"placement": {"mode": "Separated"}}),
     )  # fmt: skip
     return Rollouts(config, crew, step, pending or []), crew  # type: ignore[arg-type]
@@ -257,7 +270,10 @@ def test_staleness_begins_groups_of_the_next_step_and_no_more() -> None:
     rollouts, crew = make(["held", "held"], staleness=1)
     rollouts.pump()
     assert len(rollouts.admission.pending()) == 8
-    pumped(rollouts, lambda: sum(map(sum, ray.get([engine.asked.remote() for engine in crew.fleet.serving]))) == 8 * SAMPLES)
+    pumped(
+        rollouts,
+        lambda: sum(map(sum, ray.get([engine.asked.remote() for engine in crew.fleet.serving]))) == 8 * SAMPLES
+    )
     assert len(rollouts.admission.pending()) == 8
     ray.get([engine.release.remote() for engine in crew.fleet.serving])
     rollouts.take()

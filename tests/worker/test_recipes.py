@@ -1,4 +1,5 @@
-"""Each algorithm from rewards to gradient against an oracle by the book: whatever the micro-batches, ranks and packing, and with observations.
+"""Each algorithm from rewards to gradient against an oracle by the book: whatever the micro-batches, ranks and packing,
+and with observations.
 
 The oracle pads, loops over samples and tokens, and shares no line with the product.
 """
@@ -41,7 +42,9 @@ RECIPES: list[dict[str, Any]] = [
 
 @dataclass
 class Step:
-    """Whole groups of K samples with random columns, masks and rewards, and the numbers of one tiny model at every token."""
+    """Whole groups of K samples with random columns, masks and rewards, and the numbers of one tiny model at every
+    token.
+    """
 
     items: list[TrainSequence]
     rewards: list[float]
@@ -52,7 +55,9 @@ class Step:
         rng = random.Random(seed)
         made = []
         for s in sequences(lengths, seed, VOCABULARY):
-            columns = {name: [-rng.random() * 3 for _ in s.mask] for name in ("rollout_logprobs", "ref_logprobs", "values")}
+            columns = {
+                name: [-rng.random() * 3 for _ in s.mask] for name in ("rollout_logprobs", "ref_logprobs", "values")
+            }
             columns["old_logprobs"] = [value + rng.uniform(-0.6, 0.6) for value in columns["rollout_logprobs"]]
             made.append(replace(s, mask=[rng.random() < 0.7 for _ in s.mask], columns=columns))
         return Step(made, [rng.choice([0.0, 1.0, 0.5]) for _ in made], Tiny(seed))
@@ -80,7 +85,10 @@ def product(step: Step, spec: Algorithm, ranks: int, budget: int) -> list[Tensor
         spec, spec.kl.coefficient, step.items, step.rewards, step.groups, updates=whole, max_tokens=MAX_TOKENS
     )
     (part,) = made.updates
-    return [_batch_loss(step.model, spec, batch) for batches in equalise([pack(own, budget) for own in split(part, ranks)]) for batch in batches]
+    return [
+        _batch_loss(step.model, spec, batch) for batches in equalise([pack(own, budget) for own in split(part, ranks)])
+        for batch in batches
+    ]
 
 
 def _batch_loss(model: Tiny, spec: Algorithm, batch: PackedBatch) -> Tensor:
@@ -102,9 +110,17 @@ def oracle_advantages(step: Step, spec: Algorithm) -> tuple[list[list[float]], l
     penalties = []
     for item in step.items:
         pairs = zip(step.column(item, "old_logprobs"), step.column(item, "ref_logprobs"), strict=True)
-        penalties.append([BETA * kl_of(spec, old - ref) if spec.kl.coefficient and spec.kl.place == "reward" else 0.0 for old, ref in pairs])
+        penalties.append(
+            [
+                BETA * kl_of(spec, old - ref) if spec.kl.coefficient and spec.kl.place == "reward" else 0.0 for old,
+                ref in pairs
+            ]
+        )
     buffer = spec.overlong.buffer_tokens
-    rewards = [r - (max(0, len(s.mask) - MAX_TOKENS + buffer) / buffer if buffer else 0) for r, s in zip(step.rewards, step.items, strict=True)]
+    rewards = [
+        r - (max(0, len(s.mask) - MAX_TOKENS + buffer) / buffer if buffer else 0) for r,
+        s in zip(step.rewards, step.items, strict=True)
+    ]
     made: list[list[float]] = []
     returns: list[list[float]] = []
     for i, item in enumerate(step.items):
@@ -113,7 +129,9 @@ def oracle_advantages(step: Step, spec: Algorithm) -> tuple[list[list[float]], l
             gamma, lam = (0.97, 0.9) if spec.name == "ppo" else (1.0, 1.0)
             row, carried, following = list[float](), 0.0, 0.0
             for t in reversed(range(item.targets)):
-                carried = -penalties[i][t] + (rewards[i] if t == item.targets - 1 else 0) + gamma * following - values[t] + gamma * lam * carried
+                carried = -penalties[i][t] + (
+                    rewards[i] if t == item.targets - 1 else 0
+                ) + gamma * following - values[t] + gamma * lam * carried
                 following = values[t]
                 row.insert(0, carried)
             made.append(row)
@@ -122,7 +140,11 @@ def oracle_advantages(step: Step, spec: Algorithm) -> tuple[list[list[float]], l
             totals = [rewards[j] - sum(penalties[j]) for j in range(len(rewards)) if j // K == i // K]
             own = rewards[i] - sum(penalties[i])
             value = own - (sum(totals) - own) / (K - 1) if spec.name == "rloo" else own - statistics.mean(totals)
-            made.append([value / (statistics.stdev(totals) + 1e-6) if spec.advantage_normalization == "group" else value] * item.targets)
+            made.append(
+                [
+                    value / (statistics.stdev(totals) + 1e-6) if spec.advantage_normalization == "group" else value
+                ] * item.targets
+            )
     if spec.advantage_normalization == "batch":
         counted = [a for row in made for a in row]
         if len(set(counted)) > 1:
@@ -140,7 +162,10 @@ def oracle(step: Step, spec: Algorithm) -> Tensor:
         if not item.targets:
             continue
         new = step.new(item)
-        old, rollout, ref = (torch.tensor(step.column(item, name), dtype=torch.float64) for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs"))
+        old, rollout, ref = (
+            torch.tensor(step.column(item, name), dtype=torch.float64)
+            for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs")
+        )
         terms = torch.stack([oracle_term(spec, new, old, t, advantages[i][t]) for t in range(item.targets)])
         terms = terms * oracle_factor(spec, old - rollout)
         if spec.name == "ppo":
@@ -149,7 +174,9 @@ def oracle(step: Step, spec: Algorithm) -> Tensor:
             terms = terms + torch.maximum((new - want) ** 2, (near - want) ** 2) / 2
         if spec.kl.coefficient and spec.kl.place == "loss":
             terms = terms + BETA * kl_of(spec, new - ref).clamp(max=10)
-        divisor = {"tokens": tokens, "sequences": size * item.targets, "constant": size * MAX_TOKENS}[spec.loss_aggregation]
+        divisor = {
+            "tokens": tokens, "sequences": size * item.targets, "constant": size * MAX_TOKENS,
+        }[spec.loss_aggregation]
         total = total + terms.sum() / divisor
     return total
 
@@ -169,18 +196,29 @@ def oracle_factor(spec: Algorithm, d: Tensor) -> Tensor:
     if geometric < c.sequence_min or (c.sequence_max and geometric > c.sequence_max):
         return torch.zeros_like(d)
     kept = [w >= c.token_min and (not c.token_max or w <= c.token_max) for w in d.exp()]
-    return torch.stack([(w.clamp(max=c.token_cap) if c.token_cap else torch.ones_like(w)) * keep for w, keep in zip(d.exp(), kept, strict=True)])
+    return torch.stack(
+        [
+            (w.clamp(max=c.token_cap) if c.token_cap else torch.ones_like(w)) * keep for w,
+            keep in zip(d.exp(), kept, strict=True)
+        ]
+    )
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: f"{recipe['name']}-{recipe.get('kl', {}).get('place', 'nokl')}")
+@pytest.mark.parametrize(
+    "recipe", RECIPES, ids=lambda recipe: f"{recipe['name']}-{recipe.get('kl', {}).get('place', 'nokl')}",
+)
 @settings(max_examples=8)
 @given(
-    lengths=st.integers(1, 2).flatmap(lambda n: st.lists(st.tuples(st.integers(1, 4), st.integers(0, MAX_TOKENS)), min_size=n * K, max_size=n * K)),
+    lengths=st.integers(1, 2).flatmap(
+        lambda n: st.lists(st.tuples(st.integers(1, 4), st.integers(0, MAX_TOKENS)), min_size=n * K, max_size=n * K)
+    ),
     budget=st.integers(1, 60),
     ranks=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-def test_loss_and_gradient_are_those_of_the_oracle(recipe: dict[str, Any], lengths: list[tuple[int, int]], budget: int, ranks: int, seed: int) -> None:
+def test_loss_and_gradient_are_those_of_the_oracle(
+    recipe: dict[str, Any], lengths: list[tuple[int, int]], budget: int, ranks: int, seed: int,
+) -> None:
     spec, step = fill(AlgorithmSpec.model_validate(recipe), MAX_TOKENS), Step.random(lengths, seed)
     wanted, gradients = measured(step.model, [oracle(step, spec)])
     found, made = measured(step.model, product(step, spec, ranks, budget))
@@ -191,13 +229,17 @@ def test_loss_and_gradient_are_those_of_the_oracle(recipe: dict[str, Any], lengt
         torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: f"{recipe['name']}-{recipe.get('kl', {}).get('place', 'nokl')}")
+@pytest.mark.parametrize(
+    "recipe", RECIPES, ids=lambda recipe: f"{recipe['name']}-{recipe.get('kl', {}).get('place', 'nokl')}",
+)
 def test_what_an_observation_carries_in_its_columns_changes_nothing(recipe: dict[str, Any]) -> None:
     spec, step = fill(AlgorithmSpec.model_validate(recipe), MAX_TOKENS), Step.random([(2, 9), (1, 12), (3, 7)], 5)
     first = measured(step.model, product(step, spec, 1, 60))
     for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs", "values"):
         for item in step.items:
-            item.columns[name][:] = [value if counts else -9.0 for value, counts in zip(item.columns[name], item.mask, strict=True)]
+            item.columns[name][:] = [
+                value if counts else -9.0 for value, counts in zip(item.columns[name], item.mask, strict=True)
+            ]
     second = measured(step.model, product(step, spec, 1, 60))
     assert first[0] == second[0]
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))

@@ -19,23 +19,32 @@ from tests.api.specs import a_job
 from tests.worker.configs import run_config
 from tests.worker.samples import a_sample
 
-LENGTH = {"name": "length", "type": "python", "code": "def reward(completion, bonus, **row): return len(completion) + bonus"}
+LENGTH = {"name": "length", "type": "python", "code": "def reward(completion, bonus, **row): return len(completion) + "
+    "bonus"}
 
 
 def step(count: int = 4) -> list[ScoredSample]:
     """Sample i: i + 1 characters and a bonus of 10 in its row; `length` is right for all but the last, which has 0."""
     samples = [a_sample(i, text="x" * (i + 1), tokens=i + 1, bonus=10) for i in range(count)]
     values = [float(len(s.text) + 10) for s in samples[:-1]] + [0.0]
-    return [ScoredSample(sample=s, reward=2 * v, parts={"length": v, "other": 1.0}) for s, v in zip(samples, values, strict=True)]
+    return [
+        ScoredSample(sample=s, reward=2 * v, parts={"length": v, "other": 1.0}) for s,
+        v in zip(samples, values, strict=True)
+    ]
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     scored = step()
-    odd = replace(scored[0].sample, mask=[False], versions=[7], episode_reward=0.5, finish_reason="length", prompt=replace(scored[0].sample.prompt, uid="3:9"))
+    odd = replace(
+        scored[0].sample, mask=[False], versions=[7], episode_reward=0.5, finish_reason="length",
+        prompt=replace(scored[0].sample.prompt, uid="3:9"),
+    )
     scored[0] = replace(scored[0], sample=odd)
     replay.write(Store(str(tmp_path)), 5, scored, [[0.25] * len(item.sample.token_ids) for item in scored])
     found = replay.read(tmp_path)
-    assert [replace(f, sample=replace(f.sample, prompt=s.sample.prompt)) for f, s in zip(found, scored, strict=True)] == scored
+    assert [
+        replace(f, sample=replace(f.sample, prompt=s.sample.prompt)) for f, s in zip(found, scored, strict=True)
+    ] == scored
     assert [f.sample.prompt.fields for f in found] == [{"bonus": 10}] * 4
     assert (found[0].sample.prompt.epoch, found[0].sample.prompt.row) == (3, 9)
     table = pq.read_table(tmp_path / "rollouts" / "step-5.parquet")
@@ -73,7 +82,9 @@ def test_only_the_steps_asked_for_are_kept_and_a_step_run_again_replaces_its_fil
 
 def test_a_file_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rollouts").write_text("in the way")
-    telemetry = Telemetry(run_config(checkpoint={"path": str(tmp_path)}, telemetry={"rolloutsEverySteps": 1, "tensorboard": False}), 1)
+    telemetry = Telemetry(
+        run_config(checkpoint={"path": str(tmp_path)}, telemetry={"rolloutsEverySteps": 1, "tensorboard": False}), 1,
+    )
     for number in (1, 2):
         telemetry.record(number, step(), None)
     assert telemetry.failures.counts["rolloutsEverySteps"] == 2
@@ -143,4 +154,8 @@ def test_a_wrong_job_or_step_ends_with_its_code(tmp_path: Path, capsys: pytest.C
     assert "holds 0 RLHFJobs" in capsys.readouterr().err
     assert main(["replay", str(tmp_path), "--step", "9"]) == 65
     with pytest.raises(BadSpec, match="all are of type model"):
-        list(replay.compare(step(), [RewardSpec.model_validate({"name": "m", "type": "model", "model": {"path": "m/m"}})], 1))
+        list(
+            replay.compare(
+                step(), [RewardSpec.model_validate({"name": "m", "type": "model", "model": {"path": "m/m"}})], 1,
+            )
+        )

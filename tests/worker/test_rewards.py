@@ -74,7 +74,9 @@ def threads() -> set[str]:
 
 
 def sockets() -> set[str]:
-    """Open in this process, by inode, of Python's socket objects: gRPC's, of an earlier test's Ray, have none, and come and go."""
+    """Open in this process, by inode, of Python's socket objects: gRPC's, of an earlier test's Ray, have none, and come
+    and go.
+    """
     found = set()
     for each in gc.get_objects():
         if issubclass(type(each), socket.socket):
@@ -92,7 +94,8 @@ def others() -> Iterator[set[int]]:
     try:
         until(lambda: children() <= before and threads() <= running and sockets() <= open_before)
     except AssertionError:
-        pytest.fail(f"left behind: children {children() - before}, sockets {sockets() - open_before}, threads {threads() - running}")
+        pytest.fail(f"left behind: children {children() - before}, sockets {sockets() - open_before}, threads "
+            f"{threads() - running}")
 
 
 def values(spec: RewardSpec, count: int = 1, **row: Any) -> list[float]:
@@ -121,7 +124,8 @@ def test_a_reward_gets_the_row_and_the_prompt_as_the_data_has_it() -> None:
 
 def test_inline_code() -> None:
     code = (
-        "import math\ndef helper(n):\n    return math.sqrt(n)\ndef reward(prompt, completion, **row):\n    return helper(len(completion))\n"
+        "import math\ndef helper(n):\n    return math.sqrt(n)\ndef reward(prompt, completion, **row):\n    "
+            "return helper(len(completion))\n"
     )
     assert values(python(code=code), 5)[4] == 2.0
 
@@ -191,7 +195,8 @@ def test_reasoning_gym_judges_by_the_tasks_own_verifier() -> None:
 def test_each_failure_is_named_and_never_a_zero(function: str, message: str) -> None:
     with (
         Scorer([python(function, retries=1)]) as scorer,
-        pytest.raises(RewardFailed, match=rf"(?s)rewards\[r\] failed 2 times on prompt 0:4, completion 'yes': .*{message}"),
+        pytest.raises(RewardFailed, match=r"(?s)rewards\[r\] failed 2 times on prompt 0:4, completion 'yes': "
+            rf".*{message}"),
     ):
         scorer.score([a_sample(4)])
 
@@ -212,7 +217,8 @@ def test_a_row_that_the_child_cannot_read_is_named_on_its_standard_error(capfd: 
 def test_a_hung_child_is_killed_at_its_deadline(others: set[int]) -> None:
     with Scorer([python("hangs", timeout_seconds=0.3)]) as scorer:
         (child,) = children() - others
-        with pytest.raises(RewardFailed, match=r"failed once \(retries is 0\).*no answer within 0\.3 s; its process was killed"):
+        with pytest.raises(RewardFailed, match=r"failed once \(retries is 0\).*no answer within 0\.3 s; its process "
+            r"was killed"):
             scorer.score([a_sample()])
         assert gone(child)
 
@@ -227,7 +233,9 @@ def test_what_a_hung_reward_has_started_is_killed_with_it(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("how", ["raises", "hangs", "killed", "nan"])
 def test_a_second_try_that_works_is_a_value(tmp_path: Path, how: str) -> None:
-    assert values(python("second_try", retries=1, workers=2, timeout_seconds=3.0), 4, seen=str(tmp_path), how=how) == [1.5] * 4
+    assert values(
+        python("second_try", retries=1, workers=2, timeout_seconds=3.0), 4, seen=str(tmp_path), how=how,
+    ) == [1.5] * 4
 
 
 def test_a_child_killed_between_two_calls_is_replaced() -> None:
@@ -238,7 +246,8 @@ def test_a_child_killed_between_two_calls_is_replaced() -> None:
 
 
 def test_one_failed_sample_gives_the_others_up() -> None:
-    code = "def reward(completion, **row):\n    if completion == '':\n        raise ValueError('empty')\n    return 1.0\n"
+    code = ("def reward(completion, **row):\n    if completion == '':\n        raise ValueError('empty')\n    return "
+        "1.0\n")
     with pytest.raises(RewardFailed, match="prompt 0:0"):
         values(python(code=code), 200)
 
@@ -276,7 +285,8 @@ def test_children_end_with_a_killed_parent_also_in_the_middle_of_a_call(tmp_path
         "from rlhf_api.job import RewardSpec\n"
         "from rlhf_worker.rewards.scorer import Scorer\n"
         "from tests.worker.samples import a_sample\n"
-        "spec = RewardSpec.model_validate({'name': 'r', 'type': 'python', 'function': 'tests.worker.reward_functions:writes_its_pid_and_hangs'})\n"
+        "spec = RewardSpec.model_validate({'name': 'r', 'type': 'python', 'function': "
+            "'tests.worker.reward_functions:writes_its_pid_and_hangs'})\n"
         "Scorer([spec]).score([a_sample(i, file=sys.argv[1]) for i in range(2)])\n"
     )
     file = tmp_path / "pids"
@@ -298,7 +308,8 @@ def asleep(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"function": "no_such_module:f"}, r"rewards\[r\]\.function cannot be loaded: .*No module named 'no_such_module'"),
+        ({"function": "no_such_module:f"}, r"rewards\[r\]\.function cannot be loaded: .*No module named "
+            r"'no_such_module'"),
         ({"function": "json:no_such"}, r"module json has no function 'no_such'"),
         ({"function": "json"}, "has no function ''.*must be module:function"),
         ({"function": "tests.worker.reward_functions:not_callable"}, "has no function 'not_callable'"),
@@ -542,7 +553,9 @@ def test_http_batches_keep_the_order() -> None:
 def test_groups_are_scored_side_by_side_by_one_reward(kind: str) -> None:
     samples = [a_sample(i, text="x" * i) for i in range(150)]
     with Service(judged) as service:
-        reward = HttpReward(http(service.url, workers=1)) if kind == "http" else PythonReward(python("length", workers=2))
+        reward = HttpReward(
+            http(service.url, workers=1)
+        ) if kind == "http" else PythonReward(python("length", workers=2))
         with ThreadPoolExecutor(4) as threads:
             found = list(threads.map(lambda given: numbers(reward.score(given)), [samples] * 4))
         reward.close()
@@ -579,7 +592,8 @@ def test_a_bad_answer_is_an_error_that_names_it(case: str) -> None:
     answer, message = BAD[case]
     with Service(lambda *_: answer) as service:
         reward = HttpReward(http(service.url, timeout_seconds=0.5 if answer is None else 30), backoff=0.001)
-        with pytest.raises(RewardFailed, match=rf"rewards\[h\] failed 2 times on prompt 0:3.*{service.url}: .*{message}"):
+        with pytest.raises(RewardFailed, match=rf"rewards\[h\] failed 2 times on prompt 0:3.*{service.url}: "
+            rf".*{message}"):
             reward.score([a_sample(3)])
         assert len(service.requests) == 2
 
@@ -619,7 +633,10 @@ def test_the_column_that_is_no_json_is_named(value: Any) -> None:
         ("http://judge.default.svc/", {"http": "http://proxy:3128", "no": "fd00::/8,.svc"}, None),
         ("http://[fd00::5]:80/", {"http": "http://proxy:3128", "no": "10.0.0.0/8,fd00::/8"}, None),
         ("http://10.1.2.3/", {"http": "http://proxy:3128", "no": "10.0.0.0/8,fd00::/8"}, None),
-        ("http://11.1.2.3/", {"http": "http://proxy:3128", "no": "10.0.0.0/8, [::1, ://, *.example"}, "http://proxy:3128"),
+        (
+            "http://11.1.2.3/", {"http": "http://proxy:3128", "no": "10.0.0.0/8, [::1, ://, *.example"},
+            "http://proxy:3128",
+        ),
         ("http://judge/", {"http": "http://proxy:3128", "no": "*"}, None),
     ],
 )
@@ -635,7 +652,9 @@ def test_networks_in_no_proxy_stop_no_request(monkeypatch: pytest.MonkeyPatch) -
         assert values(http(service.url)) == [0.0]
 
 
-@pytest.mark.parametrize("address", ["socks5://user:secret@proxy:1080", "ftp://user:secret@proxy:1", "http://user:secret@proxy:port"])
+@pytest.mark.parametrize(
+    "address", ["socks5://user:secret@proxy:1080", "ftp://user:secret@proxy:1", "http://user:secret@proxy:port"],
+)
 def test_a_proxy_that_cannot_be_used_is_a_bad_spec_that_names_its_variable(
     monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
@@ -682,13 +701,20 @@ def test_values_of_a_model_are_joined_by_weight() -> None:
 
 
 def judge(url: str, retries: int = 1, **fields: Any) -> JudgeReward:
-    asked = {"model": "judge-7b", "prompt": "Rate {completion} for {prompt}, truth {answer}. Say {\"score\": n}.", **fields}
-    spec = {"name": "j", "type": "judge", "url": url, "retries": retries, "workers": 4, "timeout_seconds": 5.0, "judge": asked}
+    asked = {
+        "model": "judge-7b", "prompt": "Rate {completion} for {prompt}, truth {answer}. Say {\"score\": n}.", **fields,
+    }
+    spec = {
+        "name": "j", "type": "judge", "url": url, "retries": retries, "workers": 4, "timeout_seconds": 5.0,
+        "judge": asked,
+    }
     return JudgeReward(RewardSpec.model_validate(spec), backoff=0.001)
 
 
 def says(text: Any) -> Answer:
-    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}).encode()
+    return 200, json.dumps(
+        {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}
+    ).encode()
 
 
 def test_a_judge_is_asked_once_a_sample_and_its_last_score_counts() -> None:
@@ -712,7 +738,8 @@ def test_the_judges_prompt_is_filled_once_and_braces_are_text() -> None:
 
 
 def test_a_hole_that_the_data_cannot_fill_is_a_bad_spec() -> None:
-    with pytest.raises(BadSpec, match=r"rewards\[j\]\.judge\.prompt: the data has no column 'answer', only 'prompt', 'completion'"):
+    with pytest.raises(BadSpec, match=r"rewards\[j\]\.judge\.prompt: the data has no column 'answer', only 'prompt', "
+        r"'completion'"):
         judge("http://127.0.0.1:9/").score([a_sample()])
 
 
@@ -727,7 +754,8 @@ def test_the_judges_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPat
 
 
 GARBAGE: dict[str, tuple[Answer, str]] = {
-    "no score": (says("It is rather good, I think. " * 99), "no score by judge.pattern in the judge's answer 'It is rather good"),
+    "no score": (says("It is rather good, I think. " * 99), "no score by judge.pattern in the judge's answer 'It is "
+        "rather good"),
     "out of scale": (says("score: 11"), r"the score 11 is not in 0 to 10, in the judge's answer 'score: 11'"),
     "below": (says("score: -1"), "the score -1 is not in 0 to 10"),
     "nothing": (says(None), "no score by judge.pattern in the judge's answer None"),

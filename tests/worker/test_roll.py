@@ -1,4 +1,6 @@
-"""What the driver says of an actor that died. That a death is found, and told while the driver waits for others, is in test_weight_sync.py."""
+"""What the driver says of an actor that died. That a death is found, and told while the driver waits for others, is in
+test_weight_sync.py.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,8 @@ from rlhf_worker.stop import Ended, Stop, Terminated
 from rlhf_worker.watcher import WORDS
 from tests.worker.configs import run_config
 
-GUESS = "Worker exits with connection error code 2. (1) The process is killed by SIGKILL by OOM killer due to high memory usage."
+GUESS = ("Worker exits with connection error code 2. (1) The process is killed by SIGKILL by OOM killer due to high "
+    "memory usage.")
 PLACE = Place("tiny-trainer-0", "n", 7, "/log")
 STOPPED = f"a line\nprocess 7 {WORDS} (state T): it is ended, to be started anew"
 
@@ -34,7 +37,9 @@ FIRST, SECOND = Handle(1), Handle(2)
 
 
 def death(handle: Any) -> ActorDiedError:
-    return ActorDiedError(ActorDiedErrorContext(class_name="Policy", actor_id=handle._actor_id, pid=7, error_message=GUESS))
+    return ActorDiedError(
+        ActorDiedErrorContext(class_name="Policy", actor_id=handle._actor_id, pid=7, error_message=GUESS)
+    )
 
 
 def through_an_actor(cause: Exception) -> Any:
@@ -43,7 +48,9 @@ def through_an_actor(cause: Exception) -> Any:
 
 @pytest.fixture
 def drive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """A driver whose run ends by an error, while `died` of its two actors is dead and printed `log`: exit code and last words."""
+    """A driver whose run ends by an error, while `died` of its two actors is dead and printed `log`: exit code and last
+    words.
+    """
 
     def driven(error: Exception, log: str, died: Handle | None) -> tuple[int, str]:
         def begun(config: Any, reporter: Any, stop: Any, roll: Roll, pod: Any) -> Any:
@@ -73,7 +80,8 @@ AS_IT_ENDED = [pytest.param(death(SECOND), id="as Ray tells it"), pytest.param(T
 def test_a_stopped_actor_is_named_and_memory_is_not_blamed(drive: Any, error: Exception) -> None:
     code, words = drive(error, STOPPED, SECOND)
     assert code == 1
-    assert words.startswith("ActorLost: critic rank 0 (pod tiny-trainer-0, process 7) was stopped by a signal (state T)")
+    assert words.startswith("ActorLost: critic rank 0 (pod tiny-trainer-0, process 7) was stopped by a signal (state "
+        "T)")
     assert "memory" not in words and "gloo" not in words
 
 
@@ -85,7 +93,9 @@ def test_a_dead_actor_is_named_with_the_end_of_its_log(drive: Any, error: Except
     assert "its log ends:\nFatal Python error: Segmentation fault" in words and GUESS in words
 
 
-@pytest.mark.parametrize("error", [BadSpec("spec.x"), Fenced("later"), Terminated("asked"), Ended("gone"), ValueError("v")])
+@pytest.mark.parametrize(
+    "error", [BadSpec("spec.x"), Fenced("later"), Terminated("asked"), Ended("gone"), ValueError("v")],
+)
 def test_what_came_of_no_death_stays_as_it_is(drive: Any, error: Exception) -> None:
     """Also where actors die of it; of an error that nobody foresaw, where none did."""
     died = None if isinstance(error, ValueError) else FIRST

@@ -31,7 +31,9 @@ def raising(error: BaseException) -> Callable[[], object]:
 
 def from_actor(cause: BaseException) -> BaseException:
     """As `ray.get` raises it."""
-    error: BaseException = RayTaskError("Policy.load()", "Traceback: policy.py line 7", cause, pid=1, ip="::1").as_instanceof_cause()
+    error: BaseException = RayTaskError(
+        "Policy.load()", "Traceback: policy.py line 7", cause, pid=1, ip="::1",
+    ).as_instanceof_cause()
     return error
 
 
@@ -45,7 +47,10 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(BadSpec("spec.x: wrong"), 64), (BadData("data.jsonl:3"), 65), (DeadlineExceeded("late"), 1), (Terminated("SIGTERM"), 143), (KeyError("k"), 1)],
+    [
+        (BadSpec("spec.x: wrong"), 64), (BadData("data.jsonl:3"), 65), (DeadlineExceeded("late"), 1),
+        (Terminated("SIGTERM"), 143), (KeyError("k"), 1)
+    ],
 )
 def test_exit_codes_also_through_actors(log: Path, error: Exception, code: int) -> None:
     assert run.guarded(raising(error)) == code
@@ -200,7 +205,8 @@ def test_a_wrong_volume_is_refused(text: str) -> None:
 
 
 def test_a_wrong_manifest_lists_everything(tmp_path: Path) -> None:
-    (tmp_path / "job.yaml").write_text("kind: RLHFJob\napiVersion: rlhf.dev/v1alpha1\nmetadata: {name: x}\nspec: {imag: y}\n")
+    (tmp_path / "job.yaml").write_text("kind: RLHFJob\napiVersion: rlhf.dev/v1alpha1\nmetadata: {name: x}\nspec: "
+        "{imag: y}\n")
     with pytest.raises(BadSpec, match=r"spec\.image.*spec\.imag: unknown field"):
         configure(tmp_path / "job.yaml", {})
 

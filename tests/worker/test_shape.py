@@ -23,7 +23,9 @@ def algorithm(name: str = "grpo", max_tokens: int = 10, **given: Any) -> Algorit
 
 def items(**columns: float) -> list[TrainSequence]:
     """Six sequences, each with a constant in every column."""
-    return [s.with_columns(**{name: [value] * len(s.mask) for name, value in columns.items()}) for s in sequences(LENGTHS)]
+    return [
+        s.with_columns(**{name: [value] * len(s.mask) for name, value in columns.items()}) for s in sequences(LENGTHS)
+    ]
 
 
 def shaped(spec: Algorithm, given_: list[TrainSequence] | None = None, updates: int = 1, epochs: int = 1) -> Shaped:
@@ -32,7 +34,10 @@ def shaped(spec: Algorithm, given_: list[TrainSequence] | None = None, updates: 
 
 
 def sums(made: Shaped, column: str) -> list[float]:
-    return [sum(value for s in part for value, counts in zip(s.columns[column], s.mask, strict=True) if counts) for part in made.updates]
+    return [
+        sum(value for s in part for value, counts in zip(s.columns[column], s.mask, strict=True) if counts)
+        for part in made.updates
+    ]
 
 
 @given(st.sampled_from(sorted(OWN)), st.integers(1, 6), st.integers(1, 3))
@@ -51,7 +56,9 @@ def test_every_update_has_its_own_normaliser(name: str, updates: int, epochs: in
 
 def test_observations_have_no_share_in_the_normaliser() -> None:
     (first, *rest) = items()
-    first = TrainSequence(token_ids=first.token_ids, prompt_length=2, index=0, mask=[True, False, False, True], columns=first.columns)
+    first = TrainSequence(
+        token_ids=first.token_ids, prompt_length=2, index=0, mask=[True, False, False, True], columns=first.columns,
+    )
     (part,) = shaped(algorithm(), [first, *rest]).updates
     assert part[0].columns["loss_weights"] == [1 / 12] * 4
     assert part[0].columns["token_weights"][0] == 1 / 14
@@ -92,8 +99,12 @@ def test_ppo_learns_values_before_whitening() -> None:
 
 def test_the_last_reward_is_given_at_the_last_token_that_counts() -> None:
     (first, *rest) = items(values=0.0)
-    first = TrainSequence(token_ids=first.token_ids, prompt_length=2, index=0, mask=[True, True, False, False], columns=first.columns)
-    (part,) = shaped(algorithm("ppo", advantageNormalization="none", gae={"gamma": 0.5, "lambda": 1}), [first, *rest]).updates
+    first = TrainSequence(
+        token_ids=first.token_ids, prompt_length=2, index=0, mask=[True, True, False, False], columns=first.columns,
+    )
+    (part,) = shaped(
+        algorithm("ppo", advantageNormalization="none", gae={"gamma": 0.5, "lambda": 1}), [first, *rest],
+    ).updates
     assert part[0].columns["advantages"] == pytest.approx([0.5, 1.0, 0.0, 0.0])
 
 
@@ -109,7 +120,9 @@ def test_the_overlong_are_told_of() -> None:
     assert made.metrics["reward/overlong"] == pytest.approx(-(2 + 0 + 0 + 4 + 1 + 0) / 8 / 6)
 
 
-@pytest.mark.parametrize(("rewards", "wanted"), [([0, 0, 0], False), ([1, 1], False), ([0, 1, 0], True), ([0.5], False)])
+@pytest.mark.parametrize(
+    ("rewards", "wanted"), [([0, 0, 0], False), ([1, 1], False), ([0, 1, 0], True), ([0.5], False)],
+)
 def test_a_group_is_informative_when_its_rewards_differ(rewards: list[float], wanted: bool) -> None:
     assert informative(rewards) is wanted
 

@@ -104,7 +104,8 @@ def test_a_backend_that_fails_is_told_once_and_counted_and_goes_on(capfd: pytest
     run_lane(lambda: backend, 6, failures)
     assert (backend.logged, backend.closed, failures.counts["wandb"]) == ([0, 1, 4, 5], True, 2)
     told = capfd.readouterr().err.splitlines()
-    assert told == ["warning: spec.telemetry.wandb: ConnectionError: lost at step 2; the run goes on, telemetry/failures counts"]
+    assert told == ["warning: spec.telemetry.wandb: ConnectionError: lost at step 2; the run goes on, "
+        "telemetry/failures counts"]
 
 
 def test_a_backend_that_does_not_start_is_tried_again_at_each_step() -> None:
@@ -119,7 +120,9 @@ def test_a_backend_that_does_not_start_is_tried_again_at_each_step() -> None:
     assert (backend.logged, failures.counts["wandb"]) == ([2, 3], 2)
 
 
-def test_a_hung_backend_holds_nothing_up_and_its_backlog_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hung_backend_holds_nothing_up_and_its_backlog_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
     released = threading.Event()
 
     class Hangs(Backend):
@@ -143,7 +146,9 @@ def tensorboard_count(directory: Path) -> int:
     return sum(file.stat().st_size for file in files) // 60
 
 
-def test_a_directory_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / "tensorboard").write_text("in the way")
     telemetry = log(config(tmp_path), {1: {"reward": 1.0}, 2: {"reward": 1.0}})
     assert telemetry.failures.counts["tensorboard"] == 2
@@ -163,7 +168,10 @@ def port() -> Iterator[int]:
 
 def scraped(port: int) -> dict[str, float]:
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-    return {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if not line.startswith("#")}
+    return {
+        line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines()
+        if not line.startswith("#")
+    }
 
 
 def serves(port: int) -> bool:
@@ -203,7 +211,9 @@ def test_metrics_whose_names_are_one_to_prometheus_are_series_of_their_own(tmp_p
     telemetry.close()
 
 
-def test_a_port_that_is_taken_is_told_and_taken_once_it_is_free(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_taken_is_told_and_taken_once_it_is_free(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str],
+) -> None:
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
@@ -222,7 +232,11 @@ def test_a_port_that_is_taken_is_told_and_taken_once_it_is_free(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("spec", "package"), [({"wandb": {"project": "p", "mode": "offline"}}, "wandb"), ({"mlflow": {"trackingUri": "http://mlflow:5000"}}, "mlflow")]
+    ("spec", "package"),
+    [
+        ({"wandb": {"project": "p", "mode": "offline"}}, "wandb"),
+        ({"mlflow": {"trackingUri": "http://mlflow:5000"}}, "mlflow")
+    ]
 )
 def test_a_package_that_the_image_lacks_is_a_bad_spec(
     spec: dict[str, Any], package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -230,7 +244,8 @@ def test_a_package_that_the_image_lacks_is_a_bad_spec(
     monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / package / "__init__.py").exists()])
     (tmp_path / package).mkdir()  # such as W&B's own directory of offline runs
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(BadSpec, match=rf"spec\.telemetry\.{package}: the image has no python package {package}: use an image that has it"):
+    with pytest.raises(BadSpec, match=rf"spec\.telemetry\.{package}: the image has no python package {package}: use "
+        r"an image that has it"):
         check(TelemetrySpec.model_validate(spec))
 
 
@@ -265,7 +280,8 @@ def stub_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wandb_online_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = TelemetrySpec.model_validate({"wandb": {"project": "p"}})
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(BadSpec, match=r"spec\.telemetry\.wandb\.mode: online needs a key: set WANDB_API_KEY in pods\.trainer\.env"):
+    with pytest.raises(BadSpec, match=r"spec\.telemetry\.wandb\.mode: online needs a key: set WANDB_API_KEY in "
+        r"pods\.trainer\.env"):
         check(spec)
     check(TelemetrySpec.model_validate({"wandb": {"project": "p", "mode": "offline"}}))
     monkeypatch.delitem(sys.modules, "wandb")
@@ -280,8 +296,13 @@ def test_two_lives_of_a_checkpoint_are_one_wandb_run_on_our_steps(tmp_path: Path
     log(given, {2: {"reward": 0.75}}, first_step=2)
     (file,) = tmp_path.glob("wandb-*.jsonl")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert lines[:3] == [{"project": "p", "entity": None, "name": "tiny", "mode": "offline", "resume": "allow"}, ["step", None], ["*", "step"]]
-    assert [(line["step"], line["reward"]) for line in lines if isinstance(line, dict) and "step" in line] == [(1, 0.0), (2, 0.5), (2, 0.75)]
+    assert lines[:3] == [
+        {"project": "p", "entity": None, "name": "tiny", "mode": "offline", "resume": "allow"}, ["step", None],
+        ["*", "step"]
+    ]
+    assert [
+        (line["step"], line["reward"]) for line in lines if isinstance(line, dict) and "step" in line
+    ] == [(1, 0.0), (2, 0.5), (2, 0.75)]
     assert lines[-1] == "finished"
 
 
@@ -291,7 +312,8 @@ from pathlib import Path
 from tests.worker.test_telemetry import config, log
 from rlhf_worker.feed.telemetry import check
 directory, kind = Path(sys.argv[1]), sys.argv[2]
-spec = {"wandb": {"project": "p", "mode": "offline"}} if kind == "wandb" else {"mlflow": {"trackingUri": sys.argv[3], "experiment": "e"}}
+mlflow = {"trackingUri": sys.argv[3] if kind == "mlflow" else "", "experiment": "e"}
+spec = {"wandb": {"project": "p", "mode": "offline"}} if kind == "wandb" else {"mlflow": mlflow}
 given = config(directory, tensorboard=False, **spec)
 check(given.telemetry)
 one = log(given, {1: {"reward/mean": 0.0}, 2: {"reward/mean": 0.5}})
@@ -304,13 +326,16 @@ def with_package(name: str, *arguments: str) -> str:
     """Run REAL with RLHF_TEST_<NAME>, a directory with the real package (uv pip install --target), on the path."""
     target = os.environ.get(f"RLHF_TEST_{name.upper()}", "")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(["", str(Path(__file__).parents[2]), target])}
-    done = subprocess.run([sys.executable, "-c", REAL, *arguments], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", REAL, *arguments], env=env, capture_output=True, text=True, timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     assert "failures 0" in done.stdout, done.stderr
     return done.stdout
 
 
-@pytest.mark.skipif(not os.environ.get("RLHF_TEST_WANDB"), reason="set RLHF_TEST_WANDB to a directory that holds the package wandb")
+@pytest.mark.skipif(not os.environ.get("RLHF_TEST_WANDB"), reason="set RLHF_TEST_WANDB to a directory that holds the "
+    "package wandb")
 def test_the_real_wandb_writes_offline_runs(tmp_path: Path) -> None:
     with_package("wandb", str(tmp_path), "wandb")
     runs = sorted((tmp_path / "wandb").glob("offline-run-*"))
@@ -320,14 +345,16 @@ def test_the_real_wandb_writes_offline_runs(tmp_path: Path) -> None:
     assert all(list(run.glob("*.wandb")) for run in runs)
 
 
-@pytest.mark.skipif(not os.environ.get("RLHF_TEST_MLFLOW"), reason="set RLHF_TEST_MLFLOW to a directory that holds the package mlflow")
+@pytest.mark.skipif(not os.environ.get("RLHF_TEST_MLFLOW"), reason="set RLHF_TEST_MLFLOW to a directory that holds "
+    "the package mlflow")
 def test_the_real_mlflow_keeps_one_run_with_the_history_of_each_metric(tmp_path: Path) -> None:
     with_package("mlflow", str(tmp_path), "mlflow", f"sqlite:///{tmp_path}/mlflow.db")
     import sqlite3
 
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         runs = database.execute("select name, status from runs").fetchall()
-        rows = database.execute("select step, value, is_nan from metrics where key = 'reward/mean' order by timestamp, step").fetchall()
+        rows = database.execute("select step, value, is_nan from metrics where key = 'reward/mean' order by "
+            "timestamp, step").fetchall()
     assert runs == [("tiny", "FINISHED")]
     assert sorted(rows) == [(1, 0.0, 0), (2, 0.5, 0), (2, 0.75, 0), (3, 0.0, 1)]
 

@@ -1,4 +1,6 @@
-"""Trainer ranks on gloo, without Ray: gradients whatever packing, padding and ranks, the roles, offload, and a loss that is not finite."""
+"""Trainer ranks on gloo, without Ray: gradients whatever packing, padding and ranks, the roles, offload, and a loss
+that is not finite.
+"""
 
 from functools import partial
 from pathlib import Path
@@ -23,9 +25,14 @@ from tests.worker.rewards import write_reward
 from tests.worker.samples import evenly
 
 
-def trainer(tiny: Path, root: Path, *, rank: int = 0, world: int = 1, dtype: str = "float32", options: dict[str, Any] | None = None, **changes: Any) -> Trainer:
+def trainer(
+    tiny: Path, root: Path, *, rank: int = 0, world: int = 1, dtype: str = "float32",
+    options: dict[str, Any] | None = None, **changes: Any,
+) -> Trainer:
     given = {"steps": 1, "learningRate": 0.01, "gradientCheckpointing": False} | (options or {})
-    config = run_config(model={"path": str(tiny), "dtype": dtype}, trainer=given, checkpoint={"path": str(root)}, **changes)
+    config = run_config(
+        model={"path": str(tiny), "dtype": dtype}, trainer=given, checkpoint={"path": str(root)}, **changes,
+    )
     made = Trainer(config, list(config.roles), rank, world, "cpu", 1)
     made.load()
     return made
@@ -38,7 +45,8 @@ def sequences(advantage: float = 1.0) -> list[TrainSequence]:
         TrainSequence(
             token_ids=torch.randint(3, 70, (n,)).tolist(), prompt_length=3, index=index, mask=[True] * (n - 3),
             columns={
-                "rollout_logprobs": [-4.0] * (n - 3), "advantages": [advantage * (-1) ** n] * (n - 3), **evenly(4, n - 3, sum(lengths) - 12),
+                "rollout_logprobs": [-4.0] * (n - 3), "advantages": [advantage * (-1) ** n] * (n - 3),
+                **evenly(4, n - 3, sum(lengths) - 12),
             },
         )
         for index, n in enumerate(lengths)
@@ -78,10 +86,14 @@ def test_packing_padding_and_empty_batches_change_nothing(tiny: Path, tmp_path: 
     same(one, after(padded, [[*pack(sequences(), 24, padded=True), empty_batch(sequences()[0].columns)]]))
 
 
-def test_compiled_layers_train_the_same(tiny: Path, tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_layers_train_the_same(
+    tiny: Path, tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Traced as for the real backend, which would spend most of a minute in the C++ compiler."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    one, two = trainer(tiny, tmp_path), trainer(tiny, tmp_path, options={"compile": True, "gradientCheckpointing": True})
+    one, two = trainer(tiny, tmp_path), trainer(
+        tiny, tmp_path, options={"compile": True, "gradientCheckpointing": True},
+    )
     same(after(one, [pack(sequences(), 1000)]), after(two, [pack(sequences(), 1000)]))
     assert counters["frames"]["ok"] > 0
 
@@ -127,17 +139,23 @@ def test_ranks_that_share_every_sequence_change_nothing(
     ranks = over_ranks(world, _sharing, str(tiny), str(tmp_path), options, algorithm)
     assert {index for own, _ in ranks for index in own} == {*found}
     for own, made in ranks:
-        assert [value for index in own for value in own[index]] == pytest.approx([value for index in own for value in found[index]], abs=1e-5)
+        assert [value for index in own for value in own[index]] == pytest.approx(
+            [value for index in own for value in found[index]], abs=1e-5
+        )
         same(trained, made)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_first_ratio_is_exactly_one_and_the_first_kl_exactly_zero(tiny: Path, tmp_path: Path, group: None, dtype: str) -> None:
+def test_the_first_ratio_is_exactly_one_and_the_first_kl_exactly_zero(
+    tiny: Path, tmp_path: Path, group: None, dtype: str,
+) -> None:
     made = trainer(tiny, tmp_path, dtype=dtype, algorithm={"kl": {"coefficient": 0.1}})
     items = with_logprobs(made, with_logprobs(made, sequences(), "old_logprobs", "policy"), "ref_logprobs", "reference")
     assert all(item.columns["old_logprobs"] == item.columns["ref_logprobs"] for item in items)
     metrics = made.train("policy", [pack(items, 1000)])
-    assert {p.dtype for p in weights(made)} == {torch.float32} and {p.dtype for p in weights(made, "reference")} == {getattr(torch, dtype)}
+    assert {p.dtype for p in weights(made)} == {torch.float32} and {
+        p.dtype for p in weights(made, "reference")
+    } == {getattr(torch, dtype)}
     assert metrics["kl"] == 0.0 and metrics["policy_kl"] == 0.0
     assert metrics["ratio"] == pytest.approx(1.0, abs=1e-6)  # the weights' sum rounds, the ratios do not
 
@@ -146,8 +164,12 @@ def test_later_updates_are_measured_against_the_policy_that_sampled(tiny: Path, 
     made = trainer(tiny, tmp_path)
     items = with_logprobs(made, sequences(), "old_logprobs", "policy")
     first, second = (pack(part, 1000) for part in (items[:2], items[2:]))
-    assert made.train("policy", [first])["ratio"] == pytest.approx(sum(first[0].columns["token_weights"].tolist()), abs=1e-6)
-    assert made.train("policy", [second])["ratio"] != pytest.approx(sum(second[0].columns["token_weights"].tolist()), abs=1e-4)
+    assert made.train("policy", [first])["ratio"] == pytest.approx(
+        sum(first[0].columns["token_weights"].tolist()), abs=1e-6,
+    )
+    assert made.train("policy", [second])["ratio"] != pytest.approx(
+        sum(second[0].columns["token_weights"].tolist()), abs=1e-4,
+    )
 
 
 BOOK: dict[str, Any] = {
@@ -266,14 +288,18 @@ def test_the_critic_learns_a_constant_and_the_policy_stays(tiny: Path, tmp_path:
         losses.append(made.train("critic", [pack(valued, 12)])["loss"])
     assert losses[0] == pytest.approx(0.5 * 0.7**2, rel=1e-5)
     assert losses[-1] < 0.01 * losses[0]
-    assert [v for row in made.values(pack(items, 1000)).values() for v in row] == pytest.approx([0.7] * sum(len(s.mask) for s in items), abs=0.2)
+    assert [
+        v for row in made.values(pack(items, 1000)).values() for v in row
+    ] == pytest.approx([0.7] * sum(len(s.mask) for s in items), abs=0.2)
     assert all(torch.equal(a, b) for a, b in zip(policy, weights(made), strict=True))
 
 
 def _trained(made: Trainer) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     items = [s.with_columns(returns=[0.7] * len(s.mask)) for s in sequences()]
     for _ in range(2):
-        valued = add_column(with_logprobs(made, items, "old_logprobs", "policy"), "values", [made.values(pack(items, 1000))])
+        valued = add_column(
+            with_logprobs(made, items, "old_logprobs", "policy"), "values", [made.values(pack(items, 1000))],
+        )
         made.train("critic", [pack(valued, 1000)])
         made.train("policy", [pack(valued, 1000)])
         made._rest()
@@ -347,12 +373,16 @@ PROMPTS, COMPLETIONS = ["1 + 2 =", "say it", "1"], [" 3", " a long one, longer t
 
 @pytest.mark.parametrize("pad", [True, False])
 @pytest.mark.parametrize("batching", ["packed", "padded"])
-def test_a_reward_model_scores_as_the_plain_call(tiny: Path, tmp_path: Path, group: None, pad: bool, batching: str) -> None:
+def test_a_reward_model_scores_as_the_plain_call(
+    tiny: Path, tmp_path: Path, group: None, pad: bool, batching: str,
+) -> None:
     plain, tokenizer = write_reward(tiny, tmp_path / "rm", pad=pad), AutoTokenizer.from_pretrained(tmp_path / "rm")
     rewards = [{"name": "rm", "type": "model", "model": {"path": str(tmp_path / "rm"), "dtype": "float32"}}]
     made = trainer(tiny, tmp_path, rewards=rewards, options={"tokensPerMicroBatch": 40, "batching": batching})
     texts = [a + b for a, b in zip(PROMPTS, COMPLETIONS, strict=True)]
-    wanted = [plain(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits.item() for text in texts]
+    wanted = [
+        plain(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits.item() for text in texts
+    ]
     assert made.scores("reward:rm", PROMPTS, COMPLETIONS) == pytest.approx(wanted, abs=1e-6)
 
 
@@ -360,7 +390,8 @@ def test_a_reward_model_reads_chats_by_its_own_template(tiny: Path, tmp_path: Pa
     plain, tokenizer = write_reward(tiny, tmp_path / "rm"), AutoTokenizer.from_pretrained(tmp_path / "rm")
     rewards = [{"name": "rm", "type": "model", "model": {"path": str(tmp_path / "rm"), "dtype": "float32"}}]
     chat = [{"role": "user", "content": "1 + 2 ="}]
-    with pytest.raises(BadSpec, match=r"reward:rm: prompts are chat messages, but the tokenizer of .* has no chat template"):
+    with pytest.raises(BadSpec, match=r"reward:rm: prompts are chat messages, but the tokenizer of .* has no chat "
+        r"template"):
         trainer(tiny, tmp_path, rewards=rewards).scores("reward:rm", [chat], ["3"])
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     tokenizer.save_pretrained(tmp_path / "rm")
@@ -371,7 +402,10 @@ def test_a_reward_model_reads_chats_by_its_own_template(tiny: Path, tmp_path: Pa
 
 def test_a_sample_beyond_the_reward_models_context_is_told(tiny: Path, tmp_path: Path, group: None) -> None:
     write_reward(tiny, tmp_path / "rm")
-    made = trainer(tiny, tmp_path, rewards=[{"name": "rm", "type": "model", "model": {"path": str(tmp_path / "rm"), "dtype": "float32"}}])
+    made = trainer(
+        tiny, tmp_path,
+        rewards=[{"name": "rm", "type": "model", "model": {"path": str(tmp_path / "rm"), "dtype": "float32"}}],
+    )
     words = r"reward:rm: a sample of 607 tokens by its own tokenizer, but the model's context is 512: lower"
     with pytest.raises(RewardFailed, match=words):
         made.scores("reward:rm", ["1 + 2 ="], ["x" * 600])
@@ -389,7 +423,9 @@ def test_a_reward_models_token_beyond_its_embedding_is_told(tiny: Path, tmp_path
         made.scores("reward:rm", ["1 + 2 ="], ["<new>"])
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_batch_on_disk_and_the_weights_as_they_were(tiny: Path, tmp_path: Path, group: None) -> None:
+def test_a_loss_that_is_not_finite_stops_with_its_batch_on_disk_and_the_weights_as_they_were(
+    tiny: Path, tmp_path: Path, group: None,
+) -> None:
     made = trainer(tiny, tmp_path, **PPO)
     before = weights(made)
     with pytest.raises(Diverged, match=r"the policy's loss is nan .* in step 4: the batch is in .*diverged-step-4\.pt"):

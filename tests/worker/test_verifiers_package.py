@@ -1,4 +1,5 @@
-"""The adapter of `verifiers` environments. The package is not installed here: a stand-in has the hooks that are called."""
+"""The adapter of `verifiers` environments. The package is not installed here: a stand-in has the hooks that are called.
+"""
 
 from pathlib import Path
 from typing import Any

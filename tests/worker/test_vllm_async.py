@@ -1,4 +1,6 @@
-"""A whole run whose generation and training overlap, with an environment, and its resume: real Ray, real vLLM, the tiny model."""
+"""A whole run whose generation and training overlap, with an environment, and its resume: real Ray, real vLLM, the tiny
+model.
+"""
 
 import json
 import shutil
@@ -37,7 +39,8 @@ def uids(out: Path, steps: range) -> Counter[str]:
 def test_staleness_environment_and_resume(tmp_path: Path) -> None:
     write(tmp_path / "model")
     manifest = changed(
-        tmp_path, rollout={"staleness": 1, "maxTokens": 40, "environment": {"code": AGAIN, "workers": 1}}, trainer={"steps": STEPS},
+        tmp_path, rollout={"staleness": 1, "maxTokens": 40, "environment": {"code": AGAIN, "workers": 1}},
+        trainer={"steps": STEPS},
         placement={"mode": "Separated"}, telemetry={"rolloutsEverySteps": 1}, checkpoint={"everySteps": 3},
     )  # fmt: skip
     first = run(manifest, tmp_path / "model", tmp_path / "first")
@@ -47,7 +50,9 @@ def test_staleness_environment_and_resume(tmp_path: Path) -> None:
     for step in range(1, STEPS + 1):  # with one update a step, versions count steps
         assert all(step - 1 - row["versions"][0] <= 1 for row in samples(first.checkpoints, step))
     assert any(not all(row["mask"]) for row in whole) and all(row["mask"][0] for row in whole)
-    assert all(value == 0.0 for row in whole for value, ours in zip(row["logprobs"], row["mask"], strict=True) if not ours)
+    assert all(
+        value == 0.0 for row in whole for value, ours in zip(row["logprobs"], row["mask"], strict=True) if not ours
+    )
 
     pending = json.loads((checkpoint(first.checkpoints, 3) / "run.json").read_text().splitlines()[0])["loop"]["pending"]
     shutil.copytree(checkpoint(first.checkpoints, 3), tmp_path / "second" / "step-3")

@@ -71,7 +71,8 @@ def stablelm(path: Path) -> None:
 def test_a_model_class_that_vllm_serves_without_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stablelm(tmp_path)
     asyncio.run(engine(monkeypatch, tmp_path).prepare("shm"))
-    said = rf"spec\.model\.lora: vLLM serves StableLmForCausalLM, the class of {tmp_path}, without adapters: remove spec\.model\.lora, or use another model"
+    said = (rf"spec\.model\.lora: vLLM serves StableLmForCausalLM, the class of {tmp_path}, without adapters: remove "
+        r"spec\.model\.lora, or use another model")
     with pytest.raises(BadSpec, match=said):
         asyncio.run(engine(monkeypatch, tmp_path, lora={}).prepare("adapter"))
 

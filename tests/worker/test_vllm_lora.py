@@ -1,5 +1,6 @@
-"""Adapters from two FSDP ranks into a vLLM engine of two ranks on the CPU: what it computes with, what requests under way keep, what the proof sees,
-and what a sleep and a death leave."""
+"""Adapters from two FSDP ranks into a vLLM engine of two ranks on the CPU: what it computes with, what requests under
+way keep, what the proof sees, and what a sleep and a death leave.
+"""
 
 import asyncio
 from collections.abc import Iterator
@@ -63,14 +64,19 @@ def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
     path = tmp_path_factory.mktemp("tiny")
     write(path)
     config = run_config(
-        model={"path": str(path), "dtype": "float32", "lora": {"rank": 4}}, data={"jsonl": {"path": str(path / "prompts.jsonl")}, "maxPromptTokens": 64},
-        rollout={"maxTokens": 300, "staleness": 1, "tensorParallelSize": RANKS}, trainer={"steps": 4, "gpus": RANKS, "learningRate": 0.05}, placement={"mode": "Separated"},
+        model={"path": str(path), "dtype": "float32", "lora": {"rank": 4}},
+        data={"jsonl": {"path": str(path / "prompts.jsonl")}, "maxPromptTokens": 64},
+        rollout={"maxTokens": 300, "staleness": 1, "tensorParallelSize": RANKS},
+        trainer={"steps": 4, "gpus": RANKS, "learningRate": 0.05}, placement={"mode": "Separated"},
         weightSync={"deadlineSeconds": 30}, checkpoint={"path": str(path / "checkpoints")},
         rewards=[{"name": "r", "type": "python", "function": "tests.worker.reward_functions:length"}],
     )
     with pytest.MonkeyPatch.context() as patch, local_ray(config, verbose=False):
         patch.setattr(crews, "RemoteEngine", ray.remote(concurrency_groups=GROUPS)(AdapterEngine))
-        made = crews.start(config, reserve(config.placement, Patience(60, lambda: True), name="lora"), ConsoleReporter(config), Roll(Stop()))[0]
+        made = crews.start(
+            config, reserve(config.placement, Patience(60, lambda: True), name="lora"), ConsoleReporter(config),
+            Roll(Stop()),
+        )[0]
         made.fleet.close()
         yield made
 
@@ -86,7 +92,9 @@ def ask(crew: Crew, method: str, *args: Any) -> Any:
 
 def train(crew: Crew) -> None:
     batches = [[[*pack(sequences([(3, 9)] * 4, seed=rank), 1000)]] for rank in range(RANKS)]
-    gather([rank.train.remote("policy", batch) for rank, batch in zip(crew.policy, batches, strict=True)], 60, "training")
+    gather(
+        [rank.train.remote("policy", batch) for rank, batch in zip(crew.policy, batches, strict=True)], 60, "training"
+    )
 
 
 def proven(synced: Synced) -> None:
@@ -148,12 +156,15 @@ def flip(worker: Any, rank: int) -> None:
 def test_another_version_is_seen_however_near(crew: Crew) -> None:
     version = weights(crew)(prove=True).version
     ask(crew, "poke", partial(flip, rank=1))
-    both = r"\['model.layers.1.mlp.gate_proj.lora_A.weight', 'model.layers.1.mlp.gate_proj.lora_B.weight', 'model.layers.1.mlp.up_proj"
-    with pytest.raises(SyncMismatch, match=f"engine 0 rank 1 differs from the trainer at version {version} in 4 parameters: {both}"):
+    both = (r"\['model.layers.1.mlp.gate_proj.lora_A.weight', 'model.layers.1.mlp.gate_proj.lora_B.weight', "
+        r"'model.layers.1.mlp.up_proj")
+    with pytest.raises(SyncMismatch, match=f"engine 0 rank 1 differs from the trainer at version {version} in 4 "
+        f"parameters: {both}"):
         weights(crew).prove(version)
     assert weights(crew)._probe(version) < CALM
     train(crew)  # the next version, which has not been sent
-    with pytest.raises(SyncMismatch, match=f"engine 0 rank 0 differs from the trainer at version {version + 1} in {TENSORS} parameters"):
+    with pytest.raises(SyncMismatch, match=f"engine 0 rank 0 differs from the trainer at version {version + 1} in "
+        f"{TENSORS} parameters"):
         weights(crew).prove(version + 1)
     proven(weights(crew)(prove=True))
 
@@ -161,18 +172,24 @@ def test_another_version_is_seen_however_near(crew: Crew) -> None:
 def test_a_wrong_adapter_is_seen_and_the_next_version_mends_it(crew: Crew) -> None:
     version = weights(crew)(prove=True).version
     ask(crew, "poke", forget)
-    with pytest.raises(SyncMismatch, match=f"engine 0 rank 0 differs from the trainer at version {version} in {TENSORS} parameters: .*lora_A"):
+    with pytest.raises(SyncMismatch, match=f"engine 0 rank 0 differs from the trainer at version {version} in "
+        f"{TENSORS} parameters: .*lora_A"):
         weights(crew).prove(version)
     train(crew)
     proven(weights(crew)(prove=True))
 
 
 def like_a_gpu(worker: Any) -> None:
-    """A CPU worker does not sleep. This one does to the model and the slots, which vLLM allocates in one pool, what level 2 does: it forgets them."""
+    """A CPU worker does not sleep. This one does to the model and the slots, which vLLM allocates in one pool, what
+    level 2 does: it forgets them.
+    """
 
     def sleep(level: int) -> None:
         model = worker.model_runner.model
-        slots = [slot for module in model.modules() for name in ("lora_a_stacked", "lora_b_stacked") for slot in vars(module).get(name, ())]
+        slots = [
+            slot for module in model.modules() for name in ("lora_a_stacked", "lora_b_stacked")
+            for slot in vars(module).get(name, ())
+        ]
         for tensor in [*model.parameters(), *slots] if level > 1 else ():
             tensor.data.zero_()
 

@@ -1,4 +1,6 @@
-"""Whole runs on this machine: real Ray, real vLLM, the tiny model. The learning run is shared by the tests that look at it."""
+"""Whole runs on this machine: real Ray, real vLLM, the tiny model. The learning run is shared by the tests that look at
+it.
+"""
 
 import re
 import shutil
@@ -44,7 +46,9 @@ def command(manifest: Path, tiny: Path, checkpoints: Path, *more: str) -> list[s
     """The sample's directories are these; a manifest that `changed` wrote keeps the sample's paths."""
     kind = next((kind for kind in ("separated", "ppo") if kind in manifest.name), "colocated")
     mounts = {"models/tiny": tiny, f"checkpoints/tiny-{kind}": checkpoints}
-    volumes = [word for mount, directory in mounts.items() for word in ("--volume", f"/var/lib/rlhf/{mount}={directory}")]
+    volumes = [
+        word for mount, directory in mounts.items() for word in ("--volume", f"/var/lib/rlhf/{mount}={directory}")
+    ]
     return [sys.executable, "-u", "-m", "rlhf_worker", "local", str(manifest), *volumes, *more]
 
 
@@ -80,7 +84,8 @@ def test_trainer_and_engine_shared_the_logical_gpu(learned: Run) -> None:
 
 
 def test_every_proof_was_exact_where_it_can_be(learned: Run) -> None:
-    proofs = re.findall(r"weights version (\d+) delivered by shm: (\d+) checksums equal, (\d+) packed or loaded, probe within (\S+),", learned.output)
+    proofs = re.findall(r"weights version (\d+) delivered by shm: (\d+) checksums equal, (\d+) packed or loaded, "
+        r"probe within (\S+),", learned.output)
     assert [int(version) for version, *_ in proofs] == [0, 10, 20, 30]
     assert all(int(equal) > 0 and float(probe) < 1e-4 for _, equal, _, probe in proofs)
 
@@ -95,8 +100,12 @@ def test_the_export_loads_and_writes_the_letter(learned: Run) -> None:
 
 
 def test_the_samples_of_a_step_are_kept_and_score_the_same(learned: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sorted(path.name for path in (learned.checkpoints / "rollouts").iterdir()) == [f"step-{step}.parquet" for step in (10, 20, 30)]
-    assert main(["replay", str(learned.checkpoints), "--step", "20", "--job", str(SAMPLES / "tiny-colocated.yaml")]) == 0
+    assert sorted(
+        path.name for path in (learned.checkpoints / "rollouts").iterdir()
+    ) == [f"step-{step}.parquet" for step in (10, 20, 30)]
+    assert main(
+        ["replay", str(learned.checkpoints), "--step", "20", "--job", str(SAMPLES / "tiny-colocated.yaml")]
+    ) == 0
     assert "; 0 of 128 samples differ" in capsys.readouterr().out
     items = replay.read(learned.checkpoints, 20)
     assert f"{sum(item.reward for item in items) / len(items):.3f}" == f"{learned.rewards[19]:.3f}"
@@ -117,7 +126,10 @@ def test_resuming_gives_the_same_bits(learned: Run, tiny: Path, tmp_path: Path) 
     assert resumed.code == 0, resumed.output
     assert "resuming after step 20" in resumed.output
     assert resumed.rewards == learned.rewards[20:]
-    one, other = (flat(checkpoint(path, 30) / "policy", tmp_path / f"{index}.pt") for index, path in enumerate((learned.checkpoints, tmp_path)))
+    one, other = (
+        flat(checkpoint(path, 30) / "policy", tmp_path / f"{index}.pt") for index,
+        path in enumerate((learned.checkpoints, tmp_path))
+    )
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
@@ -135,12 +147,19 @@ def tensors(prefix: str, node: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def test_separated_with_two_engines_and_two_ranks(tiny: Path, tmp_path: Path) -> None:
-    """Two FSDP ranks, two engines in one sync, several updates a step, a KL term, no shared GPU, and an evaluation set."""
+    """Two FSDP ranks, two engines in one sync, several updates a step, a KL term, no shared GPU, and an evaluation set.
+    """
     data = {"jsonl": {"path": "/var/lib/rlhf/models/tiny/prompts.jsonl"}, "maxPromptTokens": 48}
     manifest = changed(
-        tmp_path, rollout={"engines": 2}, trainer={"gpus": 2, "steps": 3, "updatesPerStep": 2}, placement={"mode": "Separated"},
+        tmp_path, rollout={"engines": 2}, trainer={"gpus": 2, "steps": 3, "updatesPerStep": 2},
+        placement={"mode": "Separated"},
         algorithm={"kl": {"coefficient": 0.01}}, weightSync={"verifyEverySteps": 1},
-        evaluation=[{"name": "held-out", "data": data, "everySteps": 2, "limit": 9, "samples": 2, "temperature": 0.5, "maxTokens": 8}],
+        evaluation=[
+            {
+                "name": "held-out", "data": data, "everySteps": 2, "limit": 9, "samples": 2, "temperature": 0.5,
+                "maxTokens": 8,
+            }
+        ],
     )
     done = run(manifest, tiny, tmp_path / "out")
     assert done.code == 0, done.output
@@ -163,7 +182,9 @@ def test_ppo_with_a_critic_a_reference_and_a_reward_model_learns(tiny: Path, tmp
 def test_sigterm_saves_and_exits_143(tiny: Path, tmp_path: Path) -> None:
     """Without vLLM; test_engine_loss.py ends a run with engines in the same way."""
     manifest = changed(tmp_path, rollout={"engine": "hf"})
-    process = subprocess.Popen(command(manifest, tiny, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command(manifest, tiny, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
     assert process.stdout is not None
     start, seen = time.monotonic(), []
     for text in process.stdout:
@@ -185,7 +206,8 @@ def test_a_missing_model_ends_the_run_before_any_engine(tmp_path: Path) -> None:
 def test_an_unknown_engine_argument_is_named(tiny: Path, tmp_path: Path) -> None:
     done = run(changed(tmp_path, rollout={"engineArgs": {"max_modle_len": 64}}), tiny, tmp_path / "out")
     assert done.code == 64
-    assert "spec.rollout.engineArgs.max_modle_len: vLLM 0.32.0 has no such argument; close to it: max_model_len" in done.output
+    words = "vLLM 0.32.0 has no such argument; close to it: max_model_len"
+    assert f"spec.rollout.engineArgs.max_modle_len: {words}" in done.output
 
 
 def test_a_checkpoint_of_another_model_is_refused(learned: Run, tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ from tests.worker.waiting import until
         ("TtTT", True),
     ],
 )
-def test_only_a_stopped_process_that_stays_so_is_ended(monkeypatch: pytest.MonkeyPatch, states: str, ended: bool) -> None:
+def test_only_a_stopped_process_that_stays_so_is_ended(
+    monkeypatch: pytest.MonkeyPatch, states: str, ended: bool,
+) -> None:
     seen, killed = iter(states), list[tuple[int, int]]()
     left = iter([7] * len(states))  # until the actor's own end
     monkeypatch.setattr("rlhf_worker.watcher.os.getppid", lambda: next(left, 1))

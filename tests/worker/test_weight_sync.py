@@ -1,4 +1,6 @@
-"""Both ends of a weight sync, real: two FSDP ranks, vLLM engines on the CPU, gloo between them; what is lost, half done or changed."""
+"""Both ends of a weight sync, real: two FSDP ranks, vLLM engines on the CPU, gloo between them; what is lost, half done
+or changed.
+"""
 
 import os
 import re
@@ -37,7 +39,8 @@ from tests.worker.waiting import kill, until
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(900)]
 ENGINES, RANKS = 3, 2
 DEADLINE = 20.0
-PLANNED = 21  # parameters of vLLM's model: 2 layers of 5 besides what follows attention, 2 and 6 for that, embedding, norm, head
+# parameters of vLLM's model: 2 layers of 5 besides what follows attention, 2 and 6 for that, embedding, norm, head
+PLANNED = 21
 FUSED = "model.layers.0.self_attn.qkv_proj.weight"
 
 
@@ -46,15 +49,19 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     path = tmp_path_factory.mktemp("tiny")
     write_model(path)
     return run_config(
-        model={"path": str(path), "dtype": "float32"}, data={"jsonl": {"path": str(path / "prompts.jsonl")}, "maxPromptTokens": 16},
-        rollout={"engines": ENGINES, "maxTokens": 16}, trainer={"steps": 4, "gpus": RANKS}, placement={"mode": "Separated"},
+        model={"path": str(path), "dtype": "float32"},
+        data={"jsonl": {"path": str(path / "prompts.jsonl")}, "maxPromptTokens": 16},
+        rollout={"engines": ENGINES, "maxTokens": 16}, trainer={"steps": 4, "gpus": RANKS},
+        placement={"mode": "Separated"},
         weightSync={"backend": "gloo", "deadlineSeconds": DEADLINE}, checkpoint={"path": str(path / "checkpoints")},
         rewards=[{"name": "r", "type": "python", "function": "tests.worker.reward_functions:length"}],
     )
 
 
 def write_model(path: Path) -> None:
-    """A dense layer and one of experts, a head of its own, and biases, which vLLM fuses and keeps apart from the packed weights."""
+    """A dense layer and one of experts, a head of its own, and biases, which vLLM fuses and keeps apart from the packed
+    weights.
+    """
     write_moe(path, "qwen2_moe", num_experts=3)  # uneven over two ranks
     model = AutoModelForCausalLM.from_pretrained(path)
     with torch.no_grad():
@@ -95,7 +102,10 @@ def weights(crew: Crew) -> WeightSync:
 
 
 def generated(crew: Crew, index: int) -> list[int]:
-    request = Request(prompt=Prompt(uid="0:0", epoch=0, row=0, token_ids=[3, 4, 5], text="", fields={}), seed=7, temperature=1.0, max_tokens=16)
+    request = Request(
+        prompt=Prompt(uid="0:0", epoch=0, row=0, token_ids=[3, 4, 5], text="", fields={}), seed=7, temperature=1.0,
+        max_tokens=16,
+    )
     made = call(crew.fleet.serving[index], "generate", [request], 60.0, deadline_seconds=120, what="generation")
     return list(made[0].token_ids)
 
@@ -106,12 +116,17 @@ def stopped(pid: int) -> bool:
 
 def test_every_actor_is_watched(crew: Crew) -> None:
     actors = [pid for kind in ("Feed", "Policy", "PokedEngine") for pid in named(os.getpid(), f"ray::{kind}")]
-    watchers = [[child for child in below(actor) if b"watcher.py" in Path(f"/proc/{child}/cmdline").read_bytes()] for actor in actors]
+    watchers = [
+        [child for child in below(actor) if b"watcher.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
+        for actor in actors
+    ]
     assert [len(found) for found in watchers] == [1] * (1 + RANKS + ENGINES)
 
 
 def test_all_engines_hold_every_parameter(crew: Crew) -> None:
-    """Rows of two ranks, passed on from engine to engine: checksums of each parameter, and the same tokens from each engine."""
+    """Rows of two ranks, passed on from engine to engine: checksums of each parameter, and the same tokens from each
+    engine.
+    """
     proof = weights(crew)(prove=True).proof
     assert proof is not None and proof.probe is not None
     assert proof.equal == ENGINES * PLANNED and proof.probe < 1e-4
@@ -120,7 +135,8 @@ def test_all_engines_hold_every_parameter(crew: Crew) -> None:
 
 def test_one_flipped_element_is_seen(crew: Crew) -> None:
     name = call(crew.fleet.serving[1], "poke", flip_one_element, deadline_seconds=DEADLINE, what="poke")
-    with pytest.raises(SyncMismatch, match=rf"engine 1 rank 0 differs from the trainer at version 0 in 1 parameters: \['{name}'\]"):
+    with pytest.raises(SyncMismatch, match=r"engine 1 rank 0 differs from the trainer at version 0 in 1 parameters: "
+        rf"\['{name}'\]"):
         weights(crew).prove(0)
     assert weights(crew)(prove=True).proof is not None
 
@@ -174,7 +190,8 @@ def test_an_engine_that_dies_is_left_out(crew: Crew) -> None:
 
 def test_without_any_engine_the_sync_fails(crew: Crew) -> None:
     kill(crew.fleet.serving[0])
-    with pytest.raises(ray.exceptions.RayError):  # of the engine, or of a trainer rank's link to it: whichever is told first
+    # of the engine, or of a trainer rank's link to it: whichever is told first
+    with pytest.raises(ray.exceptions.RayError):
         weights(crew)(prove=False)
     with pytest.raises(ray.exceptions.RayError):
         generated(crew, 0)
@@ -187,13 +204,16 @@ def waits(stop: Stop) -> bool:
 
 
 def test_a_stopped_rank_ends_the_run_by_its_name(crew: Crew, roll: Roll, stop: Stop) -> None:
-    """Its peer waits for it in a collective, and hears first of a broken connection; the driver may wait for something else."""
+    """Its peer waits for it in a collective, and hears first of a broken connection; the driver may wait for something
+    else.
+    """
     stop.check()
     pid = named(os.getpid(), "ray::Policy")[-1]
     os.kill(pid, signal.SIGSTOP)
     with pytest.raises((ray.exceptions.RayError, RuntimeError)) as caught:
         call_all(crew.policy, "probe", [3, 4, 5, 6], deadline_seconds=DEADLINE, what="probe")
-    words = rf"trainer rank \d \(pod {re.escape(socket.gethostname())}, process {pid}\) was stopped by a signal \(state T\)"
+    words = (rf"trainer rank \d \(pod {re.escape(socket.gethostname())}, process {pid}\) was stopped by a signal "
+        r"\(state T\)")
     assert re.match(words, str(roll.explained(caught.value)))
     with pytest.raises(ActorLost, match=words):
         until(lambda: waits(stop), DEADLINE)

@@ -1,4 +1,6 @@
-"""Waves carried out on every rank of a group at once, in one process: what a link would carry is copied from list to list."""
+"""Waves carried out on every rank of a group at once, in one process: what a link would carry is copied from list to
+list.
+"""
 
 import inspect
 import shutil
@@ -26,10 +28,14 @@ DTYPES = {"big": torch.bfloat16, "norm": torch.float32}
 
 
 def plan(rank: int, ranks: int, rows: int) -> RankPlan:
-    """A matrix cut by columns (strided at the trainer, and of another type there), and a vector that every rank holds."""
+    """A matrix cut by columns (strided at the trainer, and of another type there), and a vector that every rank holds.
+    """
     width = COLUMNS // ranks
     big = Move("big", View(rank * width, (rows, width), (COLUMNS, 1)), "big", View(0, (rows, width), (width, 1)))
-    return RankPlan((big.simplified(), Move("norm", View(0, (rows,), (1,)), "norm", View(0, (rows,), (1,)))), {"big": "bfloat16", "norm": "float32"}, {}, ())
+    return RankPlan(
+        (big.simplified(), Move("norm", View(0, (rows,), (1,)), "norm", View(0, (rows,), (1,)))),
+        {"big": "bfloat16", "norm": "float32"}, {}, (),
+    )
 
 
 def carry(posted: dict[int, Wave]) -> None:
@@ -49,13 +55,21 @@ def carry(posted: dict[int, Wave]) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.builds(Group, st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2])), st.integers(1, 7), st.sampled_from([16, 64, 1 << 20]), st.sampled_from([0, 1 << 20]))
+@given(
+    st.builds(Group, st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2])), st.integers(1, 7),
+    st.sampled_from([16, 64, 1 << 20]), st.sampled_from([0, 1 << 20]),
+)
 def test_every_engine_rank_ends_with_its_slice(group: Group, rows: int, limit: int, small: int) -> None:
     whole = {"big": torch.randn(rows, COLUMNS), "norm": torch.randn(rows)}
     parts = {name: list(tensor.tensor_split(group.trainers)) for name, tensor in whole.items()}
     shards = [{name: extent(own, rank) for name, own in parts.items()} for rank in range(group.trainers)]
-    needs = [pieces(plan(rank, group.ranks, rows), shards, {"big": "float32", "norm": "float32"}, small) for rank in range(group.ranks)]
-    held = {group.number(e, r): {"big": torch.zeros(rows, COLUMNS // group.ranks, dtype=torch.bfloat16), "norm": torch.zeros(rows)}
+    needs = [
+        pieces(plan(rank, group.ranks, rows), shards, {"big": "float32", "norm": "float32"}, small)
+        for rank in range(group.ranks)
+    ]
+    held = {group.number(e, r): {
+        "big": torch.zeros(rows, COLUMNS // group.ranks, dtype=torch.bfloat16), "norm": torch.zeros(rows),
+    }
             for e in range(group.engines) for r in range(group.ranks)}
 
     def resolve(rank: int, piece: Piece) -> Tensor:
@@ -75,7 +89,9 @@ def test_every_engine_rank_ends_with_its_slice(group: Group, rows: int, limit: i
 
 def wave_of(hops: list[Hop], rank: int, resolve: object) -> Wave:
     stage = make_stage([hops], rank, torch.device("cpu"))[0]
-    return make_wave(hops, rank, lambda piece: resolve(rank, piece), lambda piece: DTYPES[piece.move.target], stage)  # type: ignore[operator]
+    return make_wave(
+        hops, rank, lambda piece: resolve(rank, piece), lambda piece: DTYPES[piece.move.target], stage,  # type: ignore[operator]
+    )
 
 
 def extent(parts: list[Tensor], rank: int) -> tuple[int, int]:
@@ -86,7 +102,9 @@ def extent(parts: list[Tensor], rank: int) -> tuple[int, int]:
 def test_small_pieces_of_a_pair_are_one_send() -> None:
     many = [Piece(0, Move(f"s{i}", View(0, (4,), (1,)), f"t{i}", View(0, (4,), (1,))), 4, True) for i in range(5)]
     hops = waves(many, 0, Group(1, 1, 1), 1 << 20)[0]
-    wave = make_wave(hops, 0, lambda _: torch.ones(4), lambda _: torch.float32, make_stage([hops], 0, torch.device("cpu"))[0])
+    wave = make_wave(
+        hops, 0, lambda _: torch.ones(4), lambda _: torch.float32, make_stage([hops], 0, torch.device("cpu"))[0],
+    )
     assert len(wave.sends) == 1 and len(wave.before[0]) == 5
 
 
@@ -143,7 +161,8 @@ def test_what_rank_0_is_refused_leaves_no_other_rank_waiting() -> None:
 
 def test_too_little_shared_memory_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
-    with pytest.raises(BadSpec, match=r"spec\.weightSync\.backend: the parameters need 1 MiB in /dev/shm, which has 0 MiB free: set it to gloo"):
+    with pytest.raises(BadSpec, match=r"spec\.weightSync\.backend: the parameters need 1 MiB in /dev/shm, which has 0 "
+        r"MiB free: set it to gloo"):
         export({"w": torch.ones(1 << 18)}, 1)
 
 

@@ -20,7 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     local = commands.add_parser("local", help="run an RLHFJob on this machine, without Kubernetes")
     local.add_argument("manifest", type=Path)
     local.add_argument("--steps", type=int, help="instead of spec.trainer.steps")
-    local.add_argument("--volume", action="append", default=[], metavar="MOUNT=DIR", help="DIR of this machine stands for MOUNT in the pods, such as /checkpoints=./out")
+    local.add_argument("--volume", action="append", default=[], metavar="MOUNT=DIR", help="DIR of this machine stands "
+        "for MOUNT in the pods, such as /checkpoints=./out")
     local.add_argument("--verbose", action="store_true", help="show what the actors print")
     gguf = commands.add_parser("import-gguf", help="turn a GGUF file into a bfloat16 Hugging Face checkpoint")
     gguf.add_argument("file", type=Path)
@@ -32,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     replay.add_argument("--limit", type=int, default=10, help="samples to print (10)")
     replay.add_argument("--job", type=Path, help="score the samples by this RLHFJob's rewards, and print what differs")
     if sys.__stderr__ is not None:  # the process's own: what stands in its place may be no file
-        faulthandler.enable(sys.__stderr__, all_threads=False)  # a crash of native code leaves the stack that it happened in
+        # a crash of native code leaves the stack that it happened in
+        faulthandler.enable(sys.__stderr__, all_threads=False)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # inputs hold what no encoder takes, and errors quote them

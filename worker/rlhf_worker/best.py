@@ -11,7 +11,8 @@ EVALUATED = "eval/"  # what the metrics of evaluations begin with
 
 
 def ranked(spec: BestSpec, memories: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Of checkpoints, oldest first, each by its name and what the loop remembered: those with the metric, best first."""
+    """Of checkpoints, oldest first, each by its name and what the loop remembered: those with the metric, best first.
+    """
     found = [(name, memory.get("score", {}).get(spec.metric)) for name, memory in memories.items()]
     scored = [(name, value) for name, value in found if value is not None]
     return [name for name, _ in sorted(scored, key=lambda one: -one[1] if spec.mode == "max" else one[1])]
@@ -60,5 +61,6 @@ class Best:
         """Raises BadSpec when the metric is not among `values`: all of an evaluation, or of a step."""
         if self.spec and self.spec.metric.startswith(EVALUATED) is evaluated and self.spec.metric not in values:
             raise BadSpec(
-                f"spec.checkpoint.best.metric: this run logs no {self.spec.metric}: use one of {', '.join(sorted(values))}"
+                f"spec.checkpoint.best.metric: this run logs no {self.spec.metric}: use one of "
+                    f"{', '.join(sorted(values))}"
             )

@@ -15,8 +15,11 @@ PUMP_SECONDS = 0.1
 SLICE_SECONDS = 0.5  # of a wait, between looks at whether the run was asked to end
 
 
-def gather(calls: Sequence[Any], deadline_seconds: float, what: str, meanwhile: Callable[[], None] | None = None) -> list[Any]:
-    """Results in the calls' order. The first failure ends the wait at once. Raises DeadlineExceeded, or what an actor raised.
+def gather(
+    calls: Sequence[Any], deadline_seconds: float, what: str, meanwhile: Callable[[], None] | None = None,
+) -> list[Any]:
+    """Results in the calls' order. The first failure ends the wait at once. Raises DeadlineExceeded, or what an actor
+    raised.
 
     `meanwhile` is called between slices of the wait.
     """

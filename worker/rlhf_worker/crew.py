@@ -59,8 +59,12 @@ def start(config: RunConfig, stage: Stage, reporter: Reporter, roll: Roll) -> tu
         check_engine_args(config)
     with problems:
         check_functions(config)
-    feed = RemoteFeed.options(max_concurrency=FEED_THREADS, **stage.options(config.placement.trainer_slots[0], 0.0)).remote(config)
-    ranks, engines = _roles(config, stage), [_engine(config, stage, index) for index in range(len(config.placement.engine_slots))]
+    feed = RemoteFeed.options(
+        max_concurrency=FEED_THREADS, **stage.options(config.placement.trainer_slots[0], 0.0),
+    ).remote(config)
+    ranks, engines = _roles(config, stage), [
+        _engine(config, stage, index) for index in range(len(config.placement.engine_slots))
+    ]
     _enrol(roll, config, feed, ranks, engines)
     groups, deadline = list({group[0]: group for group in ranks.values()}.values()), work_seconds(config)
     opening = {
@@ -98,13 +102,18 @@ def check_functions(config: RunConfig) -> None:
 
 def _enrol(roll: Roll, config: RunConfig, feed: Any, ranks: dict[str, list[Any]], engines: list[Any]) -> None:
     own = config.placement.role_slots
-    titles = {actor: f"{name if name in own else 'trainer'} rank {rank}" for name, group in ranks.items() for rank, actor in enumerate(group)}
+    titles = {
+        actor: f"{name if name in own else 'trainer'} rank {rank}" for name, group in ranks.items() for rank,
+        actor in enumerate(group)
+    }
     titles |= {feed: "feed"} | {engine: f"engine {index}" for index, engine in enumerate(engines)}
     for actor, title in titles.items():
         roll.enrol(actor, title)
 
 
-def _fleet(config: RunConfig, stage: Stage, policy: list[Any], engines: list[Any], backend: str, reporter: Reporter) -> Fleet | Hosts:
+def _fleet(
+    config: RunConfig, stage: Stage, policy: list[Any], engines: list[Any], backend: str, reporter: Reporter,
+) -> Fleet | Hosts:
     if config.rollout.engine == "hf":
         return Hosts(config, policy)
 
@@ -134,16 +143,22 @@ def _roles(config: RunConfig, stage: Stage) -> dict[str, list[Any]]:
 def _ranks(config: RunConfig, stage: Stage, names: list[str], slots: list[int], fraction: float) -> list[Any]:
     threads = stage.threads(slots)
     given = [(config, names, rank, len(slots), stage.device, threads[slot]) for rank, slot in enumerate(slots)]
-    return [RemotePolicy.options(**stage.options(slot, fraction)).remote(*one) for slot, one in zip(slots, given, strict=True)]
+    return [
+        RemotePolicy.options(**stage.options(slot, fraction)).remote(*one) for slot,
+        one in zip(slots, given, strict=True)
+    ]
 
 
 def _engine(config: RunConfig, stage: Stage, index: int) -> ActorHandle:
-    """A tensor-parallel engine's actor holds no GPU itself: its workers, which vLLM starts in the engine's bundles, do."""
+    """A tensor-parallel engine's actor holds no GPU itself: its workers, which vLLM starts in the engine's bundles, do.
+    """
     placement, slots = config.placement, config.placement.engine_slots[index]
     threads = stage.threads([slot for slots in placement.engine_slots for slot in slots])
     bundles = [stage.bundles[slot].index for slot in slots]
     options = stage.options(slots[0], placement.engine_fraction if len(slots) == 1 else 0.0)
-    return RemoteEngine.options(**options).remote(config, index, stage.device, bundles, stage.visible(slots[0]), threads[slots[0]])
+    return RemoteEngine.options(**options).remote(
+        config, index, stage.device, bundles, stage.visible(slots[0]), threads[slots[0]],
+    )
 
 
 def _join(group: list[Any], deadline: float) -> list[Any]:

@@ -1,8 +1,7 @@
 """What one step's data is, from prompt to packed micro-batch, and the pure steps between.
 
-prompts -> samples -> scored samples -> train sequences -> parts (one a rank) -> packed micro-batches (equal in number on all ranks).
-Every step is deterministic in its input. Padding does not exist here; it is the oracle of the tests.
-"""
+prompts -> samples -> scored samples -> train sequences -> parts (one a rank) -> packed micro-batches (equal in number
+on all ranks). Every step is deterministic in its input. Padding does not exist here; it is the oracle of the tests. """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -136,7 +135,9 @@ class Batching:
 
 
 def to_train_sequences(samples: Sequence[Sample]) -> list[TrainSequence]:
-    """Numbered in order, with the one column that every sample brings: rollout_logprobs. Raises ValueError for lists of unlike length."""
+    """Numbered in order, with the one column that every sample brings: rollout_logprobs. Raises ValueError for lists of
+    unlike length.
+    """
     return [_train_sequence(index, sample) for index, sample in enumerate(samples)]
 
 
@@ -159,8 +160,12 @@ def _train_sequence(index: int, sample: Sample) -> TrainSequence:
     )
 
 
-def add_column(sequences: Sequence[TrainSequence], name: str, found: Iterable[Mapping[int, list[float]]]) -> list[TrainSequence]:
-    """What the ranks answered by sample (`by_sample`), as a column. Raises KeyError for a sample that no rank answered for."""
+def add_column(
+    sequences: Sequence[TrainSequence], name: str, found: Iterable[Mapping[int, list[float]]],
+) -> list[TrainSequence]:
+    """What the ranks answered by sample (`by_sample`), as a column. Raises KeyError for a sample that no rank answered
+    for.
+    """
     values = {index: row for part in found for index, row in part.items()}
     return [sequence.with_columns(**{name: values[sequence.index]}) for sequence in sequences]
 
@@ -182,7 +187,9 @@ def mini_batches(samples: int, updates: int, epochs: int, seed: str) -> list[lis
 
 
 def split(sequences: Sequence[TrainSequence], parts: int) -> list[list[TrainSequence]]:
-    """One part a rank, balanced by tokens (longest first to the least loaded); none is empty if there are enough sequences."""
+    """One part a rank, balanced by tokens (longest first to the least loaded); none is empty if there are enough
+    sequences.
+    """
     loads = [0] * parts
     chosen: list[list[int]] = [[] for _ in range(parts)]
     for index in sorted(range(len(sequences)), key=lambda i: -sequences[i].length):
@@ -193,11 +200,15 @@ def split(sequences: Sequence[TrainSequence], parts: int) -> list[list[TrainSequ
 
 
 def pack(sequences: Sequence[TrainSequence], token_budget: int, *, padded: bool = False) -> list[PackedBatch]:
-    """Every sequence whole, in exactly one micro-batch of at most `token_budget` tokens; a longer sequence is alone in its own.
+    """Every sequence whole, in exactly one micro-batch of at most `token_budget` tokens; a longer sequence is alone in
+    its own.
 
     padded: each counts as many tokens as the longest of its micro-batch, as it will when they are laid out one a row.
     """
-    return [_packed([sequences[i] for i in bin_]) for bin_ in _bins([s.length for s in sequences], token_budget, padded=padded)]
+    return [
+        _packed([sequences[i] for i in bin_])
+        for bin_ in _bins([s.length for s in sequences], token_budget, padded=padded)
+    ]
 
 
 def _bins(lengths: Sequence[int], budget: int, *, padded: bool) -> list[list[int]]:
@@ -205,7 +216,10 @@ def _bins(lengths: Sequence[int], budget: int, *, padded: bool) -> list[list[int
     bins: list[list[int]] = []
     loads: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = next((b for b, load in enumerate(loads) if load + (lengths[bins[b][0]] if padded else lengths[index]) <= budget), len(bins))
+        place = next(
+            (b for b, load in enumerate(loads) if load + (lengths[bins[b][0]] if padded else lengths[index]) <= budget),
+            len(bins)
+        )
         if place == len(bins):
             bins.append([])
             loads.append(0)
@@ -227,7 +241,10 @@ def _packed(sequences: Sequence[TrainSequence]) -> PackedBatch:
         indices=[s.index for s in sequences],
         prompt_lengths=[s.prompt_length for s in sequences],
         sequence=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
-        columns={name: _cat((_aligned(s, s.columns[name], 0.0) for s in sequences), np.float32) for name in sequences[0].columns},
+        columns={
+            name: _cat((_aligned(s, s.columns[name], 0.0) for s in sequences), np.float32)
+            for name in sequences[0].columns
+        },
         support=_support(sequences),
     )
 
@@ -239,7 +256,8 @@ def _support(sequences: Sequence[TrainSequence]) -> Tensor | None:
 
 
 def _cat(rows: Iterable[Sequence[T]], dtype: type[np.generic]) -> Tensor:
-    return torch.from_numpy(np.fromiter(chain.from_iterable(rows), dtype))  # torch.tensor of a list takes three times as long
+    # torch.tensor of a list takes three times as long
+    return torch.from_numpy(np.fromiter(chain.from_iterable(rows), dtype))
 
 
 def _aligned(sequence: TrainSequence, completion: Sequence[T], fill: T) -> list[T]:
@@ -261,7 +279,9 @@ def dealt(
 
 
 def equalise(ranks: Sequence[Sequence[PackedBatch]]) -> list[list[PackedBatch]]:
-    """As many micro-batches on each rank as on the fullest one: FSDP's collectives run once a micro-batch on every rank."""
+    """As many micro-batches on each rank as on the fullest one: FSDP's collectives run once a micro-batch on every
+    rank.
+    """
     fullest = max(ranks, key=len)
     filler = empty_batch(fullest[0].columns if fullest else ())
     return [[*batches, *[filler] * (len(fullest) - len(batches))] for batches in ranks]
@@ -269,19 +289,28 @@ def equalise(ranks: Sequence[Sequence[PackedBatch]]) -> list[list[PackedBatch]]:
 
 def empty_batch(columns: Iterable[str] = ()) -> PackedBatch:
     """One token without a target: it takes part in the collectives and adds exactly 0 to the loss."""
-    return _packed([TrainSequence(token_ids=[0], prompt_length=1, index=-1, mask=[], columns={name: [] for name in columns})])
+    return _packed(
+        [TrainSequence(token_ids=[0], prompt_length=1, index=-1, mask=[], columns={name: [] for name in columns})]
+    )
 
 
 def at_targets(batch: PackedBatch, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-    """The columns and `sequence` at the N targets, (N,) each on `device`; for an empty batch one zero each, as log probabilities of it are one zero."""
+    """The columns and `sequence` at the N targets, (N,) each on `device`; for an empty batch one zero each, as log
+    probabilities of it are one zero.
+    """
     where = batch.target_mask if batch.target_mask.any() else torch.arange(len(batch.target_mask)) == 0
     return {name: column[where].to(device) for name, column in batch.columns.items()}, batch.sequence[where].to(device)
 
 
 def by_sample(batch: PackedBatch, values: Tensor) -> dict[int, list[float]]:
-    """One value a target, (N,), back to the samples: for each, one value a completion token, 0 where the mask is False. Fillers are left out."""
+    """One value a target, (N,), back to the samples: for each, one value a completion token, 0 where the mask is False.
+    Fillers are left out.
+    """
     dense = torch.zeros(len(batch.token_ids), dtype=values.dtype)
     if batch.target_mask.any():
         dense[batch.target_mask] = values.detach().cpu()
     rows = torch.split(dense, batch.cu_seqlens.diff().tolist())
-    return {index: row[prompt - 1 : -1].tolist() for index, prompt, row in zip(batch.indices, batch.prompt_lengths, rows, strict=True) if index >= 0}
+    return {
+        index: row[prompt - 1 : -1].tolist() for index, prompt,
+        row in zip(batch.indices, batch.prompt_lengths, rows, strict=True) if index >= 0
+    }

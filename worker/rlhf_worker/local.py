@@ -1,4 +1,6 @@
-"""`rlhf_worker local`: an RLHFJob on this machine, without Kubernetes. The same planner and the same driver, on a Ray of its own."""
+"""`rlhf_worker local`: an RLHFJob on this machine, without Kubernetes. The same planner and the same driver, on a Ray
+of its own.
+"""
 
 import contextlib
 import os
@@ -70,7 +72,9 @@ def local(path: Path, volumes: Mapping[str, str], steps: int | None = None, verb
 
 @contextlib.contextmanager
 def local_ray(config: RunConfig, verbose: bool) -> Iterator[None]:
-    """A Ray for this run alone: its own directory and ports, ended with it. Logical GPUs where there is no real one. Raises BadSpec."""
+    """A Ray for this run alone: its own directory and ports, ended with it. Logical GPUs where there is no real one.
+    Raises BadSpec.
+    """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.pop("RAY_ADDRESS", None)
@@ -97,7 +101,8 @@ def _check_gpus(config: RunConfig) -> None:
     import torch
 
     if (there := torch.cuda.device_count()) < config.placement.gpus:
-        raise BadSpec(f"spec.trainer.gpus and spec.rollout ask for {config.placement.gpus} GPUs, this machine has {there}: lower them")
+        raise BadSpec(f"spec.trainer.gpus and spec.rollout ask for {config.placement.gpus} GPUs, this machine has "
+            f"{there}: lower them")
 
 
 def _start_ray(config: RunConfig, verbose: bool, directory: str) -> None:
@@ -109,7 +114,8 @@ def _start_ray(config: RunConfig, verbose: bool, directory: str) -> None:
                 include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, _temp_dir=directory,
             )  # fmt: skip
             return
-        except Exception as error:  # Ray raises a bare Exception when its own 30 s for a start are over, as on a busy machine
+        # Ray raises a bare Exception when its own 30 s for a start are over, as on a busy machine
+        except Exception as error:
             ray.shutdown()
             _end_children()
             if not left:

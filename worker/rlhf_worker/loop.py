@@ -1,7 +1,7 @@
 """The training loop, one for every algorithm and for every staleness, in the order of the algorithms' papers.
 
-The loop moves values between actors and decides nothing about placement, engines or files. What a step needs of the samples before
-it trains, its advantages and its losses are `algorithm`'s; where the samples come from is `rollout`'s.
+The loop moves values between actors and decides nothing about placement, engines or files. What a step needs of the
+samples before it trains, its advantages and its losses are `algorithm`'s; where the samples come from is `rollout`'s.
 """
 
 import math
@@ -49,7 +49,8 @@ OF_ENGINES = (DeadlineExceeded, EnginesLost, LinkBroken, RayError)
 
 
 class Loop:
-    """`step` counts finished steps; `sampler` and `memory` are what a checkpoint of the last one holds besides tensors."""
+    """`step` counts finished steps; `sampler` and `memory` are what a checkpoint of the last one holds besides tensors.
+    """
 
     def __init__(self, config: RunConfig, crew: Crew, reporter: Reporter, stop: Stop) -> None:
         self.config = config
@@ -67,7 +68,9 @@ class Loop:
         self._productive = 0.0  # seconds in steps that count: those of the checkpoint resumed from, and those after it
 
     def begin(self, step: int, memory: dict[str, Any]) -> None:
-        """After restore, before the first step: every engine gets the policy's weights, with proof. `memory`: the checkpoint's, empty without one."""
+        """After restore, before the first step: every engine gets the policy's weights, with proof. `memory`: the
+        checkpoint's, empty without one.
+        """
         self.saved_step = step
         if memory:
             self.kl.restore(memory["kl"])
@@ -194,7 +197,9 @@ class Loop:
         packed = self._batches(roles.values(), first)
         for column, role in roles.items():
             batches = [[batch for update in rank for batch in update] for rank in packed[role]]
-            asked[column] = ask(self.crew.ranks[role], *(("values",) if role == "critic" else ("logprobs", role)), arguments=batches)
+            asked[column] = ask(
+                self.crew.ranks[role], *(("values",) if role == "critic" else ("logprobs", role)), arguments=batches,
+            )
         for column, found in self._answers("forward passes", asked).items():
             sequences = add_column(sequences, column, found)
         return sequences
@@ -213,7 +218,9 @@ class Loop:
     def _train(self, number: int, shaped: Shaped) -> dict[str, float]:
         """Metrics by their full names. The policy waits until the critic is warm."""
         critic = self.config.critic
-        roles = [*(["critic"] if critic else []), *(["policy"] if critic is None or number > critic.warmup_steps else [])]
+        roles = [
+            *(["critic"] if critic else []), *(["policy"] if critic is None or number > critic.warmup_steps else [])
+        ]
         packed = self._batches(roles, shaped.updates)
         asked = {role: ask(self.crew.ranks[role], "train", role, arguments=packed[role]) for role in roles}
         made = {role: answers[0] for role, answers in self._answers("training", asked).items()}
@@ -226,15 +233,24 @@ class Loop:
                 print(f"step {number}: {words}", file=sys.stderr, flush=True)
         return found
 
-    def _batches(self, roles: Iterable[str], updates: Sequence[Sequence[TrainSequence]]) -> dict[str, list[list[list[PackedBatch]]]]:
-        """[rank][update][micro-batch] for each role's ranks; as many micro-batches on every rank. Roles of as many ranks share theirs."""
+    def _batches(
+        self, roles: Iterable[str], updates: Sequence[Sequence[TrainSequence]],
+    ) -> dict[str, list[list[list[PackedBatch]]]]:
+        """[rank][update][micro-batch] for each role's ranks; as many micro-batches on every rank. Roles of as many
+        ranks share theirs.
+        """
         ranks = {role: len(self.crew.ranks[role]) for role in roles}
         deal = partial(dealt, spec=self.config.trainer, padded=self.crew.padded)
         dealings = {count: [deal(part, count) for part in updates] for count in set(ranks.values())}
-        return {role: [[update[rank] for update in dealings[count]] for rank in range(count)] for role, count in ranks.items()}
+        return {
+            role: [[update[rank] for update in dealings[count]] for rank in range(count)] for role,
+            count in ranks.items()
+        }
 
     def _answers(self, what: str, asked: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Of every rank that was asked. Roles with GPUs of their own work side by side, and generation goes on meanwhile."""
+        """Of every rank that was asked. Roles with GPUs of their own work side by side, and generation goes on
+        meanwhile.
+        """
         calls = [one for group in asked.values() for one in group]
         answers = iter(gather(calls, self._deadline, f"{what} ({', '.join(asked)})", self.rollouts.pump))
         return {name: [next(answers) for _ in group] for name, group in asked.items()}
@@ -254,7 +270,9 @@ class Loop:
             raise SaveFailed(error)
 
     def _begin_save(self) -> None:
-        """Unless it is there already, or being written. Training goes on while it is written, and when that fails: the next one may not."""
+        """Unless it is there already, or being written. Training goes on while it is written, and when that fails: the
+        next one may not.
+        """
         if self.step != self.saved_step:
             given = self.step, self.sampler, self.memory | self.best.saved()
             with self.reporter.bounded():
@@ -327,7 +345,8 @@ def step_metrics(scored: list[ScoredSample], phases: dict[str, float], seconds: 
         "reward/mean": rewards.mean().item(), "reward/std": rewards.std(correction=0).item(),
         **{f"reward/{name}": sum(item.parts[name] for item in scored) / count for name in names},
         **{f"reward/{name}": value for name, value in mean_metrics(scored).items()},
-        "rollout/length": tokens / count, "rollout/truncated": cut / count, "rollout/tokens_per_second": tokens / seconds,
+        "rollout/length": tokens / count, "rollout/truncated": cut / count,
+        "rollout/tokens_per_second": tokens / seconds,
         **{f"seconds/{name}": value for name, value in phases.items()}, "seconds/step": seconds,
         **source_metrics(scored),
     }  # fmt: skip

@@ -1,4 +1,6 @@
-"""LoRA (arXiv 2106.09685): low-rank adapters on the decoder's linear layers, made by PEFT, and its files of them. A layer gives W x + alpha / rank * B A x."""
+"""LoRA (arXiv 2106.09685): low-rank adapters on the decoder's linear layers, made by PEFT, and its files of them. A
+layer gives W x + alpha / rank * B A x.
+"""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +19,9 @@ NAME = "default"  # of the adapter, inside PEFT's layers
 
 
 def inject(module: nn.Module, layers: nn.ModuleList, spec: PolicySpec, seed: int) -> None:
-    """In place, into the decoder's layers; everything else of the module is frozen. B is zero, A drawn from the seed, the same on every rank. Raises BadSpec."""
+    """In place, into the decoder's layers; everything else of the module is frozen. B is zero, A drawn from the seed,
+    the same on every rank. Raises BadSpec.
+    """
     from peft import inject_adapter_in_model
 
     module.requires_grad_(False)
@@ -30,7 +34,10 @@ def _config(spec: PolicySpec, targets: list[str], **more: Any) -> Any:
     from peft import LoraConfig
 
     assert spec.lora is not None
-    return LoraConfig(r=spec.lora.rank, lora_alpha=spec.lora.alpha, target_modules=targets, task_type="CAUSAL_LM", base_model_name_or_path=spec.path, **more)  # type: ignore[arg-type]  # PEFT divides any number
+    return LoraConfig(
+        r=spec.lora.rank, lora_alpha=spec.lora.alpha, target_modules=targets, task_type="CAUSAL_LM",  # type: ignore[arg-type]  # PEFT divides any number
+        base_model_name_or_path=spec.path, **more,
+    )
 
 
 def off(module: nn.Module) -> AbstractContextManager[None]:
@@ -41,7 +48,9 @@ def off(module: nn.Module) -> AbstractContextManager[None]:
 
 
 def merged(weights: Mapping[str, Tensor], lora: LoRASpec | None) -> Mapping[str, Tensor]:
-    """Whole weights by the names of the model without adapters, which are added to them: W + alpha / rank * B A, in W's type."""
+    """Whole weights by the names of the model without adapters, which are added to them: W + alpha / rank * B A, in W's
+    type.
+    """
     if lora is None:
         return weights
     made = {name: weight for name, weight in weights.items() if ".lora_" not in name}

@@ -92,7 +92,10 @@ class Stage:
     def visible(self, slot: int) -> list[str]:
         """Ray's numbers of the GPUs of the slot's node, the slot's own first."""
         own = self.bundles[slot]
-        return [own.gpu, *sorted({b.gpu for b in self.bundles.values() if b.node == own.node and b.gpu != own.gpu}, key=_number)]
+        return [
+            own.gpu,
+            *sorted({b.gpu for b in self.bundles.values() if b.node == own.node and b.gpu != own.gpu}, key=_number)
+        ]
 
     def close(self) -> None:
         remove_placement_group(self.group)
@@ -153,13 +156,17 @@ def shortage(placement: Placement, has: dict[str, float]) -> str:
 
 def _options(group: PlacementGroup, index: int, share: float) -> dict[str, Any]:
     """num_cpus=0: a bundle holds no CPUs."""
-    strategy = PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index, placement_group_capture_child_tasks=False)
+    strategy = PlacementGroupSchedulingStrategy(
+        placement_group=group, placement_group_bundle_index=index, placement_group_capture_child_tasks=False,
+    )
     return {"num_gpus": share, "num_cpus": 0, "scheduling_strategy": strategy}
 
 
 def _look(index: int) -> Bundle:
     """Runs in the bundle. Must stay cheap: it imports neither torch nor vLLM."""
-    return Bundle(index, ray.get_runtime_context().get_node_id(), _held_gpus(), device_here(), len(os.sched_getaffinity(0)))
+    return Bundle(
+        index, ray.get_runtime_context().get_node_id(), _held_gpus(), device_here(), len(os.sched_getaffinity(0)),
+    )
 
 
 def device_here() -> str:
@@ -192,11 +199,13 @@ def _number(gpu: str) -> tuple[int, str]:
     return (int(gpu), "") if gpu.isdigit() else (-1, gpu)
 
 
-def check_seats(placement: Placement, trainer: Sequence[Seat], engines: Sequence[Sequence[Seat]], own: Mapping[str, Sequence[Seat]]) -> None:
+def check_seats(
+    placement: Placement, trainer: Sequence[Seat], engines: Sequence[Sequence[Seat]], own: Mapping[str, Sequence[Seat]],
+) -> None:
     """Roles meant to share a GPU do, those meant not to share do not. Raises PlacementFailed.
 
-    trainer: one a rank; engines: one a tensor-parallel rank of each engine; own: one a rank of each role with GPUs of its own. Ranks of one engine may swap GPUs among themselves.
-    """
+    trainer: one a rank; engines: one a tensor-parallel rank of each engine; own: one a rank of each role with GPUs of
+    its own. Ranks of one engine may swap GPUs among themselves. """
     _all_different("trainer ranks", trainer)
     engine_seats = [seat for engine in engines for seat in engine]
     _all_different("engine ranks", engine_seats)
@@ -213,7 +222,8 @@ def check_seats(placement: Placement, trainer: Sequence[Seat], engines: Sequence
     for index, (slots, seats) in enumerate(zip(placement.engine_slots, engines, strict=True)):
         expected = {by_slot[slot] for slot in slots}
         if expected != set(seats):
-            raise PlacementFailed(f"engine {index} is Colocated with trainer ranks on {_names(expected)} but runs on {_names(seats)}")
+            raise PlacementFailed(f"engine {index} is Colocated with trainer ranks on {_names(expected)} but runs on "
+                f"{_names(seats)}")
 
 
 def _all_different(what: str, seats: Sequence[Seat]) -> None:

@@ -169,8 +169,14 @@ def _rows(file: Path, name: str) -> int | None:
 
 def identity(spec: PolicySpec, config: "PreTrainedConfig") -> dict[str, Any]:
     """What makes a checkpoint belong to this model: its path, its shape and its adapters."""
-    shape = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    return {"path": spec.path, "lora": spec.lora and spec.lora.to_dict(), **{name: getattr(config, name, None) for name in shape}}
+    shape = (
+        "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads",
+    )
+    return {
+        "path": spec.path, "lora": spec.lora and spec.lora.to_dict(),
+        **{name: getattr(config, name, None) for name in shape}
+    }
 
 
 @cache  # one start asks for it several times, and it holds no memory
@@ -226,7 +232,8 @@ def decoder_layers(lm: "PreTrainedModel") -> "ModuleList":
     places = [(place, name) for place in (base, base.get_decoder()) for name in ("layers", "h", "blocks")]
     found = next((getattr(*place) for place in places if hasattr(*place)), None)
     if not isinstance(found, ModuleList):
-        raise BadSpec(f"{lm.config.name_or_path}: {type(base).__name__} has no list of decoder layers, by which the trainer would shard it")
+        raise BadSpec(f"{lm.config.name_or_path}: {type(base).__name__} has no list of decoder layers, by which the "
+            "trainer would shard it")
     return found
 
 
@@ -235,10 +242,16 @@ def adapted(spec: PolicySpec) -> list[str]:
     from torch.nn import Linear
 
     assert spec.lora is not None
-    there = sorted({name.rpartition(".")[2] for name, layer in decoder_layers(skeleton(spec)).named_modules() if isinstance(layer, Linear)})
+    there = sorted(
+        {
+            name.rpartition(".")[2] for name,
+            layer in decoder_layers(skeleton(spec)).named_modules() if isinstance(layer, Linear)
+        }
+    )
     wanted = list(spec.lora.target_modules or there)
     if wrong := [name for name in wanted or ["of torch.nn.Linear"] if name not in there]:
-        raise BadSpec(f"spec.model.lora.targetModules: the decoder of {spec.path} has no linear layers {', '.join(wrong)}; it has {', '.join(there) or 'none'}")
+        raise BadSpec(f"spec.model.lora.targetModules: the decoder of {spec.path} has no linear layers "
+            f"{', '.join(wrong)}; it has {', '.join(there) or 'none'}")
     return wanted
 
 

@@ -1,4 +1,6 @@
-"""What the driver tells of the run: on the terminal, and in a pod (`pod/reports.py`) in `status.progress` of its RLHFJob."""
+"""What the driver tells of the run: on the terminal, and in a pod (`pod/reports.py`) in `status.progress` of its
+RLHFJob.
+"""
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +39,8 @@ def step_fields(step: int, total: int, values: Mapping[str, float], eta_seconds:
     """Of a finished step: numbers for people, with few digits."""
     fields: dict[str, Any] = {
         "step": step, "display": f"{step}/{total}", "step_time": now(), "reward": f"{values['reward/mean']:.3f}",
-        "mismatch": f"{values['mismatch/abs']:.2g}" if "mismatch/abs" in values else None, "tokens_per_second": f"{values['rollout/tokens_per_second']:.0f}",
+        "mismatch": f"{values['mismatch/abs']:.2g}" if "mismatch/abs" in values else None,
+        "tokens_per_second": f"{values['rollout/tokens_per_second']:.0f}",
         "eta_seconds": eta_seconds, "eta": in_words(eta_seconds),
         "productive_seconds": int(values["seconds/productive"]),
         "dropped_prompts": int(values["data/dropped_prompts"]) if "data/dropped_prompts" in values else None,
@@ -55,7 +58,11 @@ def fitting(name: str, value: Any) -> Any:
 
 def sync_fields(synced: Synced, before: Sync | None) -> dict[str, Any]:
     proven = synced.version if synced.proof else before.verified_version if before else None
-    return {"sync": Sync(version=synced.version, seconds=f"{synced.seconds:.3f}", backend=synced.backend, verified_version=proven)}
+    return {
+        "sync": Sync(
+            version=synced.version, seconds=f"{synced.seconds:.3f}", backend=synced.backend, verified_version=proven,
+        )
+    }
 
 
 class Reporter:
@@ -142,7 +149,10 @@ def line(progress: Progress, values: Mapping[str, float]) -> str:
     """One step in one line."""
     phases = " ".join(f"{name} {values[f'seconds/{name}']:.2f}" for name in ("generate", "score", "train", "sync"))
     version = progress.sync.version if progress.sync else 0
-    learned = "  ".join(f"{name} {values[key]:.3g}" for name, key in (("loss", "train/loss"), ("grad", "train/grad_norm"), ("critic", "critic/loss")) if key in values)
+    learned = "  ".join(
+        f"{name} {values[key]:.3g}" for name,
+        key in (("loss", "train/loss"), ("grad", "train/grad_norm"), ("critic", "critic/loss")) if key in values
+    )
     return (
         f"step {progress.display}  reward {progress.reward}  {progress.tokens_per_second} tok/s  version {version}  "
         f"mismatch {progress.mismatch}  {learned}  "
@@ -166,4 +176,5 @@ def proven(synced: Synced) -> str:
     proof = synced.proof
     assert proof is not None
     probe = f", probe within {proof.probe:.2g}" if proof.probe is not None else ""
-    return f"weights version {synced.version} delivered by {synced.backend}: {proof.equal} checksums equal, {proof.indirect} packed or loaded{probe}, in {proof.seconds:.2f} s"
+    return (f"weights version {synced.version} delivered by {synced.backend}: {proof.equal} checksums equal, "
+        f"{proof.indirect} packed or loaded{probe}, in {proof.seconds:.2f} s")

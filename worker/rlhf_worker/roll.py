@@ -1,8 +1,7 @@
 """Every actor that a run cannot do without, by name: that one died, where it was, and what its process printed last.
 
-Ray tells of a death whoever has a call under way, by a number and with guesses at the cause; a rank's peers may tell of a broken connection before
-it. Here the driver hears of it whatever it waits for, and its last words name the actor.
-"""
+Ray tells of a death whoever has a call under way, by a number and with guesses at the cause; a rank's peers may tell of
+a broken connection before it. Here the driver hears of it whatever it waits for, and its last words name the actor. """
 
 import os
 import socket
@@ -101,7 +100,9 @@ class Roll:
                 print(f"the run's actors could not be watched: {error}", file=sys.stderr, flush=True)
 
     def _look(self, asked: dict[ActorHandle, Any]) -> tuple[dict[ActorHandle, Any], Death | None]:
-        """One question to each: an idle actor answers it, a busy one later, and Ray for one that died. Returns those that are open."""
+        """One question to each: an idle actor answers it, a busy one later, and Ray for one that died. Returns those
+        that are open.
+        """
         asked = {actor: asked.get(actor) or _question(actor) for actor in self._actors()}
         done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=0) if asked else ([], [])
         died = next(((actor, death) for actor, one in asked.items() if one in done and (death := _death(one))), None)
@@ -116,7 +117,8 @@ class Roll:
         if isinstance(root_cause(error), OF_NO_DEATH) or (died := self._died(error)) is None:
             return error
         lost = self._lost(*died)
-        lost.__cause__ = None if WORDS in str(lost) else error  # Ray does not know of a signal, and would guess at memory
+        # Ray does not know of a signal, and would guess at memory
+        lost.__cause__ = None if WORDS in str(lost) else error
         return lost
 
     def _lost(self, actor: ActorHandle, death: ActorDiedError) -> ActorLost:
@@ -125,7 +127,8 @@ class Roll:
         end = _log(where) if where else ""
         who = f"{title} ({where or 'it had not told its place'})"
         if WORDS in end:
-            return ActorLost(f"{who} {WORDS} (state {STOPPED}) and did not go on: it was ended, the run goes on from its newest checkpoint")
+            return ActorLost(f"{who} {WORDS} (state {STOPPED}) and did not go on: it was ended, the run goes on from "
+                "its newest checkpoint")
         return ActorLost(f"{who} died: {death.error_msg.strip()}" + (f"\nits log ends:\n{end}" if end else ""))
 
     def _died(self, error: Exception) -> Death | None:
@@ -170,7 +173,10 @@ def _log(place: Place) -> str:
     """The end of what the process printed; nothing where its node is gone too."""
     there = NodeAffinitySchedulingStrategy(place.node, soft=False)
     with suppress(RayError):
-        found: str = ray.get(ray.remote(_end).options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(place.log), timeout=LOG_SECONDS)
+        found: str = ray.get(
+            ray.remote(_end).options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(place.log),
+            timeout=LOG_SECONDS,
+        )
         return found
     return ""
 

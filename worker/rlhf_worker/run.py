@@ -4,10 +4,9 @@
     -> start feed, trainer and engines side by side -> prove who sits where -> restore the newest checkpoint
     -> connect the weight sync -> the loop -> export -> close
 
-A failure anywhere ends the process: the kubelet starts it again in the same pod, and it resumes from its checkpoint. The exit code
-says whether that makes sense (rlhf_api.progress), and /dev/termination-log carries the reason into the job's status.
-When the job has ended, the driver ends with 0, whatever it does.
-"""
+A failure anywhere ends the process: the kubelet starts it again in the same pod, and it resumes from its checkpoint.
+The exit code says whether that makes sense (rlhf_api.progress), and /dev/termination-log carries the reason into the
+job's status. When the job has ended, the driver ends with 0, whatever it does. """
 
 import os
 import sys
@@ -174,7 +173,9 @@ def guarded(work: Callable[[], object]) -> int:
         words = _always(error, cause)
         print(words, file=sys.stderr, flush=True)
         _tell_kubelet(words)
-        return EXIT_BAD_SPEC if isinstance(cause, BadSpec) else EXIT_BAD_DATA if isinstance(cause, BadData) else EXIT_FAILED
+        return EXIT_BAD_SPEC if isinstance(
+            cause, BadSpec,
+        ) else EXIT_BAD_DATA if isinstance(cause, BadData) else EXIT_FAILED
     return EXIT_OK
 
 
@@ -225,7 +226,9 @@ def _connect(config: RunConfig, reporter: Reporter, stop: Stop) -> None:
 
 
 def _head_lost(why: str) -> None:
-    """At once: every actor went with the head, so nothing can be saved, and the main thread may wait for what never comes."""
+    """At once: every actor went with the head, so nothing can be saved, and the main thread may wait for what never
+    comes.
+    """
     print(why, file=sys.stderr, flush=True)
     _tell_kubelet(why)
     os._exit(EXIT_FAILED)
@@ -249,8 +252,8 @@ class Heard:
 def run(path: Path, log: KeptLog) -> None:
     """`rlhf_worker run`: in the head pod, beside Ray. Raises what ends it.
 
-    Its watcher can end it because the pod's processes share a namespace: whoever is the first in one cannot be killed from inside.
-    """
+    Its watcher can end it because the pod's processes share a namespace: whoever is the first in one cannot be killed
+    from inside. """
     watcher = watched()
     stop = Stop()
     stop.install()

@@ -1,4 +1,6 @@
-"""The place of checkpoints: a directory, or a URL of any filesystem that fsspec knows. Both through fsspec, so there is one way."""
+"""The place of checkpoints: a directory, or a URL of any filesystem that fsspec knows. Both through fsspec, so there is
+one way.
+"""
 
 import os
 import shutil
@@ -17,7 +19,9 @@ CHUNK_BYTES = 16 << 20
 
 
 class Store:
-    """Files under `root`. A directory renames atomically; elsewhere only one file is atomic, so whoever writes several writes the telling one last."""
+    """Files under `root`. A directory renames atomically; elsewhere only one file is atomic, so whoever writes several
+    writes the telling one last.
+    """
 
     def __init__(self, root: str) -> None:
         """Connects to nothing yet. Raises BadSpec for a filesystem that has no driver here."""
@@ -25,7 +29,8 @@ class Store:
         try:
             self.fs, self.inside = url_to_fs(self.root)
         except (ImportError, ValueError) as error:
-            raise BadSpec(f"spec.checkpoint.path: {root}: {error}; put fsspec's driver for it into spec.image, or use a directory on a mounted volume") from error
+            raise BadSpec(f"spec.checkpoint.path: {root}: {error}; put fsspec's driver for it into spec.image, or use "
+                "a directory on a mounted volume") from error
         self.local = "file" in (self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,))
 
     def url(self, name: str) -> str:
@@ -40,7 +45,10 @@ class Store:
         """What lies directly in it; nothing where it is not there. Raises OSError."""
         self.fs.invalidate_cache()
         try:
-            return sorted(found.rstrip("/").rpartition("/")[2] for found in self.fs.ls(self.path(directory).rstrip("/"), detail=False))
+            return sorted(
+                found.rstrip("/").rpartition("/")[2]
+                for found in self.fs.ls(self.path(directory).rstrip("/"), detail=False)
+            )
         except FileNotFoundError:
             return []
 
@@ -59,7 +67,9 @@ class Store:
         return len(data), zlib.crc32(data)
 
     def create(self, name: str, data: bytes) -> None:
-        """As `write`, for one writer only: raises FileExistsError when the file is there. Where storage has no such call, two at once may both succeed."""
+        """As `write`, for one writer only: raises FileExistsError when the file is there. Where storage has no such
+        call, two at once may both succeed.
+        """
         path = self.path(name)
         if self.local:
             staged = self._staged(name, data)
@@ -128,10 +138,11 @@ class Store:
 
     @contextmanager
     def publishing(self, name: str, telling: str, mark: str, check: Callable[[], None]) -> Iterator[Path]:
-        """A local directory to fill, which takes the place of `name` when the block ends well. Elsewhere than on a local disk the file `telling` goes last.
+        """A local directory to fill, which takes the place of `name` when the block ends well. Elsewhere than on a
+        local disk the file `telling` goes last.
 
-        mark: the writer's own, so that two that fill theirs at once do not meet; check: raises when it may publish no more.
-        """
+        mark: the writer's own, so that two that fill theirs at once do not meet; check: raises when it may publish no
+        more. """
         if self.local:
             with self._directory(f".{name}.{mark}.partial") as made:
                 yield made
@@ -158,7 +169,9 @@ class Store:
             self.remove(name)
 
     def _replace(self, name: str, made: Path, aside: str) -> None:
-        """At once: nobody finds half of the one or the other. What was there comes back when `made` is gone, which a later writer removes."""
+        """At once: nobody finds half of the one or the other. What was there comes back when `made` is gone, which a
+        later writer removes.
+        """
         place, before = Path(self.path(name)), Path(self.path(aside))
         self.remove(aside)
         if place.exists():

@@ -1,4 +1,5 @@
-"""Ends an actor of the run that a signal stopped: Ray tells at once of one that died, and never of one that stands still.
+"""Ends an actor of the run that a signal stopped: Ray tells at once of one that died, and never of one that stands
+still.
 
 By the state of its process, never by its silence: one that compiles, computes or saves for long is not stopped.
 `watched` starts this file as a script: a small process that imports nothing of the worker and ends with its parent.

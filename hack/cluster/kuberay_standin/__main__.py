@@ -15,7 +15,8 @@ def main() -> None:
     parser.add_argument("--kubeconfig", type=Path, required=True, help="a kubeconfig of the embedded cluster")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    controller.log.warning("this is a STAND-IN for the KubeRay operator: it keeps its contract for RayClusters, and is not KubeRay")
+    controller.log.warning("this is a STAND-IN for the KubeRay operator: it keeps its contract for RayClusters, and "
+        "is not KubeRay")
     controller.run(Api.from_kubeconfig(arguments.kubeconfig))
 
 

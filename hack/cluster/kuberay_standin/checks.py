@@ -66,9 +66,11 @@ def _worker_errors(group: dict[str, Any]) -> Iterator[str]:
 def _group_errors(name: str, group: dict[str, Any]) -> Iterator[str]:
     params = group.get("rayStartParams") or {}
     if group.get("resources") and any(params.get(key) for key in _RESOURCES):
-        yield f"resource fields should not be set in both rayStartParams and Resources for {name} group; please use only one"
+        words = "resource fields should not be set in both rayStartParams and Resources for"
+        yield f"{words} {name} group; please use only one"
     if "labels" in params:
-        yield f"rayStartParams['labels'] is not supported for {name} group; please use the top-level Labels field instead"
+        words = "please use the top-level Labels field instead"
+        yield f"rayStartParams['labels'] is not supported for {name} group; {words}"
 
 
 def _containers(group: dict[str, Any]) -> list[Any]:

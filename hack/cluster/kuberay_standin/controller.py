@@ -126,7 +126,9 @@ def _refused(api: Api, cluster: Object) -> bool:
 
 
 def _write_status(api: Api, path: str, cluster: Object, failure: ReconcileFailure | None) -> bool:
-    service = api.find(f"/api/v1/namespaces/{cluster['metadata']['namespace']}/services/{objects.service_name(cluster)}")
+    service = api.find(
+        f"/api/v1/namespaces/{cluster['metadata']['namespace']}/services/{objects.service_name(cluster)}"
+    )
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     new = status.compute(cluster, _pods(api, cluster), service, failure, now)
     if not status.changed(cluster.get("status") or {}, new):
@@ -150,14 +152,17 @@ def _make(api: Api, cluster: Object) -> None:
     service = api.find(f"/api/v1/namespaces/{namespace}/services/{objects.service_name(cluster)}")
     if service is None:
         service = api.create(f"/api/v1/namespaces/{namespace}/services", objects.head_service(cluster))
-        _event(api, cluster, "Normal", "CreatedService", "Create", f"Created service {namespace}/{service['metadata']['name']}")
+        _event(api, cluster, "Normal", "CreatedService", "Create", "Created service "
+            f"{namespace}/{service['metadata']['name']}")
     existing = _pods(api, cluster)
     if status.is_true(cluster, names.SUSPENDING):
         _delete_all(api, cluster, existing)
     elif not status.is_true(cluster, names.SUSPENDED) and not cluster["spec"].get("suspend"):
         goes_on = _make_head(api, cluster, [pod for pod in existing if _type(pod) == "head"])
         for group in (cluster["spec"].get("workerGroupSpecs") or []) if goes_on else []:
-            members = [pod for pod in existing if pod["metadata"]["labels"].get(names.LABEL_GROUP) == group["groupName"]]
+            members = [
+                pod for pod in existing if pod["metadata"]["labels"].get(names.LABEL_GROUP) == group["groupName"]
+            ]
             _make_workers(api, cluster, group, members, service["spec"]["clusterIP"])
 
 
@@ -205,7 +210,9 @@ def _finished(pod: Object) -> bool:
     if pod["status"].get("phase") in ("Failed", "Succeeded"):
         return True
     ray = pod["spec"]["containers"][0]["name"]
-    states = {container["name"]: container.get("state") or {} for container in pod["status"].get("containerStatuses") or []}
+    states = {
+        container["name"]: container.get("state") or {} for container in pod["status"].get("containerStatuses") or []
+    }
     return pod["spec"]["restartPolicy"] == "Never" and "terminated" in states.get(ray, {})
 
 
@@ -220,11 +227,13 @@ def _create(api: Api, cluster: Object, pod: Object, kind: str) -> None:
         if error.code == 0:
             raise
         _event(
-            api, cluster, "Warning", f"FailedToCreate{kind}Pod", "Create", f"Failed to create {kind.lower()} Pod in {namespace}, {error}"
+            api, cluster, "Warning", f"FailedToCreate{kind}Pod", "Create", f"Failed to create {kind.lower()} Pod in "
+                f"{namespace}, {error}"
         )
         raise ReconcileFailure(f"FailedCreate{kind}Pod", str(error)) from error
     log.info("created %s pod %s/%s", kind.lower(), namespace, made["metadata"]["name"])
-    _event(api, cluster, "Normal", f"Created{kind}Pod", "Create", f"Created {kind.lower()} Pod {namespace}/{made['metadata']['name']}")
+    _event(api, cluster, "Normal", f"Created{kind}Pod", "Create", f"Created {kind.lower()} Pod "
+        f"{namespace}/{made['metadata']['name']}")
 
 
 def _delete(api: Api, cluster: Object, pod: Object, kind: str) -> None:
@@ -249,7 +258,10 @@ def _delete_all(api: Api, cluster: Object, existing: list[Object]) -> None:
 
 def _event(api: Api, cluster: Object, kind: str, reason: str, action: str, note: str) -> None:
     meta = cluster["metadata"]
-    regarding = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "name": meta["name"], "namespace": meta["namespace"], "uid": meta["uid"]}
+    regarding = {
+        "apiVersion": "ray.io/v1", "kind": "RayCluster", "name": meta["name"], "namespace": meta["namespace"],
+        "uid": meta["uid"],
+    }
     event = {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",

@@ -22,7 +22,10 @@ def head_service(cluster: Object) -> Object:
     for key in (names.LABEL_NODE, names.LABEL_GROUP):
         del selector[key]
     own = group.get("headService") or {}
-    ports = [{"name": name, "port": port, "targetPort": port, "appProtocol": "tcp"} for name, port in sorted(_ports(cluster).items())]
+    ports = [
+        {"name": name, "port": port, "targetPort": port, "appProtocol": "tcp"} for name,
+        port in sorted(_ports(cluster).items())
+    ]
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -43,7 +46,8 @@ def head_service(cluster: Object) -> Object:
 
 
 def _ports(cluster: Object) -> dict[str, int]:
-    """The ports that the head's Ray container declares and, only if it declares none, Ray's; the metrics port always."""
+    """The ports that the head's Ray container declares and, only if it declares none, Ray's; the metrics port always.
+    """
     declared = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0].get("ports") or []
     own = {port.get("name") or f"{port['containerPort']}-port": int(port["containerPort"]) for port in declared}
     return {"metrics": names.PORTS["metrics"]} | (own or names.PORTS)

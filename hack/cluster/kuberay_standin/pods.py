@@ -48,7 +48,9 @@ def owner(cluster: Object) -> Object:
     return reference | {"controller": True, "blockOwnerDeletion": True}
 
 
-def _pod(cluster: Object, group: dict[str, Any], kind: str, group_name: str, params: dict[str, str], address: str) -> Object:
+def _pod(
+    cluster: Object, group: dict[str, Any], kind: str, group_name: str, params: dict[str, str], address: str,
+) -> Object:
     template = deepcopy(group["template"])
     meta, spec = template.get("metadata") or {}, template["spec"]
     ray = spec["containers"][0]
@@ -128,7 +130,9 @@ def _declared_resources(params: dict[str, str], declared: dict[str, str]) -> Non
 
 
 def is_gpu(resource: str) -> bool:
-    """Names that KubeRay takes for GPUs: ``*gpu`` and whole MIG profiles. Others (``nvidia.com/gpu.shared``) it does not see."""
+    """Names that KubeRay takes for GPUs: ``*gpu`` and whole MIG profiles. Others (``nvidia.com/gpu.shared``) it does
+    not see.
+    """
     return resource.endswith("gpu") or re.search(r"nvidia\.com/mig-\d+g\.\d+gb$", resource) is not None
 
 
@@ -186,7 +190,9 @@ def _from_field(name: str, path: str) -> Object:
 
 
 def token_variables(cluster: Object) -> list[Object]:
-    """Ray's token authentication, if ``authOptions.mode`` is ``token``; an empty mode makes the Secret and no variables."""
+    """Ray's token authentication, if ``authOptions.mode`` is ``token``; an empty mode makes the Secret and no
+    variables.
+    """
     options = cluster["spec"].get("authOptions") or {}
     if options.get("mode") != "token":
         return []
@@ -219,8 +225,10 @@ def _wait_for_head(cluster: Object, group: dict[str, Any], address: str) -> Obje
     """The init container that holds a worker back until the head's GCS answers."""
     ray = deepcopy(group["template"]["spec"]["containers"][0])
     target = f"{address}:{head_port(cluster)}"
-    # KubeRay runs `ray health-check` here, which costs seconds of this container's 0.2 CPU to say what the open port says.
-    script = f'trap "exit 143" TERM; until (exec 3<>"/dev/tcp/{target.replace(":", "/")}") 2>/dev/null; do sleep 0.5; done'
+    # KubeRay runs `ray health-check` here, which costs seconds of this container's 0.2 CPU to say what the open port
+    # says.
+    script = (f'trap "exit 143" TERM; until (exec 3<>"/dev/tcp/{target.replace(":", "/")}") 2>/dev/null; do sleep 0.5; '
+        'done')
     quantity = {"cpu": "200m", "memory": "256Mi"}
     container = {
         "name": "wait-gcs-ready",

@@ -31,7 +31,9 @@ def changed(old: Object, new: Object) -> bool:
     return any(old.get(key) != new.get(key) for key in _SIGNIFICANT)
 
 
-def compute(cluster: Object, pods: list[Object], service: Object | None, failure: ReconcileFailure | None, now: str) -> Object:
+def compute(
+    cluster: Object, pods: list[Object], service: Object | None, failure: ReconcileFailure | None, now: str,
+) -> Object:
     """The next status. ``pods`` are all pods of the cluster; ``failure`` is how the reconciliation ended."""
     old = cluster.get("status") or {}
     status = deepcopy(old)
@@ -86,7 +88,8 @@ def _provisioned(conditions: dict[str, Object], pods: list[Object], now: str) ->
     if _true(conditions, names.PROVISIONED) or _true(conditions, names.SUSPENDED):
         return
     if all_running(pods):
-        new = _condition(names.PROVISIONED, True, "AllPodRunningAndReadyFirstTime", "All Ray Pods are ready for the first time")
+        new = _condition(names.PROVISIONED, True, "AllPodRunningAndReadyFirstTime", "All Ray Pods are ready for the "
+            "first time")
     else:
         message = "RayCluster Pods are being provisioned for first time"
         new = _condition(names.PROVISIONED, False, "RayClusterPodsProvisioning", message)
@@ -96,7 +99,8 @@ def _provisioned(conditions: dict[str, Object], pods: list[Object], now: str) ->
 def _suspension(conditions: dict[str, Object], suspend: bool | None, pods: list[Object], now: str) -> None:
     if _true(conditions, names.SUSPENDING):
         if not pods:
-            _set(conditions, _condition(names.PROVISIONED, False, "RayClusterPodsProvisioning", "RayCluster has been suspended"), now)
+            _set(conditions, _condition(names.PROVISIONED, False, "RayClusterPodsProvisioning", "RayCluster has been "
+                "suspended"), now)
             _set(conditions, _condition(names.SUSPENDING, False, names.SUSPENDING), now)
             _set(conditions, _condition(names.SUSPENDED, True, names.SUSPENDED), now)
     elif _true(conditions, names.SUSPENDED):
@@ -112,7 +116,8 @@ def _true(conditions: dict[str, Object], kind: str) -> bool:
 
 
 def head_condition(head: Object | None) -> Object:
-    """HeadPodReady: the pod's Ready condition, with the first waiting or ended container's reason where that says more."""
+    """HeadPodReady: the pod's Ready condition, with the first waiting or ended container's reason where that says more.
+    """
     if head is None:
         return _condition(names.HEAD_READY, False, "HeadPodNotFound", "Head Pod not found")
     ready = next((c for c in head["status"].get("conditions") or [] if c["type"] == "Ready"), None)
@@ -175,7 +180,9 @@ def _counts(cluster: Object, pods: list[Object]) -> Object:
 def _resources(cluster: Object) -> Object:
     """Sums over head and desired workers of what their containers request (or, failing that, are limited to)."""
     spec = cluster["spec"]
-    templates = [(1, spec["headGroupSpec"])] + [(desired_replicas(group), group) for group in spec.get("workerGroupSpecs") or []]
+    templates = [(1, spec["headGroupSpec"])] + [
+        (desired_replicas(group), group) for group in spec.get("workerGroupSpecs") or []
+    ]
     sums: dict[str, Decimal] = {"cpu": Decimal(0), "memory": Decimal(0), "gpu": Decimal(0)}
     for count, group in templates:
         for container in group["template"]["spec"]["containers"]:
@@ -199,4 +206,7 @@ def _head(head: Object | None, service: Object | None) -> Object:
 
 def _endpoints(service: Object | None) -> dict[str, str]:
     ports = service["spec"]["ports"] if service else []
-    return {port["name"]: str(port.get("nodePort") or port.get("targetPort") or port["port"]) for port in ports if port.get("name")}
+    return {
+        port["name"]: str(port.get("nodePort") or port.get("targetPort") or port["port"]) for port in ports
+        if port.get("name")
+    }

@@ -157,7 +157,8 @@ def _condition(f: Facts, kind: ConditionType, verdict: Verdict) -> Condition:
     read = f.job.parsed is not None or kind is ConditionType.ACCEPTED or was is None
     return Condition(
         type=kind, status=verdict.status, reason=verdict.reason, message=verdict.message[:MESSAGE_MAX],
-        observed_generation=f.job.meta.generation if read or was is None else was.observed_generation, last_transition_time=since,
+        observed_generation=f.job.meta.generation if read or was is None else was.observed_generation,
+        last_transition_time=since,
     )  # fmt: skip
 
 

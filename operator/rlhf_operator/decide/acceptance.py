@@ -30,10 +30,12 @@ def _queue(f: Facts) -> Verdict | None:
     if queue is None or asked is None:
         return None
     if not queue.installed:
-        words = f"this cluster has no Kueue (0.15 or later), so there is no queue {asked.name!r}: install it, or remove spec.queue"
+        words = (f"this cluster has no Kueue (0.15 or later), so there is no queue {asked.name!r}: install it, or "
+            "remove spec.queue")
         return no("MissingReference", f"spec.queue.name: {words}")
     if not queue.found:
-        words = f"there is no LocalQueue {asked.name!r} in namespace {f.job.meta.namespace}: create it, or name one that exists"
+        words = (f"there is no LocalQueue {asked.name!r} in namespace {f.job.meta.namespace}: create it, or name one "
+            "that exists")
         return no("MissingReference", f"spec.queue.name: {words}")
     return None
 

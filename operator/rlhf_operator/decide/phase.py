@@ -33,7 +33,10 @@ def phase_of(verdicts: Mapping[ConditionType, Verdict]) -> tuple[Phase, Conditio
             ConditionType.QUOTA_RESERVED,
         ),
         (running.reason in RESTARTING, Phase.RESTARTING, ConditionType.RUNNING),
-        (ready.reason in ("NotCreated", "WaitingForOldPods", "WaitingForOldObjects"), Phase.PENDING, ConditionType.CLUSTER_READY),
+        (
+            ready.reason in ("NotCreated", "WaitingForOldPods", "WaitingForOldObjects"), Phase.PENDING,
+            ConditionType.CLUSTER_READY,
+        ),
         (ConditionType.CLUSTER_READY not in is_true, Phase.PROVISIONING, ConditionType.CLUSTER_READY),
     )
     return next(((phase, kind) for match, phase, kind in ladder if match), (Phase.STARTING, ConditionType.RUNNING))

@@ -72,7 +72,8 @@ def _next_cluster(f: Facts) -> Memory:
     by_user = f.suspended or (f.cluster is not None and f.outdated)
     gone = dict.fromkeys(("cluster_uid", "cluster_created_at", "admitted_at", "ready_at", "awaited_since"))
     return _stop_clock(f).noting(
-        **gone, clusters=f.record.clusters + 1, charged=[], losses=[], released_at=stamp(f.now), restarting=f.record.restarting and not by_user,
+        **gone, clusters=f.record.clusters + 1, charged=[], losses=[], released_at=stamp(f.now),
+        restarting=f.record.restarting and not by_user,
     )  # fmt: skip
 
 
@@ -140,7 +141,8 @@ def _finish(f: Facts) -> Memory:
 
 def _ended(f: Facts, end: Outcome) -> Memory:
     return _stop_clock(f).noting(
-        result=end.result, result_reason=end.reason, result_message=end.message, finished_at=stamp(f.now), awaited_since=None,
+        result=end.result, result_reason=end.reason, result_message=end.message, finished_at=stamp(f.now),
+        awaited_since=None,
     )  # fmt: skip
 
 

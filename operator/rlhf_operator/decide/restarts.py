@@ -116,8 +116,9 @@ def _run_of(head: Pod) -> Termination | None:
 
 
 def _ended_with(f: Facts, head: Pod, lost: Loss) -> Termination | None:
-    """The driver's newest end, if it came with the pod's and not before it. One that is charged is an earlier run's, and
-    so is that of a driver that runs again."""
+    """The driver's newest end, if it came with the pod's and not before it. One that is charged is an earlier run's,
+    and so is that of a driver that runs again.
+    """
     run = _run_of(head)
     if run is None or head.driver is None or head.driver.running_since or _uncharged(f, head) <= 0:
         return None

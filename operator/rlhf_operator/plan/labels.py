@@ -9,7 +9,8 @@ QUEUES = "kueue.x-k8s.io"
 
 
 def passed_on(given: dict[str, str]) -> dict[str, str]:
-    """What a RayCluster gets of either, and a pod of the annotations: Kueue reads there what topology a pod asks for."""
+    """What a RayCluster gets of either, and a pod of the annotations: Kueue reads there what topology a pod asks for.
+    """
     return {key: value for key, value in given.items() if not _theirs(_domain(key))}
 
 

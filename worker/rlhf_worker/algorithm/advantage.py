@@ -1,4 +1,6 @@
-"""Advantages from rewards. Pure tensor functions: (B,) has one entry a sample, (B, T) one a completion token, padded on the right."""
+"""Advantages from rewards. Pure tensor functions: (B,) has one entry a sample, (B, T) one a completion token, padded on
+the right.
+"""
 
 import torch
 from torch import Tensor, where, zeros, zeros_like
@@ -9,16 +11,20 @@ EPSILON = 1e-6
 def centred(rewards: Tensor, groups: Tensor) -> Tensor:
     """R - mean of its group (Dr. GRPO, arXiv 2503.20783).
 
-    `rewards`: (B,); `groups`: (B,) int64, the group's number of each. A group of equal rewards, or of one, gets exactly 0, also
-    where rounding would leave it something.
-    """
+    `rewards`: (B,); `groups`: (B,) int64, the group's number of each. A group of equal rewards, or of one, gets exactly
+    0, also where rounding would leave it something. """
     numbers = int(groups.max()) + 1
-    edges = [zeros(numbers, dtype=rewards.dtype).scatter_reduce(0, groups, rewards, side, include_self=False)[groups] for side in ("amin", "amax")]
+    edges = [
+        zeros(numbers, dtype=rewards.dtype).scatter_reduce(0, groups, rewards, side, include_self=False)[groups]
+        for side in ("amin", "amax")
+    ]
     return where(edges[0] == edges[1], zeros_like(rewards), rewards - group_mean(rewards, groups))
 
 
 def by_deviation(advantages: Tensor, groups: Tensor) -> Tensor:
-    """Centred advantages over sigma + 1e-6 of their group, sigma unbiased: GRPO's (arXiv 2402.03300). (B,), (B,) -> (B,)."""
+    """Centred advantages over sigma + 1e-6 of their group, sigma unbiased: GRPO's (arXiv 2402.03300). (B,), (B,) ->
+    (B,).
+    """
     size = group_size(groups)
     variance = group_mean(advantages**2, groups) * size / (size - 1).clamp(min=1)
     return advantages / (variance.sqrt() + EPSILON)
@@ -41,11 +47,12 @@ def group_size(groups: Tensor) -> Tensor:
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438). (B, T) each -> advantages, returns = advantages + values, (B, T).
+    """Generalised advantage estimation (arXiv 1506.02438). (B, T) each -> advantages, returns = advantages + values,
+    (B, T).
 
-    A token's successor is the next token that counts: value and advantage are carried across observations (mask False), which get
-    0 themselves, as does padding. With values of 0, gamma 1 and lambda 1 an advantage is the sum of the rewards from its token on.
-    """
+    A token's successor is the next token that counts: value and advantage are carried across observations (mask False),
+    which get 0 themselves, as does padding. With values of 0, gamma 1 and lambda 1 an advantage is the sum of the
+    rewards from its token on. """
     advantages = zeros_like(rewards)
     carried = following = zeros(len(rewards), dtype=rewards.dtype)
     for t in reversed(range(rewards.shape[1])):

@@ -6,14 +6,18 @@ GAIN = 0.2  # most relative change of one horizon
 
 
 class KLController:
-    """Fixed without a target; with one, adaptive (arXiv 1909.08593): more when the KL is above the target, less when below."""
+    """Fixed without a target; with one, adaptive (arXiv 1909.08593): more when the KL is above the target, less when
+    below.
+    """
 
     def __init__(self, spec: KL) -> None:
         self.spec = spec
         self.coefficient = spec.coefficient
 
     def observe(self, kl: float, samples: int) -> None:
-        """`kl`: of the step, in nats a token; `samples` of it. The coefficient stays positive however large the step is."""
+        """`kl`: of the step, in nats a token; `samples` of it. The coefficient stays positive however large the step
+        is.
+        """
         if self.spec.target:
             error = min(max(kl / self.spec.target - 1, -GAIN), GAIN)
             self.coefficient *= 1 + error * min(samples / self.spec.horizon, 1.0)

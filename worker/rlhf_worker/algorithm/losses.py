@@ -1,9 +1,9 @@
 """Losses over the completion tokens of one micro-batch. Pure tensor functions: they sum, and never average.
 
-Columns carry the one normaliser of the whole optimizer update: `loss_weights` that of the loss, `token_weights` that of the
-metrics (a mean over the update's tokens). So the sums of all micro-batches of all ranks add up to the update's value, whatever
-the packing. All tensors of a call have one shape, (N,), one entry a target; a target that must not count has weight 0 and finite values.
-"""
+Columns carry the one normaliser of the whole optimizer update: `loss_weights` that of the loss, `token_weights` that of
+the metrics (a mean over the update's tokens). So the sums of all micro-batches of all ranks add up to the update's
+value, whatever the packing. All tensors of a call have one shape, (N,), one entry a target; a target that must not
+count has weight 0 and finite values. """
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,10 +29,9 @@ def policy_loss(
     Gradients flow through `logprobs`, and with an entropy bonus (arXiv 1602.01783), which has the weights of the loss,
     through `entropy`. `custom`: the user's own terms, in place of the clipped ones; all else stays.
 
-    `columns`: advantages, loss_weights, token_weights, rollout_logprobs; old_logprobs unless the policy is the one at the step's
-    begin (then the ratio is exactly 1); ref_logprobs and kl_weights for a KL term. `sequence`: which sequence a target belongs to,
-    all of whose targets are here.
-    """
+    `columns`: advantages, loss_weights, token_weights, rollout_logprobs; old_logprobs unless the policy is the one at
+    the step's begin (then the ratio is exactly 1); ref_logprobs and kl_weights for a KL term. `sequence`: which
+    sequence a target belongs to, all of whose targets are here. """
     old, weights = columns.get("old_logprobs", logprobs).detach(), columns["token_weights"]
     log_ratio = _log_ratio(spec, logprobs, old, sequence)
     if custom:
@@ -66,9 +65,9 @@ def _log_ratio(spec: Algorithm, logprobs: Tensor, old: Tensor, sequence: Tensor)
 def _surrogate(spec: Algorithm, ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
     """Each token's loss, and whether it was clipped, (N,).
 
-    max(-r A, -clip(r, 1 - low, 1 + high) A) (PPO, arXiv 1707.06347), at most -c A for A < 0 with a dual clip c (arXiv 1912.09729).
-    cispo (arXiv 2506.13585): -clip(r) A log pi with the ratio taken as a constant, so that clipped tokens keep a gradient.
-    """
+    max(-r A, -clip(r, 1 - low, 1 + high) A) (PPO, arXiv 1707.06347), at most -c A for A < 0 with a dual clip c (arXiv
+    1912.09729). cispo (arXiv 2506.13585): -clip(r) A log pi with the ratio taken as a constant, so that clipped tokens
+    keep a gradient. """
     bounded = ratio.clamp(1 - spec.clip_low, 1 + spec.clip_high)
     if spec.name == "cispo":
         return -bounded.detach() * advantages * logprobs, bounded != ratio
@@ -81,7 +80,8 @@ def _surrogate(spec: Algorithm, ratio: Tensor, logprobs: Tensor, advantages: Ten
 
 
 def value_loss(spec: Algorithm, values: Tensor, columns: Columns) -> tuple[Tensor, Metrics]:
-    """The critic's: sum of w max((V - G)^2, (clip(V, V_old +- valueClip) - G)^2) / 2, a scalar, and metrics as in `policy_loss`.
+    """The critic's: sum of w max((V - G)^2, (clip(V, V_old +- valueClip) - G)^2) / 2, a scalar, and metrics as in
+    `policy_loss`.
 
     `columns`: values (V_old), returns (G), loss_weights, token_weights. Gradients flow through `values`, (N,), only.
     """
@@ -91,5 +91,8 @@ def value_loss(spec: Algorithm, values: Tensor, columns: Columns) -> tuple[Tenso
     held = (columns["values"] + (values - columns["values"]).clamp(-reach, reach) - returns) ** 2
     loss = (columns["loss_weights"] * torch.maximum(free, held)).sum() / 2
     with torch.no_grad():
-        sums = {"value": values, "return": returns, "value_error": (values - returns).abs(), "value_clip_fraction": held > free}
+        sums = {
+            "value": values, "return": returns, "value_error": (values - returns).abs(),
+            "value_clip_fraction": held > free,
+        }
         return loss, {name: (weights * value).sum() for name, value in sums.items()}

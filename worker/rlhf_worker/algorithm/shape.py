@@ -1,4 +1,6 @@
-"""From scored samples to what the optimizer's updates are made of: advantages, returns and each token's weight in the one sum of its update."""
+"""From scored samples to what the optimizer's updates are made of: advantages, returns and each token's weight in the
+one sum of its update.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +26,8 @@ class Shaped:
 def passes(spec: Algorithm, updates: int) -> dict[str, str]:
     """The forward passes that a step needs before `shape`: column -> role. `updates`: of the step, all epochs.
 
-    With one update the policy that is trained is the policy at the step's begin, and its own training pass says what the old
-    log probabilities are; only a KL term in the rewards wants them earlier.
-    """
+    With one update the policy that is trained is the policy at the step's begin, and its own training pass says what
+    the old log probabilities are; only a KL term in the rewards wants them earlier. """
     found = {}
     if updates > 1 or _penalises(spec):
         found["old_logprobs"] = "policy"
@@ -38,12 +39,15 @@ def passes(spec: Algorithm, updates: int) -> dict[str, str]:
 
 
 def informative(rewards: Sequence[float]) -> bool:
-    """Whether a prompt's samples teach anything: some are better than others. What dynamic sampling (DAPO, arXiv 2503.14476) keeps."""
+    """Whether a prompt's samples teach anything: some are better than others. What dynamic sampling (DAPO, arXiv
+    2503.14476) keeps.
+    """
     return max(rewards) > min(rewards)
 
 
 def shape(
-    spec: Algorithm, kl_coefficient: float, sequences: Sequence[TrainSequence], rewards: Sequence[float], groups: Sequence[int],
+    spec: Algorithm, kl_coefficient: float, sequences: Sequence[TrainSequence], rewards: Sequence[float],
+    groups: Sequence[int],
     *, updates: Sequence[Sequence[int]], max_tokens: int, parts: Mapping[str, Sequence[float]] | None = None,
     custom: Callable[..., tuple[Tensor, dict[str, Any]]] | None = None,
 ) -> Shaped:  # fmt: skip
@@ -56,7 +60,9 @@ def shape(
     """
     punished = overlong(spec, [len(s.mask) for s in sequences], max_tokens)
     mask = pad_sequence([torch.tensor(s.mask, dtype=torch.bool) for s in sequences], batch_first=True)
-    penalty = kl_coefficient * _reference_kl(spec, sequences) * mask if _penalises(spec) else torch.zeros(mask.shape, dtype=torch.float64)
+    penalty = kl_coefficient * _reference_kl(spec, sequences) * mask if _penalises(spec) else torch.zeros(
+        mask.shape, dtype=torch.float64,
+    )
     outcome, numbers = torch.tensor(rewards, dtype=torch.float64) - punished, torch.tensor(groups)
     advantages, returns = _advantages(spec, outcome, penalty, numbers, mask, sequences)
     metrics = {"kl/coefficient": kl_coefficient} if spec.kl.coefficient else {}
@@ -69,7 +75,10 @@ def shape(
         advantages = (estimate if estimate.dim() == 2 else estimate[:, None]) * mask
         metrics |= {name: float(value) for name, value in told.items()}
     columns = {"advantages": advantages} | ({"returns": returns} if spec.name == "ppo" else {})
-    shaped = [s.with_columns(**{name: values[i, : len(s.mask)].tolist() for name, values in columns.items()}) for i, s in enumerate(sequences)]
+    shaped = [
+        s.with_columns(**{name: values[i, : len(s.mask)].tolist() for name, values in columns.items()}) for i,
+        s in enumerate(sequences)
+    ]
     if spec.overlong.buffer_tokens:
         metrics["reward/overlong"] = -punished.mean().item()
     mini_batches = [_weighted(spec, kl_coefficient, [shaped[i] for i in numbers], max_tokens) for numbers in updates]
@@ -77,7 +86,9 @@ def shape(
 
 
 def overlong(spec: Algorithm, lengths: Sequence[int], max_tokens: int) -> Tensor:
-    """What each sample's reward loses for its length in tokens, (B,): 0 up to the buffer, then linearly to `penalty` at `max_tokens` (DAPO)."""
+    """What each sample's reward loses for its length in tokens, (B,): 0 up to the buffer, then linearly to `penalty` at
+    `max_tokens` (DAPO).
+    """
     buffer = spec.overlong.buffer_tokens
     over = torch.tensor(lengths, dtype=torch.float64) - (max_tokens - buffer)
     return spec.overlong.penalty * (over / buffer).clamp(0, 1) if buffer else torch.zeros_like(over)
@@ -100,12 +111,17 @@ def _reference_kl(spec: Algorithm, sequences: Sequence[TrainSequence]) -> Tensor
 def _advantages(
     spec: Algorithm, rewards: Tensor, penalty: Tensor, groups: Tensor, mask: Tensor, sequences: Sequence[TrainSequence]
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, (B, T). `penalty` (B, T) is each token's, `rewards` (B,) each sample's, given at its last token that counts."""
+    """Advantages and returns, (B, T). `penalty` (B, T) is each token's, `rewards` (B,) each sample's, given at its last
+    token that counts.
+    """
     if spec.name in UNGROUPED:
         ppo = spec.name == "ppo"
         values = _table(sequences, "values") if ppo else torch.zeros_like(penalty)
         last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
-        advantages, returns = advantage.gae(last * rewards[:, None] - penalty, values, mask, spec.gae.gamma if ppo else 1.0, spec.gae.lam if ppo else 1.0)
+        advantages, returns = advantage.gae(
+            last * rewards[:, None] - penalty, values, mask, spec.gae.gamma if ppo else 1.0,
+            spec.gae.lam if ppo else 1.0,
+        )
     else:
         estimate = advantage.leave_one_out if spec.name == "rloo" else advantage.centred
         outcome = estimate(rewards - penalty.sum(1), groups)
@@ -114,11 +130,15 @@ def _advantages(
     return (advantage.whiten(advantages, mask) if spec.advantage_normalization == "batch" else advantages), returns
 
 
-def _weighted(spec: Algorithm, kl_coefficient: float, sequences: list[TrainSequence], max_tokens: int) -> list[TrainSequence]:
+def _weighted(
+    spec: Algorithm, kl_coefficient: float, sequences: list[TrainSequence], max_tokens: int,
+) -> list[TrainSequence]:
     """All samples of one update over all ranks, each token with its weight in the update's one sum."""
     size, total, made = len(sequences), max(1, sum(s.targets for s in sequences)), []
     for s in sequences:
-        weight = {"tokens": 1 / total, "sequences": 1 / (size * max(1, s.targets)), "constant": 1 / (size * max_tokens)}[spec.loss_aggregation]
+        weight = {
+            "tokens": 1 / total, "sequences": 1 / (size * max(1, s.targets)), "constant": 1 / (size * max_tokens),
+        }[spec.loss_aggregation]
         columns = {"loss_weights": weight, "token_weights": 1 / total}
         if spec.kl.coefficient > 0 and spec.kl.place == "loss":
             columns["kl_weights"] = kl_coefficient * weight

@@ -17,22 +17,28 @@ if TYPE_CHECKING:
 
 
 def adapter_args(config: RunConfig) -> dict[str, Any]:
-    """vLLM's arguments. Slots: a request runs over `staleness` syncs at most, so that many versions are in use while the next one comes, and one at least.
+    """vLLM's arguments. Slots: a request runs over `staleness` syncs at most, so that many versions are in use while
+    the next one comes, and one at least.
 
-    vLLM's adapters of other modules would be zeros that cost time; and those of the head fail, on CPU, where prompt log probabilities are asked for. Raises BadSpec.
-    """
+    vLLM's adapters of other modules would be zeros that cost time; and those of the head fail, on CPU, where prompt log
+    probabilities are asked for. Raises BadSpec. """
     lora, slots = config.model.lora, max(1, config.rollout.staleness) + 1
     if lora is None:
         return {}
     from vllm.config.lora import MaxLoRARanks
     from vllm.model_executor.models import ModelRegistry, supports_lora
 
-    own = ModelRegistry.models if config.rollout.engine_args.get("model_impl") != "transformers" else {}  # transformers' all have it
+    # transformers' all have it
+    own = ModelRegistry.models if config.rollout.engine_args.get("model_impl") != "transformers" else {}
     for name in load_config(config.model).architectures or ():
         if name in own and not supports_lora(own[name].load_model_cls()):
-            raise BadSpec(f"spec.model.lora: vLLM serves {name}, the class of {config.model.path}, without adapters: remove spec.model.lora, or use another model")
+            raise BadSpec(f"spec.model.lora: vLLM serves {name}, the class of {config.model.path}, without adapters: "
+                "remove spec.model.lora, or use another model")
     rank = min(rank for rank in get_args(MaxLoRARanks) if rank >= lora.rank)
-    return {"enable_lora": True, "max_lora_rank": rank, "max_loras": slots, "max_cpu_loras": slots, "lora_target_modules": adapted(config.model)}
+    return {
+        "enable_lora": True, "max_lora_rank": rank, "max_loras": slots, "max_cpu_loras": slots,
+        "lora_target_modules": adapted(config.model),
+    }
 
 
 def version_of(request: "LoRARequest") -> int:
@@ -46,7 +52,8 @@ class Adapters:
         self._users: Counter[int] = Counter()  # requests under way, by the adapter's number
 
     async def load(self, version: int, files: dict[str, bytes]) -> None:
-        """PEFT's files, by name; later requests use them. What has the version already keeps it. Raises EngineFailed."""
+        """PEFT's files, by name; later requests use them. What has the version already keeps it. Raises EngineFailed.
+        """
         from vllm.lora.request import LoRARequest
 
         from rlhf_worker.lora import write

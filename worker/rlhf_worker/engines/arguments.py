@@ -16,8 +16,11 @@ from rlhf_worker.pretrained import model_field
 RESERVED = {
     "model": "spec.model.path", "dtype": "spec.model.dtype", "trust_remote_code": "spec.model.trustRemoteCode",
     "tensor_parallel_size": "spec.rollout.tensorParallelSize", "weight_transfer_config": "spec.weightSync.backend",
-    "distributed_executor_backend": "spec.rollout.tensorParallelSize", "logprobs_mode": "nothing: the loss needs processed_logprobs",
-    **dict.fromkeys(("enable_lora", "max_lora_rank", "max_loras", "max_cpu_loras", "lora_target_modules"), "spec.model.lora"),
+    "distributed_executor_backend": "spec.rollout.tensorParallelSize", "logprobs_mode": "nothing: the loss needs "
+        "processed_logprobs",
+    **dict.fromkeys(
+        ("enable_lora", "max_lora_rank", "max_loras", "max_cpu_loras", "lora_target_modules"), "spec.model.lora",
+    ),
     "data_parallel_size": "spec.rollout.engines", "pipeline_parallel_size": "spec.rollout.tensorParallelSize",
 }
 
@@ -61,7 +64,8 @@ def check_context(config: RunConfig, context: int | None) -> None:
     """The model must have positions for a whole sample. Raises BadSpec."""
     need, fields = _longest(config)
     if context is not None and context < need and not config.rollout.engine_args.get("hf_overrides"):
-        raise BadSpec(f"{fields} is {need}, but the model at spec.model.path has a context of {context}: lower one of the two")
+        raise BadSpec(f"{fields} is {need}, but the model at spec.model.path has a context of {context}: lower one of "
+            "the two")
 
 
 def check_role_context(config: RunConfig, role: str, context: int | None) -> None:
@@ -106,19 +110,25 @@ def _misfit(value: Any, kind: Any) -> str | None:
 
 
 def refused(config: RunConfig, reason: str, version: str) -> BadSpec:
-    """What vLLM's own check of model and arguments says, with the field. `reason` is its message, which may list every class that it knows."""
+    """What vLLM's own check of model and arguments says, with the field. `reason` is its message, which may list every
+    class that it knows.
+    """
     if found := re.search(r"Model architectures (\[.*?\]) (?:are not supported|failed)", reason):
         return BadSpec(
-            f"spec.model.path: {config.model.path}: vLLM {version} does not know its model class {found[1]}: use a model that it knows, or for "
+            f"spec.model.path: {config.model.path}: vLLM {version} does not know its model class {found[1]}: "
+                "use a model that it knows, or for "
             "debugging spec.rollout.engine: hf"
         )
     return BadSpec(f"spec.model or spec.rollout.engineArgs: vLLM {version} refuses them: {reason[:600]}")
 
 
 def check_attention(config: RunConfig, model: Any) -> None:
-    """`model`: vLLM's ModelConfig. Raises BadSpec for multi-head latent attention: what vLLM derives from its weights as it loads them, no weight sync renews."""
+    """`model`: vLLM's ModelConfig. Raises BadSpec for multi-head latent attention: what vLLM derives from its weights
+    as it loads them, no weight sync renews.
+    """
     if model.use_mla:
         raise BadSpec(
-            f"spec.model.path: {config.model.path}: vLLM computes its latent attention (kv_lora_rank) with matrices that it derives from the weights "
+            f"spec.model.path: {config.model.path}: vLLM computes its latent attention (kv_lora_rank) with "
+                "matrices that it derives from the weights "
             "once, so a weight sync would leave old ones in use: use a model without it"
         )

@@ -19,7 +19,14 @@ from pydantic import ValidationError
 from rlhf_api.run import RunConfig
 from rlhf_worker.deadlines import silent_seconds
 from rlhf_worker.engines.adapters import Adapters, adapter_args, version_of
-from rlhf_worker.engines.arguments import check_attention, check_context, check_engine_args, check_known, needed_context, refused
+from rlhf_worker.engines.arguments import (
+    check_attention,
+    check_context,
+    check_engine_args,
+    check_known,
+    needed_context,
+    refused,
+)
 from rlhf_worker.engines.pulse import Pulse, stopped
 from rlhf_worker.errors import BadSpec, Call, EngineFailed, Problems, Verdict, said, verdict
 from rlhf_worker.hub import ensure
@@ -48,9 +55,12 @@ GROUPS = {"work": 10_000}
 
 
 class Engine(Member):
-    """Created in its bundle by `placement`; `start` does the work, so that a failure is the call's and not the actor's."""
+    """Created in its bundle by `placement`; `start` does the work, so that a failure is the call's and not the actor's.
+    """
 
-    def __init__(self, config: RunConfig, index: int, device: str, bundles: list[int], gpus: list[str], threads: int) -> None:
+    def __init__(
+        self, config: RunConfig, index: int, device: str, bundles: list[int], gpus: list[str], threads: int,
+    ) -> None:
         """bundles: one a tensor-parallel rank; gpus: all of this node, the first rank's own first."""
         self.config = config
         self.index = index
@@ -62,7 +72,8 @@ class Engine(Member):
         self.stale = False  # between a sync's begin and its end: what it holds is no version
         self.environments: dict[str, Environments] = {}
         self.asleep = False
-        self.sleep_level = 1  # with adapters for good: no sync brings the model below them, and vLLM keeps their slots where it keeps that
+        # with adapters for good: no sync brings the model below them, and vLLM keeps their slots where it keeps that
+        self.sleep_level = 1
         self.llm: AsyncLLM | None = None
         self.adapters: Adapters | None = None  # with model.lora
         self.adapter_args: dict[str, Any] = {}
@@ -71,7 +82,9 @@ class Engine(Member):
         self._pulse = Pulse(lambda: self._running().is_paused())
 
     async def prepare(self, backend: str) -> None:
-        """All of a start that takes no memory of the device: checks, and vLLM's import, which takes as long as the rest. Raises BadSpec."""
+        """All of a start that takes no memory of the device: checks, and vLLM's import, which takes as long as the
+        rest. Raises BadSpec.
+        """
         await asyncio.to_thread(ensure, self.config.model)
         problems = Problems()
         with problems:
@@ -98,7 +111,8 @@ class Engine(Member):
 
         self._open_environments()
         try:
-            # The batch sizes that vLLM chooses for offline generation; without this, those for an unknown use: 128 sequences.
+            # The batch sizes that vLLM chooses for offline generation; without this, those for an unknown use: 128
+            # sequences.
             use, args = UsageContext.LLM_CLASS, vllm.AsyncEngineArgs(**self._engine_args(backend))
             self.llm = AsyncLLM.from_vllm_config(
                 self._checked(args, use), usage_context=use, enable_log_requests=args.enable_log_requests,
@@ -148,7 +162,8 @@ class Engine(Member):
         if self.device == "cpu":
             env |= {
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(self.threads), "TORCHDYNAMO_DISABLE": "1",
-                # Lets vLLM keep its one worker in the engine process: the threads are not bound, so it needs none of its own.
+                # Lets vLLM keep its one worker in the engine process: the threads are not bound, so it needs none of
+                # its own.
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             }
         elif backend == "ipc" and len(self.bundles) == 1:
@@ -162,12 +177,16 @@ class Engine(Member):
     def _engine_args(self, backend: str) -> dict[str, Any]:
         config, ranks = self.config, len(self.bundles)
         args: dict[str, Any] = {
-            "max_model_len": needed_context(config), "seed": config.sampling_seed + self.index, "disable_log_stats": True,
+            "max_model_len": needed_context(config), "seed": config.sampling_seed + self.index,
+            "disable_log_stats": True,
             "gpu_memory_utilization": 0.9 * config.placement.engine_fraction,
         }
         if self.device == "cpu":
-            # vLLM's CPU generators cannot be wound back, which a seeded request needs when its prompt is prefilled in chunks.
-            args |= {"kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True, "enable_chunked_prefill": False}
+            # vLLM's CPU generators cannot be wound back, which a seeded request needs when its prompt is prefilled in
+            # chunks.
+            args |= {
+                "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True, "enable_chunked_prefill": False,
+            }
         args |= config.rollout.engine_args
         if config.rollout.sampling.top_k:  # vLLM's limit is 20; -1 is none
             given = args.get("max_logprobs", 20)
@@ -175,7 +194,8 @@ class Engine(Member):
         transfer = {} if self.adapter_args else {"weight_transfer_config": {"backend": engine_backend(backend)}}
         return args | transfer | self.adapter_args | {
             "model": location(config.model),
-            "dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code, "tensor_parallel_size": ranks,
+            "dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code,
+            "tensor_parallel_size": ranks,
             "distributed_executor_backend": self._executor(backend), "logprobs_mode": "processed_logprobs",
         }
 
@@ -207,9 +227,9 @@ class Engine(Member):
         Raises EnvironmentFailed; EngineFailed once vLLM's core is gone, or answers nothing at the deadline;
         RuntimeError between a sync that failed and the next one that does not.
 
-        Without staleness all requests wait in the queue before the first is scheduled, so that the same requests make the same
-        batches, and on one machine the same bits, whatever the timing. With it they join those that run, also over a sync.
-        """
+        Without staleness all requests wait in the queue before the first is scheduled, so that the same requests make
+        the same batches, and on one machine the same bits, whatever the timing. With it they join those that run, also
+        over a sync. """
         self._running()
         work = asyncio.run_coroutine_threadsafe(self._completions(requests, deadline_seconds), self._loop)  # vLLM's
         return await asyncio.wrap_future(work)
@@ -259,7 +279,8 @@ class Engine(Member):
         end = asyncio.get_running_loop().time() + seconds
         while self.stale:
             if asyncio.get_running_loop().time() >= end:
-                raise RuntimeError(f"engine {self.index} holds a part of a sync, after version {self.version}: it serves nothing until a whole one")
+                raise RuntimeError(f"engine {self.index} holds a part of a sync, after version {self.version}: it "
+                    "serves nothing until a whole one")
             await asyncio.sleep(0.01)
 
     async def _sample(self, request: "Request") -> "Sample":
@@ -315,7 +336,9 @@ class Engine(Member):
 
         self._requests += 1
         with self.adapters.lent() if self.adapters else nullcontext() as adapter:
-            outputs = self._running().generate(tokens_input(token_ids), params, f"{self.index}-{self._requests}", lora_request=adapter)
+            outputs = self._running().generate(
+                tokens_input(token_ids), params, f"{self.index}-{self._requests}", lora_request=adapter,
+            )
             found = [output async for output in outputs if output.finished]
         if not found:
             raise RuntimeError(f"engine {self.index}: a request came back without output")
@@ -361,11 +384,15 @@ class Engine(Member):
         return [pickle.loads(rank) for rank in await self._running().collective_rpc(ask)]
 
     async def _hold(self) -> None:
-        """No step runs from here to the next resume; requests wait. vLLM's own pause_generation sleeps 20 ms more, for the order of outputs."""
+        """No step runs from here to the next resume; requests wait. vLLM's own pause_generation sleeps 20 ms more, for
+        the order of outputs.
+        """
         await self._running().engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
 
     async def pause(self) -> None:
-        """The weights are about to change: until `adopt` this engine serves nothing. One that sleeps takes memory for them, and no more yet."""
+        """The weights are about to change: until `adopt` this engine serves nothing. One that sleeps takes memory for
+        them, and no more yet.
+        """
         async with self._gate:
             self.stale = True
         if self.asleep:
@@ -385,7 +412,9 @@ class Engine(Member):
         await llm.resume_generation()
 
     async def sleep(self) -> None:
-        """Give the GPU's memory back until the next sync, once. Level 1 moves the weights to the host, 2 drops them; the KV cache goes in any case."""
+        """Give the GPU's memory back until the next sync, once. Level 1 moves the weights to the host, 2 drops them;
+        the KV cache goes in any case.
+        """
         if not self.asleep:
             self.stale = self.asleep = True
             await self._running().sleep(level=self.sleep_level)
@@ -428,7 +457,9 @@ class Engine(Member):
 
 
 def printed(most: int = 2000) -> str:
-    """The end of what this Ray worker and its children wrote to stderr: why vLLM's own process ended stands nowhere else."""
+    """The end of what this Ray worker and its children wrote to stderr: why vLLM's own process ended stands nowhere
+    else.
+    """
     try:
         with Path("/proc/self/fd/2").readlink().open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - most))

@@ -1,4 +1,5 @@
-"""The engines of a run: a thread probes them and starts dead ones anew; the loop's own thread takes them back, with a whole sync.
+"""The engines of a run: a thread probes them and starts dead ones anew; the loop's own thread takes them back, with a
+whole sync.
 
 `serving` are those that may be asked for completions. Only the loop's thread changes it: whoever waits for a dead
 engine gets Ray's RayActorError, and tells it here by `lost`. Engines that sleep serve nothing; a whole sync wakes them.
@@ -131,7 +132,8 @@ class Fleet:
         """A moment, while engines start."""
         if self._verdict() is Verdict.STOP:
             raise EnginesLost(
-                f"fewer than spec.rollout.minEngines ({self._limits.least}) engines are left, and restarts did not help: "
+                f"fewer than spec.rollout.minEngines ({self._limits.least}) engines are left, and restarts "
+                    "did not help: "
                 f"{told(self._engines)}; {'; '.join(self._reasons.values())}"
             )
         _moment()
@@ -168,7 +170,9 @@ class Fleet:
             return
         done, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_SECONDS)
         for number, answer in asked.items():
-            event = Event.MISSED if answer not in done else Event.LOST if self._failed(number, answer) else Event.ANSWERED
+            event = Event.MISSED if answer not in done else Event.LOST if self._failed(
+                number, answer,
+            ) else Event.ANSWERED
             if self._note(number, event) is Health.DEAD:
                 ray.kill(self.actors[number])  # who waits for it hears of it now
 

@@ -1,4 +1,5 @@
-"""rollout.engine hf: the trainer's ranks generate, by transformers' own `generate`. Slow and plain: for debugging, and the oracle of tests.
+"""rollout.engine hf: the trainer's ranks generate, by transformers' own `generate`. Slow and plain: for debugging, and
+the oracle of tests.
 
 A rank holds a second, whole copy of the model for it, in the engine's dtype.
 """
@@ -31,7 +32,9 @@ class Generator:
     def __init__(self, config: RunConfig, rank: int, device: torch.device) -> None:
         self.config, self.rank, self.device = config, rank, device
         tokenizer, model = load_tokenizer(config.model), load_config(config.model)
-        self.lm = AutoModelForCausalLM.from_config(model, dtype=getattr(torch, config.model.dtype), trust_remote_code=config.model.trust_remote_code)
+        self.lm = AutoModelForCausalLM.from_config(
+            model, dtype=getattr(torch, config.model.dtype), trust_remote_code=config.model.trust_remote_code,
+        )
         self.lm.to(device).eval()
         self.ends = _ends(location(config.model), tokenizer.eos_token_id)
         named = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]  # it is masked: any will do
@@ -42,7 +45,9 @@ class Generator:
         self._batches = 0
 
     def refresh(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Weights by transformers' names, all of them; tied ones come once. Raises ValueError for one that the model lacks, or that is missing."""
+        """Weights by transformers' names, all of them; tied ones come once. Raises ValueError for one that the model
+        lacks, or that is missing.
+        """
         missing, unexpected = self.lm.load_state_dict(dict(weights), strict=False)
         if unexpected or (lacking := set(missing) & dict(self.lm.named_parameters()).keys()):
             raise ValueError(f"hf: the policy's weights do not fit: {unexpected or sorted(lacking)}")
@@ -71,7 +76,8 @@ class Generator:
     def _turns(self, episodes: list[Episode], end: float) -> list[Turn]:
         """One of each, of the same sampling."""
         if time.monotonic() > end:
-            raise DeadlineExceeded(f"trainer rank {self.rank} did not generate its share in spec.rollout.deadlineSeconds")
+            raise DeadlineExceeded(f"trainer rank {self.rank} did not generate its share in "
+                "spec.rollout.deadlineSeconds")
         ids, mask = self._padded([episode.context for episode in episodes])
         request, tokens = episodes[0].request, max(episode.left for episode in episodes)
         options = self._options(request, tokens)
@@ -123,7 +129,9 @@ class Generator:
         """A batch has one: its first sample's, so that the same batch gives the same samples."""
         self._batches += 1
         seed = episode.seed
-        return request_seed(self.config.sampling_seed, self.version, str(self.rank), self._batches) if seed is None else seed
+        return request_seed(
+            self.config.sampling_seed, self.version, str(self.rank), self._batches,
+        ) if seed is None else seed
 
     def _turn(self, episode: Episode, token_ids: NDArray[Any], logprobs: NDArray[Any]) -> Turn:
         """token_ids, logprobs (tokens, 1 + n): the drawn one and the n likeliest; what comes after its end too."""

@@ -1,4 +1,6 @@
-"""The policy's own ranks in the place of a fleet of engines (rollout.engine hf): what there is to do for them, which is little."""
+"""The policy's own ranks in the place of a fleet of engines (rollout.engine hf): what there is to do for them, which is
+little.
+"""
 
 import time
 from collections.abc import Sequence

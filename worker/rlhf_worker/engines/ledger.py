@@ -2,8 +2,8 @@
 
     stale -sync-> healthy <-answer/miss-> suspect -misses-> dead -restart-> restarting -started-> stale
 
-An engine that starts, at first or again, holds the weights of the base model: it is stale until a whole sync has reached it.
-"""
+An engine that starts, at first or again, holds the weights of the base model: it is stale until a whole sync has
+reached it. """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,11 +50,15 @@ class Limits:
 
 
 def after(engine: Engine, event: Event, limits: Limits) -> Engine:
-    """The engine after the event. One that says nothing new, or comes too late (the answer of an engine given up), changes nothing."""
+    """The engine after the event. One that says nothing new, or comes too late (the answer of an engine given up),
+    changes nothing.
+    """
     match engine.health, event:
         case Health.DEAD, Event.RESTARTED if engine.restarts < limits.restarts:
             return Engine(Health.RESTARTING, restarts=engine.restarts + 1)
-        case (Health.DEAD, _) | (Health.RESTARTING, Event.ANSWERED | Event.MISSED | Event.SYNCED) | (_, Event.RESTARTED):
+        case (Health.DEAD, _) | (
+            Health.RESTARTING, Event.ANSWERED | Event.MISSED | Event.SYNCED,
+        ) | (_, Event.RESTARTED):
             return engine
         case _, Event.LOST:
             return Engine(Health.DEAD, restarts=engine.restarts)
@@ -63,12 +67,17 @@ def after(engine: Engine, event: Event, limits: Limits) -> Engine:
         case _, Event.MISSED if engine.misses + 1 >= limits.misses:
             return Engine(Health.DEAD, restarts=engine.restarts)
         case health, Event.MISSED:
-            return replace(engine, health=Health.SUSPECT if health is Health.HEALTHY else health, misses=engine.misses + 1)
+            return replace(
+                engine, health=Health.SUSPECT if health is Health.HEALTHY else health, misses=engine.misses + 1,
+            )
         case health, Event.ANSWERED:
             return replace(engine, health=Health.HEALTHY if health is Health.SUSPECT else health, misses=0)
         case _, Event.SYNCED:
             syncs = engine.syncs + 1
-            return replace(engine, health=Health.HEALTHY, misses=0, syncs=syncs, restarts=0 if syncs >= limits.forgiven_after else engine.restarts)
+            return replace(
+                engine, health=Health.HEALTHY, misses=0, syncs=syncs,
+                restarts=0 if syncs >= limits.forgiven_after else engine.restarts,
+            )
     return engine
 
 
@@ -85,5 +94,10 @@ def verdict(engines: Sequence[Engine], limits: Limits) -> Verdict:
 
 def told(engines: Sequence[Engine]) -> str | None:
     """What is amiss, in words; None when nothing is."""
-    amiss = [f"engine {i} is {e.health}" for i, e in enumerate(engines) if e.health not in (Health.HEALTHY, Health.STALE) or (e.restarts and e.health is Health.STALE)]
+    amiss = [
+        f"engine {i} is {e.health}" for i,
+        e in enumerate(engines) if e.health not in (Health.HEALTHY, Health.STALE) or (
+            e.restarts and e.health is Health.STALE
+        )
+    ]
     return ", ".join(amiss) or None

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 class Feed(Member):
-    """Created in the first trainer bundle; `open` does the work, so that a failure is the call's and not the actor's."""
+    """Created in the first trainer bundle; `open` does the work, so that a failure is the call's and not the actor's.
+    """
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -37,7 +38,8 @@ class Feed(Member):
         judging = [spec for spec in self.config.evaluation if spec.rewards]
         with ExitStack() as opened:
             checks: list[Callable[[], Any]] = [
-                partial(self._open_rewards, opened, self.config.rewards), partial(telemetry.check, self.config.telemetry),
+                partial(self._open_rewards, opened, self.config.rewards),
+                partial(telemetry.check, self.config.telemetry),
                 partial(check_sampling, self.config, tokenizer), partial(self._open_data, tokenizer, vocabulary),
                 *(partial(self._open_rewards, opened, spec.rewards or [], spec.name) for spec in judging),
                 *(partial(self._evaluation, spec, tokenizer, vocabulary) for spec in self.config.evaluation),
@@ -88,7 +90,9 @@ class Feed(Member):
         self.telemetry = Telemetry(self.config, step + 1)
 
     def draw(self, again: list[str], count: int) -> "list[Prompt]":
-        """`again`: uids of what a run that ended had drawn and not trained; after them the next `count`. Raises BadData."""
+        """`again`: uids of what a run that ended had drawn and not trained; after them the next `count`. Raises
+        BadData.
+        """
         return [*self.sampler.again(again), *self.sampler.next(count)]
 
     def draw_evaluation(self, name: str) -> "list[Prompt]":
@@ -129,7 +133,9 @@ class Feed(Member):
     def log(self, step: int, values: dict[str, float]) -> None:
         self.telemetry.log(step, values)
 
-    def record(self, step: int, scored: "list[ScoredSample]", advantages: Sequence[Sequence[float]] | None = None) -> None:
+    def record(
+        self, step: int, scored: "list[ScoredSample]", advantages: Sequence[Sequence[float]] | None = None,
+    ) -> None:
         """Keep the samples of a step, with the advantage of each completion token."""
         self.telemetry.record(step, scored, advantages)
 

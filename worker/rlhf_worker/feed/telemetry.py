@@ -1,4 +1,6 @@
-"""What a run tells about itself besides its status: metrics into TensorBoard, W&B, MLflow and Prometheus, and phase times."""
+"""What a run tells about itself besides its status: metrics into TensorBoard, W&B, MLflow and Prometheus, and phase
+times.
+"""
 
 import importlib.util
 import os
@@ -65,14 +67,18 @@ class TensorBoard:
 
 
 class Wandb:
-    """One W&B run for all lives of a checkpoint. Its x axis is our step: W&B's own counter would drop the steps that a resumed run repeats."""
+    """One W&B run for all lives of a checkpoint. Its x axis is our step: W&B's own counter would drop the steps that a
+    resumed run repeats.
+    """
 
     def __init__(self, spec: WandbSpec, config: RunConfig, store: Store, run_id: str) -> None:
         import wandb
 
         self._run = wandb.init(
-            project=spec.project, entity=spec.entity, name=spec.name or config.job.name, mode=spec.mode, id=run_id, resume="allow",
-            dir=store.inside if store.local else None, config=config.to_dict(), settings=wandb.Settings(silent=True, console="off", disable_git=True),
+            project=spec.project, entity=spec.entity, name=spec.name or config.job.name, mode=spec.mode, id=run_id,
+            resume="allow",
+            dir=store.inside if store.local else None, config=config.to_dict(),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True),
         )  # fmt: skip
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
@@ -150,7 +156,10 @@ class Failures:
         self.counts[field] += 1
         if self.counts[field] == 1:
             text = f"{type(reason).__name__}: {reason}" if isinstance(reason, Exception) else reason
-            print(f"warning: spec.telemetry.{field}: {text}; the run goes on, telemetry/failures counts", file=sys.stderr, flush=True)
+            print(
+                f"warning: spec.telemetry.{field}: {text}; the run goes on, telemetry/failures counts", file=sys.stderr,
+                flush=True,
+            )
 
 
 class Lane(threading.Thread):
@@ -234,16 +243,20 @@ def check(spec: TelemetrySpec) -> None:
     for field, value, package in (("wandb", spec.wandb, "wandb"), ("mlflow", spec.mlflow, "mlflow")):
         there = importlib.util.find_spec(package)
         if value and (there is None or there.origin is None):  # None: a mere directory of this name
-            raise BadSpec(f"spec.telemetry.{field}: the image has no python package {package}: use an image that has it, or remove spec.telemetry.{field}")
+            raise BadSpec(f"spec.telemetry.{field}: the image has no python package {package}: use an image that has "
+                f"it, or remove spec.telemetry.{field}")
     if spec.wandb and spec.wandb.mode == "online":
         import wandb
 
         if not wandb.api.api_key:
-            raise BadSpec("spec.telemetry.wandb.mode: online needs a key: set WANDB_API_KEY in pods.trainer.env, from a Secret, or mode to offline")
+            raise BadSpec("spec.telemetry.wandb.mode: online needs a key: set WANDB_API_KEY in pods.trainer.env, from "
+                "a Secret, or mode to offline")
 
 
 def _run_id(store: Store) -> str:
-    """The name of this run at other services, kept beside its checkpoints: who starts anew with an empty directory is another run."""
+    """The name of this run at other services, kept beside its checkpoints: who starts anew with an empty directory is
+    another run.
+    """
     try:
         return store.read("run-id").decode()
     except FileNotFoundError:

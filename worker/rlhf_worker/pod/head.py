@@ -1,4 +1,5 @@
-"""Ray's head under the driver. It keeps nothing over a restart, so the driver of an earlier head drives nothing any more.
+"""Ray's head under the driver. It keeps nothing over a restart, so the driver of an earlier head drives nothing any
+more.
 
 Ray tells a driver so only where a call of its own fails: one that waits for a call whose raylet is gone waits for ever.
 """

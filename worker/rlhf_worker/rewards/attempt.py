@@ -39,8 +39,8 @@ class Failure(Exception):
 async def tried(retries: int, once: Callable[[int], Awaitable[T]], backoff: float = 0.0) -> T:
     """What the first of `retries + 1` tries gives that does not fail. Raises the last one's Failure.
 
-    `once` gets the number of the try, from 0; `backoff`: seconds before the second, twice as many before each further one.
-    """
+    `once` gets the number of the try, from 0; `backoff`: seconds before the second, twice as many before each further
+    one. """
     for attempt in range(retries):
         with contextlib.suppress(Failure):
             return await once(attempt)

@@ -28,7 +28,9 @@ Function = Callable[..., Any]
 
 
 def load(function: str | None, code: str | None, field: str, kind: str, name: str) -> Function:
-    """What a spec's `field` names: the `kind` at `module:kind`, or the `name` that `code` defines. Raises whatever the import raises, or LookupError."""
+    """What a spec's `field` names: the `kind` at `module:kind`, or the `name` that `code` defines. Raises whatever the
+    import raises, or LookupError.
+    """
     if code is not None:
         return _from_code(code, f"<{field}.code>", kind, name)
     module, _, attribute = (function or "").partition(":")
@@ -136,7 +138,10 @@ def tail() -> str:
     assert error is not None, "called where no exception is handled"
     trace = traceback.TracebackException.from_exception(error)
     trace.stack = traceback.StackSummary.from_list(
-        [f for f in trace.stack if f.filename not in (__file__, importlib.__file__) and "importlib._boot" not in f.filename]
+        [
+            f for f in trace.stack
+            if f.filename not in (__file__, importlib.__file__) and "importlib._boot" not in f.filename
+        ]
     )
     return "".join(trace.format())[-ERROR_LIMIT:].strip()
 

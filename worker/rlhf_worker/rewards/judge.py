@@ -16,7 +16,9 @@ HOLE = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
 class JudgeReward(Service):
-    """One question a sample; its value is (score - low) / (high - low). An answer without a score, or out of the scale, is asked for again."""
+    """One question a sample; its value is (score - low) / (high - low). An answer without a score, or out of the scale,
+    is asked for again.
+    """
 
     def __init__(self, spec: RewardSpec, backoff: float = 0.5) -> None:
         super().__init__(spec, backoff)
@@ -34,17 +36,22 @@ class JudgeReward(Service):
     def question(self, batch: Sequence[Sample], attempt: int) -> Mapping[str, Any]:
         # What a judge answers at temperature 0 it would answer again.
         sampling = {"temperature": 1.0 if attempt else 0.0, "max_tokens": self.judge.max_tokens}
-        return {"model": self.judge.model, "messages": [{"role": "user", "content": self._filled(batch[0])}], **sampling}
+        return {
+            "model": self.judge.model, "messages": [{"role": "user", "content": self._filled(batch[0])}], **sampling,
+        }
 
     def _filled(self, sample: Sample) -> str:
-        """The prompt with its holes filled, once: braces in a completion are text. Raises BadSpec for a hole that the row cannot fill."""
+        """The prompt with its holes filled, once: braces in a completion are text. Raises BadSpec for a hole that the
+        row cannot fill.
+        """
         row = arguments(sample)
         if not isinstance(row["prompt"], str):  # chat messages
             row["prompt"] = sample.prompt.text
 
         def fill(hole: re.Match[str]) -> str:
             if (name := hole[1]) not in row:
-                raise BadSpec(f"rewards[{self.spec.name}].judge.prompt: the data has no column {name!r}, only {', '.join(map(repr, row))}")
+                raise BadSpec(f"rewards[{self.spec.name}].judge.prompt: the data has no column {name!r}, only "
+                    f"{', '.join(map(repr, row))}")
             return row[name] if isinstance(row[name], str) else json.dumps(row[name], default=str)
 
         return HOLE.sub(fill, self.judge.prompt)

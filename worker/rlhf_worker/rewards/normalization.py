@@ -13,9 +13,8 @@ def training_rewards(config: RunConfig, scored: Sequence[ScoredSample], groups: 
     """What the algorithm maximises of each sample: sum_k weight_k z_k, over the rewards k and the environment.
 
     z = (v - mean) / (sigma + 1e-6) where normalize is group (mean and unbiased sigma of the sample's group) or batch
-    (of all that the reward judges), after GDPO (arXiv 2601.05242); else z is the value. Values that are all equal get exactly 0.
-    `groups`: one number a sample, alike for samples of one prompt. Nothing is kept from step to step.
-    """
+    (of all that the reward judges), after GDPO (arXiv 2601.05242); else z is the value. Values that are all equal get
+    exactly 0. `groups`: one number a sample, alike for samples of one prompt. Nothing is kept from step to step. """
     if all(spec.normalize == "none" for spec in config.rewards):
         return [item.reward for item in scored]
     environment = config.rollout.environment

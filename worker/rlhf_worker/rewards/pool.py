@@ -109,7 +109,9 @@ class Child:
         return f"signal {-status} ({signal.Signals(-status).name})" if status < 0 else f"exit status {status}"
 
     def _kill(self) -> int:
-        """Kill and reap it, and close the socket; its exit status. The group is killed while the child still holds the number."""
+        """Kill and reap it, and close the socket; its exit status. The group is killed while the child still holds the
+        number.
+        """
         assert self._process is not None
         _kill_group(self._process)
         status = self._process.wait()

@@ -9,7 +9,8 @@ from reasoning_gym.utils import extract_answer
 
 
 def score(prompt: str, completion: str, **row: Any) -> float:
-    """What the task's own verifier gives the answer, 0 to 1. The answer is the last <answer>...</answer>, or else the whole completion.
+    """What the task's own verifier gives the answer, 0 to 1. The answer is the last <answer>...</answer>, or else the
+    whole completion.
 
     The row is one of data.reasoningGym: `question`, `answer`, `metadata`, and in `verifier` the task and its options.
     """
@@ -18,7 +19,9 @@ def score(prompt: str, completion: str, **row: Any) -> float:
     answer = extract_answer(completion)
     verifier = row.pop("verifier")
     return float(
-        _task(verifier["task"], json.dumps(verifier["config"])).score_answer(completion.strip() if answer is None else answer, row)
+        _task(verifier["task"], json.dumps(verifier["config"])).score_answer(
+            completion.strip() if answer is None else answer, row,
+        )
     )
 
 

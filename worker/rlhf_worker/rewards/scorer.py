@@ -73,8 +73,8 @@ class Scorer:
         return ScoredSample(sample=sample, reward=reward, parts=parts, metrics=metrics)
 
     def try_out(self, groups: Sequence[Sequence[Sample]]) -> None:
-        """Each reward on a sample of each group that it judges, or on the whole group where it wants one, within its own
-        deadlines, all side by side.
+        """Each reward on a sample of each group that it judges, or on the whole group where it wants one, within its
+        own deadlines, all side by side.
 
         Raises RewardFailed, which tells of every one that failed; BadData, BadSpec.
         """

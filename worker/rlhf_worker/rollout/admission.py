@@ -39,8 +39,8 @@ class Group:
 class Admission:
     """Between the data and the steps: groups in flight, finished groups, and how many more may begin.
 
-    `steps`: of the whole run, past which no group is needed. `rounds`: with dynamic sampling a step may cost at most rounds * batch groups; past that, uninformative ones are kept.
-    """
+    `steps`: of the whole run, past which no group is needed. `rounds`: with dynamic sampling a step may cost at most
+    rounds * batch groups; past that, uninformative ones are kept. """
 
     def __init__(self, batch: int, staleness: int, steps: int, *, rounds: int = 1, step: int = 0) -> None:
         self.batch, self.staleness, self.steps, self.rounds = batch, staleness, steps, rounds
@@ -69,7 +69,9 @@ class Admission:
         return begun
 
     def finish(self, group: Group, *, informative: bool) -> None:
-        """Its samples are scored. One that teaches nothing is dropped, which makes room for another, while the rounds last."""
+        """Its samples are scored. One that teaches nothing is dropped, which makes room for another, while the rounds
+        last.
+        """
         if informative or self.dropped >= (self.rounds - 1) * self.batch:
             self._ready.add(group)
         else:
@@ -84,7 +86,9 @@ class Admission:
     def complete(self) -> bool:
         """Whether a step can be taken: enough groups are finished, and it would leave none behind for too long."""
         taken = set(self._next())
-        return len(taken) == self.batch and not self._too_late([group for group in self._under_way if group not in taken])
+        return len(taken) == self.batch and not self._too_late(
+            [group for group in self._under_way if group not in taken]
+        )
 
     def take(self) -> list[Group]:
         """The groups of the next step, the oldest finished first. Only when `complete`."""
@@ -102,7 +106,10 @@ class Admission:
     def _too_late(self, left: list[Group]) -> bool:
         """Whether the steps to come, of `batch` groups each, cannot train all of `left` in time."""
         late = self.version - self.staleness
-        return any(sum(group.born <= late + steps for group in left) > steps * self.batch for steps in range(self.staleness + 1))
+        return any(
+            sum(group.born <= late + steps for group in left) > steps * self.batch
+            for steps in range(self.staleness + 1)
+        )
 
     def advance(self, step: int) -> None:
         """`step` steps are finished and the engines hold their weights."""

@@ -1,8 +1,7 @@
 """Environments beside an engine: subprocesses that hold many episodes each, and can be killed with them.
 
-An episode stays in the subprocess that reset it. A call that raises, hangs or kills its process fails the episode, which begins
-again from its prompt; it never becomes a sample.
-"""
+An episode stays in the subprocess that reset it. A call that raises, hangs or kills its process fails the episode,
+which begins again from its prompt; it never becomes a sample. """
 
 import asyncio
 import contextlib
@@ -36,7 +35,9 @@ class Seat:
 
     async def ask(self, **call: Any) -> dict[str, Any]:
         """Raises Failure."""
-        answer: dict[str, Any] = await asyncio.get_running_loop().run_in_executor(self._thread, self.child.ask, call, self._seconds)
+        answer: dict[str, Any] = await asyncio.get_running_loop().run_in_executor(
+            self._thread, self.child.ask, call, self._seconds,
+        )
         return answer
 
     def close(self) -> None:
@@ -81,7 +82,9 @@ class Environments:
         return Sample(prompt=request.prompt, finish_reason="stop", failure=words, **nothing)
 
     async def _episode(self, request: Request, turn: Callable[[Episode], Awaitable[Turn]]) -> Sample:
-        seat, number, episode, prompt = min(self._seats, key=lambda seat: seat.episodes), next(self._numbers), Episode(request), request.prompt
+        seat, number, episode, prompt = min(
+            self._seats, key=lambda seat: seat.episodes,
+        ), next(self._numbers), Episode(request), request.prompt
         seat.episodes += 1
         try:
             row = {**prompt.fields, "prompt": prompt.fields.get("prompt", prompt.text)}

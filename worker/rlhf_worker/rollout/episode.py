@@ -1,8 +1,8 @@
-"""One completion while it is made: turns of the policy, and between them what an environment says. Token ids only ever grow.
+"""One completion while it is made: turns of the policy, and between them what an environment says. Token ids only ever
+grow.
 
-What the policy made is never tokenised again: an observation is rendered by the chat template as what follows a turn of the
-assistant, and only that suffix is tokenised. Its tokens are masked out of the loss.
-"""
+What the policy made is never tokenised again: an observation is rendered by the chat template as what follows a turn of
+the assistant, and only that suffix is tokenised. Its tokens are masked out of the loss. """
 
 import hashlib
 from collections.abc import Sequence
@@ -90,7 +90,9 @@ class Speech:
         """
         if not self.template.chat:
             return self.template.tokens(text, opening=False) if text else []
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": TURN}, {"role": "user", "content": text}]
+        messages = [
+            {"role": "user", "content": "?"}, {"role": "assistant", "content": TURN}, {"role": "user", "content": text}
+        ]
         _, found, after = self.template.render(messages).partition(TURN)
         if not found:
             raise BadSpec(
@@ -137,9 +139,12 @@ class Episode:
         return None if self.request.seed is None else self.request.seed + self.turns
 
     def add(self, turn: Turn) -> None:
-        """A turn of the policy. Raises ValueError if it is longer than what was left, or its lists are of unlike length."""
+        """A turn of the policy. Raises ValueError if it is longer than what was left, or its lists are of unlike
+        length.
+        """
         if not len(turn.token_ids) == len(turn.logprobs) == len(turn.versions) <= self.left:
-            raise ValueError(f"a turn of {len(turn.token_ids)} tokens, {len(turn.logprobs)} logprobs, {len(turn.versions)} versions, where {self.left} tokens are left")
+            raise ValueError(f"a turn of {len(turn.token_ids)} tokens, {len(turn.logprobs)} logprobs, "
+                f"{len(turn.versions)} versions, where {self.left} tokens are left")
         self._turn = len(self.token_ids)
         self._extend(turn.token_ids, turn.logprobs, turn.versions, mask=True)
         self._support += [] if turn.support is None else [turn.support]
@@ -147,7 +152,9 @@ class Episode:
         self.finish_reason, self.stop = turn.finish_reason, turn.stop
 
     def observe(self, token_ids: list[int]) -> None:
-        """What the environment put there. It goes on, if a token of another turn still fits; else the completion was cut here."""
+        """What the environment put there. It goes on, if a token of another turn still fits; else the completion was
+        cut here.
+        """
         if len(token_ids) >= self.left:
             self.finish_reason = "length"
             return
@@ -180,7 +187,8 @@ class Episode:
     def sample(self, speech: Speech) -> Sample:
         """The finished completion; its text holds all turns and observations."""
         return Sample(
-            prompt=self.request.prompt, token_ids=self.token_ids, logprobs=self.logprobs, mask=self.mask, versions=self.versions,
+            prompt=self.request.prompt, token_ids=self.token_ids, logprobs=self.logprobs, mask=self.mask,
+            versions=self.versions,
             text=self._text(speech, self.request.prompt.token_ids, self.token_ids), finish_reason=self.finish_reason,
             episode_reward=self.reward, support=np.concatenate(self._support) if self._support else None,
         )  # fmt: skip

@@ -20,7 +20,8 @@ def due(spec: EvaluationSpec, step: int, steps: int) -> bool:
 
 
 def evaluate(
-    config: RunConfig, step: int, judge: Callable[[EvaluationSpec, list[Prompt]], Sequence[Group]], feed: Callable[..., Any]
+    config: RunConfig, step: int, judge: Callable[[EvaluationSpec, list[Prompt]], Sequence[Group]],
+    feed: Callable[..., Any]
 ) -> dict[str, float]:
     """Metrics of the sets that are due; empty when none is.
 
@@ -39,7 +40,8 @@ def evaluate(
 
 
 def metrics(spec: EvaluationSpec, groups: Sequence[Group]) -> dict[str, float]:
-    """eval/<name>/...: mean of each reward by its name, of their weighted sum, and of the best sum of a prompt's samples.
+    """eval/<name>/...: mean of each reward by its name, of their weighted sum, and of the best sum of a prompt's
+    samples.
 
     With rewards of 0 and 1 the best is pass@k, k = spec.samples; pass_at_<k> and maj_at_<k> are means over the prompts.
     Length in tokens. Names with an underscore cannot be a reward's.

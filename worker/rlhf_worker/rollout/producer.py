@@ -2,10 +2,10 @@
 
     draw prompts -> engines: samples -> reward models, rewards -> dynamic sampling -> finished groups
 
-With staleness 0 a step's groups are made as one batch while the trainer waits; with more, every group is a call of its own and
-they go on while the trainer works. There is no thread: `pump` moves them on whenever the loop waits for something else, so that
-calls of the trainer's ranks have one order. What may be under way is `admission`'s; every call has a deadline.
-"""
+With staleness 0 a step's groups are made as one batch while the trainer waits; with more, every group is a call of its
+own and they go on while the trainer works. There is no thread: `pump` moves them on whenever the loop waits for
+something else, so that calls of the trainer's ranks have one order. What may be under way is `admission`'s; every call
+has a deadline. """
 
 import sys
 import time
@@ -45,7 +45,10 @@ LOST = (RayActorError, EngineFailed, NoAnswer)  # the engine is no more: it is n
 class _Call:
     """Calls of actors that belong together, and what becomes of their results, or of a failure."""
 
-    def __init__(self, refs: list[Any], seconds: float, what: str, then: Callable[[list[Any]], None], failed: Callable[[Exception], None] | None = None) -> None:
+    def __init__(
+        self, refs: list[Any], seconds: float, what: str, then: Callable[[list[Any]], None],
+        failed: Callable[[Exception], None] | None = None,
+    ) -> None:
         self.refs, self.what, self.then, self.failed = refs, what, then, failed
         self.waiting = list(refs)
         self.end = time.monotonic() + seconds
@@ -57,7 +60,10 @@ class Rollouts:
     def __init__(self, config: RunConfig, crew: Crew, step: int, pending: Sequence[str] = ()) -> None:
         self.config, self.crew, self._deadline = config, crew, work_seconds(config)
         dynamic, rollout = config.algorithm.dynamic_sampling, config.rollout
-        self.admission = Admission(rollout.prompts_per_step, rollout.staleness, config.trainer.steps, rounds=dynamic.max_rounds if dynamic.enabled else 1, step=step)
+        self.admission = Admission(
+            rollout.prompts_per_step, rollout.staleness, config.trainer.steps,
+            rounds=dynamic.max_rounds if dynamic.enabled else 1, step=step,
+        )
         self.metrics: dict[str, float] = {}  # of the groups that were taken last
         self._pending = list(pending)
         self._calls: list[_Call] = []
@@ -76,15 +82,19 @@ class Rollouts:
         dropped, taken = self.admission.dropped, self.admission.take()
         ages = [self.admission.version - group.born for group in taken]
         self.metrics = {
-            "rollout/staleness": sum(ages) / len(ages), "rollout/staleness_max": max(ages), "rollout/dropped_groups": dropped,
+            "rollout/staleness": sum(ages) / len(ages), "rollout/staleness_max": max(ages),
+            "rollout/dropped_groups": dropped,
             "rollout/failed_groups": self._counts["failed"], "rollout/left_out_prompts": self._counts["left out"],
-            "rollout/retried_groups": self._counts["retried"], "rollout/groups_under_way": len(self.admission.pending()), "seconds/score": self._counts["score"] / 1000,
+            "rollout/retried_groups": self._counts["retried"],
+            "rollout/groups_under_way": len(self.admission.pending()), "seconds/score": self._counts["score"] / 1000,
         }  # fmt: skip
         self._counts.clear()
         return taken
 
     def finish(self, step: int) -> tuple[dict[str, Any], list[str]]:
-        """`step` is finished and its weights are in the engines. Returns what a checkpoint of it needs: the sampler's state and `pending`."""
+        """`step` is finished and its weights are in the engines. Returns what a checkpoint of it needs: the sampler's
+        state and `pending`.
+        """
         self.admission.advance(step)
         state = self._feed("sampler_state"), [*self.admission.pending(), *self._pending]
         if self.config.rollout.staleness:
@@ -119,7 +129,8 @@ class Rollouts:
                 self._dispatch(groups)
             self._work(SLICE_SECONDS)
             if not self._calls and not self._homeless and not done():
-                raise RuntimeError("rollouts: nothing is generated or scored, and the step has too few groups: a bug of the admission")
+                raise RuntimeError("rollouts: nothing is generated or scored, and the step has too few groups: a bug "
+                    "of the admission")
 
     def _work(self, seconds: float) -> None:
         self._admit()
@@ -150,7 +161,9 @@ class Rollouts:
             one.then(ray.get(one.refs))
 
     def _admit(self) -> None:
-        """Begin as many groups as there is room for; without staleness only when all before them are finished, so that batches do not depend on timing."""
+        """Begin as many groups as there is room for; without staleness only when all before them are finished, so that
+        batches do not depend on timing.
+        """
         if self._redrawn and (self.config.rollout.staleness or not (self._calls or self._unscored or self._homeless)):
             groups, self._redrawn = sorted(self._redrawn, key=lambda group: group.prompt.uid), []
             self._dispatch(groups)
@@ -160,8 +173,12 @@ class Rollouts:
         first, self._pending = self._pending[:room], self._pending[room:]
         self._dispatch(self.admission.admit(self._feed("draw", first, room - len(first))))
 
-    def _dispatch(self, groups: list[Group], tried: frozenset[ActorHandle] = frozenset(), error: Exception | None = None) -> None:
-        """To the engines with the least to do; a group stays on one, for its prefix cache. Raises `error` when every living engine was tried."""
+    def _dispatch(
+        self, groups: list[Group], tried: frozenset[ActorHandle] = frozenset(), error: Exception | None = None,
+    ) -> None:
+        """To the engines with the least to do; a group stays on one, for its prefix cache. Raises `error` when every
+        living engine was tried.
+        """
         engines = [engine for engine in self.crew.fleet.serving if engine not in tried]
         if not engines:
             if error is not None and not isinstance(error, LOST) and self.crew.fleet.serving:
@@ -192,10 +209,13 @@ class Rollouts:
             if isinstance(error, LOST):
                 self.crew.fleet.lost(engine)
             self._counts["retried"] += len(groups)
-            print(f"generation: {len(groups)} groups are tried on another engine: {type(error).__name__}: {str(error)[-500:]}", flush=True)
+            print(f"generation: {len(groups)} groups are tried on another engine: {type(error).__name__}: "
+                f"{str(error)[-500:]}", flush=True)
             self._dispatch(groups, tried | {engine}, error)
 
-        self._calls.append(_Call([engine.generate.remote(requests, deadline)], deadline + LATE_SECONDS, "generation", then, failed))
+        self._calls.append(
+            _Call([engine.generate.remote(requests, deadline)], deadline + LATE_SECONDS, "generation", then, failed)
+        )
 
     def _late(
         self, engine: ActorHandle, groups: list[Group], tried: frozenset[ActorHandle], asked: int, done: int
@@ -243,7 +263,9 @@ class Rollouts:
         """What was generated while the last was scored and has one's rewards. Reward models first."""
         judge = _judge(self._unscored[0][0]) if self._unscored else ""
         names = [] if judge else [spec.name for spec in self.config.rewards if spec.type == "model"]
-        alone = self.config.engines_sleep and any(self.crew.ranks[f"reward:{name}"] == self.crew.policy for name in names)
+        alone = self.config.engines_sleep and any(
+            self.crew.ranks[f"reward:{name}"] == self.crew.policy for name in names
+        )
         if self._scoring or not self._unscored or (alone and (self._load.total() or self._homeless)):
             return
         if alone:  # on the engines' GPUs, in the memory that they lend

@@ -1,10 +1,12 @@
-"""Checkpoints: `<path>/step-<n>.<writer>/<role>/` holds torch DCP's shards of a role's model and optimizer and every rank's RNG; run.json the rest.
+"""Checkpoints: `<path>/step-<n>.<writer>/<role>/` holds torch DCP's shards of a role's model and optimizer and every
+rank's RNG; run.json the rest.
 
-run.json is written last and names every file with its size and CRC32: a directory without it, or with other files, is no checkpoint. On a
-mounted volume a directory also gets its name only when it is whole. Tensors are copied to the host at once and written by a thread.
+run.json is written last and names every file with its size and CRC32: a directory without it, or with other files, is
+no checkpoint. On a mounted volume a directory also gets its name only when it is whole. Tensors are copied to the host
+at once and written by a thread.
 
-Of several drivers on one path only the last to take it over publishes (`fence`). Names carry their writer, so no checkpoint mixes two.
-"""
+Of several drivers on one path only the last to take it over publishes (`fence`). Names carry their writer, so no
+checkpoint mixes two. """
 
 import io
 import json
@@ -60,7 +62,9 @@ Files = dict[str, list[int]]  # by name inside the checkpoint: size in bytes, CR
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """Everything of a run besides tensors. `version`: optimizer updates since the base model; `loop`: the loop's own memory (KL controller, work in flight)."""
+    """Everything of a run besides tensors. `version`: optimizer updates since the base model; `loop`: the loop's own
+    memory (KL controller, work in flight).
+    """
 
     step: int
     version: int
@@ -80,7 +84,9 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """`passed_over`: newer checkpoints that are damaged, each by name and fault. `path`: of the one that was read, told by the leader's ranks."""
+    """`passed_over`: newer checkpoints that are damaged, each by name and fault. `path`: of the one that was read, told
+    by the leader's ranks.
+    """
 
     state: RunState | None
     passed_over: list[str]
@@ -88,7 +94,8 @@ class Restored:
 
 
 class Saver:
-    """One rank's end. `begin`, `restore` and `close` are collectives of the ranks that hold the same roles; the process group must be there.
+    """One rank's end. `begin`, `restore` and `close` are collectives of the ranks that hold the same roles; the process
+    group must be there.
 
     expected: every role that the run trains, also those of other rank groups; `leads`: this group has the policy.
     driver: the same in all processes of one driver, and in no other. seconds: how long to wait for other groups.
@@ -114,7 +121,9 @@ class Saver:
         self.outcomes: list[Outcome] = []
 
     def fence(self, job: str, attempt: int) -> None:
-        """Take the path over from every driver before. No collective: the leader's first rank does it, the others remember. Raises Fenced."""
+        """Take the path over from every driver before. No collective: the leader's first rank does it, the others
+        remember. Raises Fenced.
+        """
         self.held = Fence(self.store, Writer(job, attempt, self.driver))
         if self._leader:
             self.held.take()
@@ -142,7 +151,9 @@ class Saver:
         self.running = self.thread.submit(self._save, f"step-{state.step}.{mark}", state, staged, rngs)
 
     def finished(self, *, wait: bool) -> list[Outcome]:
-        """Saves that ended since the last call. Only the leader's and the first ranks of other groups know all. Raises Fenced, then and ever after."""
+        """Saves that ended since the last call. Only the leader's and the first ranks of other groups know all. Raises
+        Fenced, then and ever after.
+        """
         if wait or (self.running and self.running.done()):
             self._wait()
         if self.refused is not None:
@@ -165,7 +176,8 @@ class Saver:
         return found
 
     def _save(self, target: str, state: RunState, staged: dict[str, Any], rngs: list[Any]) -> None:
-        """In the thread. Every rank comes to the end of it whatever fails, for the others wait for it in a collective."""
+        """In the thread. Every rank comes to the end of it whatever fails, for the others wait for it in a collective.
+        """
         work = f".{target}.partial" if self.store.local else target
         error = None
         try:
@@ -207,7 +219,9 @@ class Saver:
             written[role] = {name: sums for own in self._gather(files.sums) for name, sums in own.items()}
         return written
 
-    def _finish(self, state: RunState, work: str, target: str, roles: list[str], rngs: list[Any], written: dict[str, Files]) -> None:
+    def _finish(
+        self, state: RunState, work: str, target: str, roles: list[str], rngs: list[Any], written: dict[str, Files],
+    ) -> None:
         """The group's first rank: its parts are told; and the leader, when all parts are, makes the checkpoint."""
         buffer = io.BytesIO()
         torch.save(rngs, buffer)
@@ -216,7 +230,10 @@ class Saver:
             self.store.write(f"{work}/{role}/{PART}", json.dumps({"driver": self.driver, "files": files}).encode())
         if not self.leads:
             return
-        files = {f"{role}/{name}": sums for role in self.expected for name, sums in self._part(f"{work}/{role}/{PART}").items()}
+        files = {
+            f"{role}/{name}": sums for role in self.expected for name,
+            sums in self._part(f"{work}/{role}/{PART}").items()
+        }
         if work == target:  # run.json is what makes it a checkpoint
             self.fenced.check()
         self.store.write(f"{work}/{RUN}", sealed({**asdict(state), "files": files}))
@@ -225,7 +242,8 @@ class Saver:
             self.store.rename(work, target)
 
     def _tidy(self, target: str, step: int) -> None:
-        """After a checkpoint is there, which another driver may have chosen by now: what fails here takes nothing back."""
+        """After a checkpoint is there, which another driver may have chosen by now: what fails here takes nothing back.
+        """
         try:
             self.fenced.check()
             self._point()
@@ -234,10 +252,14 @@ class Saver:
         except Fenced as refused:
             self.refused = refused
         except (OSError, BadData) as error:
-            print(f"checkpoint: {self.store.url(target)} is whole, but older ones may be left over: {error}", flush=True)
+            print(
+                f"checkpoint: {self.store.url(target)} is whole, but older ones may be left over: {error}", flush=True,
+            )
 
     def _point(self) -> None:
-        """`latest` names the newest that counts. Who was overtaken between its look and its write, or had not written yet, is put right here."""
+        """`latest` names the newest that counts. Who was overtaken between its look and its write, or had not written
+        yet, is put right here.
+        """
         told = self._latest()
         while (newest := "".join(self._counting()[-1:])) != told:
             self.store.write(LATEST, newest.encode()) if newest else self.store.remove(LATEST)
@@ -250,7 +272,8 @@ class Saver:
             return ""
 
     def _part(self, name: str) -> Files:
-        """Of a role that other ranks may hold, and still write. Raises TimeoutError, and OSError when they could not."""
+        """Of a role that other ranks may hold, and still write. Raises TimeoutError, and OSError when they could not.
+        """
         end = time.monotonic() + self.seconds
         while True:
             told: dict[str, Any] = {}
@@ -278,22 +301,33 @@ class Saver:
                 self.store.remove(name)
 
     def _counting(self) -> list[str]:
-        """Whole checkpoints, oldest first, without those that an earlier driver published beyond the one that a later driver went on from."""
-        return standing([(name, int(match[1]), match[2]) for name in whole(self.store) if (match := NAME.fullmatch(name))], self.fenced.line())
+        """Whole checkpoints, oldest first, without those that an earlier driver published beyond the one that a later
+        driver went on from.
+        """
+        return standing(
+            [(name, int(match[1]), match[2]) for name in whole(self.store) if (match := NAME.fullmatch(name))],
+            self.fenced.line()
+        )
 
     def _give_up(self, work: str, roles: list[str], why: str) -> None:
-        """What is half-written holds space that the next save needs; and the leader must not wait for a part that will not come. All of it is this driver's own."""
+        """What is half-written holds space that the next save needs; and the leader must not wait for a part that will
+        not come. All of it is this driver's own.
+        """
         try:
             for left in [work] if self.leads else [f"{work}/{role}" for role in roles]:
                 self.store.remove(left)
             if not self.leads:
-                self.store.write(f"{work}/{roles[0]}/{PART}", json.dumps({"driver": self.driver, "error": why}).encode())
+                self.store.write(
+                    f"{work}/{roles[0]}/{PART}", json.dumps({"driver": self.driver, "error": why}).encode(),
+                )
         except OSError as error:
             print(f"checkpoint: {self.store.url(work)} could not be removed: {error}", flush=True)
 
     @contextmanager
     def publishing(self, name: str, telling: str) -> Iterator[Path]:
-        """The leader's first rank: as the store's, for a writer who is not fenced when the block begins, and whenever it publishes. Raises Fenced."""
+        """The leader's first rank: as the store's, for a writer who is not fenced when the block begins, and whenever
+        it publishes. Raises Fenced.
+        """
         self.fenced.check()
         earlier = self.fenced.earlier()
         for left in self.store.names():
@@ -311,7 +345,9 @@ class Saver:
         if room is None:
             return f"{where} is remote"
         left = f"{room[0] / 2**30:.1f} GiB free of {room[1] / 2**30:.1f}"
-        return f"{where} has {left}" if room[0] > room[1] / 50 else f"{where} is full ({left}): free space, lower spec.checkpoint.keep or use a larger volume"
+        if room[0] > room[1] / 50:
+            return f"{where} has {left}"
+        return f"{where} is full ({left}): free space, lower spec.checkpoint.keep or use a larger volume"
 
     def restore(self, model: dict[str, Any], roles: Roles) -> Restored:
         """The newest whole checkpoint into `roles`, the same in every group.
@@ -333,7 +369,8 @@ class Saver:
                 return Restored(state, passed_over, self.store.url(name))
             passed_over.append(f"checkpoint {self.store.url(name)} is damaged ({faults[0]}) and was passed over")
         if passed_over:
-            raise BadData(f"{'; '.join(passed_over)}; no whole one is left: set spec.checkpoint.path to an empty directory to start anew")
+            raise BadData(f"{'; '.join(passed_over)}; no whole one is left: set spec.checkpoint.path to an empty "
+                "directory to start anew")
         self._agreed(partial(persevering, partial(self._resume, "")))
         return Restored(None, [])
 
@@ -410,7 +447,8 @@ class Saver:
     def _require(self, name: str, state: RunState, model: dict[str, Any]) -> None:
         if differ := [key for key in model if state.model.get(key) != model[key]]:
             told = ", ".join(f"{key} {state.model.get(key)!r} there, {model[key]!r} here" for key in differ)
-            raise BadData(f"checkpoint {self.store.url(name)} is of another model ({told}): set spec.checkpoint.path to an empty directory, or spec.model to that model")
+            raise BadData(f"checkpoint {self.store.url(name)} is of another model ({told}): set spec.checkpoint.path "
+                "to an empty directory, or spec.model to that model")
 
     def _load(self, name: str, roles: Roles) -> None:
         for role, (module, optimizer) in roles.items():
@@ -449,7 +487,9 @@ class Saver:
 
 def whole(store: Store) -> list[str]:
     """Names of the finished checkpoints, whoever made them, oldest first."""
-    found = [(int(match[1]), name) for name in store.names() if (match := NAME.fullmatch(name)) and RUN in store.names(name)]
+    found = [
+        (int(match[1]), name) for name in store.names() if (match := NAME.fullmatch(name)) and RUN in store.names(name)
+    ]
     return [name for _, name in sorted(found)]
 
 
@@ -537,7 +577,8 @@ class SummingFiles(FileSystem):
         with super().create_stream(path, mode) as stream:
             summed = _Summed(stream)
             yield summed
-        self.sums[os.fspath(path).rpartition("/")[2].removesuffix(".tmp")] = [summed.size, summed.crc]  # DCP renames its own when they are whole
+        # DCP renames its own when they are whole
+        self.sums[os.fspath(path).rpartition("/")[2].removesuffix(".tmp")] = [summed.size, summed.crc]
 
 
 class _Summed:

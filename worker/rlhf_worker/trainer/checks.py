@@ -1,8 +1,8 @@
-"""What a run needs, tried by name on every trainer rank before anything heavy is loaded: an import of torch and a process group are all there is.
+"""What a run needs, tried by name on every trainer rank before anything heavy is loaded: an import of torch and a
+process group are all there is.
 
-What only another spec can mend raises BadSpec; what may pass, such as memory that a predecessor still holds, raises PreflightFailed, and
-the driver is started again.
-"""
+What only another spec can mend raises BadSpec; what may pass, such as memory that a predecessor still holds, raises
+PreflightFailed, and the driver is started again. """
 
 import os
 import pickle
@@ -55,11 +55,13 @@ def _devices(rank: "Trainer") -> None:
     if rank.device.type == "cpu":
         return
     if not torch.cuda.is_available():
-        raise PreflightFailed("torch sees no GPU in a trainer pod: is the device plugin there, and does spec.placement.resourceName name a GPU?")
+        raise PreflightFailed("torch sees no GPU in a trainer pod: is the device plugin there, and does "
+            "spec.placement.resourceName name a GPU?")
     seen: list[Any] = [None] * rank.world
     dist.all_gather_object(seen, str(torch.cuda.get_device_properties(0).uuid))
     if len(set(seen)) < rank.world:
-        raise PreflightFailed(f"{rank.world} trainer ranks see {len(set(seen))} GPUs ({', '.join(sorted(set(seen)))}): the device plugin gives one GPU out twice")
+        raise PreflightFailed(f"{rank.world} trainer ranks see {len(set(seen))} GPUs "
+            f"({', '.join(sorted(set(seen)))}): the device plugin gives one GPU out twice")
 
 
 def _shared_memory(rank: "Trainer") -> None:
@@ -70,7 +72,8 @@ def _shared_memory(rank: "Trainer") -> None:
 def check_shared_memory(size: int, device: str, world: int) -> None:
     """size: of /dev/shm, bytes. Whether NCCL really comes by with it, the next check tries. Raises PreflightFailed."""
     if world > 1 and size < (need := SHM_BYTES[device] * world):
-        raise PreflightFailed(f"/dev/shm has {size >> 20} MiB, {need >> 20} MiB are needed: mount an emptyDir with medium Memory there (pods.trainer.volumes), or raise its sizeLimit")
+        raise PreflightFailed(f"/dev/shm has {size >> 20} MiB, {need >> 20} MiB are needed: mount an emptyDir with "
+            "medium Memory there (pods.trainer.volumes), or raise its sizeLimit")
 
 
 def _reduce(rank: "Trainer") -> None:
@@ -84,15 +87,19 @@ def _reduce(rank: "Trainer") -> None:
     end = time.monotonic() + REDUCE_SECONDS
     while not work.is_completed():
         if time.monotonic() > end:
-            raise PreflightFailed(f"an all-reduce over {rank.world} trainer ranks did not end in {REDUCE_SECONDS:g} s: look at NCCL_SOCKET_IFNAME, NCCL_IB_DISABLE and the network between the pods (NCCL_DEBUG=INFO in pods.trainer.env tells)")
+            raise PreflightFailed(f"an all-reduce over {rank.world} trainer ranks did not end in {REDUCE_SECONDS:g} "
+                "s: look at NCCL_SOCKET_IFNAME, NCCL_IB_DISABLE and the network between the pods "
+                "(NCCL_DEBUG=INFO in pods.trainer.env tells)")
         time.sleep(0.01)
     work.wait(timedelta(seconds=REDUCE_SECONDS))
     if value.sum().item() != rank.world * value.numel():
-        raise PreflightFailed(f"an all-reduce over {rank.world} trainer ranks gave a wrong sum: a GPU or a link is faulty")
+        raise PreflightFailed(f"an all-reduce over {rank.world} trainer ranks gave a wrong sum: a GPU or a link is "
+            "faulty")
 
 
 # Runs in a fresh process beside the rank, as the engine's worker will.
-OPEN_HANDLE = "import pickle, sys; rebuild, args = pickle.load(sys.stdin.buffer); assert rebuild(*args).sum().item() == 42.0"
+OPEN_HANDLE = ("import pickle, sys; rebuild, args = pickle.load(sys.stdin.buffer); assert rebuild(*args).sum().item() "
+    "== 42.0")
 
 
 def _shared_gpu(rank: "Trainer") -> None:
@@ -104,9 +111,13 @@ def _shared_gpu(rank: "Trainer") -> None:
         return
     value = torch.full((42,), 1.0, device=rank.device)
     handle = pickle.dumps(reduce_tensor(value))  # type: ignore[no-untyped-call]
-    done = subprocess.run([sys.executable, "-c", OPEN_HANDLE], input=handle, capture_output=True, timeout=REDUCE_SECONDS * 2, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN_HANDLE], input=handle, capture_output=True, timeout=REDUCE_SECONDS * 2, check=False,
+    )
     if done.returncode:
-        raise PreflightFailed(f"another process cannot open this GPU's memory by CUDA IPC ({done.stderr.decode().strip().splitlines()[-1:]}): set spec.weightSync.backend to vllm-ipc after mending it, or placement.mode to Separated")
+        raise PreflightFailed("another process cannot open this GPU's memory by CUDA IPC "
+            f"({done.stderr.decode().strip().splitlines()[-1:]}): set spec.weightSync.backend to vllm-ipc after "
+            "mending it, or placement.mode to Separated")
 
 
 def _beside_engine(rank: "Trainer") -> bool:
@@ -233,12 +244,14 @@ def _checkpoint(rank: "Trainer") -> None:
     if told[1]:
         raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) cannot be written: {told[1]}")
     if name not in rank.store.names() or rank.store.read(name).decode() != told[0]:
-        raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) is another directory in each trainer pod: mount a volume that they share (pods.trainer.volumes)")
+        raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) is another directory in each trainer pod: "
+            "mount a volume that they share (pods.trainer.volumes)")
     saved = [role for role in rank.names if role in _trained_whole(rank.config)]
     need = sum(SAVED_BYTES * parameters(rank.config.roles[role], model_field(role)) for role in saved)
     room = rank.store.room()
     if room and room[0] < need:
-        raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) has {room[0] / GIB:.1f} GiB free, a checkpoint takes {need / GIB:.1f}: free space, lower spec.checkpoint.keep or use a larger volume")
+        raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) has {room[0] / GIB:.1f} GiB free, a "
+            f"checkpoint takes {need / GIB:.1f}: free space, lower spec.checkpoint.keep or use a larger volume")
 
 
 def _tokenizer(rank: "Trainer") -> None:

@@ -1,4 +1,5 @@
-"""Context parallelism: the positions of one packed batch over several ranks, for sequences whose activations one GPU cannot hold.
+"""Context parallelism: the positions of one packed batch over several ranks, for sequences whose activations one GPU
+cannot hold.
 
 A rank computes its run of positions through every layer, and in attention all positions for its share of the heads
 (DeepSpeed-Ulysses, arXiv:2309.14509). torch's DTensor moves the data, and the gradients back.
@@ -95,7 +96,8 @@ def by_positions(cp_mesh: DeviceMesh, made: Tensor) -> Tensor:
 def read_at(
     cp_mesh: DeviceMesh, read: Callable[..., Tensor], hidden: Tensor, where: Tensor, *targets: Tensor
 ) -> Tensor:
-    """`read(hidden[where], *targets)` of the whole batch, (..., N), on every rank; each reads at its own positions of hidden (T/c, H).
+    """`read(hidden[where], *targets)` of the whole batch, (..., N), on every rank; each reads at its own positions of
+    hidden (T/c, H).
 
     Every rank's loss has the same gradient then, and passes on that of its own positions.
     """

@@ -121,15 +121,21 @@ class Fence:
     def _line(self) -> list[Turn]:
         numbers, until = self._listed()
         if until != self._past[0]:
-            self._past = until, self._parsed(_past(until), lambda found: [Turn(**turn) for turn in found]) if until else []
+            self._past = until, self._parsed(
+                _past(until), lambda found: [Turn(**turn) for turn in found]
+            ) if until else []
         turns = {turn.number: turn for turn in self._past[1]}
         found = [self._said.get(number) or self._read(number) for number in numbers]
         self._said = {turn.number: turn for turn in found[:-1] if turn.resumed is not None}
-        told = (turn for turn in found if turn.number > until or (turn.number in turns and turns[turn.number].mark == turn.mark))
+        told = (
+            turn for turn in found
+            if turn.number > until or (turn.number in turns and turns[turn.number].mark == turn.mark)
+        )
         return [turn for _, turn in sorted((turns | {turn.number: turn for turn in told}).items())]
 
     def _settled(self, look: Callable[[], T]) -> T:
-        """A look at files of which none is removed between their listing and their reading. Raises FileNotFoundError."""
+        """A look at files of which none is removed between their listing and their reading. Raises FileNotFoundError.
+        """
         end = time.monotonic() + STALE_SECONDS
         while True:
             try:
@@ -211,7 +217,9 @@ class Fence:
         return [turn for turn in line if turn.mark == self.writer.mark][-1]
 
     def _listed(self) -> tuple[list[int], int]:
-        """Numbers of the turns that have files of their own; and up to which number the others are in one, 0 where there is none."""
+        """Numbers of the turns that have files of their own; and up to which number the others are in one, 0 where
+        there is none.
+        """
         names = self.store.names(DIRECTORY)
         numbers = sorted(int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdigit())
         return numbers, max((int(match[1]) for name in names if (match := PAST.fullmatch(name))), default=0)

@@ -45,7 +45,9 @@ LOGITS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 class RoleModule(nn.Module):
-    """A model of transformers under a head of ours. The root of FSDP, so that the head's weights are whole in `forward`."""
+    """A model of transformers under a head of ours. The root of FSDP, so that the head's weights are whole in
+    `forward`.
+    """
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__()
@@ -77,9 +79,12 @@ class RoleModule(nn.Module):
         return hidden.float().T, torch.zeros_like(token_ids)
 
     def forward(
-        self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int, where: Tensor, *targets: Tensor
+        self, token_ids: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_length: int, where: Tensor,
+        *targets: Tensor
     ) -> Tensor:  # fmt: skip
-        """token_ids, position_ids (T,); cu_seqlens (S + 1,); where (N,): the positions that are read; targets (N,) each -> what `read` makes of them."""
+        """token_ids, position_ids (T,); cu_seqlens (S + 1,); where (N,): the positions that are read; targets (N,) each
+        -> what `read` makes of them.
+        """
         if self.cp_mesh is None:
             return self.read(self._hidden(token_ids, position_ids, cu_seqlens, max_length)[where], *targets)
         inputs = own_positions(self.cp_mesh, token_ids, position_ids, cu_seqlens)
@@ -157,7 +162,9 @@ def _entropy(logits: Tensor) -> Tensor:
 
 
 class ScalarModule(RoleModule):
-    """Tokens in, one number a position out: the critic's value of the state before the next token, or a reward model's score."""
+    """Tokens in, one number a position out: the critic's value of the state before the next token, or a reward model's
+    score.
+    """
 
     def __init__(self, lm: PreTrainedModel, head: nn.Linear) -> None:
         super().__init__(lm)
@@ -172,7 +179,8 @@ class ScalarModule(RoleModule):
 def load_policy(
     spec: ModelSpec, temperature: float, trainer: TrainerSpec, field: str = "spec.model.path", *, whole: bool = True
 ) -> PolicyModule:
-    """The checkpoint in float32 on the CPU, with the spec's adapters; if not `whole`, memory of its shape that is never written and so takes none.
+    """The checkpoint in float32 on the CPU, with the spec's adapters; if not `whole`, memory of its shape that is never
+    written and so takes none.
 
     Raises BadSpec, which names `field`.
     """
@@ -183,7 +191,9 @@ def load_policy(
 
 
 def load_critic(spec: ModelSpec, trainer: TrainerSpec, field: str, *, whole: bool = True) -> ScalarModule:
-    """The backbone of the checkpoint under a value head of zeros: before the first update every value is 0. Raises BadSpec."""
+    """The backbone of the checkpoint under a value head of zeros: before the first update every value is 0. Raises
+    BadSpec.
+    """
     lm = _pretrained(AutoModel, spec, trainer, field, whole)
     head = nn.Linear(lm.config.hidden_size, 1, bias=False)
     nn.init.zeros_(head.weight)
@@ -191,7 +201,8 @@ def load_critic(spec: ModelSpec, trainer: TrainerSpec, field: str, *, whole: boo
 
 
 def load_reward(spec: ModelSpec, trainer: TrainerSpec, field: str, *, whole: bool = True) -> ScalarModule:
-    """A sequence-classification checkpoint with one label, by transformers' name for its head, `score`. Raises BadSpec."""
+    """A sequence-classification checkpoint with one label, by transformers' name for its head, `score`. Raises BadSpec.
+    """
     lm = _pretrained(AutoModelForSequenceClassification, spec, trainer, field, whole)
     head = getattr(lm, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
@@ -250,11 +261,11 @@ def wrap_layers(module: RoleModule, trainer: TrainerSpec) -> None:
 
 
 def shard(module: RoleModule, mesh: DeviceMesh, cp_mesh: DeviceMesh | None, dtype: str) -> None:
-    """FSDP2 over `mesh`: a unit each decoder layer, the rest in the root. Products are made in `dtype`, gradients summed in float32, a scalar head is float32.
+    """FSDP2 over `mesh`: a unit each decoder layer, the rest in the root. Products are made in `dtype`, gradients
+    summed in float32, a scalar head is float32.
 
-    cp_mesh: the ranks that share this one's batches, if any. Weights of a model that is trained stay float32; those of a frozen one are kept in
-    `dtype`, which gives the same products. The first rank's weights become everyone's.
-    """
+    cp_mesh: the ranks that share this one's batches, if any. Weights of a model that is trained stay float32; those of
+    a frozen one are kept in `dtype`, which gives the same products. The first rank's weights become everyone's. """
     module.cp_mesh = cp_mesh
     first = mesh.get_local_rank() == 0
     lower = torch.bfloat16 if dtype == "bfloat16" else None
@@ -286,7 +297,9 @@ def _deal(module: nn.Module, mesh: DeviceMesh, weights: dict[str, Tensor]) -> No
 
 
 def policy_pass(module: nn.Module, batch: PackedBatch, device: torch.device) -> Tensor:
-    """Of the batch's targets at the temperature, (2, N) float32 on `device`: log probabilities and entropies; for an empty batch (2, 1) of zeros with a gradient."""
+    """Of the batch's targets at the temperature, (2, N) float32 on `device`: log probabilities and entropies; for an
+    empty batch (2, 1) of zeros with a gradient.
+    """
     where = _targets(batch)
     support = [] if batch.support is None else [batch.support[where].long().to(device)]
     made: Tensor = module(*inputs_of(batch, device), where.to(device), batch.targets[where].to(device), *support)
@@ -294,7 +307,9 @@ def policy_pass(module: nn.Module, batch: PackedBatch, device: torch.device) -> 
 
 
 def values_of(module: nn.Module, batch: PackedBatch, device: torch.device) -> Tensor:
-    """The critic's values before each of the batch's targets, (N,) float32 on `device`; for an empty batch (1,) of a zero with a gradient."""
+    """The critic's values before each of the batch's targets, (N,) float32 on `device`; for an empty batch (1,) of a
+    zero with a gradient.
+    """
     made: Tensor = module(*inputs_of(batch, device), _targets(batch).to(device))
     return made * float(batch.target_mask.any())
 
@@ -311,6 +326,8 @@ def inputs_of(batch: PackedBatch, device: torch.device) -> tuple[Tensor, Tensor,
 
 
 def _targets(batch: PackedBatch) -> Tensor:
-    """Positions (N,); the first where there is none, since every rank's pass must reach every parameter for FSDP's collectives."""
+    """Positions (N,); the first where there is none, since every rank's pass must reach every parameter for FSDP's
+    collectives.
+    """
     where = batch.target_mask.nonzero().squeeze(1)
     return where if len(where) else torch.zeros(1, dtype=torch.int64)

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class Policy(Member):
-    """Created in its bundle by `crew`; the work begins with `join`, so that a failure is the call's and not the actor's."""
+    """Created in its bundle by `crew`; the work begins with `join`, so that a failure is the call's and not the
+    actor's.
+    """
 
     def __init__(self, config: RunConfig, names: list[str], rank: int, world: int, device: str, threads: int) -> None:
         self.device = device
@@ -68,7 +70,9 @@ class Policy(Member):
     def generate(self, requests: "list[Request]", deadline_seconds: float) -> "list[Sample]":
         return self.trainer.generate(requests, deadline_seconds)
 
-    def connect(self, engines: list[ActorHandle], backend: str, address: tuple[str, int], distrusted: frozenset[str]) -> list[str]:
+    def connect(
+        self, engines: list[ActorHandle], backend: str, address: tuple[str, int], distrusted: frozenset[str],
+    ) -> list[str]:
         return self.trainer.connect(engines, backend, address, distrusted)
 
     def send(self, prove: bool) -> int:

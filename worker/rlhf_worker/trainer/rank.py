@@ -1,8 +1,9 @@
-"""One rank of a group of processes that hold roles: forward passes, loss, gradients, optimizer, weights out, checkpoints.
+"""One rank of a group of processes that hold roles: forward passes, loss, gradients, optimizer, weights out,
+checkpoints.
 
-Every public method is a collective: all ranks of the group call it at once. The trainer's own group holds every role that has no GPUs of
-its own. With trainer.offload one role at a time lies on the device, and none while engines generate.
-"""
+Every public method is a collective: all ranks of the group call it at once. The trainer's own group holds every role
+that has no GPUs of its own. With trainer.offload one role at a time lies on the device, and none while engines
+generate. """
 
 import io
 import math
@@ -51,7 +52,9 @@ def _driver() -> str:
 class Trainer:
     """`join` first, then `load`; then the rest. `names`: the roles of this group."""
 
-    def __init__(self, config: RunConfig, names: Sequence[str], rank: int, world: int, device: str, threads: int) -> None:
+    def __init__(
+        self, config: RunConfig, names: Sequence[str], rank: int, world: int, device: str, threads: int,
+    ) -> None:
         self.config = config
         self.names = [name for name in names if name != "reference" or not config.reference_in_policy]
         self.rank = rank
@@ -87,10 +90,19 @@ class Trainer:
             self._rest()
         if "policy" in self.roles:
             module = self.roles["policy"].module
-            sent = [name for name, parameter in module.named_parameters() if parameter.requires_grad or self.config.rollout.engine == "hf"]
-            self.places = [(name.removeprefix(PREFIX), module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in sent]
-            transient, layout = self.config.trainer.offload and self.device.type == "cuda", {} if self.config.model.lora else layout_of(module.lm)
-            self.source = PolicySource(self._named, getattr(torch, self.config.model.dtype), layout, transient=transient)
+            sent = [
+                name for name,
+                parameter in module.named_parameters() if parameter.requires_grad or self.config.rollout.engine == "hf"
+            ]
+            self.places = [
+                (name.removeprefix(PREFIX), module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+                for name in sent
+            ]
+            transient = self.config.trainer.offload and self.device.type == "cuda"
+            layout = {} if self.config.model.lora else layout_of(module.lm)
+            self.source = PolicySource(
+                self._named, getattr(torch, self.config.model.dtype), layout, transient=transient,
+            )
             if self.config.rollout.engine == "hf":
                 self.generator = Generator(self.config, self.rank, self.device)
         expected = [name for name in self.config.roles if name in TRAINED]
@@ -103,11 +115,14 @@ class Trainer:
     def _named(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's parameters, or its adapters, sharded."""
         self.roles["policy"].module.reshard()  # a forward pass without a backward leaves the root's whole
-        # Looked up in their modules each time: FSDP may replace the objects. Walking the modules anew would cost more than a sync.
+        # Looked up in their modules each time: FSDP may replace the objects. Walking the modules anew would cost more
+        # than a sync.
         return ((name, getattr(module, key)) for name, module, key in self.places)
 
     def _use(self, name: str, *, state: bool = False) -> Role:
-        """The role with its parameters, and with `state` its optimizer's, on the device; where memory is short, without the others."""
+        """The role with its parameters, and with `state` its optimizer's, on the device; where memory is short, without
+        the others.
+        """
         role = self.roles[name]
         if self.config.trainer.offload:
             for other in self.roles.values():
@@ -133,11 +148,16 @@ class Trainer:
 
     @torch.no_grad()
     def logprobs(self, name: str, batches: list[PackedBatch]) -> dict[int, list[float]]:
-        """Of the policy or the reference: the log probability of each completion token of each sample, by the sample's number."""
+        """Of the policy or the reference: the log probability of each completion token of each sample, by the sample's
+        number.
+        """
         bare = name not in self.roles  # a reference without weights of its own
         module = self._use("policy" if bare else name).module
         with lora.off(module) if bare else nullcontext():
-            found = {index: row for batch in batches for index, row in by_sample(batch, policy_pass(module, batch, self.device)[0]).items()}
+            found = {
+                index: row for batch in batches for index,
+                row in by_sample(batch, policy_pass(module, batch, self.device)[0]).items()
+            }
         self._rest(parameters=False)
         return found
 
@@ -145,28 +165,41 @@ class Trainer:
     def values(self, batches: list[PackedBatch]) -> dict[int, list[float]]:
         """Of the critic: the value of the state before each completion token of each sample, by the sample's number."""
         module = self._use("critic").module
-        found = {index: row for batch in batches for index, row in by_sample(batch, values_of(module, batch, self.device)).items()}
+        found = {
+            index: row for batch in batches for index,
+            row in by_sample(batch, values_of(module, batch, self.device)).items()
+        }
         self._rest(parameters=False)
         return found
 
     @torch.no_grad()
     def scores(self, name: str, prompts: Sequence[Text], completions: Sequence[str]) -> list[float]:
-        """Of a reward model, one a sample, in their order; every rank gets all samples and returns all. Raises BadSpec, RewardFailed."""
-        sequences = [self.roles[name].read(index, *pair) for index, pair in enumerate(zip(prompts, completions, strict=True))]
+        """Of a reward model, one a sample, in their order; every rank gets all samples and returns all. Raises BadSpec,
+        RewardFailed.
+        """
+        sequences = [
+            self.roles[name].read(index, *pair) for index, pair in enumerate(zip(prompts, completions, strict=True))
+        ]
         batches = dealt(sequences, self.world, self.config.trainer, padded=self.roles[name].batching.padded)[self.rank]
         with self._briefly(name) as role:
-            own = {index: value for b in batches for index, value in zip(b.indices, scores_of(role.module, b, self.device).tolist(), strict=True)}
+            own = {
+                index: value for b in batches for index,
+                value in zip(b.indices, scores_of(role.module, b, self.device).tolist(), strict=True)
+            }
         found: list[dict[int, float]] = [own] * self.world
         dist.all_gather_object(found, own)
         scores = {index: value for part in found for index, value in part.items()}
         if bad := [index for index in range(len(sequences)) if not math.isfinite(scores[index])]:
-            raise RewardFailed(f"{name}: the score of prompt {prompts[bad[0]]!r:.200}, completion {completions[bad[0]]!r:.200} is {scores[bad[0]]}")
+            raise RewardFailed(f"{name}: the score of prompt {prompts[bad[0]]!r:.200}, completion "
+                f"{completions[bad[0]]!r:.200} is {scores[bad[0]]}")
         return [scores[index] for index in range(len(sequences))]
 
     # Training.
 
     def train(self, name: str, updates: list[list[PackedBatch]]) -> dict[str, float]:
-        """This rank's micro-batches of each optimizer update. Returns means over the step, the same on every rank. Raises Diverged."""
+        """This rank's micro-batches of each optimizer update. Returns means over the step, the same on every rank.
+        Raises Diverged.
+        """
         role, spec = self._use(name), self.config.trainer
         critic = self.config.critic
         left_out = critic.warmup_steps if name == "policy" and critic else 0
@@ -191,7 +224,10 @@ class Trainer:
         self._require_finite(role, made["loss"], norm, batches)
         role.update(rate)
         self.version += role.name == "policy"
-        return {**made, "grad_norm": norm / self.world, "learning_rate": torch.tensor(rate / self.world, device=self.device)}
+        return {
+            **made, "grad_norm": norm / self.world,
+            "learning_rate": torch.tensor(rate / self.world, device=self.device),
+        }
 
     def _backward(self, role: Role, batch: PackedBatch) -> dict[str, Tensor]:
         """Gradients of one micro-batch. FSDP averages over ranks, so the loss is multiplied by their number."""
@@ -203,7 +239,10 @@ class Trainer:
             loss, metrics = policy_loss(self.config.algorithm, logprobs, entropy, columns, sequence, self.custom_loss)
         torch.autograd.backward(loss * self.world)
         # Each of the ranks that share a batch has the loss of all of it, and its metrics.
-        return {name: value.detach() / self.config.trainer.context_parallel for name, value in (metrics | {"loss": loss}).items()}
+        return {
+            name: value.detach() / self.config.trainer.context_parallel for name,
+            value in (metrics | {"loss": loss}).items()
+        }
 
     def _require_finite(self, role: Role, loss: Tensor, norm: Tensor, batches: list[PackedBatch]) -> None:
         """All ranks stop together; one file holds the batches of all, by rank."""
@@ -212,14 +251,17 @@ class Trainer:
         if not bad.item():
             return
         name, parts = f"diverged-step-{role.steps}.pt", [None] * self.world if self.rank == 0 else None
-        dist.gather_object({"role": role.name, "loss": loss.item(), "gradient_norm": norm.item(), "batches": batches}, parts)
+        dist.gather_object(
+            {"role": role.name, "loss": loss.item(), "gradient_norm": norm.item(), "batches": batches}, parts,
+        )
         if self.rank == 0:
             dump = io.BytesIO()
             torch.save(parts, dump)
             self.store.write(name, dump.getvalue())
         dist.barrier()
         raise Diverged(
-            f"the {role.name}'s loss is {loss.item():g} on rank {self.rank}, its gradient norm {norm.item():g}, in step {role.steps}: "
+            f"the {role.name}'s loss is {loss.item():g} on rank {self.rank}, its gradient norm "
+                f"{norm.item():g}, in step {role.steps}: "
             f"the batch is in {self.store.url(name)}; lower the learning rate, or look for bad rewards"
         )
 
@@ -232,7 +274,9 @@ class Trainer:
     # The policy's weights, out.
 
     def _whole(self) -> Iterator[tuple[str, Tensor]]:
-        """What transformers' model of the policy consists of, in the engine's dtype: whole parameters, and buffers that checkpoints have too."""
+        """What transformers' model of the policy consists of, in the engine's dtype: whole parameters, and buffers that
+        checkpoints have too.
+        """
         lm = self.roles["policy"].module.lm
         yield from self.source.whole()
         buffers = dict(lm.named_buffers())
@@ -249,7 +293,9 @@ class Trainer:
         assert self.generator is not None
         return self.generator.generate(requests, deadline_seconds)
 
-    def connect(self, engines: list[ActorHandle], backend: str, address: tuple[str, int], distrusted: frozenset[str]) -> list[str]:
+    def connect(
+        self, engines: list[ActorHandle], backend: str, address: tuple[str, int], distrusted: frozenset[str],
+    ) -> list[str]:
         """Open the way to the engines, in place of the one before. Returns what an administrator should know of it."""
         if self.sender is not None:
             self.sender.close()
@@ -277,7 +323,10 @@ class Trainer:
         with self._briefly("policy") as role, torch.no_grad():
             temperature, role.module.temperature = role.module.temperature, 1.0
             try:
-                return [float(x) for x in policy_pass(role.module, pack([sequence], len(token_ids))[0], self.device)[0].tolist()]
+                return [
+                    float(x)
+                    for x in policy_pass(role.module, pack([sequence], len(token_ids))[0], self.device)[0].tolist()
+                ]
             finally:
                 role.module.temperature = temperature
 
@@ -342,7 +391,9 @@ class Trainer:
 
 
 class Trained(Mapping[str, tuple[nn.Module, Optimizer]]):
-    """The trained roles of a trainer for its checkpoints: each is on the device from when it is asked for until the next one is."""
+    """The trained roles of a trainer for its checkpoints: each is on the device from when it is asked for until the
+    next one is.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer

@@ -1,4 +1,6 @@
-"""A role on one rank: its sharded model, the optimizer of one that is trained, and their way to the host's memory and back."""
+"""A role on one rank: its sharded model, the optimizer of one that is trained, and their way to the host's memory and
+back.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -25,7 +27,9 @@ Away = list[tuple[torch.UntypedStorage, Tensor]]  # emptied storages, and their 
 class Role:
     """`policy`, `critic`, `reference` or `reward:<name>`; `optimizer` is None for a frozen one."""
 
-    def __init__(self, config: RunConfig, name: str, mesh: DeviceMesh, cp_mesh: DeviceMesh | None, device: torch.device) -> None:
+    def __init__(
+        self, config: RunConfig, name: str, mesh: DeviceMesh, cp_mesh: DeviceMesh | None, device: torch.device,
+    ) -> None:
         """mesh: the role's ranks; cp_mesh: those that share this one's batches. Raises BadSpec."""
         self.name = name
         self.path = config.roles[name].path
@@ -41,7 +45,9 @@ class Role:
             spec, cuda = config.trainer, device.type == "cuda"
             groups, betas = decayed(self.module, spec.weight_decay), (spec.adam_beta1, spec.adam_beta2)
             self.optimizer = AdamW(groups, betas=betas, eps=spec.adam_epsilon, fused=cuda)
-        self.tokenizer: Any = load_tokenizer(config.roles[name], model_field(name)) if name.startswith("reward:") else None
+        self.tokenizer: Any = load_tokenizer(
+            config.roles[name], model_field(name),
+        ) if name.startswith("reward:") else None
         self.steps = 0  # steps of the run in which it was trained, or was left out of
         self._away: Away = []
         self._state_away: Away = []
@@ -50,12 +56,15 @@ class Role:
         """A sample as this reward model reads it: by its chat template, if it has one. Raises BadSpec, RewardFailed."""
         if self.tokenizer.chat_template:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            text = self.tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": completion}], tokenize=False)
+            text = self.tokenizer.apply_chat_template(
+                [*messages, {"role": "assistant", "content": completion}], tokenize=False,
+            )
             tokens = self.tokenizer.encode(text, add_special_tokens=False)
         elif isinstance(prompt, str):
             tokens = self.tokenizer.encode(prompt + completion)
         else:
-            raise BadSpec(f"{self.name}: prompts are chat messages, but the tokenizer of {self.path} has no chat template: add one to it")
+            raise BadSpec(f"{self.name}: prompts are chat messages, but the tokenizer of {self.path} has no chat "
+                "template: add one to it")
         limit = context_length(self.module.lm.config)
         if limit and len(tokens) > limit:
             raise RewardFailed(
@@ -90,7 +99,9 @@ class Role:
             _to_device(self._state_away)
 
     def put_away(self, *, parameters: bool = True) -> None:
-        """The optimizer's state, and the parameters, to the host. What refers to them, such as a weight sync's views, is good again after `fetch`."""
+        """The optimizer's state, and the parameters, to the host. What refers to them, such as a weight sync's views,
+        is good again after `fetch`.
+        """
         if self.optimizer is not None:
             self._state_away += _to_host(value for state in self.optimizer.state.values() for value in state.values())
         if parameters:
@@ -146,7 +157,9 @@ def _storages(tensors: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
 
 
 def _to_host(tensors: Iterable[Any]) -> Away:
-    """Empties storages in place, so that every tensor over them stays. The host's own in shared memory, where engines read them, stay."""
+    """Empties storages in place, so that every tensor over them stays. The host's own in shared memory, where engines
+    read them, stay.
+    """
     away: Away = []
     for storage in _storages(tensors):
         if storage.nbytes() and (storage.device.type == "cuda" or not storage.is_shared()):

@@ -22,7 +22,9 @@ IPC_BUFFER_BYTES = 512 << 20  # that vLLM's ipc backend stages on a GPU, or its 
 
 
 def choose(config: RunConfig, device: str, *, one_node: bool) -> str:
-    """device: "cuda" or "cpu". one_node: every role sees the same node's memory. Raises BadSpec for a wish that cannot be met."""
+    """device: "cuda" or "cpu". one_node: every role sees the same node's memory. Raises BadSpec for a wish that cannot
+    be met.
+    """
     if config.model.lora is not None:
         return ADAPTER
     wish = config.weight_sync.backend
@@ -31,7 +33,8 @@ def choose(config: RunConfig, device: str, *, one_node: bool) -> str:
         return able[0]
     if wish not in able:
         where = f"{config.placement.mode.value} on {device}, {'one node' if one_node else 'several nodes'}"
-        raise BadSpec(f"spec.weightSync.backend is {wish}, but the run is {where}: use auto, or one of {', '.join(able)}")
+        raise BadSpec(f"spec.weightSync.backend is {wish}, but the run is {where}: use auto, or one of "
+            f"{', '.join(able)}")
     return wish
 
 
@@ -50,14 +53,18 @@ def engine_backend(backend: str) -> str:
 
 
 def trainer_info(
-    backend: str, rank: int, address: tuple[str, int], config: RunConfig, engines: int, source: "PolicySource", distrusted: frozenset[str]
+    backend: str, rank: int, address: tuple[str, int], config: RunConfig, engines: int, source: "PolicySource",
+    distrusted: frozenset[str]
 ) -> "TrainerInitInfo":
     """Of this trainer rank. Raises BadSpec for a backend whose packages are missing."""
     ranks, deadline = config.rollout.tensor_parallel_size, config.weight_sync.deadline_seconds
     if backend in PLANNED:
         from rlhf_worker.weights.sender import PlannedTrainerInitInfo
 
-        return PlannedTrainerInitInfo(backend, address, len(config.placement.trainer_slots), rank=rank, deadline_seconds=deadline, distrusted=distrusted)
+        return PlannedTrainerInitInfo(
+            backend, address, len(config.placement.trainer_slots), rank=rank, deadline_seconds=deadline,
+            distrusted=distrusted,
+        )
     if backend == "vllm-ipc":
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
@@ -66,7 +73,9 @@ def trainer_info(
     if backend == "vllm-nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        return NCCLTrainerInitInfo(rank=rank, master_address=address[0], master_port=address[1], world_size=1 + engines * ranks, packed=True)
+        return NCCLTrainerInitInfo(
+            rank=rank, master_address=address[0], master_port=address[1], world_size=1 + engines * ranks, packed=True,
+        )
     return _sharded_rdt(rank, engines, ranks, deadline)
 
 
@@ -74,7 +83,8 @@ class Sender:
     """A trainer rank's end. Rank 0 talks to the engines."""
 
     def __init__(
-        self, config: RunConfig, source: "PolicySource", rank: int, engines: list["ActorHandle"], backend: str, address: tuple[str, int],
+        self, config: RunConfig, source: "PolicySource", rank: int, engines: list["ActorHandle"], backend: str,
+        address: tuple[str, int],
         distrusted: frozenset[str],
     ) -> None:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
@@ -112,7 +122,8 @@ class AdapterSender:
     """A trainer rank's end where only adapters are trained. They are small: rank 0 hands them whole to every engine."""
 
     def __init__(self, config: RunConfig, client: "EnginesClient", source: "PolicySource", rank: int) -> None:
-        self.model, self.engine_ranks, self.client, self.source, self.rank = config.model, config.rollout.tensor_parallel_size, client, source, rank
+        self.model, self.engine_ranks = config.model, config.rollout.tensor_parallel_size
+        self.client, self.source, self.rank = client, source, rank
 
     def send_weights(self, version: int) -> None:
         from rlhf_worker.lora import files
@@ -122,13 +133,20 @@ class AdapterSender:
             self.client.load_adapter(version, files(self.model, weights))
 
     def checksums(self) -> list[dict[str, int]]:
-        """All of it is rank 0's share, and every tensor-parallel rank is given all of it. vLLM multiplies B by the adapters' scale as it loads it."""
+        """All of it is rank 0's share, and every tensor-parallel rank is given all of it. vLLM multiplies B by the
+        adapters' scale as it loads it.
+        """
         from rlhf_worker.lora import NAME
         from rlhf_worker.weights.checksum import whole
 
         assert self.model.lora is not None
         factors = {"A": 1.0, "B": self.model.lora.alpha / self.model.lora.rank}
-        own = {name.replace(f".{NAME}.", "."): 0 if self.rank else int(whole(tensor * factors[name.split(".")[-3][-1]])) for name, tensor in self.source}
+        own = {
+            name.replace(f".{NAME}.", "."): 0 if self.rank else int(
+                whole(tensor * factors[name.split(".")[-3][-1]])
+            ) for name,
+            tensor in self.source
+        }
         return [own] * self.engine_ranks
 
     def shutdown(self) -> None:
@@ -141,20 +159,26 @@ def describe(plans: Sequence[RankPlan]) -> list[str]:
     for plan in plans:
         for name, why in plan.reload.items():
             reasons.setdefault(why, []).append(name)
-    lines = [f"{len(set(names))} tensors go through load_weights, such as {names[0]}: {why}" for why, names in reasons.items()]
+    lines = [
+        f"{len(set(names))} tensors go through load_weights, such as {names[0]}: {why}" for why,
+        names in reasons.items()
+    ]
     kept = sorted({name for plan in plans for name in plan.kept})
-    return lines + ([f"{len(kept)} parameters stay as vLLM loaded them, such as {kept[0]}: the trainer has no tensor for them"] if kept else [])
+    return lines + ([f"{len(kept)} parameters stay as vLLM loaded them, such as {kept[0]}: the trainer has no tensor "
+        "for them"] if kept else [])
 
 
 def _sharded_rdt(rank: int, engines: int, ranks: int, deadline: float) -> "TrainerInitInfo":
     from importlib.util import find_spec
 
     if find_spec("nixl") is None:
-        raise BadSpec("spec.weightSync.backend is sharded_rdt, which needs the package nixl in spec.image: add it, or use auto")
+        raise BadSpec("spec.weightSync.backend is sharded_rdt, which needs the package nixl in spec.image: add it, or "
+            "use auto")
     import ray
     from vllm.distributed.weight_transfer.sharded_rdt_trainer import ShardedRDTTrainerInitInfo
 
     return ShardedRDTTrainerInitInfo(
-        rank=rank, num_consumers=engines * ranks, workers_per_replica=ranks, trainer_actor_namespace=ray.get_runtime_context().namespace,
+        rank=rank, num_consumers=engines * ranks, workers_per_replica=ranks,
+        trainer_actor_namespace=ray.get_runtime_context().namespace,
         stall_timeout_s=deadline,
     )

@@ -2,11 +2,10 @@
 
     sum over elements i of bits(x_i) * w(i), modulo 2^64
 
-bits: the element's own bits as a signed integer; w: an odd 64-bit multiplier mixed from the element's place in the parameter. Any change
-of a single element changes the sum (an odd w has an inverse); elements in other places, or two exchanged, change it but for chance. The
-sum over a parameter is the sum over its parts, so each trainer rank adds up its own rows and nobody gathers anything. Zeros add nothing,
-which is what padding holds.
-"""
+bits: the element's own bits as a signed integer; w: an odd 64-bit multiplier mixed from the element's place in the
+parameter. Any change of a single element changes the sum (an odd w has an inverse); elements in other places, or two
+exchanged, change it but for chance. The sum over a parameter is the sum over its parts, so each trainer rank adds up
+its own rows and nobody gathers anything. Zeros add nothing, which is what padding holds. """
 
 import torch
 from torch import Tensor
@@ -21,7 +20,9 @@ MIX = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9)  # odd constants, as in splitmix6
 
 
 def add(total: Tensor, held: Tensor, move: Move, dtype: torch.dtype) -> None:
-    """Add to `total` (an int64 scalar on `held`'s device) the elements that `move` takes from `held` and puts into a parameter of `dtype`."""
+    """Add to `total` (an int64 scalar on `held`'s device) the elements that `move` takes from `held` and puts into a
+    parameter of `dtype`.
+    """
     for part in move.chunks(CHUNK):
         values = placed(held, part.take).to(dtype).contiguous()
         bits = values.view(INTEGER[values.element_size()]).to(torch.int64)

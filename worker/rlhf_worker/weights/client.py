@@ -36,20 +36,26 @@ class EnginesClient:
         try:
             return list(ray.get(calls, timeout=max(0.0, self._end - time.monotonic())))
         except ray.exceptions.GetTimeoutError:
-            raise DeadlineExceeded(f"weight sync: {method} took longer than spec.weightSync.deadlineSeconds ({self.deadline_seconds:g} s)") from None
+            raise DeadlineExceeded(f"weight sync: {method} took longer than spec.weightSync.deadlineSeconds "
+                f"({self.deadline_seconds:g} s)") from None
 
     # The planned backend.
 
     def plans(self, metas: bytes, distrusted: frozenset[str]) -> list[RankPlan]:
         """Of each tensor-parallel rank, the same in every engine. Raises RuntimeError when engines differ."""
-        found: list[list[RankPlan]] = [[pickle.loads(plan) for plan in plans] for plans in self._all("weight_plan", metas, distrusted)]
+        found: list[list[RankPlan]] = [
+            [pickle.loads(plan) for plan in plans] for plans in self._all("weight_plan", metas, distrusted)
+        ]
         for index, plans in enumerate(found[1:], 1):
             if plans != found[0]:
                 raise RuntimeError(f"weight sync: engine {index} lays its parameters out in another way than engine 0")
         return found[0]
 
     def begin_connect(self, terms: bytes) -> list[Any]:
-        return [engine.init_weight_transfer.remote({"terms": terms, "engine": index}) for index, engine in enumerate(self.engines)]
+        return [
+            engine.init_weight_transfer.remote({"terms": terms, "engine": index}) for index,
+            engine in enumerate(self.engines)
+        ]
 
     def end_connect(self, calls: list[Any]) -> None:
         self._wait("init_weight_transfer", calls)
@@ -67,11 +73,15 @@ class EnginesClient:
     # vLLM's protocol, for its own backends.
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        calls = [engine.init_weight_transfer.remote(self._of(init_info, index)) for index, engine in enumerate(self.engines)]
+        calls = [
+            engine.init_weight_transfer.remote(self._of(init_info, index)) for index, engine in enumerate(self.engines)
+        ]
         self._wait("init_weight_transfer", calls)
 
     def _of(self, init_info: dict[str, Any], index: int) -> dict[str, Any]:
-        """nccl: rank 0 is the trainer, and engine e's workers follow in order. sharded_rdt: which of how many engines. ipc has no ranks."""
+        """nccl: rank 0 is the trainer, and engine e's workers follow in order. sharded_rdt: which of how many engines.
+        ipc has no ranks.
+        """
         if "rank_offset" in init_info:
             return {**init_info, "rank_offset": 1 + index * self.ranks_per_engine}
         if "trainer_actor_names" in init_info:

@@ -9,7 +9,9 @@ Sums = Mapping[str, int]  # of each parameter, by vLLM's names
 
 @dataclass(frozen=True, slots=True)
 class EngineSums:
-    """Of one engine rank. indirect: parameters that the model computes with only after packing or load_weights, which sums do not see."""
+    """Of one engine rank. indirect: parameters that the model computes with only after packing or load_weights, which
+    sums do not see.
+    """
 
     sums: Sums
     indirect: int
@@ -23,7 +25,9 @@ class Compared:
 
 
 def compare(trainer: Sequence[Sequence[Sums]], engines: Sequence[Sequence[EngineSums]]) -> Compared:
-    """trainer: [trainer rank][tensor-parallel rank], each the share of the rows that it holds; engines: [engine][tensor-parallel rank]."""
+    """trainer: [trainer rank][tensor-parallel rank], each the share of the rows that it holds; engines:
+    [engine][tensor-parallel rank].
+    """
     expected = [_added(shares) for shares in zip(*trainer, strict=True)]
     wrong, equal, indirect = dict[tuple[int, int], list[str]](), 0, 0
     for index, ranks in enumerate(engines):

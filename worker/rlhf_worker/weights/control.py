@@ -1,8 +1,9 @@
-"""The short way from trainer rank 0 to every other rank of a sync: an order out, an answer back, on a connection that stays open.
+"""The short way from trainer rank 0 to every other rank of a sync: an order out, an answer back, on a connection that
+stays open.
 
-A call through Ray, the engine's actor and vLLM's queues takes 3 to 5 ms, as long as the weights of a small model (docs/benchmarks.md). It
-opens the connection; what is asked at every sync travels here. A connection that ends tells at once that the other end is gone.
-"""
+A call through Ray, the engine's actor and vLLM's queues takes 3 to 5 ms, as long as the weights of a small model
+(docs/benchmarks.md). It opens the connection; what is asked at every sync travels here. A connection that ends tells at
+once that the other end is gone. """
 
 import hmac
 import pickle
@@ -46,7 +47,8 @@ class Hub:
         self._server.settimeout(LOOK_SECONDS)
         while len(self._members) < count and not failed():
             if time.monotonic() > end:
-                raise DeadlineExceeded(f"weight sync: {len(self._members)} of {count} ranks joined within {deadline_seconds:g} s")
+                raise DeadlineExceeded(f"weight sync: {len(self._members)} of {count} ranks joined within "
+                    f"{deadline_seconds:g} s")
             try:
                 accepted, _ = self._server.accept()
             except TimeoutError:
@@ -55,7 +57,9 @@ class Hub:
 
     def _admit(self, connection: Connection) -> None:
         try:
-            token, number = (connection.recv_bytes(64) for _ in range(2)) if connection.poll(LOOK_SECONDS) else (b"", b"")
+            token, number = (
+                connection.recv_bytes(64) for _ in range(2)
+            ) if connection.poll(LOOK_SECONDS) else (b"", b"")
         except (EOFError, OSError):
             token, number = b"", b""
         if hmac.compare_digest(token, self.meeting.token):
@@ -91,11 +95,14 @@ class Hub:
         return self._failure is not None
 
     def finish(self, deadline_seconds: float) -> None:
-        """Until every member has answered. Raises what the first that failed raised, LinkBroken when one is gone, or DeadlineExceeded."""
+        """Until every member has answered. Raises what the first that failed raised, LinkBroken when one is gone, or
+        DeadlineExceeded.
+        """
         end = time.monotonic() + deadline_seconds
         while self._pending and not self._look(max(0.0, end - time.monotonic())):
             if time.monotonic() >= end and self._pending:
-                raise DeadlineExceeded(f"weight sync: ranks {sorted(self._pending.values())} did not answer within {deadline_seconds:g} s")
+                raise DeadlineExceeded(f"weight sync: ranks {sorted(self._pending.values())} did not answer within "
+                    f"{deadline_seconds:g} s")
         if self._failure is not None:
             raise self._failure
 

@@ -1,9 +1,9 @@
 """Where every element of a sync comes from and where it goes. Pure integers: neither torch nor I/O.
 
-    recorder: Move   a slice of a checkpoint tensor -> a slice of an engine's parameter, one set an engine rank
-    joined:   Move   a slice of a trainer's parameter, in which many such tensors may lie -> the same, as few as that allows
-    pieces:   Piece  a move cut to the rows that one trainer rank holds
-    waves:    Hop    a piece from one rank of the group to another, in the order in which links carry them
+    recorder: Move   a slice of a checkpoint tensor -> a slice of an engine's parameter, one set an engine rank joined:
+    Move   a slice of a trainer's parameter, in which many such tensors may lie -> the same, as few as that allows
+    pieces:   Piece  a move cut to the rows that one trainer rank holds waves:    Hop    a piece from one rank of the
+    group to another, in the order in which links carry them
 
 Ranks of the group: the trainer's first, then every engine's tensor-parallel ranks, engine by engine.
 """
@@ -15,7 +15,8 @@ from math import inf, prod
 
 Extent = tuple[int, int]  # flat elements [start, stop) of a whole tensor
 Shards = Mapping[str, Extent]  # what one trainer rank holds, by parameter of the trainer
-Places = Mapping[str, tuple[str, int]]  # by checkpoint tensor: the trainer's parameter in which it lies, and its first element there
+# by checkpoint tensor: the trainer's parameter in which it lies, and its first element there
+Places = Mapping[str, tuple[str, int]]
 MOST_RUNS = 1 << 20
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4}
 
@@ -62,7 +63,9 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """`take` of the contiguous tensor `source` fills `put` of the contiguous parameter `target`; both views are of one size."""
+    """`take` of the contiguous tensor `source` fills `put` of the contiguous parameter `target`; both views are of one
+    size.
+    """
 
     source: str  # a tensor of the checkpoint; in a joined plan a parameter of the trainer
     take: View
@@ -82,12 +85,16 @@ class Move:
         return [*zip(self.take.size, self.take.stride, self.put.stride, strict=True)]
 
     def followed_by(self, other: "Move") -> "Move | None":
-        """Both as one, if `other` lies behind this one on both sides and continues or repeats it. Both are simplified and of the same two tensors."""
+        """Both as one, if `other` lies behind this one on both sides and continues or repeats it. Both are simplified
+        and of the same two tensors.
+        """
         (n, take, put), *row = self.dims
         ahead = other.take.offset - self.take.offset, other.put.offset - self.put.offset
         if other.take.offset <= self.take.last or other.put.offset <= self.put.last:
             return None
-        rows = 1 if other.dims == row else other.dims[0][0] if other.dims[0][1:] == (take, put) and other.dims[1:] == row else 0
+        rows = 1 if other.dims == row else other.dims[0][0] if other.dims[0][1:] == (
+            take, put,
+        ) and other.dims[1:] == row else 0
         if rows and ahead == (n * take, n * put):
             return self._of([(n + rows, take, put), *row])
         return self._of([(2, *ahead), *self.dims]) if other.dims == self.dims else None
@@ -139,7 +146,8 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """What one engine rank needs. A tensor named in `reload` comes whole and goes through the model's own load_weights."""
+    """What one engine rank needs. A tensor named in `reload` comes whole and goes through the model's own load_weights.
+    """
 
     moves: tuple[Move, ...]
     dtypes: Mapping[str, str]  # of the parameters that the moves fill, such as "bfloat16"
@@ -154,7 +162,8 @@ class Piece:
     rank: int
     move: Move
     itemsize: int  # bytes an element on the wire, which is as wide as the engine's parameter
-    packed: bool  # travels in one send with others of its wave: it is strided, of another type than the trainer's, or small
+    # travels in one send with others of its wave: it is strided, of another type than the trainer's, or small
+    packed: bool
 
     @property
     def nbytes(self) -> int:
@@ -177,9 +186,9 @@ def _run_length(view: View) -> int:
 
 
 def joined(plan: RankPlan, places: Places, dtypes: Mapping[str, str], small: float) -> RankPlan:
-    """The plan, of simplified moves, with the trainer's parameters for its sources. Moves that neighbour each other on both sides become one: a
-    layer's experts are a tensor each in the checkpoint, one parameter at the trainer and in the engine. dtypes, small: as for `pieces`.
-    """
+    """The plan, of simplified moves, with the trainer's parameters for its sources. Moves that neighbour each other on
+    both sides become one: a layer's experts are a tensor each in the checkpoint, one parameter at the trainer and in
+    the engine. dtypes, small: as for `pieces`. """
     groups: dict[tuple[str, str], list[Move]] = {}
     for move in plan.moves:
         source, start = places[move.source]
@@ -196,9 +205,12 @@ def _join(moves: list[Move], small: float) -> list[Move]:
     made: list[Move] = []
     for move in sorted(moves, key=lambda move: move.put.offset):
         one = made[-1].followed_by(move) if made else None
-        # What is strided must be packed. That costs nothing where the parts are packed anyway: strided themselves, of another type, or
-        # small. A large contiguous part goes from memory to memory, and becomes part of another only where that does too.
-        if one is None or not (one.contiguous or all(not part.contiguous or part.put.numel < small for part in (made[-1], move))):
+        # What is strided must be packed. That costs nothing where the parts are packed anyway: strided themselves, of
+        # another type, or small. A large contiguous part goes from memory to memory, and becomes part of another only
+        # where that does too.
+        if one is None or not (
+            one.contiguous or all(not part.contiguous or part.put.numel < small for part in (made[-1], move))
+        ):
             made.append(move)
         else:
             made[-1] = one
@@ -206,7 +218,8 @@ def _join(moves: list[Move], small: float) -> list[Move]:
 
 
 def pieces(plan: RankPlan, shards: Sequence[Shards], dtypes: Mapping[str, str], small: float = 0) -> list[Piece]:
-    """The moves of a joined plan, cut by who holds what. dtypes: the trainer's, by parameter; small: bytes below which a piece is packed.
+    """The moves of a joined plan, cut by who holds what. dtypes: the trainer's, by parameter; small: bytes below which
+    a piece is packed.
 
     Where several trainer ranks hold an element, the first gives it. Raises Incomplete.
     """
@@ -215,13 +228,17 @@ def pieces(plan: RankPlan, shards: Sequence[Shards], dtypes: Mapping[str, str], 
         reached, have, dtype = 0, 0, plan.dtypes[move.target]
         for rank, (start, stop) in _owners(move.source, shards):
             for part in move.cut(max(start, reached), stop):
-                own = Move(move.source, View(part.take.offset - start, part.take.size, part.take.stride), move.target, part.put).simplified()
+                own = Move(
+                    move.source, View(part.take.offset - start, part.take.size, part.take.stride), move.target,
+                    part.put,
+                ).simplified()
                 packed = dtypes[move.source] != dtype or not own.contiguous or own.put.numel * ITEMSIZE[dtype] < small
                 found.append(Piece(rank, own, ITEMSIZE[dtype], packed))
                 have += part.put.numel
             reached = max(reached, stop)
         if have != move.put.numel:
-            raise Incomplete(f"the trainer holds {have} of the {move.put.numel} elements of {move.source} that {move.target} needs")
+            raise Incomplete(f"the trainer holds {have} of the {move.put.numel} elements of {move.source} that "
+                f"{move.target} needs")
     return found
 
 
@@ -233,7 +250,10 @@ def unused(plans: Sequence[RankPlan], names: Sequence[str]) -> list[str]:
 
 def _owners(source: str, shards: Sequence[Shards]) -> list[tuple[int, Extent]]:
     """Ranks with a part of the tensor, by its first element."""
-    return sorted(((rank, own[source]) for rank, own in enumerate(shards) if source in own and own[source][0] < own[source][1]), key=lambda item: (item[1], item[0]))
+    return sorted(
+        ((rank, own[source]) for rank, own in enumerate(shards) if source in own and own[source][0] < own[source][1]),
+        key=lambda item: (item[1], item[0])
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,11 +289,11 @@ class Group:
 def waves(needs: Sequence[Piece], rank: int, group: Group, limit: int) -> list[list[Hop]]:
     """The order in which the links carry what tensor-parallel rank `rank` of every engine needs.
 
-    All members of the group run a wave's hops at once, and the waves one after the other. limit: bytes that a pair may pack, or pass
-    on, in one wave; what goes straight from memory to memory knows no limit. One engine: trainer ranks send to it. Several: each piece
-    leaves the trainer once, for one engine in turn, which passes it on to the others while the trainer sends the next wave (as a
-    broadcast does, without a communicator for each pair: a trainer's link carries every slice once, however many engines there are).
-    """
+    All members of the group run a wave's hops at once, and the waves one after the other. limit: bytes that a pair may
+    pack, or pass on, in one wave; what goes straight from memory to memory knows no limit. One engine: trainer ranks
+    send to it. Several: each piece leaves the trainer once, for one engine in turn, which passes it on to the others
+    while the trainer sends the next wave (as a broadcast does, without a communicator for each pair: a trainer's link
+    carries every slice once, however many engines there are). """
     made: list[list[Hop]] = []
     filled: dict[tuple[int, int], tuple[int, int]] = {}  # pair -> its wave and the bytes in it
     turn: dict[int, int] = {}

@@ -1,4 +1,6 @@
-"""vLLM's plugin entry point (`vllm.general_plugins`): makes the planned backend known in every process that vLLM starts."""
+"""vLLM's plugin entry point (`vllm.general_plugins`): makes the planned backend known in every process that vLLM
+starts.
+"""
 
 NAME = "planned"
 
@@ -10,4 +12,6 @@ def register() -> None:
     if NAME not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(NAME, "rlhf_worker.weights.receiver", "PlannedWeightTransferEngine")
     if NAME not in WeightTransferTrainerFactory._registry:
-        WeightTransferTrainerFactory.register_engine(NAME, "rlhf_worker.weights.sender", "PlannedTrainerWeightTransferEngine")
+        WeightTransferTrainerFactory.register_engine(
+            NAME, "rlhf_worker.weights.sender", "PlannedTrainerWeightTransferEngine",
+        )

@@ -1,7 +1,8 @@
-"""An engine rank's end of a sync: vLLM's weight-transfer engine `planned`. Weights land where the model computes with them.
+"""An engine rank's end of a sync: vLLM's weight-transfer engine `planned`. Weights land where the model computes with
+them.
 
-`plan_of` and `checksums` run in a vLLM worker process by its collective RPC, pickled. A sync does not take that way: a thread here waits for
-the trainer's order. Nothing computes meanwhile, because the engine is held (its actor's `pause`).
+`plan_of` and `checksums` run in a vLLM worker process by its collective RPC, pickled. A sync does not take that way: a
+thread here waits for the trainer's order. Nothing computes meanwhile, because the engine is held (its actor's `pause`).
 """
 
 import pickle
@@ -14,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from vllm.config import set_current_vllm_config
-from vllm.distributed.weight_transfer.base import ParamMeta, WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
@@ -137,7 +143,9 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
         self.held = [mapped.open_all(own, self.device, self.me - self.terms.group.trainers) for own in handles]
         direct = [piece for piece in self.needs if piece.move.target in self.recording.live]
         self.copies = ([self._put(piece) for piece in direct], [self._take(piece) for piece in direct])
-        self.parts: dict[str, list[Piece]] = {image.name: [] for images in self.recording.images.values() for image in images}
+        self.parts: dict[str, list[Piece]] = {
+            image.name: [] for images in self.recording.images.values() for image in images
+        }
         for piece in self.needs:
             if piece.move.target in self.parts:
                 self.parts[piece.move.target].append(piece)
@@ -155,12 +163,17 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
     def _read(self, proof: bool) -> None:
         copy_all(*self.copies)
         for layer, images in self.recording.images.items():
-            lend = hasattr(layer, "cpu_linear")  # experts may be computed with as they are, by a kernel that packs nothing
+            # experts may be computed with as they are, by a kernel that packs nothing
+            lend = hasattr(layer, "cpu_linear")
             self._pack(layer, {image.name: self._image(image, self.parts[image.name], lend) for image in images}, proof)
 
     def _image(self, image: Image, parts: Sequence[Piece], lend: bool) -> Tensor:
-        """A parameter as it is before it is packed: the trainer's own memory where that may be lent and has the same form, else assembled."""
-        if lend and len(parts) == 1 and parts[0].move.take.contiguous and (held := self._take(parts[0])).dtype == image.dtype and held.numel() == prod(image.shape):
+        """A parameter as it is before it is packed: the trainer's own memory where that may be lent and has the same
+        form, else assembled.
+        """
+        if lend and len(parts) == 1 and parts[0].move.take.contiguous and (
+            held := self._take(parts[0])
+        ).dtype == image.dtype and held.numel() == prod(image.shape):
             return held.view(image.shape)
         made = torch.zeros(image.shape, dtype=image.dtype)
         for part in parts:
@@ -177,7 +190,10 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
     # Memory at the other end of a link.
 
     def _receive(self, channel: wire.Channel, proof: bool) -> None:
-        made = {image.name: torch.zeros(image.shape, dtype=image.dtype) for images in self.recording.images.values() for image in images}
+        made = {
+            image.name: torch.zeros(image.shape, dtype=image.dtype) for images in self.recording.images.values()
+            for image in images
+        }
         if made or not self.waves:
             targets = {**self.recording.live, **made}
             self.waves = [self._wave(hops, self.stage[number % 2], targets) for number, hops in enumerate(self.hops)]
@@ -197,7 +213,9 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
     # What load_weights must do itself.
 
     def _reload(self) -> None:
-        """Whole tensors, one at a time, through the model's own loader; vLLM processes a layer as soon as it is complete."""
+        """Whole tensors, one at a time, through the model's own loader; vLLM processes a layer as soon as it is
+        complete.
+        """
         for layer in self.recording.reload:
             initialize_layerwise_reload(layer)
         with disable_mtp_completeness_check():
@@ -212,7 +230,10 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
         parts = self.terms.whole(meta, dtype)
         if self.channel is not None:
             hops = to_all(parts, [self.me])
-            wire.run(self.channel, [self._wave(hops, wire.make_stage([hops], self.me, self.device)[0], {meta.name: made})], self._given_up)
+            wire.run(
+                self.channel, [self._wave(hops, wire.make_stage([hops], self.me, self.device)[0], {meta.name: made})],
+                self._given_up,
+            )
             return made
         for part in parts:
             placed(made, part.move.put).copy_(self._take(part))
@@ -221,14 +242,21 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
     # Proof.
 
     def checksums(self) -> EngineSums:
-        """Of every planned parameter as it is now; of those that are packed away, as they came with the last sync that asked for proof."""
+        """Of every planned parameter as it is now; of those that are packed away, as they came with the last sync that
+        asked for proof.
+        """
         live = {name: checksum.whole(tensor) for name, tensor in self.recording.live.items()}
         own = self.recording
-        return EngineSums({**{name: int(total) for name, total in live.items()}, **self.packed_sums}, len(own.images) + len(own.repack) + len(own.plan.reload))
+        return EngineSums(
+            {**{name: int(total) for name, total in live.items()}, **self.packed_sums},
+            len(own.images) + len(own.repack) + len(own.plan.reload)
+        )
 
 
 def _process(layer: Any) -> None:
-    """vLLM's own step after loading: on CPU, the packed copy that the layer computes with. Its experts' own step packs them the first time only."""
+    """vLLM's own step after loading: on CPU, the packed copy that the layer computes with. Its experts' own step packs
+    them the first time only.
+    """
     kernel = getattr(layer.quant_method, "moe_kernel", None)
     (layer.quant_method if kernel is None else kernel.fused_experts).process_weights_after_loading(layer)
 

@@ -1,9 +1,9 @@
 """Which slice of which checkpoint tensor lands in which live parameter, learnt from the model's own `load_weights`.
 
-The model is put back, for a moment, into the form in which vLLM loads it (parameters on meta, with their loaders), and `load_weights` runs
-once over meta tensors of the checkpoint's names and shapes. Nothing is computed or moved: a dispatch mode notes each copy from a view of
-a checkpoint tensor into a view of a parameter. Fused projections, tensor-parallel slices, padding and tied embeddings need no rule here.
-"""
+The model is put back, for a moment, into the form in which vLLM loads it (parameters on meta, with their loaders), and
+`load_weights` runs once over meta tensors of the checkpoint's names and shapes. Nothing is computed or moved: a
+dispatch mode notes each copy from a view of a checkpoint tensor into a view of a parameter. Fused projections,
+tensor-parallel slices, padding and tied embeddings need no rule here. """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,8 @@ from vllm.model_executor.model_loader.reload.sanitize import restore_layer_refs
 from rlhf_worker.weights.plan import ITEMSIZE, Move, RankPlan, View, fills_once
 from rlhf_worker.weights.views import dtype_name, placed
 
-# Layers whose parameters stay as they were loaded (on GPU), or are packed from them (on CPU). Others may shuffle, quantise or swizzle.
+# Layers whose parameters stay as they were loaded (on GPU), or are packed from them (on CPU). Others may shuffle,
+# quantise or swizzle.
 PLAIN = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod", "UnquantizedFusedMoEMethod"}
 PLAIN_EXPERTS = {"TRITON", "BATCHED_TRITON", "CPU"}  # the same of the kernels that compute a layer's experts
 
@@ -73,7 +74,9 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.derived: dict[int, set[str]] = {}
         self.kept_alive: list[Tensor] = []  # a freed storage's address could come back as another's
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         tensors = [a for a in torch.utils._pytree.tree_leaves((args, kwargs or {})) if isinstance(a, Tensor)]
         target = self.targets.get(_key(tensors[0])) if tensors and func._schema.is_mutable else None
         if target is not None:
@@ -95,7 +98,9 @@ class _Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         into = tensors[0]
         if not into.numel():
             return
-        put = View(int(into.storage_offset() - target.recorded.storage_offset()), tuple(into.shape), tuple(into.stride()))
+        put = View(
+            int(into.storage_offset() - target.recorded.storage_offset()), tuple(into.shape), tuple(into.stride()),
+        )
         target.fed |= set().union(*(self._names(t) for t in tensors[1:]))
         if func is torch.ops.aten.zero_.default or (func is torch.ops.aten.fill_.Scalar and args[1] == 0):
             target.zeros.append(put)
@@ -113,7 +118,8 @@ def _key(tensor: Tensor) -> int:
 
 
 def record(model: nn.Module, metas: Sequence[ParamMeta], distrusted: frozenset[str] = frozenset()) -> Recording:
-    """The plan of this rank for checkpoint tensors of these names, types and shapes. The model is as it was when this returns.
+    """The plan of this rank for checkpoint tensors of these names, types and shapes. The model is as it was when this
+    returns.
 
     distrusted: parameters that the plan must leave to load_weights, whatever the record says.
     """
@@ -122,7 +128,10 @@ def record(model: nn.Module, metas: Sequence[ParamMeta], distrusted: frozenset[s
     weights = [(meta.name, torch.empty(meta.shape, dtype=meta.dtype, device="meta")) for meta in metas]
     with _as_loaded(live):
         parameters = _parameters(live, names)
-        targets = {_key(p): parameters[id(own[name])] for layer, own in live for name, p in layer._parameters.items() if p is not None and own[name] is not None}
+        targets = {
+            _key(p): parameters[id(own[name])] for layer, own in live for name,
+            p in layer._parameters.items() if p is not None and own[name] is not None
+        }
         mode = _Mode({_key(tensor): name for name, tensor in weights}, targets)
         failed = _load(model, weights, mode)
     for parameter in parameters.values():
@@ -147,7 +156,9 @@ def _as_loaded(live: list[tuple[nn.Module, dict[str, Any]]]) -> Iterator[None]:
 
 
 def _as_noted(noted: Tensor) -> Any:
-    """A copy on meta with the parameter's own loader: an earlier reload leaves one of vLLM's around it, which puts everything off."""
+    """A copy on meta with the parameter's own loader: an earlier reload leaves one of vLLM's around it, which puts
+    everything off.
+    """
     copy: Any = to_meta_tensor(noted)
     if hasattr(copy, "weight_loader"):
         copy.weight_loader = _get_original_loader(copy)
@@ -167,7 +178,9 @@ def _parameters(live: list[tuple[nn.Module, dict[str, Any]]], names: dict[int, s
 
 
 def _load(model: Any, weights: list[tuple[str, Tensor]], mode: _Mode) -> dict[str, str]:
-    """Run `load_weights`. Returns the tensors that it cannot take on meta, and why; those are loaded for real at each sync."""
+    """Run `load_weights`. Returns the tensors that it cannot take on meta, and why; those are loaded for real at each
+    sync.
+    """
     with disable_mtp_completeness_check(), mode:
         try:
             model.load_weights(iter(weights))
@@ -176,7 +189,10 @@ def _load(model: Any, weights: list[tuple[str, Tensor]], mode: _Mode) -> dict[st
             pass  # one tensor is to blame: find it
         for target in mode.targets.values():
             target.moves, target.zeros, target.fed, target.trouble = [], [], set(), None
-        return {name: f"{type(e).__name__}: {e}" for name, tensor in weights if (e := _load_one(model, name, tensor)) is not None}
+        return {
+            name: f"{type(e).__name__}: {e}" for name,
+            tensor in weights if (e := _load_one(model, name, tensor)) is not None
+        }
 
 
 def _load_one(model: Any, name: str, tensor: Tensor) -> Exception | None:
@@ -205,7 +221,10 @@ def _recording(parameters: list[_Parameter], layers: list[nn.Module], failed: di
         dtypes={p.name: dtype_name(p.recorded.dtype) for p in planned},
         reload=reload, kept=tuple(p.name for p in parameters if not p.fed),
     )
-    repack = [layer for layer in layers if _multiplies(layer) and layer not in images and any(layer in p.layers for p in planned if p.name in written)]
+    repack = [
+        layer for layer in layers
+        if _multiplies(layer) and layer not in images and any(layer in p.layers for p in planned if p.name in written)
+    ]
     whole = [layer for layer in layers if layer._parameters] if failed else bad
     zeros = [placed(p.live.data, put) for p in planned if p.name in written for put in p.zeros]
     return Recording(plan, written, zeros, images, repack, whole)
@@ -230,18 +249,22 @@ def _experts(layer: Any) -> str | None:
 
 
 def _trouble(p: _Parameter) -> str | None:
-    """Why the record of a parameter is not enough to write it; None when every element is proven to be filled exactly once."""
+    """Why the record of a parameter is not enough to write it; None when every element is proven to be filled exactly
+    once.
+    """
     for layer in p.layers:
         method = type(getattr(layer, "quant_method", None)).__name__
         if method not in PLAIN and method != "NoneType":
             return f"{method} may store it in another form"
         if _experts(layer) not in {None, *PLAIN_EXPERTS}:
-            return f"{_experts(layer)} may store it in another form: rollout.engineArgs.moe_backend: triton keeps it as it is"
+            return (f"{_experts(layer)} may store it in another form: rollout.engineArgs.moe_backend: triton keeps "
+                "it as it is")
     if p.trouble is not None:
         return p.trouble
     same = (p.live.shape, p.live.dtype, p.live.stride()) == (p.recorded.shape, p.recorded.dtype, p.recorded.stride())
     if not _packed_away(p) and not (same and p.live.is_contiguous()):
-        return f"it is loaded as {p.recorded.dtype} {tuple(p.recorded.shape)} and kept as {p.live.dtype} {tuple(p.live.shape)}"
+        return (f"it is loaded as {p.recorded.dtype} {tuple(p.recorded.shape)} and kept as {p.live.dtype} "
+            f"{tuple(p.live.shape)}")
     if dtype_name(p.recorded.dtype) not in ITEMSIZE:
         return f"{p.recorded.dtype} is not among {', '.join(ITEMSIZE)}"
     if any(step < 1 for move in p.moves for step in (*move.take.stride, *move.put.stride)):

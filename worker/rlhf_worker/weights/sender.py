@@ -1,4 +1,6 @@
-"""A trainer rank's end of a sync: vLLM's trainer engine `planned`. Each rank gives the rows that it holds, and gathers nothing."""
+"""A trainer rank's end of a sync: vLLM's trainer engine `planned`. Each rank gives the rows that it holds, and gathers
+nothing.
+"""
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +33,8 @@ class PlannedTrainerInitInfo(TrainerInitInfo):
     address: tuple[str, int]  # of a free port on rank 0's host
     world: int = 1  # trainer ranks, which are the default process group where there are several
     deadline_seconds: float = field(default=300.0, kw_only=True)
-    distrusted: frozenset[str] = field(default=frozenset(), kw_only=True)  # parameters whose record did not stand the test
+    # parameters whose record did not stand the test
+    distrusted: frozenset[str] = field(default=frozenset(), kw_only=True)
 
 
 class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrainerInitInfo]):
@@ -46,7 +49,9 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
     plans: list[RankPlan]  # of each tensor-parallel rank; engines of one run are alike
 
     @classmethod
-    def trainer_init(cls, init_info: PlannedTrainerInitInfo, *, client: EnginesClient, source: WeightSource | None = None) -> Self:
+    def trainer_init(
+        cls, init_info: PlannedTrainerInitInfo, *, client: EnginesClient, source: WeightSource | None = None,
+    ) -> Self:
         """Raises DeadlineExceeded when an engine does not join, and what an engine raised."""
         assert isinstance(source, PolicySource)
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
@@ -61,13 +66,18 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         metas = self.source.own_metas()
         self.plans = self._agree(lambda: self.client.plans(pickle.dumps(metas), self.info.distrusted))
         if left := unused(self.plans, [meta.name for meta in metas]):
-            raise Incomplete(f"weight sync: vLLM's load_weights takes no notice of {len(left)} of the trainer's tensors, such as {left[0]}")
+            raise Incomplete(f"weight sync: vLLM's load_weights takes no notice of {len(left)} of the trainer's "
+                f"tensors, such as {left[0]}")
         self.group = Group(self.info.world, len(self.client.engines), len(self.plans))
         extents = self._all({name: shard.extent for name, shard in self.shards.items()})
         mapping = self.info.link in ("ipc", "shm")
         handles = self._all(self._export()) if mapping else None
         control = self._agree(self._open_hub)
-        self.terms = Terms(self.info.link, metas, self.source.places(), tuple(extents), self.group, tuple(handles) if handles else None, self.source.transient, self.info.address, control, self.info.deadline_seconds)
+        self.terms = Terms(
+            self.info.link, metas, self.source.places(), tuple(extents), self.group,
+            tuple(handles) if handles else None, self.source.transient, self.info.address, control,
+            self.info.deadline_seconds,
+        )
         self.needs = [[p for p in self.terms.pieces(plan) if p.rank == self.info.rank] for plan in self.plans]
         joining = self.client.begin_connect(pickle.dumps(self.terms)) if self.is_sender else []
         if not mapping:
@@ -115,12 +125,15 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         return handles
 
     def _moved(self) -> bool:
-        """Whether parameters lie elsewhere than at the last sync: offloaded and back, or replaced. Raises RuntimeError when they are other parts."""
+        """Whether parameters lie elsewhere than at the last sync: offloaded and back, or replaced. Raises RuntimeError
+        when they are other parts.
+        """
         if self._places() == self.places:
             return False
         shards = self.source.held()
         if changed := [name for name, shard in shards.items() if shard.extent != self.shards[name].extent]:
-            raise RuntimeError(f"weight sync: this rank holds other rows of {changed[0]} than when it was connected ({len(changed)} such tensors)")
+            raise RuntimeError(f"weight sync: this rank holds other rows of {changed[0]} than when it was connected "
+                f"({len(changed)} such tensors)")
         self.shards = shards
         self.places = self._places()
         return True
@@ -147,10 +160,11 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         return placed(self.shards[piece.move.source].local, piece.move.take)
 
     def send_weights(self, *, proof: bool = False) -> None:
-        """The weights, as they are now, into every engine. On all ranks, after the last optimizer step has ended on all of them.
+        """The weights, as they are now, into every engine. On all ranks, after the last optimizer step has ended on all
+        of them.
 
-        proof: let the engines note checksums of what they pack away. Raises DeadlineExceeded, LinkBroken, or what an engine raised.
-        """
+        proof: let the engines note checksums of what they pack away. Raises DeadlineExceeded, LinkBroken, or what an
+        engine raised. """
         try:
             if self.channel is None:
                 self._let_read(proof)
@@ -204,7 +218,10 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
             receivers = [self.group.number(engine, rank) for rank in takers for engine in range(self.group.engines)]
             dtype = self.source.dtype
             hops = to_all([part for part in self.terms.whole(meta, dtype) if part.rank == self.info.rank], receivers)
-            wire.run(channel, [self._wave(hops, {meta.name: dtype}, wire.make_stage([hops], self.info.rank, self.device)[0])])
+            wire.run(
+                channel,
+                [self._wave(hops, {meta.name: dtype}, wire.make_stage([hops], self.info.rank, self.device)[0])],
+            )
 
     def checksums(self) -> list[dict[str, int]]:
         """This rank's share of what every parameter of each tensor-parallel rank must sum up to, modulo 2^64."""
@@ -213,7 +230,10 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
     def _sums(self, plan: RankPlan, own: Sequence[Piece]) -> dict[str, int]:
         totals = {target: torch.zeros((), dtype=torch.int64, device=self.device) for target in plan.dtypes}
         for piece in own:
-            checksum.add(totals[piece.move.target], self.shards[piece.move.source].local, piece.move, getattr(torch, plan.dtypes[piece.move.target]))
+            checksum.add(
+                totals[piece.move.target], self.shards[piece.move.source].local, piece.move,
+                getattr(torch, plan.dtypes[piece.move.target]),
+            )
         return {target: int(total) for target, total in totals.items()}
 
     def shutdown(self) -> None:

@@ -1,4 +1,6 @@
-"""The policy's weights as tensors of its checkpoint: the part that this rank holds, or, for vLLM's own backends, whole tensors."""
+"""The policy's weights as tensors of its checkpoint: the part that this rank holds, or, for vLLM's own backends, whole
+tensors.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -30,7 +32,9 @@ class PolicySource(WeightSource):
     transient: their memory is given back after each sync, so that nobody may keep it open.
     """
 
-    def __init__(self, named: Named, dtype: torch.dtype, layout: Layout | None = None, *, transient: bool = False) -> None:
+    def __init__(
+        self, named: Named, dtype: torch.dtype, layout: Layout | None = None, *, transient: bool = False,
+    ) -> None:
         self._named = named
         self._layout = layout or {}
         self.dtype = dtype
@@ -45,22 +49,32 @@ class PolicySource(WeightSource):
 
     def places(self) -> dict[str, tuple[str, int]]:
         """By tensor of the checkpoint: the parameter in which it lies, and its first element there."""
-        return {part.name: (name, part.start) for name, parameter in self._named() for part in self._of(name, parameter.shape)}
+        return {
+            part.name: (name, part.start) for name,
+            parameter in self._named() for part in self._of(name, parameter.shape)
+        }
 
     def local_tensors(self) -> list[Tensor]:
         """The memory of `held`, a tensor a parameter: cheap, for each sync."""
-        return [parameter._local_tensor if isinstance(parameter, DTensor) else parameter for _, parameter in self._named()]
+        return [
+            parameter._local_tensor if isinstance(parameter, DTensor) else parameter for _, parameter in self._named()
+        ]
 
     def own_metas(self) -> tuple[ParamMeta, ...]:
         """In the trainer's own types."""
-        return tuple(ParamMeta(part.name, parameter.dtype, tuple(part.shape)) for name, parameter in self._named() for part in self._of(name, parameter.shape))
+        return tuple(
+            ParamMeta(part.name, parameter.dtype, tuple(part.shape)) for name,
+            parameter in self._named() for part in self._of(name, parameter.shape)
+        )
 
     def metadata(self) -> list[ParamMeta]:
         return [ParamMeta(meta.name, self.dtype, meta.shape) for meta in self.own_metas()]
 
     @torch.no_grad()
     def whole(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole parameters by their own names, in the engine's type. Gathering one is a collective: every rank iterates."""
+        """Whole parameters by their own names, in the engine's type. Gathering one is a collective: every rank
+        iterates.
+        """
         for name, parameter in self._named():
             # Cast before the gather: half the bytes.
             cast = parameter.detach().to(self.dtype)
@@ -77,7 +91,10 @@ def _held(name: str, parameter: Tensor) -> Held:
     if not isinstance(parameter, DTensor):
         return Held(parameter.view(-1), (0, parameter.numel()))
     if parameter.placements != (Shard(0),):
-        raise ValueError(f"weight sync: {name} is laid out as {parameter.placements}; it must be sharded by rows over one mesh dimension")
-    local, rows = parameter.to_local(), compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)[1][0]
+        raise ValueError(f"weight sync: {name} is laid out as {parameter.placements}; it must be sharded by rows over "
+            "one mesh dimension")
+    local, rows = parameter.to_local(), compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements,
+    )[1][0]
     first = rows * (parameter.numel() // max(1, parameter.shape[0]))
     return Held(local.view(-1), (first, first + local.numel()))

@@ -23,9 +23,8 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """handles: of each trainer rank's memory; without them the sync goes over links, whose ranks meet at `address`. transient: that memory goes after
-    each sync, and orders bring handles of where it is then.
-    """
+    """handles: of each trainer rank's memory; without them the sync goes over links, whose ranks meet at `address`.
+    transient: that memory goes after each sync, and orders bring handles of where it is then. """
 
     link: str  # "ipc" | "shm" | "nccl" | "gloo"
     metas: tuple[ParamMeta, ...]  # of the trainer's tensors, in its own types
@@ -47,7 +46,9 @@ class Terms:
     def whole(self, meta: ParamMeta, dtype: torch.dtype) -> list[Piece]:
         """A checkpoint tensor as it is, in the engine's type."""
         dtypes = {self.places[meta.name][0]: dtype_name(meta.dtype)}
-        return pieces(joined(whole(meta.name, prod(meta.shape), dtype_name(dtype)), self.places, dtypes, 0), self.shards, dtypes)
+        return pieces(
+            joined(whole(meta.name, prod(meta.shape), dtype_name(dtype)), self.places, dtypes, 0), self.shards, dtypes,
+        )
 
     @property
     def stage_limit(self) -> int:

@@ -12,9 +12,13 @@ def placed(tensor: Tensor, view: View) -> Tensor:
 
 
 def copy_all(into: list[Tensor], out: list[Tensor]) -> None:
-    """A GPU copies a list of contiguous tensors by few kernels; a single strided one in it would leave each to a kernel of its own."""
+    """A GPU copies a list of contiguous tensors by few kernels; a single strided one in it would leave each to a kernel
+    of its own.
+    """
     for plain in (True, False):
-        pairs = [pair for pair in zip(into, out, strict=True) if plain == all(tensor.is_contiguous() for tensor in pair)]
+        pairs = [
+            pair for pair in zip(into, out, strict=True) if plain == all(tensor.is_contiguous() for tensor in pair)
+        ]
         if pairs:
             torch._foreach_copy_([to for to, _ in pairs], [of for _, of in pairs])
 

@@ -19,7 +19,8 @@ from rlhf_worker.weights.plan import Hop, Piece
 from rlhf_worker.weights.views import copy_all
 
 STAGE_BYTES = 32 << 20  # a rank packs this much ahead of the link, twice: one half is filled while the other is sent
-SMALL_BYTES = {"nccl": 16 << 20, "gloo": 0}  # that are packed: NCCL's send costs as much as 4 MB on the link (docs/benchmarks.md), packing next to nothing
+# that are packed: NCCL's send costs as much as 4 MB on the link (docs/benchmarks.md), packing next to nothing
+SMALL_BYTES = {"nccl": 16 << 20, "gloo": 0}
 ALIGNMENT = 256
 POLL_SECONDS = 2e-5
 LOOK_SECONDS = 0.05  # between looks at whether a peer has failed
@@ -48,7 +49,8 @@ class Channel(Protocol):
 
 @dataclass(slots=True)
 class Wave:
-    """One rank's part of a wave. What is packed for a peer lies in one stretch of the stage, in one order at both ends."""
+    """One rank's part of a wave. What is packed for a peer lies in one stretch of the stage, in one order at both ends.
+    """
 
     before: Pairs = field(default_factory=lambda: ([], []))  # into the stage
     sends: list[tuple[Tensor, int]] = field(default_factory=list)
@@ -58,7 +60,13 @@ class Wave:
 
 def make_stage(waves: Sequence[Sequence[Hop]], me: int, device: torch.device) -> list[Tensor]:
     """Two halves, each as large as this rank's largest wave needs."""
-    need = max((sum(_padded(hop.piece.nbytes) for hop in hops if hop.piece.packed and me in (hop.sender, hop.receiver)) for hops in waves), default=0)
+    need = max(
+        (
+            sum(_padded(hop.piece.nbytes) for hop in hops if hop.piece.packed and me in (hop.sender, hop.receiver))
+            for hops in waves
+        ),
+        default=0
+    )
     return [torch.empty(need, dtype=torch.uint8, device=device) for _ in range(2)]
 
 
@@ -66,8 +74,12 @@ def _padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def make_wave(hops: Sequence[Hop], me: int, resolve: Resolve, dtype: Callable[[Piece], torch.dtype], stage: Tensor) -> Wave:
-    """resolve: the view that a piece is sent from, or received into; dtype: of the piece on the wire; stage: bytes for what is packed."""
+def make_wave(
+    hops: Sequence[Hop], me: int, resolve: Resolve, dtype: Callable[[Piece], torch.dtype], stage: Tensor,
+) -> Wave:
+    """resolve: the view that a piece is sent from, or received into; dtype: of the piece on the wire; stage: bytes for
+    what is packed.
+    """
     wave, used = Wave(), 0
     by_pair: dict[tuple[int, int], list[Piece]] = {}
     for hop in hops:
@@ -92,7 +104,9 @@ def make_wave(hops: Sequence[Hop], me: int, resolve: Resolve, dtype: Callable[[P
 
 
 def run(channel: Channel, waves: Sequence[Wave], failed: Callable[[], bool] = lambda: False) -> None:
-    """failed: asked now and then whether there is still anyone to wait for. Raises DeadlineExceeded or LinkBroken; what came is worthless then."""
+    """failed: asked now and then whether there is still anyone to wait for. Raises DeadlineExceeded or LinkBroken; what
+    came is worthless then.
+    """
     with channel.session(failed):
         for number, wave in enumerate(waves):
             channel.pack(number, wave.before)
@@ -104,10 +118,12 @@ class GlooChannel:
     def __init__(self, address: Address) -> None:
         try:
             group = stateless_init_torch_distributed_process_group(
-                *address.meeting, address.rank, address.world, backend="gloo", timeout=timedelta(seconds=address.deadline_seconds)
+                *address.meeting, address.rank, address.world, backend="gloo",
+                timeout=timedelta(seconds=address.deadline_seconds)
             )
         except RuntimeError as error:
-            raise DeadlineExceeded(f"weight sync: not all of {address.world} ranks joined within {address.deadline_seconds:g} s: {error}") from error
+            raise DeadlineExceeded(f"weight sync: not all of {address.world} ranks joined within "
+                f"{address.deadline_seconds:g} s: {error}") from error
         assert isinstance(group, torch.distributed.ProcessGroup)
         self.group = group
 
@@ -142,14 +158,20 @@ def join(address: Address, device: torch.device) -> Channel:
 
 
 class _Communicator(PyNcclCommunicator):
-    """vLLM's, without the reduction by which it warms up: that connects rings of all ranks, half a gigabyte on each, for collectives that never come."""
+    """vLLM's, without the reduction by which it warms up: that connects rings of all ranks, half a gigabyte on each,
+    for collectives that never come.
+    """
 
-    def all_reduce(self, in_tensor: Tensor, out_tensor: Tensor | None = None, op: object = None, stream: object = None) -> None:
+    def all_reduce(
+        self, in_tensor: Tensor, out_tensor: Tensor | None = None, op: object = None, stream: object = None,
+    ) -> None:
         return None
 
 
 class NcclChannel:
-    """Grouped sends and receives on a stream of their own; packing on another, so that a wave is packed while the one before it travels."""
+    """Grouped sends and receives on a stream of their own; packing on another, so that a wave is packed while the one
+    before it travels.
+    """
 
     def __init__(self, address: Address, device: torch.device) -> None:
         self.deadline_seconds = address.deadline_seconds
@@ -160,7 +182,8 @@ class NcclChannel:
         try:
             store.barrier(timeout=address.deadline_seconds)  # NCCL's own start has no deadline
         except (RuntimeError, TimeoutError) as error:
-            raise DeadlineExceeded(f"weight sync: not all of {address.world} ranks joined within {address.deadline_seconds:g} s") from error
+            raise DeadlineExceeded(f"weight sync: not all of {address.world} ranks joined within "
+                f"{address.deadline_seconds:g} s") from error
         self.nccl = _Communicator(store, device)
         self.link, self.packing = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
         self.carried: list[torch.cuda.Event] = []  # a wave each
@@ -190,7 +213,9 @@ class NcclChannel:
             raise DeadlineExceeded(f"weight sync: a rank did not send or receive within {self.deadline_seconds:g} s")
 
     def _wait(self, end: float, failed: Callable[[], bool]) -> None:
-        """Until all that was enqueued is done. Aborting is the one way to end kernels that wait for a peer that is gone."""
+        """Until all that was enqueued is done. Aborting is the one way to end kernels that wait for a peer that is
+        gone.
+        """
         ends = [stream.record_event() for stream in (self.link, self.packing)]
         look = time.monotonic() + LOOK_SECONDS
         while not self.expired and not all(event.query() for event in ends):
@@ -208,7 +233,9 @@ class NcclChannel:
         self.nccl.destroy()
 
     def pack(self, wave: int, pairs: Pairs) -> None:
-        """Into the half of the stage that wave - 2 has left. What a rank passes on came with wave - 1, and is packed after that."""
+        """Into the half of the stage that wave - 2 has left. What a rank passes on came with wave - 1, and is packed
+        after that.
+        """
         if pairs[0]:
             self._copy(pairs, after=self.carried[-1:] if self.receives else self.carried[-2:-1])
             self.link.wait_event(self.packing.record_event())
