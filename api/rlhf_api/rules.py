@@ -689,7 +689,7 @@ RULES = (
          _each_evaluation(lambda e: _one_source(e.data))),
     Rule("spec.evaluation[]", TEMPLATED.replace("DATA", "self.data"), UNTEMPLATED, "evaluation",
          _each_evaluation(lambda e: _no_template(e.data))),
-    Rule("spec", "self.evaluation.all(e, !has(e.sampling.minTokens)"
+    Rule("spec", "!has(self.evaluation) || self.evaluation.all(e, !has(e.sampling.minTokens)"
          " || e.sampling.minTokens <= (has(e.maxTokens) ? e.maxTokens : self.rollout.maxTokens))",
          "a completion has at most maxTokens: lower sampling.minTokens or raise maxTokens",
          "evaluation", _evaluation_length),

@@ -21,7 +21,7 @@ from hack.bench.local_run import job, run
 
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "nucleus": {"rollout": {"topP": 0.9, "topK": 50}},
+    "nucleus": {"rollout": {"sampling": {"topK": 50, "topP": 0.9}}},
     "lora": {"model": {"lora": {"rank": 16, "alpha": 32}}, "trainer": {"learningRate": 2e-4}},
 }
 REWARD = '''
