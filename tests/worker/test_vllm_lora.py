@@ -221,8 +221,9 @@ def test_a_dead_engine_comes_back_with_the_newest_adapter(crew: Crew, monkeypatc
         synced = fleet.sync(prove=True)
         proven(synced)
         assert synced.version == version and fleet.health() == [Health.HEALTHY] and fleet.serving == fleet.actors
-        assert ask(crew, "loaded") == [version + 1]
-        (sample,) = ask(crew, "generate", [Request(prompt=a_prompt(), seed=7, temperature=1.0, max_tokens=8)], 60.0)
+        assert call(fleet.actors[0], "loaded", deadline_seconds=60, what="loaded") == [version + 1]
+        request = Request(prompt=a_prompt(), seed=7, temperature=1.0, max_tokens=8)
+        (sample,) = call(fleet.actors[0], "generate", [request], 60.0, deadline_seconds=60, what="generate")
         assert set(sample.versions) == {version}
     finally:
         fleet.close()
