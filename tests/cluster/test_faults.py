@@ -29,7 +29,7 @@ from tests.cluster.jobs import (
 from tests.cluster.waiting import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(900)]
-STEPS, TRAINED = 48, 20
+STEPS, TRAINED = 72, 20  # as many as six faults leave time for
 RESTRICTED = {
     "securityContext": {"runAsNonRoot": True, "runAsUser": 65532, "seccompProfile": {"type": "RuntimeDefault"}},
     "container": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
