@@ -244,8 +244,8 @@ def _model_reward(reward: RewardSpec) -> str:
 
 def _judge_reward(reward: RewardSpec) -> str:
     missing = [
-        name for name,
-        value in (("url", reward.url), ("judge", reward.judge)) if reward.type == "judge" and value is None
+        name
+        for name, value in (("url", reward.url), ("judge", reward.judge)) if reward.type == "judge" and value is None
     ]
     return f"{' and '.join(missing)} missing" if missing else ""
 
@@ -760,8 +760,8 @@ def violations(job: RLHFJob) -> list[str]:
     """Every rule that the job breaks, as `spec.field: what to do (what is there)`; empty when none."""
     found = [(rule, text) for rule in RULES if rule.check for text in rule.check(job)]
     told = [
-        f"{'' if rule.field.startswith('metadata') else 'spec.'}{rule.field}: {rule.message} ({text})" for rule,
-        text in found
+        f"{'' if rule.field.startswith('metadata') else 'spec.'}{rule.field}: {rule.message} ({text})"
+        for rule, text in found
     ]
     return [*told, *_patterns(job)]
 

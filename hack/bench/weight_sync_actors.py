@@ -117,8 +117,8 @@ class BenchTrainer:
         torch.manual_seed(0)
         kind = getattr(torch, dtype)
         self.tensors = {
-            name: torch.empty(size, dtype=kind, device=device).normal_(std=0.02) for name,
-            size in parameters(shape).items()
+            name: torch.empty(size, dtype=kind, device=device).normal_(std=0.02)
+            for name, size in parameters(shape).items()
         }
         self.connected = Connected(nothing)
         self.deadline_seconds = DEADLINE_SECONDS

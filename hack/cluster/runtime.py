@@ -83,8 +83,8 @@ def base_spec(default: dict[str, Any], binds: Iterable[tuple[str, str]]) -> dict
     Its limit of 1,024 open files is dropped, so containers inherit the supervisor's, which is the machine's highest.
     """
     mounts = [
-        {"destination": there, "type": "bind", "source": here, "options": ["bind", "ro", "nosuid", "nodev"]} for here,
-        there in binds
+        {"destination": there, "type": "bind", "source": here, "options": ["bind", "ro", "nosuid", "nodev"]}
+        for here, there in binds
     ]
     process = {key: value for key, value in default["process"].items() if key != "rlimits"}
     return {**default, "process": process, "mounts": [*default["mounts"], *mounts]}

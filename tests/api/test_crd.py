@@ -64,8 +64,8 @@ def test_strings_and_lists_of_the_spec_are_bounded() -> None:
 def test_numbers_of_the_spec_are_bounded_on_both_sides() -> None:
     """What is planned from a spec takes memory of the operator, which all jobs share."""
     numbers = [
-        (path, node) for path,
-        node in walk(job_schema()["properties"]["spec"]) if node.get("type") in ("integer", "number")
+        (path, node)
+        for path, node in walk(job_schema()["properties"]["spec"]) if node.get("type") in ("integer", "number")
     ]
     assert len(numbers) > 50
     assert [path for path, node in numbers if not {"minimum", "maximum"} <= set(node)] == []

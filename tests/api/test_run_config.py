@@ -52,8 +52,8 @@ def unreadable(config: Raw) -> list[str]:
     """What e56ccc6's closed models would have refused: fields they do not know, and fields they miss."""
     known, required = set(OLD["fields"]), set(OLD["required"])
     found = [
-        (path, keys, {one.removeprefix(f"{path}.") for one in required if one.rpartition(".")[0] == path}) for path,
-        keys in fields(config)
+        (path, keys, {one.removeprefix(f"{path}.") for one in required if one.rpartition(".")[0] == path})
+        for path, keys in fields(config)
     ]
     extra = [
         f"{path}.{key}".lstrip(".") for path, keys,

@@ -207,8 +207,8 @@ def test_the_rules_are_those_of_the_operators_kinds(objects: list[Object]) -> No
 def test_users_get_their_rights_by_aggregation_and_never_the_status(objects: list[Object]) -> None:
     roles = {o["metadata"]["name"].rpartition("-")[2]: o for o in objects if o["kind"] == "ClusterRole"}
     aggregated = {
-        name: {label.rpartition("-")[2] for label in role["metadata"]["labels"] if "aggregate-to" in label} for name,
-        role in roles.items()
+        name: {label.rpartition("-")[2] for label in role["metadata"]["labels"] if "aggregate-to" in label}
+        for name, role in roles.items()
     }
     assert aggregated["view"] == {"view", "edit", "admin"}
     assert aggregated["edit"] == {"edit", "admin"}

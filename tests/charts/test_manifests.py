@@ -17,8 +17,8 @@ SAMPLES = sorted((generate.MANIFESTS / "samples").glob("*.yaml"))
 def test_the_kustomize_install_is_the_rendered_chart() -> None:
     expected = generate.manifests(generate.render("--set", "crds.install=false"))
     stale = [
-        str(path.relative_to(generate.ROOT)) for path,
-        text in expected.items() if not path.exists() or path.read_text() != text
+        str(path.relative_to(generate.ROOT))
+        for path, text in expected.items() if not path.exists() or path.read_text() != text
     ]
     assert stale == [], "run make generate"
 

@@ -39,8 +39,8 @@ def test_metrics_of_groups() -> None:
     """Two prompts of three samples: 1 of 3 and 0 of 3 right."""
     rewards = [[0, 1, 0], [0, 0, 0]]
     groups = [
-        [score(a_sample(row, tokens=k + 1), value) for k, value in enumerate(values)] for row,
-        values in enumerate(rewards)
+        [score(a_sample(row, tokens=k + 1), value) for k, value in enumerate(values)]
+        for row, values in enumerate(rewards)
     ]
     found = metrics(spec(samples=3, temperature=1), groups)
     assert found == {

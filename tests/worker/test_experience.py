@@ -166,8 +166,8 @@ def test_what_the_ranks_say_of_targets_finds_back_to_its_samples(
     found = [by_sample(batch, at_targets(batch, CPU)[0]["advantages"]) for batches in ranks for batch in batches]
     for sequence in add_column(given_, "seen", found):
         wanted = [
-            value if counts else 0.0 for value,
-            counts in zip(sequence.columns["advantages"], sequence.mask, strict=True)
+            value if counts else 0.0
+            for value, counts in zip(sequence.columns["advantages"], sequence.mask, strict=True)
         ]
         assert sequence.columns["seen"] == pytest.approx(wanted)
 

@@ -234,8 +234,8 @@ def test_storage_that_removes_nothing_costs_no_run(
 
 def line(*resumed: str | None) -> list[Turn]:
     return [
-        Turn(number=i, mark=f"m{i}", job="a", attempt=i, host="h", time="t", resumed=name) for i,
-        name in enumerate(resumed, 1)
+        Turn(number=i, mark=f"m{i}", job="a", attempt=i, host="h", time="t", resumed=name)
+        for i, name in enumerate(resumed, 1)
     ]
 
 

@@ -18,8 +18,9 @@ TABLE = {
     H.RESTARTING: [H.RESTARTING, H.RESTARTING, H.DEAD, H.RESTARTING, H.STALE, H.RESTARTING],
 }
 ROWS = [
-    (state, event, ends[i]) for state, ends in TABLE.items() for i,
-    event in enumerate((E.ANSWERED, E.MISSED, E.LOST, E.RESTARTED, E.STARTED, E.SYNCED))
+    (state, event, ends[i])
+    for state, ends in TABLE.items()
+    for i, event in enumerate((E.ANSWERED, E.MISSED, E.LOST, E.RESTARTED, E.STARTED, E.SYNCED))
 ]
 
 

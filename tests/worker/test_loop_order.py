@@ -81,8 +81,8 @@ class Told:
 
 def zeros(batches: list[PackedBatch]) -> dict[int, list[float]]:
     return {
-        index: row for batch in batches for index,
-        row in by_sample(batch, batch.targets[batch.target_mask] * 0.0).items()
+        index: row
+        for batch in batches for index, row in by_sample(batch, batch.targets[batch.target_mask] * 0.0).items()
     }
 
 

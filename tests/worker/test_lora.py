@@ -66,8 +66,8 @@ def weights(made: Trainer) -> dict[str, Tensor]:
     module = made._use("policy").module
     module.reshard()
     return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name,
-        p in module.named_parameters()
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in module.named_parameters()
     }
 
 

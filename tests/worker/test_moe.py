@@ -181,8 +181,8 @@ def test_the_ranks_own_generator_gets_all_weights_and_buffers(tiny: Path, tmp_pa
     assert made.generator is not None
     theirs = made.generator.lm.state_dict()
     ours = {
-        name: getattr(tensor, "full_tensor", lambda tensor=tensor: tensor)() for name,
-        tensor in made.roles["policy"].module.lm.state_dict().items()
+        name: getattr(tensor, "full_tensor", lambda tensor=tensor: tensor)()
+        for name, tensor in made.roles["policy"].module.lm.state_dict().items()
     }
     assert BIAS in ours and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert dist.get_world_size() == 1

@@ -123,8 +123,8 @@ def test_two_ranks_on_one_gpu_are_an_error() -> None:
 
 def test_an_engine_sees_its_own_gpu_first_and_the_others_of_its_node() -> None:
     bundles = {
-        slot: Bundle(slot, node, gpu, "cuda", 8) for slot,
-        (node, gpu) in enumerate([("a", "0"), ("a", "10"), ("a", "2"), ("b", "0")])
+        slot: Bundle(slot, node, gpu, "cuda", 8)
+        for slot, (node, gpu) in enumerate([("a", "0"), ("a", "10"), ("a", "2"), ("b", "0")])
     }
     stage = Stage(None, bundles)
     assert stage.visible(1) == ["10", "0", "2"]

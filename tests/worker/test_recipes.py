@@ -112,14 +112,14 @@ def oracle_advantages(step: Step, spec: Algorithm) -> tuple[list[list[float]], l
         pairs = zip(step.column(item, "old_logprobs"), step.column(item, "ref_logprobs"), strict=True)
         penalties.append(
             [
-                BETA * kl_of(spec, old - ref) if spec.kl.coefficient and spec.kl.place == "reward" else 0.0 for old,
-                ref in pairs
+                BETA * kl_of(spec, old - ref) if spec.kl.coefficient and spec.kl.place == "reward" else 0.0
+                for old, ref in pairs
             ]
         )
     buffer = spec.overlong.buffer_tokens
     rewards = [
-        r - (max(0, len(s.mask) - MAX_TOKENS + buffer) / buffer if buffer else 0) for r,
-        s in zip(step.rewards, step.items, strict=True)
+        r - (max(0, len(s.mask) - MAX_TOKENS + buffer) / buffer if buffer else 0)
+        for r, s in zip(step.rewards, step.items, strict=True)
     ]
     made: list[list[float]] = []
     returns: list[list[float]] = []
@@ -198,8 +198,8 @@ def oracle_factor(spec: Algorithm, d: Tensor) -> Tensor:
     kept = [w >= c.token_min and (not c.token_max or w <= c.token_max) for w in d.exp()]
     return torch.stack(
         [
-            (w.clamp(max=c.token_cap) if c.token_cap else torch.ones_like(w)) * keep for w,
-            keep in zip(d.exp(), kept, strict=True)
+            (w.clamp(max=c.token_cap) if c.token_cap else torch.ones_like(w)) * keep
+            for w, keep in zip(d.exp(), kept, strict=True)
         ]
     )
 

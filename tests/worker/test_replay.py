@@ -28,8 +28,8 @@ def step(count: int = 4) -> list[ScoredSample]:
     samples = [a_sample(i, text="x" * (i + 1), tokens=i + 1, bonus=10) for i in range(count)]
     values = [float(len(s.text) + 10) for s in samples[:-1]] + [0.0]
     return [
-        ScoredSample(sample=s, reward=2 * v, parts={"length": v, "other": 1.0}) for s,
-        v in zip(samples, values, strict=True)
+        ScoredSample(sample=s, reward=2 * v, parts={"length": v, "other": 1.0})
+        for s, v in zip(samples, values, strict=True)
     ]
 
 

@@ -127,8 +127,8 @@ def test_resuming_gives_the_same_bits(learned: Run, tiny: Path, tmp_path: Path) 
     assert "resuming after step 20" in resumed.output
     assert resumed.rewards == learned.rewards[20:]
     one, other = (
-        flat(checkpoint(path, 30) / "policy", tmp_path / f"{index}.pt") for index,
-        path in enumerate((learned.checkpoints, tmp_path))
+        flat(checkpoint(path, 30) / "policy", tmp_path / f"{index}.pt")
+        for index, path in enumerate((learned.checkpoints, tmp_path))
     )
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []

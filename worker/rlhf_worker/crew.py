@@ -62,9 +62,8 @@ def start(config: RunConfig, stage: Stage, reporter: Reporter, roll: Roll) -> tu
     feed = RemoteFeed.options(
         max_concurrency=FEED_THREADS, **stage.options(config.placement.trainer_slots[0], 0.0),
     ).remote(config)
-    ranks, engines = _roles(config, stage), [
-        _engine(config, stage, index) for index in range(len(config.placement.engine_slots))
-    ]
+    ranks = _roles(config, stage)
+    engines = [_engine(config, stage, index) for index in range(len(config.placement.engine_slots))]
     _enrol(roll, config, feed, ranks, engines)
     groups, deadline = list({group[0]: group for group in ranks.values()}.values()), work_seconds(config)
     opening = {
@@ -103,8 +102,8 @@ def check_functions(config: RunConfig) -> None:
 def _enrol(roll: Roll, config: RunConfig, feed: Any, ranks: dict[str, list[Any]], engines: list[Any]) -> None:
     own = config.placement.role_slots
     titles = {
-        actor: f"{name if name in own else 'trainer'} rank {rank}" for name, group in ranks.items() for rank,
-        actor in enumerate(group)
+        actor: f"{name if name in own else 'trainer'} rank {rank}"
+        for name, group in ranks.items() for rank, actor in enumerate(group)
     }
     titles |= {feed: "feed"} | {engine: f"engine {index}" for index, engine in enumerate(engines)}
     for actor, title in titles.items():
@@ -144,8 +143,8 @@ def _ranks(config: RunConfig, stage: Stage, names: list[str], slots: list[int], 
     threads = stage.threads(slots)
     given = [(config, names, rank, len(slots), stage.device, threads[slot]) for rank, slot in enumerate(slots)]
     return [
-        RemotePolicy.options(**stage.options(slot, fraction)).remote(*one) for slot,
-        one in zip(slots, given, strict=True)
+        RemotePolicy.options(**stage.options(slot, fraction)).remote(*one)
+        for slot, one in zip(slots, given, strict=True)
     ]
 
 

@@ -243,8 +243,8 @@ class Loop:
         deal = partial(dealt, spec=self.config.trainer, padded=self.crew.padded)
         dealings = {count: [deal(part, count) for part in updates] for count in set(ranks.values())}
         return {
-            role: [[update[rank] for update in dealings[count]] for rank in range(count)] for role,
-            count in ranks.items()
+            role: [[update[rank] for update in dealings[count]] for rank in range(count)]
+            for role, count in ranks.items()
         }
 
     def _answers(self, what: str, asked: dict[str, list[Any]]) -> dict[str, list[Any]]:

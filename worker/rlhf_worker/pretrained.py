@@ -244,8 +244,8 @@ def adapted(spec: PolicySpec) -> list[str]:
     assert spec.lora is not None
     there = sorted(
         {
-            name.rpartition(".")[2] for name,
-            layer in decoder_layers(skeleton(spec)).named_modules() if isinstance(layer, Linear)
+            name.rpartition(".")[2]
+            for name, layer in decoder_layers(skeleton(spec)).named_modules() if isinstance(layer, Linear)
         }
     )
     wanted = list(spec.lora.target_modules or there)

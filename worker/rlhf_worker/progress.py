@@ -150,8 +150,9 @@ def line(progress: Progress, values: Mapping[str, float]) -> str:
     phases = " ".join(f"{name} {values[f'seconds/{name}']:.2f}" for name in ("generate", "score", "train", "sync"))
     version = progress.sync.version if progress.sync else 0
     learned = "  ".join(
-        f"{name} {values[key]:.3g}" for name,
-        key in (("loss", "train/loss"), ("grad", "train/grad_norm"), ("critic", "critic/loss")) if key in values
+        f"{name} {values[key]:.3g}"
+        for name, key in (("loss", "train/loss"), ("grad", "train/grad_norm"), ("critic", "critic/loss"))
+        if key in values
     )
     return (
         f"step {progress.display}  reward {progress.reward}  {progress.tokens_per_second} tok/s  version {version}  "

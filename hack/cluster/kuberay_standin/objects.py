@@ -23,8 +23,8 @@ def head_service(cluster: Object) -> Object:
         del selector[key]
     own = group.get("headService") or {}
     ports = [
-        {"name": name, "port": port, "targetPort": port, "appProtocol": "tcp"} for name,
-        port in sorted(_ports(cluster).items())
+        {"name": name, "port": port, "targetPort": port, "appProtocol": "tcp"}
+        for name, port in sorted(_ports(cluster).items())
     ]
     return {
         "apiVersion": "v1",

@@ -76,8 +76,8 @@ def shape(
         metrics |= {name: float(value) for name, value in told.items()}
     columns = {"advantages": advantages} | ({"returns": returns} if spec.name == "ppo" else {})
     shaped = [
-        s.with_columns(**{name: values[i, : len(s.mask)].tolist() for name, values in columns.items()}) for i,
-        s in enumerate(sequences)
+        s.with_columns(**{name: values[i, : len(s.mask)].tolist() for name, values in columns.items()})
+        for i, s in enumerate(sequences)
     ]
     if spec.overlong.buffer_tokens:
         metrics["reward/overlong"] = -punished.mean().item()

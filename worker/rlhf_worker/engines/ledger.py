@@ -95,9 +95,8 @@ def verdict(engines: Sequence[Engine], limits: Limits) -> Verdict:
 def told(engines: Sequence[Engine]) -> str | None:
     """What is amiss, in words; None when nothing is."""
     amiss = [
-        f"engine {i} is {e.health}" for i,
-        e in enumerate(engines) if e.health not in (Health.HEALTHY, Health.STALE) or (
-            e.restarts and e.health is Health.STALE
-        )
+        f"engine {i} is {e.health}"
+        for i, e in enumerate(engines)
+        if e.health not in (Health.HEALTHY, Health.STALE) or (e.restarts and e.health is Health.STALE)
     ]
     return ", ".join(amiss) or None

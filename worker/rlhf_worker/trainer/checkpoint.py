@@ -231,8 +231,8 @@ class Saver:
         if not self.leads:
             return
         files = {
-            f"{role}/{name}": sums for role in self.expected for name,
-            sums in self._part(f"{work}/{role}/{PART}").items()
+            f"{role}/{name}": sums
+            for role in self.expected for name, sums in self._part(f"{work}/{role}/{PART}").items()
         }
         if work == target:  # run.json is what makes it a checkpoint
             self.fenced.check()

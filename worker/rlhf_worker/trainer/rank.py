@@ -91,8 +91,9 @@ class Trainer:
         if "policy" in self.roles:
             module = self.roles["policy"].module
             sent = [
-                name for name,
-                parameter in module.named_parameters() if parameter.requires_grad or self.config.rollout.engine == "hf"
+                name
+                for name, parameter in module.named_parameters()
+                if parameter.requires_grad or self.config.rollout.engine == "hf"
             ]
             self.places = [
                 (name.removeprefix(PREFIX), module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
@@ -155,8 +156,9 @@ class Trainer:
         module = self._use("policy" if bare else name).module
         with lora.off(module) if bare else nullcontext():
             found = {
-                index: row for batch in batches for index,
-                row in by_sample(batch, policy_pass(module, batch, self.device)[0]).items()
+                index: row
+                for batch in batches
+                for index, row in by_sample(batch, policy_pass(module, batch, self.device)[0]).items()
             }
         self._rest(parameters=False)
         return found
@@ -166,8 +168,8 @@ class Trainer:
         """Of the critic: the value of the state before each completion token of each sample, by the sample's number."""
         module = self._use("critic").module
         found = {
-            index: row for batch in batches for index,
-            row in by_sample(batch, values_of(module, batch, self.device)).items()
+            index: row
+            for batch in batches for index, row in by_sample(batch, values_of(module, batch, self.device)).items()
         }
         self._rest(parameters=False)
         return found
@@ -183,8 +185,9 @@ class Trainer:
         batches = dealt(sequences, self.world, self.config.trainer, padded=self.roles[name].batching.padded)[self.rank]
         with self._briefly(name) as role:
             own = {
-                index: value for b in batches for index,
-                value in zip(b.indices, scores_of(role.module, b, self.device).tolist(), strict=True)
+                index: value
+                for b in batches
+                for index, value in zip(b.indices, scores_of(role.module, b, self.device).tolist(), strict=True)
             }
         found: list[dict[int, float]] = [own] * self.world
         dist.all_gather_object(found, own)
@@ -240,8 +243,8 @@ class Trainer:
         torch.autograd.backward(loss * self.world)
         # Each of the ranks that share a batch has the loss of all of it, and its metrics.
         return {
-            name: value.detach() / self.config.trainer.context_parallel for name,
-            value in (metrics | {"loss": loss}).items()
+            name: value.detach() / self.config.trainer.context_parallel
+            for name, value in (metrics | {"loss": loss}).items()
         }
 
     def _require_finite(self, role: Role, loss: Tensor, norm: Tensor, batches: list[PackedBatch]) -> None:

@@ -142,10 +142,8 @@ class AdapterSender:
         assert self.model.lora is not None
         factors = {"A": 1.0, "B": self.model.lora.alpha / self.model.lora.rank}
         own = {
-            name.replace(f".{NAME}.", "."): 0 if self.rank else int(
-                whole(tensor * factors[name.split(".")[-3][-1]])
-            ) for name,
-            tensor in self.source
+            name.replace(f".{NAME}.", "."): 0 if self.rank else int(whole(tensor * factors[name.split(".")[-3][-1]]))
+            for name, tensor in self.source
         }
         return [own] * self.engine_ranks
 
@@ -160,8 +158,8 @@ def describe(plans: Sequence[RankPlan]) -> list[str]:
         for name, why in plan.reload.items():
             reasons.setdefault(why, []).append(name)
     lines = [
-        f"{len(set(names))} tensors go through load_weights, such as {names[0]}: {why}" for why,
-        names in reasons.items()
+        f"{len(set(names))} tensors go through load_weights, such as {names[0]}: {why}"
+        for why, names in reasons.items()
     ]
     kept = sorted({name for plan in plans for name in plan.kept})
     return lines + ([f"{len(kept)} parameters stay as vLLM loaded them, such as {kept[0]}: the trainer has no tensor "

@@ -53,8 +53,8 @@ class EnginesClient:
 
     def begin_connect(self, terms: bytes) -> list[Any]:
         return [
-            engine.init_weight_transfer.remote({"terms": terms, "engine": index}) for index,
-            engine in enumerate(self.engines)
+            engine.init_weight_transfer.remote({"terms": terms, "engine": index})
+            for index, engine in enumerate(self.engines)
         ]
 
     def end_connect(self, calls: list[Any]) -> None:

@@ -129,8 +129,8 @@ def record(model: nn.Module, metas: Sequence[ParamMeta], distrusted: frozenset[s
     with _as_loaded(live):
         parameters = _parameters(live, names)
         targets = {
-            _key(p): parameters[id(own[name])] for layer, own in live for name,
-            p in layer._parameters.items() if p is not None and own[name] is not None
+            _key(p): parameters[id(own[name])]
+            for layer, own in live for name, p in layer._parameters.items() if p is not None and own[name] is not None
         }
         mode = _Mode({_key(tensor): name for name, tensor in weights}, targets)
         failed = _load(model, weights, mode)
@@ -190,8 +190,8 @@ def _load(model: Any, weights: list[tuple[str, Tensor]], mode: _Mode) -> dict[st
         for target in mode.targets.values():
             target.moves, target.zeros, target.fed, target.trouble = [], [], set(), None
         return {
-            name: f"{type(e).__name__}: {e}" for name,
-            tensor in weights if (e := _load_one(model, name, tensor)) is not None
+            name: f"{type(e).__name__}: {e}"
+            for name, tensor in weights if (e := _load_one(model, name, tensor)) is not None
         }
 
 

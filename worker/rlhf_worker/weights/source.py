@@ -50,8 +50,8 @@ class PolicySource(WeightSource):
     def places(self) -> dict[str, tuple[str, int]]:
         """By tensor of the checkpoint: the parameter in which it lies, and its first element there."""
         return {
-            part.name: (name, part.start) for name,
-            parameter in self._named() for part in self._of(name, parameter.shape)
+            part.name: (name, part.start)
+            for name, parameter in self._named() for part in self._of(name, parameter.shape)
         }
 
     def local_tensors(self) -> list[Tensor]:
@@ -63,8 +63,8 @@ class PolicySource(WeightSource):
     def own_metas(self) -> tuple[ParamMeta, ...]:
         """In the trainer's own types."""
         return tuple(
-            ParamMeta(part.name, parameter.dtype, tuple(part.shape)) for name,
-            parameter in self._named() for part in self._of(name, parameter.shape)
+            ParamMeta(part.name, parameter.dtype, tuple(part.shape))
+            for name, parameter in self._named() for part in self._of(name, parameter.shape)
         )
 
     def metadata(self) -> list[ParamMeta]:
