@@ -3,6 +3,7 @@ for all actors.
 """
 
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +13,12 @@ from ray.exceptions import ActorDiedError
 from rlhf_api.run import RunConfig
 from rlhf_worker import loop as module
 from rlhf_worker.errors import DeadlineExceeded, EnginesLost, LinkBroken, SyncMismatch
-from rlhf_worker.experience import PackedBatch, TrainSequence, by_sample
+from rlhf_worker.experience import PackedBatch, ScoredSample, TrainSequence, by_sample
 from rlhf_worker.loop import Loop
 from rlhf_worker.stop import Stop, Terminated
 from rlhf_worker.weights.sync import Synced
 from tests.worker.configs import run_config
-from tests.worker.samples import a_sample, scored
+from tests.worker.samples import a_prompt, a_sample, scored
 
 
 class Stand:
@@ -259,3 +260,14 @@ def test_a_step_that_fails_in_training_is_no_step(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ZeroDivisionError):
         loop._step()
     assert (loop.step, loop._trained_in_part) == (2, True)
+
+
+def test_an_advantage_of_ones_own_sees_nan_where_a_reward_does_not_judge(monkeypatch: pytest.MonkeyPatch) -> None:
+    shaped: dict[str, Any] = {}
+    monkeypatch.setattr(module, "shape", lambda *args, **more: shaped.update(more))
+    loop, _ = looping(run_config(rollout={"maxTokens": 16, "samplesPerPrompt": 1}), Stand(), Stop())
+    samples = [replace(a_sample(row), prompt=replace(a_prompt(row), rewards=(name,))) for row, name in enumerate("ab")]
+    parts = {"a": 0.5, "b": 0.0, "environment": 2.0}
+    loop._shape([], [ScoredSample(sample=sample, reward=0.5, parts=parts) for sample in samples], [])
+    found = {name: [str(value) for value in values] for name, values in shaped["parts"].items()}
+    assert found == {"a": ["0.5", "nan"], "b": ["nan", "0.0"], "environment": ["2.0", "2.0"]}

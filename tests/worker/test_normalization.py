@@ -1,6 +1,7 @@
 """Each reward on one scale before the sum: against the formula, by hand."""
 
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,6 +52,15 @@ def scored(a: list[float], b: list[float], **parts: float) -> list[ScoredSample]
 )
 def test_values_are_normalised_weighted_and_summed(a: str, b: str, expected: list[float]) -> None:
     assert training_rewards(config(a, b), scored(A, B), GROUPS) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("how", ["group", "batch"])
+def test_samples_that_a_reward_does_not_judge_are_none_of_its_values(how: str) -> None:
+    judged = scored(A, [0.0] * 6)[:3]
+    others = [replace(item, parts={"a": 0.0, "b": 0.0}) for item in scored(A, [0.0] * 6)[3:]]
+    apart = [replace(o, sample=replace(o.sample, prompt=replace(o.sample.prompt, rewards=("b",)))) for o in others]
+    expected = [2 * value for value in z(A[:3], A[:3])] + [0.0] * 3
+    assert training_rewards(config(how, "none"), [*judged, *apart], GROUPS) == pytest.approx(expected, abs=1e-9)
 
 
 def test_without_normalisation_the_sum_is_the_very_same() -> None:

@@ -465,6 +465,27 @@ def test_no_reward_is_asked_about_the_group_of_an_episode_that_failed() -> None:
     assert [item.sample.failure for item in found] == ["", "rollout.environment failed", ""]
 
 
+def test_a_reward_that_does_not_judge_a_source_counts_0_there_and_neither_its_bounds_nor_a_failure_touch_it() -> None:
+    """One group of each source, and one whose episode failed; the model has values of what it judges alone."""
+    specs = [
+        python("length", name="short", clip={"low": 2, "high": 3}),
+        RewardSpec.model_validate({**MODEL, "name": "m", "clip": {"low": 5, "high": 9}}),
+    ]
+
+    def of(row: int, text: str, rewards: tuple[str, ...], failure: str = "") -> Sample:
+        sample = a_sample(row, text=text)
+        return replace(sample, prompt=replace(sample.prompt, rewards=rewards), failure=failure)
+
+    short, model = ("short",), ("m",)
+    samples = [of(0, "a", short), of(1, "b", model, "it failed"), of(2, "cccc", model), of(3, "dddd", short)]
+    with Scorer(specs) as scorer:
+        found = scorer.score(samples, {"m": [7.0, 8.0]})
+    assert [item.parts for item in found] == [
+        {"short": 2.0, "m": 0.0}, {}, {"short": 0.0, "m": 8.0}, {"short": 3.0, "m": 0.0},
+    ]  # fmt: skip
+    assert math.isnan(found[1].reward)
+
+
 # Tried at the start
 
 

@@ -69,6 +69,12 @@ class ScoredSample:
     parts: dict[str, float]
     metrics: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def judged(self) -> dict[str, float]:
+        """Of `parts` those of what judges the sample: the others are 0, which is no verdict."""
+        judges = self.sample.prompt.judged_by
+        return {name: value for name, value in self.parts.items() if name == "environment" or judges(name)}
+
 
 def mean_metrics(scored: Sequence[ScoredSample]) -> dict[str, float]:
     """Of each metric the mean over the samples that have it."""

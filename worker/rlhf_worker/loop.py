@@ -209,7 +209,7 @@ class Loop:
         groups = [index // rollout.samples_per_prompt for index in range(len(scored))]
         rewards = training_rewards(self.config, scored, groups)
         names = dict.fromkeys(name for item in scored for name in item.parts)
-        parts = {name: [_part(item, name) for item in scored] for name in names}
+        parts = {name: [item.judged.get(name, math.nan) for item in scored] for name in names}
         return shape(
             self.config.algorithm, self.kl.coefficient, sequences, rewards, groups, updates=updates,
             max_tokens=rollout.max_tokens, parts=parts, custom=self.advantage,
@@ -328,12 +328,6 @@ class Loop:
         return call(self.crew.feed, method, *args, deadline_seconds=self._deadline, what=f"{method} of the feed")
 
 
-def _part(item: ScoredSample, name: str) -> float:
-    """NaN of a reward that does not judge the sample."""
-    judged = item.sample.prompt.judged_by(name) or name == "environment"
-    return item.parts[name] if judged and name in item.parts else math.nan
-
-
 def step_metrics(scored: list[ScoredSample], phases: dict[str, float], seconds: float) -> dict[str, float]:
     """What telemetry gets of a step's samples, and the status a part of. Lengths in tokens, times in seconds."""
     count = len(scored)
@@ -362,9 +356,8 @@ def source_metrics(scored: Sequence[ScoredSample]) -> dict[str, float]:
 
 
 def _of_source(items: Sequence[ScoredSample], samples: int) -> dict[str, float]:
-    judged = [part for part in items[0].parts if items[0].sample.prompt.judged_by(part) or part == "environment"]
     return {
-        **{part: fmean(item.parts[part] for item in items) for part in judged},
+        **{part: fmean(item.parts[part] for item in items) for part in items[0].judged},
         "mean": fmean(item.reward for item in items), "mean_length": fmean(sum(item.sample.mask) for item in items),
         "sample_share": len(items) / samples,
     }  # fmt: skip
