@@ -238,3 +238,15 @@ def test_bad_data_of_a_set_is_named_before_the_first_step(
 ) -> None:
     with pytest.raises(error, match=message):
         opened(tmp_path, monkeypatch, {**jsonl(tmp_path / "test.jsonl", rows), **more})
+
+
+@pytest.mark.parametrize(("fields", "column", "words"), [
+    ({"rewards": [{"name": "own", "type": "http", "url": "http://h/score"}]}, {"seen": float("nan")}, "no JSON"),
+    ({"environment": {"code": "class Environment: ..."}}, {"self": 1}, "'self'"),
+])  # fmt: skip
+def test_a_set_s_columns_are_held_against_its_own_rewards_and_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], column: dict[str, Any], words: str
+) -> None:
+    rows = [{"prompt": "say 1", "answer": 1, **column}]
+    with pytest.raises(BadData, match=rf"evaluation\[held-out\]: .*{words}"):
+        opened(tmp_path, monkeypatch, jsonl(tmp_path / "test.jsonl", rows), **fields)

@@ -18,6 +18,7 @@ from rlhf_api.run import RunConfig
 from rlhf_worker import preflight
 from rlhf_worker.calls import root_cause
 from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded, PreflightFailed, Problems, RewardFailed
+from rlhf_worker.rewards.attempt import BACKOFF_LIMIT
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer import checks
 from rlhf_worker.trainer.checks import (
@@ -300,7 +301,7 @@ def near(monkeypatch: pytest.MonkeyPatch) -> NearRay:
     return fake
 
 
-def tried(make: Callable[..., Any], reporter: Told, known: Problems, *ailing: str) -> None:
+def tried(make: Callable[..., Any], reporter: Told, known: Problems, *ailing: str, **spec: Any) -> None:
     """A preflight of two ranks, a feed and an engine, one rank sane; what is ailing hangs or fails in the others."""
     feed, engine, sane, rank = (make(*each) for each in (ailing, ailing, (), ailing))
     opening = {
@@ -308,7 +309,8 @@ def tried(make: Callable[..., Any], reporter: Told, known: Problems, *ailing: st
         "EngineArguments": [engine.prepare.remote()],
         "Join": [sane.join.remote(), rank.join.remote()],
     }
-    preflight.preflight(run_config(), opening, [sane, rank], feed, reporter, known, 1800.0)  # type: ignore[arg-type]
+    config = run_config(**spec)
+    preflight.preflight(config, opening, [sane, rank], feed, reporter, known, 1800.0)  # type: ignore[arg-type]
 
 
 def by(*ailing: str) -> Near:
@@ -414,3 +416,19 @@ def test_a_rewards_own_deadline_counts_and_not_that_of_all_checks() -> None:
     reward = {"name": "r", "type": "python", "function": "a:b", "timeoutSeconds": 300, "retries": 1}
     (spec,) = run_config(rewards=[reward]).rewards
     assert preflight.reward_seconds(spec) == 2 * 330 + 30
+
+
+def test_a_reward_is_waited_for_on_each_source_that_it_judges_and_on_each_set_of_its_own(near: NearRay) -> None:
+    def reward(name: str, timeout: float) -> dict[str, Any]:
+        return {"name": name, "type": "python", "function": "a:b", "timeoutSeconds": timeout, "retries": 0}
+
+    def source(name: str, *rewards: str) -> dict[str, Any]:
+        return {"name": name, "jsonl": {"path": "/x"}, "weight": 1, "rewards": list(rewards)}
+
+    data = {"sources": [source("m", "a"), source("n", "a", "b")]}
+    held_out = {"name": "e", "data": {"jsonl": {"path": "/x"}}, "rewards": [reward("own", 1000)]}
+    spec: dict[str, Any] = {"rewards": [reward("a", 10), reward("b", 100)], "data": data, "evaluation": [held_out]}
+    with pytest.raises(DeadlineExceeded, match="Rewards: 1 of 1 not done"):
+        tried(by, Told(), Problems(), "Rewards hangs", **spec)
+    slack = BACKOFF_LIMIT + preflight.REWARD_SLACK_SECONDS
+    assert near.now - 100.0 == pytest.approx(10 + 10 + 100 + 1000 + 4 * slack, abs=1.0)

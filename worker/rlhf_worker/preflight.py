@@ -68,8 +68,20 @@ def preflight(
         if _settle(findings, {name: [rank.preflight.remote(name) for rank in ranks]}, end - time.monotonic()):
             break  # a rank is still at it, so that the next would wait for it
     if not findings.problems:
-        _settle(findings, {"Rewards": [feed.try_rewards.remote()]}, sum(map(reward_seconds, config.rewards)))
+        _settle(findings, {"Rewards": [feed.try_rewards.remote()]}, rewards_seconds(config))
     _tell(findings, reporter)
+
+
+def rewards_seconds(config: RunConfig) -> float:
+    """Each reward is tried on every source that it judges, and each of an evaluation set's own on that set."""
+    of_sources = [
+        reward
+        for source in config.data.sources or (None,)
+        for reward in config.rewards
+        if source is None or source.rewards is None or reward.name in source.rewards
+    ]
+    of_sets = [reward for spec in config.evaluation for reward in spec.rewards or ()]
+    return sum(map(reward_seconds, [*of_sources, *of_sets]))
 
 
 def reward_seconds(reward: RewardSpec) -> float:

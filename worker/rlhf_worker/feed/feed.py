@@ -66,19 +66,20 @@ class Feed(Member):
         if words := self.sampler.check(self.config.trainer.steps * self.config.rollout.prompts_per_step):
             print(words, flush=True)
 
-    def _origin(self, field: str, source: SourceSpec | None = None) -> "Origin":
+    def _origin(self, field: str, source: SourceSpec | None = None, of: EvaluationSpec | None = None) -> "Origin":
+        """`of`: a set, whose rewards and environment are the run's where it has none of its own."""
         from rlhf_worker.feed.rows import Origin
 
-        rewards = source.rewards if source else None
-        sent = any(spec.type == "http" and (rewards is None or spec.name in rewards) for spec in self.config.rewards)
-        taken = ("self",) if self.config.rollout.environment else ()
+        rewards, judges = source.rewards if source else None, (of and of.rewards) or self.config.rewards
+        sent = any(spec.type == "http" and (rewards is None or spec.name in rewards) for spec in judges)
+        taken = ("self",) if (of and of.environment) or self.config.rollout.environment else ()
         return Origin(field=field, source=source.name if source else "", rewards=rewards, taken=taken, sent=sent)
 
     def _evaluation(self, spec: EvaluationSpec, tokenizer: Any, vocabulary: int) -> "list[Prompt]":
         from rlhf_worker.feed.data import sampler
 
         with _of(spec.name):
-            prompts = sampler(spec.data, tokenizer, vocabulary, self._origin("data")).first(spec.limit)
+            prompts = sampler(spec.data, tokenizer, vocabulary, self._origin("data", of=spec)).first(spec.limit)
         return [replace(prompt, uid=f"{spec.name}:{prompt.row}") for prompt in prompts]
 
     def begin(self, step: int, sampler: dict[str, Any] | None) -> None:
