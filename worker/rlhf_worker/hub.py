@@ -74,7 +74,8 @@ class Keeper:
             raise BadSpec(f"{self.field}.path: {self.directory}: {words}: use another directory, or remove that one")
 
     def download(self, wait: Callable[[float], None] = time.sleep) -> Files:
-        """All of it; goes on with what was begun. Raises BadSpec; DownloadFailed after an hour without progress."""
+        """All of it; goes on with what was begun. Raises BadSpec; DownloadFailed after 10 minutes without
+        progress."""
         tries, size, moved = 0, -1, time.monotonic()
         while True:
             try:
@@ -87,7 +88,7 @@ class Keeper:
                     tries, size, moved = 0, now, time.monotonic()
                 if time.monotonic() - moved > PATIENCE_SECONDS:
                     raise DownloadFailed(
-                        f"{self.field}.source: {self.source.repo}: an hour without progress: {error}"
+                        f"{self.field}.source: {self.source.repo}: {PATIENCE_SECONDS:g} s without progress: {error}"
                     ) from error
                 self.trouble = f"try {tries + 2} after: {_words(error)}"
                 print(f"{self.source.repo}: {self.trouble}", file=sys.stderr, flush=True)
