@@ -183,6 +183,16 @@ def test_at_the_targets_of_a_filler_there_is_one_zero() -> None:
     assert sequence.tolist() == [0]
 
 
+def test_where_only_observations_follow_a_prompt_of_one_token_their_columns_count_for_nothing() -> None:
+    """Found by the oracle of the losses: the first position's column was that of an observation."""
+    (item,) = sequences([(1, 3)])
+    observed = replace(item, mask=[False] * 3).with_columns(kl_weights=[0.3] * 3)
+    (batch,) = pack([observed], 8)
+    columns, sequence = at_targets(batch, CPU)
+    assert {name: column.tolist() for name, column in columns.items()} == dict.fromkeys(observed.columns, [0.0])
+    assert sequence.tolist() == [0]
+
+
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 4), st.integers(0, 9))
 def test_an_epoch_has_every_sample_once(samples: int, updates: int, epochs: int, step: int) -> None:
     found = mini_batches(samples, updates, epochs, f"0/{step}")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -208,6 +208,7 @@ def oracle_factor(spec: Algorithm, d: Tensor) -> Tensor:
     "recipe", RECIPES, ids=lambda recipe: f"{recipe['name']}-{recipe.get('kl', {}).get('place', 'nokl')}",
 )
 @settings(max_examples=8)
+@example(lengths=[(1, 0), (1, 0), (1, 4)], budget=1, ranks=1, seed=0)  # a step of observations alone
 @given(
     lengths=st.integers(1, 2).flatmap(
         lambda n: st.lists(st.tuples(st.integers(1, 4), st.integers(0, MAX_TOKENS)), min_size=n * K, max_size=n * K)

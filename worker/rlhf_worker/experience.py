@@ -301,10 +301,13 @@ def empty_batch(columns: Iterable[str] = ()) -> PackedBatch:
 
 
 def at_targets(batch: PackedBatch, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
-    """The columns and `sequence` at the N targets, (N,) each on `device`; for an empty batch one zero each, as log
-    probabilities of it are one zero.
+    """The columns and `sequence` at the N targets, (N,) each on `device`; for a batch without targets one zero each, as
+    log probabilities of it are one zero.
     """
-    where = batch.target_mask if batch.target_mask.any() else torch.arange(len(batch.target_mask)) == 0
+    if not batch.target_mask.any():  # its columns may hold values all the same: those of observations
+        nothing = torch.zeros(1, device=device)
+        return dict.fromkeys(batch.columns, nothing), nothing.long()
+    where = batch.target_mask
     return {name: column[where].to(device) for name, column in batch.columns.items()}, batch.sequence[where].to(device)
 
 
