@@ -2,6 +2,7 @@
 
 import asyncio
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -108,3 +109,19 @@ async def test_whatever_a_request_meets_first_a_dead_core_is_a_lost_engine() -> 
     core.errored = True
     with pytest.raises(EngineFailed, match="engine 0 is dead: a broken pipe"):
         await engine(core)._completions(requests(0), 60.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({}, {"head_dtype": "float32"}),
+        ({"hf_overrides": {"rope_theta": 1e6}}, {"head_dtype": "float32", "rope_theta": 1e6}),
+        ({"hf_overrides": {"head_dtype": "model"}}, {"head_dtype": "model"}),
+        ({"hf_overrides": None}, {"head_dtype": "float32"}),
+        ({"hf_overrides": "nothing that vLLM takes"}, "nothing that vLLM takes"),
+    ],
+    ids=str,
+)
+def test_the_head_is_the_trainers_in_float32_unless_the_spec_says_another(given: dict[str, Any], wanted: Any) -> None:
+    one = Engine(run_config(rollout={"maxTokens": 16, "engineArgs": given}), 0, "cpu", [0], [], 1)
+    assert one._engine_args("shm")["hf_overrides"] == wanted

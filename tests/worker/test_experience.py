@@ -189,7 +189,7 @@ def test_where_only_observations_follow_a_prompt_of_one_token_their_columns_coun
     observed = replace(item, mask=[False] * 3).with_columns(kl_weights=[0.3] * 3)
     (batch,) = pack([observed], 8)
     columns, sequence = at_targets(batch, CPU)
-    assert {name: column.tolist() for name, column in columns.items()} == dict.fromkeys(observed.columns, [0.0])
+    assert {name: column.tolist() for name, column in columns.items()} == {name: [0.0] for name in observed.columns}
     assert sequence.tolist() == [0]
 
 
