@@ -27,6 +27,8 @@ RUN python3 -m pip install --no-cache-dir --no-deps --no-index --break-system-pa
  && rm -r /tmp/wheels \
  && useradd --uid 65532 --create-home rlhf
 ENV PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1
+# Ray's workers begin by watching over each other (rlhf_worker/watcher.py).
+ENV __RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR=rlhf_worker.watcher.watch_node
 USER 65532:65532
 WORKDIR /home/rlhf
 # KubeRay gives the Ray containers their command, the operator the driver's; vLLM's image would start a server.

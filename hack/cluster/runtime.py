@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hack.cluster import settings as s
+from rlhf_worker.watcher import HOOK
 
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _SETTINGS = ("/etc/alternatives", "/etc/ld.so.cache", "/etc/ssl")  # what programs under /usr refer to
@@ -52,6 +53,7 @@ def images(cfg: s.Settings) -> list[Image]:
         "PYTHONDONTWRITEBYTECODE": "1",  # the installation is read-only
         "RAY_USAGE_STATS_ENABLED": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        **HOOK,
     }
     return [
         Image(s.PAUSE_IMAGE, ["/pause"], {}, user="65534", files={"pause": (cfg.bin / "pause").resolve()}),

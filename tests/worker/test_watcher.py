@@ -5,8 +5,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+from ray._common.utils import load_class
+from ray._private import ray_constants
 
 from rlhf_worker import watcher
 from tests.worker.processes import below
@@ -27,14 +32,13 @@ from tests.worker.waiting import until
 def test_only_a_stopped_process_that_stays_so_is_ended(
     monkeypatch: pytest.MonkeyPatch, states: str, ended: bool,
 ) -> None:
-    seen, killed = iter(states), list[tuple[int, int]]()
-    left = iter([7] * len(states))  # until the actor's own end
-    monkeypatch.setattr("rlhf_worker.watcher.os.getppid", lambda: next(left, 1))
-    monkeypatch.setattr("rlhf_worker.watcher.os.kill", lambda *given: killed.append(given))
+    seen, killed = iter(states), list[int]()
+    left = iter(states)  # until the actor's own end
     monkeypatch.setattr("rlhf_worker.watcher.time.sleep", lambda _: None)
     monkeypatch.setattr(watcher, "state", lambda _: next(seen))
-    watcher.watch(7)
-    assert killed == [(7, signal.SIGKILL)] * ended
+    monkeypatch.setattr(watcher, "_end", killed.append)
+    watcher.watch(lambda: next(left, "") != "", lambda: [7])
+    assert killed == [7] * ended
 
 
 @pytest.fixture
@@ -59,3 +63,87 @@ def test_the_watcher_of_an_actor_that_dies_ends(actor: subprocess.Popen[bytes]) 
     until(lambda: bool(below(actor.pid)[1:]))
     actor.kill()
     assert actor.communicate(timeout=20)[1] == b""
+
+
+RAYLET = """
+import subprocess, sys
+hook = [sys.executable, "-c", "from rlhf_worker.watcher import watch_node; watch_node(); print(flush=True); input()"]
+sleep = ["-c", "import time; time.sleep(100)"]
+for name in ("ray::Policy.__init__", "agent"):
+    kept = {"stdout": subprocess.DEVNULL, "stderr": open(sys.argv[1], "a")}
+    print(subprocess.Popen([name, *sleep], executable=sys.executable, **kept).pid, flush=True)
+for worker in [subprocess.Popen(hook, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)]:
+    worker.stdout.readline()
+    worker.kill()
+print(flush=True)
+input()
+"""
+
+
+@dataclass
+class Node:
+    """What passes for a raylet, whose workers began a watch and ended, with another worker and an agent."""
+
+    raylet: subprocess.Popen[str]
+    log: Path
+    worker: int
+    agent: int
+
+    def watchers(self) -> list[Path]:
+        return [
+            path for path in Path("/proc").glob("[0-9]*/cmdline")
+            if text(path).split("\0")[-3:-1] == ["--workers-of", str(self.raylet.pid)]
+        ]
+
+
+def text(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_text()
+    return ""
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    log = tmp_path / "worker.err"
+    raylet = subprocess.Popen(
+        [sys.executable, "-c", RAYLET, str(log)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert raylet.stdout is not None
+    worker, agent, _ = (raylet.stdout.readline().strip() for _ in range(3))
+    yield Node(raylet, log, int(worker), int(agent))
+    raylet.kill()
+    raylet.communicate()
+    for pid in (worker, agent):
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+
+
+def test_one_watcher_a_node_ends_a_stopped_worker_that_nobody_could_ask_yet(node: Node) -> None:
+    until(lambda: len(node.watchers()) == 1)
+    os.kill(node.agent, signal.SIGSTOP)
+    os.kill(node.worker, signal.SIGSTOP)
+    until(lambda: watcher.state(node.worker) in watcher.ENDED)
+    assert f"process {node.worker} was stopped by a signal (state T)" in node.log.read_text()
+    assert watcher.state(node.agent) == "T", "a raylet ends with its agents: they are none of ours"
+    assert len(node.watchers()) == 1
+
+
+def test_the_watcher_of_a_node_ends_with_its_raylet(node: Node) -> None:
+    until(lambda: len(node.watchers()) == 1)
+    node.raylet.kill()
+    node.raylet.wait()
+    until(lambda: not node.watchers())
+
+
+def test_the_agents_of_a_raylet_are_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    titles = ["ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::Policy.__init__", "python"]
+    monkeypatch.setattr(watcher, "children", lambda _: range(len(titles)))
+    monkeypatch.setattr(watcher, "_text", lambda path: titles[int(path.parts[2])] + "\0\0")
+    assert watcher.workers_of(7) == [0, 3]
+
+
+def test_the_image_hands_the_hook_to_its_rays() -> None:
+    ((name, function),) = watcher.HOOK.items()
+    assert f"ENV {name}={function}\n" in (Path(__file__).parents[2] / "images/worker.Dockerfile").read_text()
+    assert name == ray_constants.WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+    assert load_class(function) is watcher.watch_node

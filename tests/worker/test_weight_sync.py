@@ -6,12 +6,14 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import ray
 import torch
+from ray.exceptions import ActorDiedError
 from transformers import AutoModelForCausalLM
 
 from rlhf_api.run import RunConfig
@@ -29,6 +31,7 @@ from rlhf_worker.progress import ConsoleReporter
 from rlhf_worker.roll import Roll
 from rlhf_worker.rollout.episode import Request
 from rlhf_worker.stop import Stop
+from rlhf_worker.watcher import AGENTS, children, workers_of
 from rlhf_worker.weights.sync import WeightSync
 from tests.worker.configs import run_config
 from tests.worker.moe import write_moe
@@ -114,13 +117,30 @@ def stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
-def test_every_actor_is_watched(crew: Crew) -> None:
-    actors = [pid for kind in ("Feed", "Policy", "PokedEngine") for pid in named(os.getpid(), f"ray::{kind}")]
-    watchers = [
-        [child for child in below(actor) if b"watcher.py" in Path(f"/proc/{child}/cmdline").read_bytes()]
-        for actor in actors
-    ]
-    assert [len(found) for found in watchers] == [1] * (1 + RANKS + ENGINES)
+def titles(pids: Iterable[int]) -> set[str]:
+    return {Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0") for pid in pids}
+
+
+class Slow:
+    """An actor that stands for those whose modules take long to import."""
+
+    def __init__(self) -> None:
+        time.sleep(1000)
+
+
+def test_an_actor_that_is_stopped_before_it_can_be_asked_is_ended(crew: Crew) -> None:
+    """A rank that was stopped while it imported torch was found by the deadline of the start, 270 s."""
+    slow = ray.remote(num_cpus=0)(Slow).remote()
+    until(lambda: bool(named(os.getpid(), "ray::Slow")), 120)
+    os.kill(named(os.getpid(), "ray::Slow")[0], signal.SIGSTOP)
+    with pytest.raises(ActorDiedError):
+        ray.get(slow.__ray_ready__.remote(), timeout=120)
+
+
+def test_a_watcher_knows_workers_from_the_agents_of_its_raylet(crew: Crew) -> None:
+    (raylet,) = [pid for pid in below(os.getpid()) if b"raylet/raylet" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert {title for title in titles(children(raylet)) if title.endswith("Agent")} == set(AGENTS)
+    assert {"ray::Feed", "ray::Policy", "ray::PokedEngine"} <= titles(workers_of(raylet))
 
 
 def test_all_engines_hold_every_parameter(crew: Crew) -> None:

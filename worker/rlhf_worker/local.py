@@ -20,6 +20,7 @@ from rlhf_worker.placement import device_here
 from rlhf_worker.progress import ConsoleReporter
 from rlhf_worker.run import Result, drive
 from rlhf_worker.stop import Stop
+from rlhf_worker.watcher import HOOK
 
 OBJECT_STORE_BYTES = 512 << 20
 START_TRIES = 3
@@ -77,6 +78,7 @@ def local_ray(config: RunConfig, verbose: bool) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.update(HOOK)
     os.environ.pop("RAY_ADDRESS", None)
     _check_gpus(config)
     _shorten_temp()

@@ -5,7 +5,6 @@ a broken connection before it. Here the driver hears of it whatever it waits for
 
 import os
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -23,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rlhf_worker.calls import root_cause
 from rlhf_worker.errors import ActorLost, BadData, BadSpec, Fenced
 from rlhf_worker.stop import Ended, Stop, Terminated
-from rlhf_worker.watcher import STOPPED, WORDS, watched
+from rlhf_worker.watcher import STOPPED, WORDS
 
 LOOK_SECONDS = 2.0  # between two looks at whether all live
 CAUSE_SECONDS = 5.0  # for Ray to tell of the death that an error came from
@@ -50,11 +49,8 @@ class Place:
 class Member:
     """What every actor of a run is."""
 
-    _watcher: subprocess.Popen[bytes]
-
     def enrol(self) -> Place:
-        """The first call: from now on this process is watched."""
-        self._watcher = watched()
+        """The first call."""
         log = str(Path("/proc/self/fd/2").readlink())
         return Place(socket.gethostname(), ray.get_runtime_context().get_node_id(), os.getpid(), log)
 

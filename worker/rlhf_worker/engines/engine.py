@@ -33,7 +33,6 @@ from rlhf_worker.hub import ensure
 from rlhf_worker.placement import Seat
 from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, location
 from rlhf_worker.roll import Member
-from rlhf_worker.watcher import watched
 from rlhf_worker.weights.backends import engine_backend
 
 if TYPE_CHECKING:
@@ -122,8 +121,6 @@ class Engine(Member):
             raise
         except Exception as error:
             raise EngineFailed(f"engine {self.index} did not start: {error}; its log ends: {printed()}") from error
-        if self._executor(backend) != "uni":  # its workers are Ray's, and no processes under this one
-            await self.llm.collective_rpc(_watch_worker)
         check_attention(self.config, self.llm.model_config)
         await self.llm.update_weight_version("0")
         if self.adapter_args:
@@ -188,6 +185,8 @@ class Engine(Member):
                 "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES, "enforce_eager": True, "enable_chunked_prefill": False,
             }
         args |= config.rollout.engine_args
+        if isinstance(overrides := args.get("hf_overrides") or {}, dict):
+            args["hf_overrides"] = {"head_dtype": "float32"} | overrides  # as the trainer's head
         if config.rollout.sampling.top_k:  # vLLM's limit is 20; -1 is none
             given = args.get("max_logprobs", 20)
             args["max_logprobs"] = given if given == -1 else max(given, config.rollout.sampling.top_k)
@@ -466,11 +465,6 @@ def printed(most: int = 2000) -> str:
             return log.read().decode(errors="replace")
     except OSError as error:
         return f"({error})"
-
-
-def _watch_worker(worker: Any) -> None:
-    """Runs in a vLLM worker process."""
-    worker.watcher = watched()
 
 
 def _worker_seat(worker: Any) -> Seat:

@@ -8,10 +8,9 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from pathlib import Path
 from typing import Any
 
-from rlhf_worker.watcher import STOPPED, state
+from rlhf_worker.watcher import STOPPED, children, state
 
 
 class Pulse:
@@ -53,18 +52,6 @@ def stopped(pid: int) -> list[int]:
 
 
 def _below(pid: int) -> Iterator[int]:
-    try:
-        threads = list(Path(f"/proc/{pid}/task").iterdir())
-    except OSError:  # it ended meanwhile
-        return
-    for thread in threads:
-        for child in map(int, _text(thread / "children").split()):
-            yield child
-            yield from _below(child)
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""
+    for child in children(pid):
+        yield child
+        yield from _below(child)
