@@ -5,7 +5,7 @@ never touch each other's fields: the operator (everything but `progress`) and th
 from enum import StrEnum
 from typing import Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, JsonValue
 from pydantic.alias_generators import to_camel
 
 from rlhf_api.base import Model
@@ -50,6 +50,11 @@ class FailureClass(StrEnum):
     NODE_LOST = "NodeLost"
     PREEMPTED = "Preempted"
     STALLED = "Stalled"
+
+
+# One writer, who writes all of it: the API server then keeps account of one field, not of each leaf, in every write and
+# every watcher's event.
+WHOLE: dict[str, JsonValue] = {"x-kubernetes-map-type": "atomic"}
 
 
 class StatusModel(Model):
@@ -200,5 +205,6 @@ class RLHFJobStatus(StatusModel):
         "were held.")
     conditions: list[Condition] = Field(default_factory=list, description="What is so, and why; docs/status.md "
         "explains each.", json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]})
-    record: Record = Field(default_factory=Record, description="The operator's memory.")
-    progress: Progress | None = Field(None, description="What the driver reports; its own field manager.")
+    record: Record = Field(default_factory=Record, description="The operator's memory.", json_schema_extra=WHOLE)
+    progress: Progress | None = Field(None, description="What the driver reports; its own field manager.",
+        json_schema_extra=WHOLE)

@@ -17,7 +17,7 @@ KNOWN = {
     "minItems", "maxItems", "maxProperties", "pattern", "format", "required", "properties", "items",
     "additionalProperties",
     "x-kubernetes-preserve-unknown-fields", "x-kubernetes-int-or-string", "x-kubernetes-validations",
-    "x-kubernetes-list-type", "x-kubernetes-list-map-keys",
+    "x-kubernetes-list-type", "x-kubernetes-list-map-keys", "x-kubernetes-map-type",
 }  # fmt: skip
 
 
