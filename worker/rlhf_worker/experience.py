@@ -157,11 +157,8 @@ def _train_sequence(index: int, sample: Sample) -> TrainSequence:
     if not sample.prompt.token_ids:
         raise ValueError(f"prompt {uid} has no tokens, so nothing predicts its completion's first")
     return TrainSequence(
-        token_ids=[*sample.prompt.token_ids, *sample.token_ids],
-        prompt_length=len(sample.prompt.token_ids),
-        index=index,
-        mask=list(sample.mask),
-        columns={"rollout_logprobs": list(sample.logprobs)},
+        token_ids=[*sample.prompt.token_ids, *sample.token_ids], prompt_length=len(sample.prompt.token_ids),
+        index=index, mask=list(sample.mask), columns={"rollout_logprobs": list(sample.logprobs)},
         support=sample.support,
     )
 

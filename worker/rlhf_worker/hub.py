@@ -28,16 +28,7 @@ from rlhf_worker.progress import Reporter
 
 MARK = ".rlhf-source.json"  # written last: what is whole, and of which repository
 OTHER_FORMATS = (
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".gguf",
-    ".ot",
-    ".tflite",
+    ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite",
 )  # beside safetensors
 PIECE_BYTES = 16 << 20
 FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0  # seconds between tries
@@ -256,9 +247,7 @@ def spread(keepers: Sequence[ActorHandle], tell: Callable[[str], None]) -> None:
     copies = [keeper.copy.remote(first, files) for keeper in lacking]
     if copies:
         gather(
-            copies,
-            DEADLINE_SECONDS,
-            "copies of the model",
+            copies, DEADLINE_SECONDS, "copies of the model",
             _telling(lacking[-1], f"copying to {len(copies)} nodes", tell),
         )
 

@@ -304,11 +304,7 @@ class Loop:
         self.reporter.update(state="Training", detail="generating")
 
     def _report(
-        self,
-        scored: list[ScoredSample],
-        values: dict[str, float],
-        synced: Synced | None,
-        timer: PhaseTimer,
+        self, scored: list[ScoredSample], values: dict[str, float], synced: Synced | None, timer: PhaseTimer,
         seconds: float,
     ) -> None:
         values = values | step_metrics(scored, timer.seconds, seconds) | {"seconds/productive": self._productive}

@@ -46,13 +46,8 @@ class Findings:
 
 
 def preflight(
-    config: RunConfig,
-    opening: Calls,
-    ranks: Sequence[ActorHandle],
-    feed: ActorHandle,
-    reporter: Reporter,
-    known: Problems,
-    deadline_seconds: float,
+    config: RunConfig, opening: Calls, ranks: Sequence[ActorHandle], feed: ActorHandle, reporter: Reporter,
+    known: Problems, deadline_seconds: float,
 ) -> None:
     """opening: what is under way side by side, of it "Join" of the ranks' groups; known: what was wrong before.
 

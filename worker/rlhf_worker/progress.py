@@ -40,9 +40,8 @@ def step_fields(step: int, total: int, values: Mapping[str, float], eta_seconds:
     fields: dict[str, Any] = {
         "step": step, "display": f"{step}/{total}", "step_time": now(), "reward": f"{values['reward/mean']:.3f}",
         "mismatch": f"{values['mismatch/abs']:.2g}" if "mismatch/abs" in values else None,
-        "tokens_per_second": f"{values['rollout/tokens_per_second']:.0f}",
-        "eta_seconds": eta_seconds, "eta": in_words(eta_seconds),
-        "productive_seconds": int(values["seconds/productive"]),
+        "tokens_per_second": f"{values['rollout/tokens_per_second']:.0f}", "eta_seconds": eta_seconds,
+        "eta": in_words(eta_seconds), "productive_seconds": int(values["seconds/productive"]),
         "dropped_prompts": int(values["data/dropped_prompts"]) if "data/dropped_prompts" in values else None,
     }
     return fields | ({"kl": f"{values['train/kl']:.2g}"} if "train/kl" in values else {})

@@ -175,8 +175,7 @@ class Engine(Member):
         config, ranks = self.config, len(self.bundles)
         args: dict[str, Any] = {
             "max_model_len": needed_context(config), "seed": config.sampling_seed + self.index,
-            "disable_log_stats": True,
-            "gpu_memory_utilization": 0.9 * config.placement.engine_fraction,
+            "disable_log_stats": True, "gpu_memory_utilization": 0.9 * config.placement.engine_fraction,
         }
         if self.device == "cpu":
             # vLLM's CPU generators cannot be wound back, which a seeded request needs when its prompt is prefilled in
@@ -192,9 +191,8 @@ class Engine(Member):
             args["max_logprobs"] = given if given == -1 else max(given, config.rollout.sampling.top_k)
         transfer = {} if self.adapter_args else {"weight_transfer_config": {"backend": engine_backend(backend)}}
         return args | transfer | self.adapter_args | {
-            "model": location(config.model),
-            "dtype": config.model.dtype, "trust_remote_code": config.model.trust_remote_code,
-            "tensor_parallel_size": ranks,
+            "model": location(config.model), "dtype": config.model.dtype,
+            "trust_remote_code": config.model.trust_remote_code, "tensor_parallel_size": ranks,
             "distributed_executor_backend": self._executor(backend), "logprobs_mode": "processed_logprobs",
         }
 

@@ -94,8 +94,7 @@ class Generator:
             min(request.sampling.top_k, logprobs.shape[-1]) if request.wants_support else 0, dim=-1
         )
         token_ids, logprobs = (
-            torch.cat([tokens, likeliest.indices], 2),
-            torch.cat([logprobs.gather(2, tokens), likeliest.values], 2),
+            torch.cat([tokens, likeliest.indices], 2), torch.cat([logprobs.gather(2, tokens), likeliest.values], 2),
         )
         rows = zip(episodes, token_ids.cpu().numpy(), logprobs.cpu().numpy(), strict=True)
         return [self._turn(episode, *row) for episode, *row in rows]
@@ -111,9 +110,7 @@ class Generator:
         spec, given = request.sampling, dict[str, Any](do_sample=request.temperature > 0)
         if request.temperature:
             given |= {
-                "temperature": request.temperature,
-                "top_k": spec.top_k,
-                "top_p": spec.top_p,
+                "temperature": request.temperature, "top_k": spec.top_k, "top_p": spec.top_p,
                 "min_p": spec.min_p or None,
             }
         return GenerationConfig(

@@ -136,10 +136,7 @@ class PromptSampler:
     def state(self) -> dict[str, Any]:
         epoch, position = divmod(self._drawn, len(self._source))
         return {
-            "epoch": epoch,
-            "position": position,
-            "dropped": self._dropped,
-            "data": self._digest,
+            "epoch": epoch, "position": position, "dropped": self._dropped, "data": self._digest,
             "seed": self._spec.seed,
         }
 
@@ -168,13 +165,7 @@ class PromptSampler:
             raise BadData(f"{self._source.place(row)}: {error}") from None
         uid = f"{origin.source}:{epoch}:{row}" if origin.source else f"{epoch}:{row}"
         return Prompt(
-            uid=uid,
-            epoch=epoch,
-            row=row,
-            token_ids=token_ids,
-            text=text,
-            fields=fields,
-            source=origin.source,
+            uid=uid, epoch=epoch, row=row, token_ids=token_ids, text=text, fields=fields, source=origin.source,
             rewards=origin.rewards,
         )
 

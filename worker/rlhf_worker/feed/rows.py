@@ -170,8 +170,7 @@ def _open(spec: PromptsSpec, field: str) -> tuple[str, Rows, list[int]]:
     assert spec.reasoning_gym is not None
     return (
         f"reasoningGym {spec.reasoning_gym.task}",
-        _ReasoningGym(spec.reasoning_gym, spec.seed, f"{field}.reasoningGym"),
-        [],
+        _ReasoningGym(spec.reasoning_gym, spec.seed, f"{field}.reasoningGym"), [],
     )
 
 

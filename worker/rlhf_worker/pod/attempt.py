@@ -26,8 +26,7 @@ def number(own: OwnJob, stop: Stop, pod_uid: str) -> int:
     """As soon as the operator has given it. 0 under one that numbers none. Raises Ended, Terminated, NotNumbered."""
     if not pod_uid:
         print(
-            f"{POD_UID} is not set: this driver has no number, and nothing fences its checkpoints",
-            file=sys.stderr,
+            f"{POD_UID} is not set: this driver has no number, and nothing fences its checkpoints", file=sys.stderr,
             flush=True,
         )
         return 0

@@ -41,8 +41,7 @@ class OwnJob:
         """The whole object, spec included, which another job of the same name keeps as it is."""
         metadata = {"name": self.job.name, **({"uid": self.job.uid} if self.job.uid else {})}
         answer = self._client.patch(
-            f"{self._path}/status",
-            params={"fieldManager": DRIVER_FIELD_MANAGER, "force": "true"},
+            f"{self._path}/status", params={"fieldManager": DRIVER_FIELD_MANAGER, "force": "true"},
             headers={**_credentials(), "Content-Type": "application/apply-patch+yaml"},
             json={"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": status},
         )

@@ -51,11 +51,8 @@ class Child:
         self._connection, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rlhf_worker.rewards.child", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=2,
-                start_new_session=True,
+                [sys.executable, "-m", "rlhf_worker.rewards.child", str(theirs.fileno())], pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL, stdout=2, start_new_session=True,
             )
         answer = self._exchange(self._first, START_DEADLINE)
         if "error" in answer:

@@ -238,13 +238,8 @@ class Fence:
 
     def _created(self, number: int) -> bool:
         turn = Turn(
-            number=number,
-            mark=self.writer.mark,
-            job=self.writer.job,
-            attempt=self.writer.attempt,
-            host=platform.node(),
-            time=_now(),
-            resumed=self._chosen,
+            number=number, mark=self.writer.mark, job=self.writer.job, attempt=self.writer.attempt,
+            host=platform.node(), time=_now(), resumed=self._chosen,
         )
         try:
             self.store.create(_name(number), _encoded(turn))

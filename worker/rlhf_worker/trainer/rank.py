@@ -108,9 +108,7 @@ class Trainer:
                 self.generator = Generator(self.config, self.rank, self.device)
         expected = [name for name in self.config.roles if name in TRAINED]
         given, leads, seconds = self.config.checkpoint, "policy" in self.names, work_seconds(self.config)
-        self.saver = Saver(
-            given.path, given.keep, expected, _driver(), leads=leads, seconds=seconds, best=given.best
-        )
+        self.saver = Saver(given.path, given.keep, expected, _driver(), leads=leads, seconds=seconds, best=given.best)
         return {name: role.batching for name, role in self.roles.items()}
 
     def _named(self) -> Iterator[tuple[str, Tensor]]:

@@ -22,11 +22,7 @@ STRUCTURAL = (TypeError, ValueError, NotImplementedError, AttributeError, KeyErr
 
 
 def choose(
-    module: RoleModule,
-    attentions: Sequence[str],
-    dtype: str,
-    device: torch.device,
-    worst: Callable[[float], float],
+    module: RoleModule, attentions: Sequence[str], dtype: str, device: torch.device, worst: Callable[[float], float],
     what: str,
 ) -> Batching:
     """Leaves `module` under the first of `attentions` by which a batch is each sequence alone. All ranks take part.

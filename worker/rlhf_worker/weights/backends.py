@@ -84,8 +84,7 @@ class Sender:
 
     def __init__(
         self, config: RunConfig, source: "PolicySource", rank: int, engines: list["ActorHandle"], backend: str,
-        address: tuple[str, int],
-        distrusted: frozenset[str],
+        address: tuple[str, int], distrusted: frozenset[str],
     ) -> None:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
@@ -177,6 +176,5 @@ def _sharded_rdt(rank: int, engines: int, ranks: int, deadline: float) -> "Train
 
     return ShardedRDTTrainerInitInfo(
         rank=rank, num_consumers=engines * ranks, workers_per_replica=ranks,
-        trainer_actor_namespace=ray.get_runtime_context().namespace,
-        stall_timeout_s=deadline,
+        trainer_actor_namespace=ray.get_runtime_context().namespace, stall_timeout_s=deadline,
     )
