@@ -24,7 +24,8 @@ SETTLE_SECONDS = 0.1
 BACKOFF_FIRST, BACKOFF_MOST = 0.5, 60.0
 # An event may bring the next try forward, but a stream of events must not make it a stream of failures.
 BACKOFF_LEAST = 2.0
-RESYNC_SECONDS = 300.0
+# What a watch loses a refresh of the store finds; this keeps what only time changes, such as goodput, from growing old.
+RESYNC_SECONDS = 900.0
 WORKERS = 16
 # What comes first comes before what became due up to so long ago.
 PATIENCE = 600.0
