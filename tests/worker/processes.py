@@ -1,16 +1,22 @@
-"""The processes under one, by name."""
+"""The processes under one, by name. Any may end while it is looked at."""
 
+from contextlib import suppress
 from pathlib import Path
+
+from rlhf_worker.watcher import children
 
 
 def below(pid: int) -> list[int]:
     """The process and all under it."""
-    found = [pid]
-    for thread in Path(f"/proc/{pid}/task").iterdir():
-        for child in (thread / "children").read_text().split():
-            found += below(int(child))
-    return found
+    return [pid, *(found for child in children(pid) for found in below(child))]
+
+
+def title(pid: int) -> str:
+    """Empty for one that has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").rstrip("\0")
+    return ""
 
 
 def named(pid: int, name: str) -> list[int]:
-    return [found for found in below(pid) if Path(f"/proc/{found}/cmdline").read_bytes().startswith(name.encode())]
+    return [found for found in below(pid) if title(found).startswith(name)]

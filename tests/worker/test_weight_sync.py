@@ -7,7 +7,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,7 @@ from rlhf_worker.weights.sync import WeightSync
 from tests.worker.configs import run_config
 from tests.worker.moe import write_moe
 from tests.worker.poked import PokedEngine, flip_one_element, freeze
-from tests.worker.processes import below, named
+from tests.worker.processes import below, named, title
 from tests.worker.waiting import kill, until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(900)]
@@ -117,10 +117,6 @@ def stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
-def titles(pids: Iterable[int]) -> set[str]:
-    return {Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0") for pid in pids}
-
-
 class Slow:
     """An actor that stands for those whose modules take long to import."""
 
@@ -138,9 +134,10 @@ def test_an_actor_that_is_stopped_before_it_can_be_asked_is_ended(crew: Crew) ->
 
 
 def test_a_watcher_knows_workers_from_the_agents_of_its_raylet(crew: Crew) -> None:
-    (raylet,) = [pid for pid in below(os.getpid()) if b"raylet/raylet" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    assert {title for title in titles(children(raylet)) if title.endswith("Agent")} == set(AGENTS)
-    assert {"ray::Feed", "ray::Policy", "ray::PokedEngine"} <= titles(workers_of(raylet))
+    (raylet,) = [pid for pid in below(os.getpid()) if "raylet/raylet" in title(pid).partition("\0")[0]]
+    assert {name for pid in children(raylet) if (name := title(pid)).endswith("Agent")} == set(AGENTS)
+    at_work = {title(pid).partition(".")[0] for pid in workers_of(raylet)}
+    assert {"ray::Feed", "ray::Policy", "ray::PokedEngine"} <= at_work
 
 
 def test_all_engines_hold_every_parameter(crew: Crew) -> None:
