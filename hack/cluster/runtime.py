@@ -53,12 +53,11 @@ def images(cfg: s.Settings) -> list[Image]:
         "PYTHONDONTWRITEBYTECODE": "1",  # the installation is read-only
         "RAY_USAGE_STATS_ENABLED": "0",
         "VLLM_NO_USAGE_STATS": "1",
-        **HOOK,
     }
     return [
         Image(s.PAUSE_IMAGE, ["/pause"], {}, user="65534", files={"pause": (cfg.bin / "pause").resolve()}),
         Image(s.OPERATOR_IMAGE, ["python", "-m", "rlhf_operator"], environment, user="65532"),
-        Image(s.WORKER_IMAGE, [], environment, user="65532"),
+        Image(s.WORKER_IMAGE, [], environment | HOOK, user="65532"),
     ]
 
 

@@ -14,7 +14,7 @@ from ray._common.utils import load_class
 from ray._private import ray_constants
 
 from rlhf_worker import watcher
-from tests.worker.processes import below
+from tests.worker.processes import below, title
 from tests.worker.waiting import until
 
 
@@ -89,17 +89,9 @@ class Node:
     worker: int
     agent: int
 
-    def watchers(self) -> list[Path]:
-        return [
-            path for path in Path("/proc").glob("[0-9]*/cmdline")
-            if text(path).split("\0")[-3:-1] == ["--workers-of", str(self.raylet.pid)]
-        ]
-
-
-def text(path: Path) -> str:
-    with suppress(OSError):
-        return path.read_text()
-    return ""
+    def watchers(self) -> list[int]:
+        pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+        return [pid for pid in pids if title(pid).split("\0")[-2:] == ["--workers-of", str(self.raylet.pid)]]
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from rlhf_worker.progress import ConsoleReporter
 from rlhf_worker.roll import Roll
 from rlhf_worker.rollout.episode import Request
 from rlhf_worker.stop import Stop
-from rlhf_worker.watcher import AGENTS, children, workers_of
+from rlhf_worker.watcher import AGENTS, STOPPED, children, state, workers_of
 from rlhf_worker.weights.sync import WeightSync
 from tests.worker.configs import run_config
 from tests.worker.moe import write_moe
@@ -113,10 +113,6 @@ def generated(crew: Crew, index: int) -> list[int]:
     return list(made[0].token_ids)
 
 
-def stopped(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-
-
 class Slow:
     """An actor that stands for those whose modules take long to import."""
 
@@ -190,7 +186,7 @@ def test_engines_that_slept_get_a_whole_sync_before_they_serve(crew: Crew) -> No
 def test_an_engine_that_hangs_is_left_out_after_the_deadline(crew: Crew) -> None:
     frozen = call(crew.fleet.serving[2], "poke", freeze, deadline_seconds=DEADLINE, what="freeze")
     try:
-        until(lambda: stopped(frozen), DEADLINE)
+        until(lambda: state(frozen) == STOPPED, DEADLINE)
         synced = crew.fleet.sync(prove=True)
     finally:
         os.kill(frozen, signal.SIGKILL)

@@ -20,7 +20,7 @@ from rlhf_worker.placement import device_here
 from rlhf_worker.progress import ConsoleReporter
 from rlhf_worker.run import Result, drive
 from rlhf_worker.stop import Stop
-from rlhf_worker.watcher import HOOK
+from rlhf_worker.watcher import HOOK, children
 
 OBJECT_STORE_BYTES = 512 << 20
 START_TRIES = 3
@@ -127,7 +127,6 @@ def _start_ray(config: RunConfig, verbose: bool, directory: str) -> None:
 
 def _end_children() -> None:
     """A Ray that did not come up leaves the processes it had started."""
-    for thread in Path("/proc/self/task").iterdir():
-        for pid in (thread / "children").read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+    for pid in list(children(os.getpid())):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
