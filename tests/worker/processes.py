@@ -3,12 +3,12 @@
 from contextlib import suppress
 from pathlib import Path
 
-from rlhf_worker.watcher import children
+from rlhf_worker import watcher
 
 
 def below(pid: int) -> list[int]:
     """The process and all under it."""
-    return [pid, *(found for child in children(pid) for found in below(child))]
+    return [pid, *watcher.below(pid)]
 
 
 def title(pid: int) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from rlhf_worker.engines import pulse as module
 from rlhf_worker.engines.pulse import Pulse, stopped
+from rlhf_worker.watcher import below
 from tests.worker.waiting import until
 
 
@@ -95,9 +95,9 @@ def family() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_process_that_a_signal_stopped_is_found_however_deep(family: subprocess.Popen[bytes]) -> None:
-    until(lambda: len(list(module._below(os.getpid()))) >= 2 and bool(list(module._below(family.pid))))
+    until(lambda: len(list(below(os.getpid()))) >= 2 and bool(list(below(family.pid))))
     assert stopped(os.getpid()) == []
-    (child,) = module._below(family.pid)
+    (child,) = below(family.pid)
     os.kill(child, signal.SIGSTOP)
     until(lambda: stopped(os.getpid()) == [child])
     os.kill(child, signal.SIGCONT)

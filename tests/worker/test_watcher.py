@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -69,9 +70,12 @@ RAYLET = """
 import subprocess, sys
 hook = [sys.executable, "-c", "from rlhf_worker.watcher import watch_node; watch_node(); print(flush=True); input()"]
 sleep = ["-c", "import time; time.sleep(100)"]
-for name in ("ray::Policy.__init__", "agent"):
-    kept = {"stdout": subprocess.DEVNULL, "stderr": open(sys.argv[1], "a")}
-    print(subprocess.Popen([name, *sleep], executable=sys.executable, **kept).pid, flush=True)
+core = ["-c", "import subprocess, sys, time; print(subprocess.Popen(sys.argv[1:]).pid, flush=True); time.sleep(100)"]
+core += [sys.executable, *sleep]
+for name in ("ray::Policy.__init__", "agent", "ray::Engine.start"):
+    kept = {"stdout": subprocess.PIPE, "stderr": open(sys.argv[1], "a"), "text": True}
+    begun = subprocess.Popen([name, *core], executable=sys.executable, **kept)
+    print(begun.pid, begun.stdout.readline().strip(), flush=True)
 for worker in [subprocess.Popen(hook, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(3)]:
     worker.stdout.readline()
     worker.kill()
@@ -82,12 +86,14 @@ input()
 
 @dataclass
 class Node:
-    """What passes for a raylet, whose workers began a watch and ended, with another worker and an agent."""
+    """What passes for a raylet, whose workers began a watch and ended, with two more workers and an agent, each of
+    which has a child."""
 
     raylet: subprocess.Popen[str]
     log: Path
     worker: int
     agent: int
+    core: int  # what another worker began
 
     def watchers(self) -> list[int]:
         pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
@@ -101,13 +107,15 @@ def node(tmp_path: Path) -> Iterator[Node]:
         [sys.executable, "-c", RAYLET, str(log)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert raylet.stdout is not None
-    worker, agent, _ = (raylet.stdout.readline().strip() for _ in range(3))
-    yield Node(raylet, log, int(worker), int(agent))
+    family = [[int(pid) for pid in raylet.stdout.readline().split()] for _ in range(3)]
+    (worker, _), (agent, _), (_, core) = family
+    raylet.stdout.readline()
+    yield Node(raylet, log, worker, agent, core)
     raylet.kill()
     raylet.communicate()
-    for pid in (worker, agent):
+    for pid in chain(*family):
         with suppress(ProcessLookupError):
-            os.kill(int(pid), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_one_watcher_a_node_ends_a_stopped_worker_that_nobody_could_ask_yet(node: Node) -> None:
@@ -120,6 +128,13 @@ def test_one_watcher_a_node_ends_a_stopped_worker_that_nobody_could_ask_yet(node
     assert len(node.watchers()) == 1
 
 
+def test_what_a_worker_began_is_watched_too_before_anybody_could_ask_it(node: Node) -> None:
+    until(lambda: len(node.watchers()) == 1)
+    os.kill(node.core, signal.SIGSTOP)
+    until(lambda: watcher.state(node.core) in watcher.ENDED)
+    assert f"process {node.core} was stopped by a signal (state T)" in node.log.read_text()
+
+
 def test_the_watcher_of_a_node_ends_with_its_raylet(node: Node) -> None:
     until(lambda: len(node.watchers()) == 1)
     node.raylet.kill()
@@ -129,7 +144,7 @@ def test_the_watcher_of_a_node_ends_with_its_raylet(node: Node) -> None:
 
 def test_the_agents_of_a_raylet_are_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     titles = ["ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::Policy.__init__", "python"]
-    monkeypatch.setattr(watcher, "children", lambda _: range(len(titles)))
+    monkeypatch.setattr(watcher, "children", lambda pid: iter(range(len(titles)) if pid == 7 else ()))
     monkeypatch.setattr(watcher, "_text", lambda path: titles[int(path.parts[2])] + "\0\0")
     assert watcher.workers_of(7) == [0, 3]
 

@@ -1,11 +1,14 @@
 """python -m rlhf_worker run|local|import-gguf: see run.py first."""
 
 import argparse
+import atexit
 import faulthandler
 import io
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 # Ray's default of 60 s is most of a driver's recovery from a lost head (read at import).
 os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
@@ -62,5 +65,26 @@ def _dispatch(given: argparse.Namespace) -> int:
     return guarded(lambda: import_gguf(given.file, given.directory))
 
 
+def process() -> NoReturn:
+    """`main`, and no more than Python's own part of an exit after it. Threads of Ray, gRPC and gloo outlive what they
+    worked for, and at times one crashes while C++ takes its globals apart: that must not make a failed run of one that
+    is done. """
+    codes = [1]  # an exception that nobody caught
+    atexit.register(_leave, codes)  # the first one, which is called last
+    try:
+        codes.append(main())
+    except SystemExit as left:
+        codes.append(left.code if isinstance(left.code, int) else 1)
+        raise
+    sys.exit(codes[-1])
+
+
+def _leave(codes: list[int]) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(codes[-1])
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    process()

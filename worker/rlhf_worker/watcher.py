@@ -2,9 +2,9 @@
 still.
 
 By the state of the process, never by its silence: one that compiles, computes or saves for long is not stopped. One
-watcher a node has all of its Ray's workers in view from their first moment, also while they import what they run; the
-driver has its own. Each is this file as a script: a small process that imports nothing of the worker, and ends with
-what it watches.
+watcher a node has all of its Ray's workers in view from their first moment, also while they import what they run, and
+what they begin, such as a core of vLLM that nobody can ask before it is up; the driver has its own. Each is this file
+as a script: a small process that imports nothing of the worker, and ends with what it watches.
 """
 
 import os
@@ -54,6 +54,12 @@ def children(pid: int) -> Iterator[int]:
             yield from map(int, _text(thread / "children").split())
 
 
+def below(pid: int) -> Iterator[int]:
+    for child in children(pid):
+        yield child
+        yield from below(child)
+
+
 def watch(alive: Callable[[], bool], seen: Callable[[], list[int]]) -> None:
     """Kills what stays stopped, for as long as it is `alive` that is watched for."""
     looks: dict[int, int] = {}
@@ -65,8 +71,10 @@ def watch(alive: Callable[[], bool], seen: Callable[[], list[int]]) -> None:
 
 
 def workers_of(raylet: int) -> list[int]:
+    """With all that is below them."""
     titles = {pid: _text(Path(f"/proc/{pid}/cmdline")).rstrip("\0") for pid in children(raylet)}
-    return [pid for pid, title in titles.items() if title.startswith("ray::") and title not in AGENTS]
+    workers = [pid for pid, title in titles.items() if title.startswith("ray::") and title not in AGENTS]
+    return [*workers, *(pid for worker in workers for pid in below(worker))]
 
 
 def _end(pid: int) -> None:

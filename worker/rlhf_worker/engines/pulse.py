@@ -7,10 +7,10 @@ stopped is known at once; that of the actor itself is `watcher`'s, as every acto
 import asyncio
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from rlhf_worker.watcher import STOPPED, children, state
+from rlhf_worker.watcher import STOPPED, below, state
 
 
 class Pulse:
@@ -48,10 +48,4 @@ class Pulse:
 
 def stopped(pid: int) -> list[int]:
     """Of the processes under this one, those that a signal stopped."""
-    return [child for child in _below(pid) if state(child) == STOPPED]
-
-
-def _below(pid: int) -> Iterator[int]:
-    for child in children(pid):
-        yield child
-        yield from _below(child)
+    return [child for child in below(pid) if state(child) == STOPPED]
