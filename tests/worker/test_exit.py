@@ -42,3 +42,11 @@ def test_without_it_the_crash_would_be_the_end() -> None:
     code = CRASH.format(end="return 0").replace("module.process()", "sys.exit(main())")
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert ended.returncode < 0
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["run", "/no/such.yaml"], 64), (["no-such"], 2)])
+def test_the_command_that_pods_run_ends_so(arguments: list[str], code: int) -> None:
+    crash = "import ctypes, runpy; ctypes.CDLL(None)['__cxa_atexit'](ctypes.c_void_p(1), None, None)"
+    command = [sys.executable, "-c", f"{crash}; runpy.run_module('rlhf_worker', run_name='__main__')", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == code, ended.stderr
