@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import kopf
+import uvloop
 
 from rlhf_operator import metrics
 from rlhf_operator.client import Connection
@@ -46,8 +47,16 @@ def _seen(kind: Kind, store: Store, suspect: Suspect, ages: metrics.WatchAges) -
         if event["type"] is None and store.holds(kind, uid):
             suspect(kind)
         store.put(kind, raw)
+        _shed(raw)
 
     return seen
+
+
+def _shed(raw: Any) -> None:
+    """kopf holds an object until the next event of it, or `idle_timeout`, and needs no more of it than its name."""
+    for part in ("spec", "status"):
+        raw.pop(part, None)
+    raw["metadata"].pop("managedFields", None)
 
 
 async def credentials(connection: Connection) -> kopf.ConnectionInfo:
@@ -102,7 +111,7 @@ class Informer:
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                asyncio.run(self._watch())
+                uvloop.run(self._watch())
             except Exception as error:
                 log.warning("the watches ended by %s: %s", type(error).__name__, error)
             if not self._stopping.is_set():

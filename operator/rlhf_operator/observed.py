@@ -241,19 +241,20 @@ def _driver_lag(meta: Raw, status: RLHFJobStatus) -> timedelta:
 
 
 def heeded(raw: Raw) -> Raw:
-    """What decisions read of a job, but for times and numbers that only the clock brings to bear: where nothing of
-    this changed, there is nothing to decide. A heartbeat changes none of it, nor does a step after which everything is
-    as before. The spec is told by its generation."""
+    """What decisions read of a job, but for its driver's reports and for times and numbers that only the clock brings
+    to bear: where nothing of this and of `heeded_progress` changed, there is nothing to decide. The spec is told by its
+    generation."""
     meta, status = raw["metadata"], raw.get("status") or {}
     return {
         **{key: meta.get(key) for key in ("uid", "generation", "deletionTimestamp", "finalizers")},
         "queue": (meta.get("labels") or {}).get(QUEUE_LABEL),
         "status": {key: value for key, value in status.items() if key != "progress"},
-        "progress": _heeded_progress(status.get("progress") or {}, status.get("record") or {}),
     }
 
 
-def _heeded_progress(progress: Raw, record: Raw) -> Raw:
+def heeded_progress(progress: Raw, record: Raw) -> Raw:
+    """The same of `status.progress`: a heartbeat changes none of it, nor does a step after which everything is as
+    before."""
     sync, step = progress.get("sync") or {}, progress.get("step") or 0
     return {
         **{key: progress.get(key) for key in ("state", "podUid", "attempt", "degraded", "saveError", "preflight")},

@@ -10,6 +10,7 @@ from typing import Any
 
 import kopf
 
+from rlhf_api.progress import HEARTBEAT_SECONDS
 from rlhf_operator.names import JOB_LABEL
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -122,7 +123,7 @@ def kopf_settings(namespace: str | None) -> kopf.OperatorSettings:
     settings.networking.error_backoffs = Backoffs()
     settings.persistence.diffbase_storage = NoDiffs()
     settings.persistence.progress_storage = NoProgress()
-    # A worker that waits for the next event of its object holds the last one in memory.
-    settings.queueing.idle_timeout = 0.05
+    # Longer than from one report of a driver to the next: a worker that waits is cheaper than a new one.
+    settings.queueing.idle_timeout = 1.5 * HEARTBEAT_SECONDS
     settings.process.ultimate_exiting_timeout = None
     return settings

@@ -15,7 +15,7 @@ import time
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_api.job import DEEPEST
@@ -31,6 +31,7 @@ from rlhf_operator.observed import (
     Queue,
     ReportedCondition,
     heeded,
+    heeded_progress,
     owner_uid,
     read_cluster,
     read_conditions,
@@ -56,11 +57,15 @@ SILENT_WAITS = ("ContainerCreating", "PodInitializing", "")
 
 @dataclass(frozen=True, slots=True)
 class JobFacts:
-    """A job as bytes, and the little that is asked of all jobs at once. `heeded` tells whether a change is worth a
-    pass, `made` whether it ever owned anything."""
+    """A job as bytes, in two parts, and the little that is asked of all jobs at once. A driver's report changes
+    `fresh` alone, so that the rest is packed and read once for many of them; `lasting` is its fingerprint. `heeded`
+    and `heeded_progress` tell whether a change is worth a pass, `made` whether it ever owned anything."""
 
+    lasting: bytes
     packed: bytes
+    fresh: bytes
     heeded: bytes
+    heeded_progress: bytes
     queue: str
     phase: str
     at_rest: bool
@@ -69,6 +74,10 @@ class JobFacts:
 
     def unpack(self) -> Raw:
         raw: Raw = marshal.loads(zlib.decompress(self.packed))
+        meta, progress = marshal.loads(self.fresh)
+        raw["metadata"] |= meta
+        if progress is not None:
+            raw["status"]["progress"] = progress
         return raw
 
 
@@ -238,7 +247,7 @@ class Store:
             return
         self._exists(kind, True, listed=False)
         before = shelf.by_uid.get(meta["uid"])
-        held = Held(meta["uid"], version, name, group, owner_uid(raw), self._read(kind, raw))
+        held = Held(meta["uid"], version, name, group, owner_uid(raw), self._read(kind, raw, before))
         if (replaced := shelf.put(held)) is not None:
             self._gone[replaced.uid] = float("inf")
             self._left(kind, replaced)
@@ -246,9 +255,9 @@ class Store:
         if not (own and kind is JOBS) and (before is None or _news(before.facts, held.facts)):
             self._changed(kind, held, new=before is None)
 
-    def _read(self, kind: Kind, raw: Raw) -> Any:
+    def _read(self, kind: Kind, raw: Raw, before: Held[Any] | None) -> Any:
         if kind is JOBS:
-            return _job_facts(raw)
+            return _job_facts(raw, before.facts if before else None)
         if kind is WORKLOADS:
             return read_conditions((raw.get("status") or {}).get("conditions"))
         return read_cluster(raw) if kind is RAYCLUSTERS else read_pod(raw) if kind is PODS else None
@@ -330,16 +339,24 @@ def _leaves(meta: Raw) -> bool:
 
 def _news(before: Any, after: Any) -> bool:
     if isinstance(before, JobFacts) and isinstance(after, JobFacts):
-        return before.heeded != after.heeded
+        return (before.heeded, before.heeded_progress) != (after.heeded, after.heeded_progress)
     return bool(before != after)
 
 
-def _job_facts(raw: Raw) -> JobFacts:
-    slim = _slim(raw)
-    status, queue = raw.get("status") or {}, (raw.get("spec") or {}).get("queue")
+def _job_facts(raw: Raw, before: JobFacts | None) -> JobFacts:
+    rest, meta, progress = _parted(raw)
+    body, status = _packed(rest), rest.get("status") or {}
+    lasting, fresh = _digest(body), marshal.dumps((meta, progress))
+    stirred = _digest(_canonical(heeded_progress(progress or {}, status.get("record") or {})))
+    if before is not None and before.lasting == lasting:
+        return replace(before, fresh=fresh, heeded_progress=stirred)
+    queue = (raw.get("spec") or {}).get("queue")
     return JobFacts(
-        packed=zlib.compress(_packed(slim), 1),
-        heeded=hashlib.blake2b(json.dumps(heeded(slim), sort_keys=True, default=str).encode(), digest_size=12).digest(),
+        lasting=lasting,
+        packed=zlib.compress(body, 1),
+        fresh=fresh,
+        heeded=_digest(_canonical(heeded(rest))),
+        heeded_progress=stirred,
         queue=str(queue.get("name", "")) if isinstance(queue, dict) else "",
         phase=str(status.get("phase") or "Pending"),
         at_rest=_at_rest(status),
@@ -348,22 +365,34 @@ def _job_facts(raw: Raw) -> JobFacts:
     )
 
 
-def _slim(raw: Raw) -> Raw:
-    """Of who manages which field only who and when is read."""
+def _parted(raw: Raw) -> tuple[Raw, Raw, Raw | None]:
+    """What stays through a driver's reports, and what each changes: of its metadata, and `status.progress`. Of who
+    manages which field only who and when is read."""
+    meta, status = dict(raw["metadata"]), dict(raw.get("status") or {})
     managers = [
         {k: v for k, v in m.items() if k in ("manager", "time", "subresource")}
-        for m in raw["metadata"].get("managedFields") or ()
+        for m in meta.pop("managedFields", None) or ()
     ]
-    return {**raw, "metadata": {**raw["metadata"], "managedFields": managers}}
+    fresh = {"managedFields": managers, "resourceVersion": meta.pop("resourceVersion", None)}
+    progress = status.pop("progress", None)
+    return {**raw, "metadata": meta, "status": status}, fresh, progress
 
 
-def _packed(slim: Raw) -> bytes:
+def _canonical(value: Raw) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode()
+
+
+def _digest(body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=12).digest()
+
+
+def _packed(rest: Raw) -> bytes:
     """marshal takes 2,000 levels, the API server 10,000: of a spec that nests without end only that it does is kept,
     for which it is refused."""
     try:
-        return marshal.dumps(slim)
+        return marshal.dumps(rest)
     except ValueError:
-        return marshal.dumps({**slim, "spec": _cut(slim["spec"], LEVELS_KEPT)})
+        return marshal.dumps({**rest, "spec": _cut(rest["spec"], LEVELS_KEPT)})
 
 
 def _cut(node: Any, levels: int) -> Any:

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from rlhf_operator.kinds import JOBS
-from rlhf_operator.observed import heeded, read_job
+from rlhf_operator.observed import read_job
+from rlhf_operator.store import Store
 from tests.api.specs import a_job
 from tests.control.world import World, running
 
@@ -96,6 +97,14 @@ def test_a_status_of_another_version_keeps_what_can_be_read(what: str, status: d
     read = read_job({**a_job(), "status": status}).status
     assert read.record.clusters == 3
     assert len(read.record.charged) == (1 if what == "list" else 0)
+
+
+def heeded(raw: dict[str, Any]) -> tuple[bytes, bytes]:
+    """What the store compares of a job to tell whether somebody is woken."""
+    store = Store()
+    store.put(JOBS, raw)
+    facts = store.jobs.by_uid[raw["metadata"]["uid"]].facts
+    return facts.heeded, facts.heeded_progress
 
 
 def test_a_heartbeat_changes_nothing_that_is_heeded() -> None:

@@ -1,6 +1,7 @@
 """The process around the decisions: flags, kopf's part, the connection's errors, the lock, the memory."""
 
 import asyncio
+import copy
 import operator
 import re
 import subprocess
@@ -81,6 +82,18 @@ def test_every_event_goes_into_the_store() -> None:
         told(PODS, pod, "DELETED")
     assert set(suspected) == {PODS}, "kopf lists again what is held: its watch was broken"
     assert store.sizes()["pods"] == 0
+
+
+def test_kopf_is_left_with_the_name_of_what_the_store_has_read() -> None:
+    """It holds the last object of each worker that waits for the next."""
+    world, store = running(), Store()
+    [handler] = [h for h in handlers_of(store, [])._watching.get_all_handlers() if h.id == "rlhfjobs"]
+    raw = copy.deepcopy(world.job_raw)
+    asyncio.run(handler.fn(event={"type": "MODIFIED", "object": raw}))
+    assert raw.keys() & {"spec", "status"} == set() and "managedFields" not in raw["metadata"]
+    assert raw["metadata"]["uid"] == world.job_raw["metadata"]["uid"]
+    held = store.raw(("default", "sample"))
+    assert held is not None and held["spec"] == world.job_raw["spec"] and held["status"] == world.job_raw["status"]
 
 
 def handlers_of(store: Store, suspected: list[Kind]) -> Any:

@@ -201,6 +201,30 @@ def test_a_heartbeat_wakes_nobody_and_is_kept() -> None:
     assert raw is not None and raw["status"]["progress"]["step"] == 2
 
 
+def test_reports_pack_a_job_once_and_every_version_comes_out_as_it_went_in() -> None:
+    store, report = Told(), {"state": "Training", "step": 1, "timings": {"train": "1.5"}}
+    written = {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]}
+    statuses: list[Raw] = [
+        written,
+        written | {"progress": report},
+        written | {"progress": report | {"step": 2, "reward": "0.5"}},
+        written | {"progress": report | {"step": 2}},
+        {"phase": "Failed", "progress": report | {"step": 2}},
+        {"phase": "Failed"},
+        {"phase": "Failed", "progress": {}},
+    ]
+    packed = []
+    for version, status in enumerate(statuses, 1):
+        told = job(version, status=status)
+        told["metadata"]["managedFields"] = [{"manager": "rlhf-driver", "time": f"{version}", "fieldsV1": {"f:x": {}}}]
+        store.put(JOBS, told)
+        told["metadata"]["managedFields"] = [{"manager": "rlhf-driver", "time": f"{version}"}]
+        assert store.raw(KEY) == told
+        packed.append(store.jobs.by_uid[told["metadata"]["uid"]].facts.packed)
+    assert [one is packed[0] for one in packed[:4]] == [True] * 4
+    assert packed[4] != packed[0] and all(one is packed[4] for one in packed[4:])
+
+
 def test_our_own_write_wakes_nobody_and_neither_does_its_echo() -> None:
     store = Told()
     store.put(JOBS, job(1))
