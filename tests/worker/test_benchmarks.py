@@ -52,3 +52,12 @@ def test_engine_and_trainer_agree_on_a_token_s_log_probability(tmp_path: Path) -
     lines = printed("mismatch", "--model", str(tmp_path / "model"), "--runs", "plain", "nucleus", *small).splitlines()
     rows = [json.loads(line) for line in lines if line.startswith("{")]
     assert [(row["run"], row["steps"]) for row in rows] == [("plain", 1), ("nucleus", 1)]
+
+
+def test_a_whole_step_is_timed_by_phase(tmp_path: Path) -> None:
+    sizes = ("--vocabulary", "256", "--prompts", "2", "--samples", "2", "--tokens", "8", "--steps", "3")
+    small = (*sizes, "--micro-batch", "512", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path))
+    found = json.loads(printed("step", "--shape", "tiny", *small).splitlines()[-1])
+    assert [len(values) for values in found["seconds"].values()] == [3] * 5
+    assert found["worst_over_median"] == 1.0, "one step after two"
+    assert found["median"]["step"] >= found["median"]["generate"] > 0

@@ -1,0 +1,113 @@
+"""Seconds of a whole step, by phase: GRPO, Colocated, one GPU, one update a step, by `rlhf_worker local`'s own driver.
+
+usage: python hack/bench/step.py [--shape 1.7B] [--vocabulary 49152] [--prompts 128] [--samples 8] [--tokens 512]
+  [--steps 6] [--micro-batch 10240] [--fractions 0.5 0.4] [--device cuda|cpu] [--out DIR]
+
+A random model, so that nearly all completions have --tokens tokens and each run does the same work. Prints one line of
+JSON: of each phase the seconds a step, the median after two steps, and the slowest of those over it. """
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from hack.bench.local_run import job, run
+from hack.bench.weight_base import SHAPES, model_config
+
+WARM = 2  # steps
+PROMPT = 32  # tokens
+PHASES = ("seconds/step", "seconds/generate", "seconds/score", "seconds/train", "seconds/sync")
+REWARD = '''
+def reward(prompt, completion, **row):
+    """Something that differs within a group."""
+    return len(set(completion.split())) / 100
+'''
+
+
+def write_model(directory: Path, given: argparse.Namespace) -> None:
+    """Random weights and a tokenizer of one word a token."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    config = model_config(given.shape, given.dtype)
+    config.vocab_size = given.vocabulary
+    with torch.device(given.device):
+        model = getattr(transformers, f"{SHAPES[given.shape][0]}ForCausalLM")(config).to(getattr(torch, given.dtype))
+    model.save_pretrained(directory)
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{index}" for index in range(4, given.vocabulary))]
+    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(directory)
+
+
+def write_prompts(path: Path, given: argparse.Namespace) -> None:
+    rows = (
+        {"prompt": " ".join(f"w{4 + (7 * i + 13 * j) % (given.vocabulary - 4)}" for j in range(PROMPT))}
+        for i in range(4 * given.prompts)
+    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def manifest(given: argparse.Namespace, work: Path) -> dict[str, Any]:
+    cuda = given.device == "cuda"
+    share, engine = given.fractions, {} if cuda else {"kv_cache_memory_bytes": 1 << 28}
+    return job(
+        "step", model={"path": str(work / "model"), "dtype": given.dtype},
+        data={"jsonl": {"path": str(work / "prompts.jsonl")}, "maxPromptTokens": 2 * PROMPT},
+        rewards=[{"name": "words", "type": "python", "code": REWARD}],
+        rollout={
+            "promptsPerStep": given.prompts, "samplesPerPrompt": given.samples, "maxTokens": given.tokens,
+            "engineArgs": engine,
+        },
+        trainer={"steps": given.steps, "learningRate": 1e-6, "tokensPerMicroBatch": given.micro_batch},
+        placement={"mode": "Colocated", "gpusPerNode": 1, "fractions": {"trainer": share[0], "rollout": share[1]}},
+        checkpoint={"path": str(work / "checkpoints"), "everySteps": 1000, "export": False},
+    )  # fmt: skip
+
+
+def summary(steps: list[dict[str, Any]], given: argparse.Namespace) -> dict[str, Any]:
+    """`steps`: what the reporter was told of each."""
+    seconds = {phase.removeprefix("seconds/"): [step[phase] for step in steps if phase in step] for phase in PHASES}
+    late = {phase: values[WARM:] for phase, values in seconds.items() if values[WARM:]}
+    medians = {phase: statistics.median(values) for phase, values in late.items()}
+    return {
+        "shape": given.shape, "vocabulary": given.vocabulary, "samples": given.prompts * given.samples,
+        "tokens": given.tokens, "seconds": seconds, "median": medians,
+        "worst_over_median": max(late["step"]) / medians["step"],
+        "told": {key: value for key, value in steps[-1].items() if isinstance(value, int | float)},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="1.7B", choices=list(SHAPES))
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--micro-batch", type=int, default=10240, help="tokens")
+    parser.add_argument("--fractions", type=float, nargs=2, default=[0.5, 0.4], help="of trainer and engine")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", type=Path, help="keep results here")
+    given = parser.parse_args()
+    if given.steps <= WARM:
+        parser.error(f"--steps must be more than {WARM}: the first ones warm up")
+    work = (given.out or Path(tempfile.mkdtemp(prefix="step-"))).absolute()
+    (work / "model").mkdir(parents=True, exist_ok=True)
+    write_model(work / "model", given)
+    write_prompts(work / "prompts.jsonl", given)
+    print(json.dumps(summary(run(manifest(given, work), work)["steps"], given)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
