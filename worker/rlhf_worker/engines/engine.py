@@ -6,6 +6,7 @@ vLLM is imported after the environment is set, because it reads it at import.
 import asyncio
 import os
 import pickle
+import sys
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
@@ -132,12 +133,16 @@ class Engine(Member):
         import vllm
 
         try:
-            return args.create_engine_config(use)
+            config = args.create_engine_config(use)
         except Exception as error:
             if verdict(Call.ENGINE, error) is not Verdict.SPEC:
                 raise
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else said(error)
             raise refused(self.config, reason, vllm.__version__) from None
+        if why := merge_outputs(config):
+            print(f"engine {self.index}: a token a message, which is slow: vLLM {vllm.__version__}: {why}",
+                file=sys.stderr, flush=True)
+        return config
 
     def _open_environments(self) -> None:
         from rlhf_worker.rollout.environment import opened
@@ -451,6 +456,23 @@ class Engine(Member):
         if self.llm is not None:
             self.llm.shutdown(timeout=0)
             self.llm = None
+
+
+def merge_outputs(config: "VllmConfig") -> str:
+    """Have vLLM's core send many tokens of a request at a time, unless the user names a scheduler. Returns why not,
+    where this vLLM is another than `scheduler` was written for.
+    """
+    if config.scheduler_config.scheduler_cls is not None:
+        return ""
+    try:
+        from rlhf_worker.engines import scheduler
+    except Exception as error:  # whatever of its insides has moved
+        return said(error)
+    own = config.scheduler_config.get_scheduler_cls()
+    if why := scheduler.misfit(own):
+        return why
+    config.scheduler_config.scheduler_cls = f"{scheduler.__name__}.{scheduler.MERGING[own].__name__}"
+    return ""
 
 
 def printed(most: int = 2000) -> str:
