@@ -1,10 +1,10 @@
-"""What a step of vLLM's engine costs beside the model: in the core `Scheduler.update_from_output` and the message, in the
-engine's process reading it and `OutputProcessor.process_outputs`.
+"""What a step of vLLM's engine costs beside the model: in the core `Scheduler.update_from_output` and the message, in
+the engine's process reading it and `OutputProcessor.process_outputs`.
 
 usage: python hack/bench/engine_step.py [--sequences 512] [--tokens 128] [--columns 0]
 
 Everything in one process, on the CPU, with a tiny model whose own time is not counted. A JSON line for each way:
-milliseconds a step, as a mean over all steps, and bytes and messages a step. """
+milliseconds of the processor a step, kilobytes and outputs a step. """
 
 import argparse
 import json

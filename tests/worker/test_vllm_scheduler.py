@@ -1,17 +1,20 @@
 """Tokens that leave vLLM's core together: the same tokens, numbers and versions as one by one, in fewer messages.
 
-The oracle is a twin: the same request with the same seed, in the same steps, that streams and so is sent token by token.
+The oracle is a twin: the same request with the same seed in the same steps, that streams and so is sent token by token.
 """
 
 import asyncio
+import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from vllm import SamplingParams
+from vllm.config import SchedulerConfig
 from vllm.inputs import tokens_input
 from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
@@ -21,8 +24,10 @@ from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.outputs import LogprobsLists
 
 from rlhf_worker.engines import scheduler
-from rlhf_worker.engines.engine import Engine
+from rlhf_worker.engines.engine import Engine, merge_outputs
 from rlhf_worker.engines.scheduler import Window
+from rlhf_worker.experience import Prompt
+from rlhf_worker.rollout.episode import Request
 from tests.worker.test_vllm_config import engine
 from tests.worker.test_vllm_sampling import ENVIRONMENT
 
@@ -33,6 +38,53 @@ MESSAGES = TOKENS // scheduler.TOKENS + 3  # its first token, what is left at it
 
 def test_this_vllm_is_the_one_that_the_scheduler_was_written_for() -> None:
     assert scheduler.misfit(Scheduler) == scheduler.misfit(AsyncScheduler) == ""
+
+
+def configured(**scheduler_config: Any) -> Any:
+    """As much of vLLM's configuration as `merge_outputs` looks at."""
+    values = {"max_model_len": 64, "is_encoder_decoder": False, "async_scheduling": True} | scheduler_config
+    return SimpleNamespace(scheduler_config=SchedulerConfig(**values))
+
+
+@pytest.mark.parametrize(("asynchronous", "name"), [(True, "MergingAsyncScheduler"), (False, "MergingScheduler")])
+def test_the_scheduler_goes_on_as_the_one_that_vllm_chose(asynchronous: bool, name: str) -> None:
+    config = configured(async_scheduling=asynchronous)
+    chosen = config.scheduler_config.get_scheduler_cls()
+    assert merge_outputs(config) == ""
+    found = config.scheduler_config.get_scheduler_cls()
+    assert found is getattr(scheduler, name) and issubclass(found, chosen)
+
+
+def test_a_scheduler_that_the_user_names_is_used() -> None:
+    config = configured(scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler")
+    assert merge_outputs(config) == ""
+    assert config.scheduler_config.get_scheduler_cls() is Scheduler
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("FIELDS", scheduler.FIELDS - {"events"}, "EngineCoreOutput differs in events"),
+        ("ROWS", ("logprobs",), "LogprobsLists has"),
+        ("METHODS", ("update_from_output", "nope"), "Scheduler has no nope"),
+        ("MERGING", {}, "its scheduler is AsyncScheduler"),
+    ],
+)
+def test_another_vllm_keeps_its_own_scheduler(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: Any, words: str
+) -> None:
+    monkeypatch.setattr(scheduler, name, value)
+    config = configured()
+    assert merge_outputs(config).startswith(words)
+    assert config.scheduler_config.get_scheduler_cls() is AsyncScheduler
+
+
+def test_a_vllm_whose_insides_moved_keeps_its_own_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("rlhf_worker.engines.scheduler")
+    monkeypatch.setitem(sys.modules, "rlhf_worker.engines.scheduler", None)  # which fails to import
+    config = configured()
+    assert "halted" in merge_outputs(config)
+    assert config.scheduler_config.get_scheduler_cls() is AsyncScheduler
 
 
 def arrays(rows: int, columns: int, of: int) -> LogprobsLists:
@@ -168,3 +220,24 @@ async def cut_off(made: Engine, twins: Twins) -> None:
     await made.adopt(2)
     assert [span.version for span in (await beside).weight_versions] == ["1", "2"]
     await twins.both()
+
+
+def test_the_samples_of_a_prompt_prefill_it_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that begin in the same step."""
+    cached = list[int]()
+    prompt = Prompt(uid="0:0", epoch=0, row=0, token_ids=[5 + i % 60 for i in range(300)], text="", fields={})
+    asked = [Request(prompt=prompt, seed=i, temperature=1.0, max_tokens=4) for i in range(8)]
+
+    async def work(made: Engine, twins: Twins) -> None:
+        final = made._final
+
+        async def noted(*args: Any) -> Any:
+            found = await final(*args)
+            cached.append(found.num_cached_tokens)
+            return found
+
+        monkeypatch.setattr(made, "_final", noted)
+        await made.generate(asked, 60.0)
+
+    with_engine(tiny, monkeypatch, work, engineArgs={"max_model_len": 400})
+    assert sorted(cached) == [0] + [256] * 7  # whole blocks, of 128 tokens on a CPU

@@ -4,6 +4,7 @@ vLLM is imported after the environment is set, because it reads it at import.
 """
 
 import asyncio
+import gc
 import os
 import pickle
 import sys
@@ -126,6 +127,8 @@ class Engine(Member):
         await self.llm.update_weight_version("0")
         if self.adapter_args:
             self.adapters = Adapters(self.llm)
+        gc.collect()
+        gc.freeze()  # what is there now stays: no collection between two messages of the core need look at it
         return str(vllm.__version__)
 
     def _checked(self, args: "AsyncEngineArgs", use: "UsageContext") -> "VllmConfig":

@@ -214,7 +214,7 @@ class MergingScheduler(Merging):
     pass
 
 
-class MergingAsyncScheduler(Merging, AsyncScheduler):
+class MergingAsyncScheduler(Merging, AsyncScheduler):  # type: ignore[misc]
     pass
 
 
