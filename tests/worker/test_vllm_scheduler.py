@@ -20,7 +20,7 @@ from vllm.outputs import CompletionOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput
 from vllm.v1.outputs import LogprobsLists
 
 from rlhf_worker.engines import scheduler
@@ -115,10 +115,12 @@ class Twins:
     def __init__(self, made: Engine) -> None:
         self.made, self.llm = made, made._running()
         self.messages: Counter[str] = Counter()
+        self.events: Counter[EngineCoreEventType] = Counter()
         process = self.llm.output_processor.process_outputs
 
         def counted(outputs: list[EngineCoreOutput], *args: Any, **kwargs: Any) -> Any:
             self.messages.update(output.request_id.split("-")[0] for output in outputs)
+            self.events.update(event.type for output in outputs for event in output.events or ())
             return process(outputs, *args, **kwargs)
 
         self.llm.output_processor.process_outputs = counted
@@ -222,22 +224,50 @@ async def cut_off(made: Engine, twins: Twins) -> None:
     await twins.both()
 
 
+PROMPT = Prompt(uid="0:0", epoch=0, row=0, token_ids=[5 + i % 60 for i in range(300)], text="", fields={})
+BLOCKS = 256  # tokens of whole blocks in it, which have 128 on a CPU
+ASKED = [Request(prompt=PROMPT, seed=i, temperature=1.0, max_tokens=4) for i in range(8)]
+LONG = {"max_model_len": 400, "disable_log_stats": False}
+
+
+def cached(made: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of each request that ends from now on, how many tokens of its prompt were there."""
+    final, found = made._final, list[int]()
+
+    async def noted(*args: Any) -> Any:
+        output = await final(*args)
+        found.append(output.num_cached_tokens)
+        return output
+
+    monkeypatch.setattr(made, "_final", noted)
+    return found
+
+
 def test_the_samples_of_a_prompt_prefill_it_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those that begin in the same step."""
-    cached = list[int]()
-    prompt = Prompt(uid="0:0", epoch=0, row=0, token_ids=[5 + i % 60 for i in range(300)], text="", fields={})
-    asked = [Request(prompt=prompt, seed=i, temperature=1.0, max_tokens=4) for i in range(8)]
+    """Also those that begin in the same step; and again after a sync."""
 
     async def work(made: Engine, twins: Twins) -> None:
-        final = made._final
+        for version in (1, 2):
+            found = cached(made, monkeypatch)
+            await made.generate(ASKED, 60.0)
+            assert sorted(found) == [0] + [BLOCKS] * 7
+            await made.pause()
+            await made.adopt(version)
 
-        async def noted(*args: Any) -> Any:
-            found = await final(*args)
-            cached.append(found.num_cached_tokens)
-            return found
+    with_engine(tiny, monkeypatch, work, engineArgs=LONG)
 
-        monkeypatch.setattr(made, "_final", noted)
-        await made.generate(asked, 60.0)
 
-    with_engine(tiny, monkeypatch, work, engineArgs={"max_model_len": 400})
-    assert sorted(cached) == [0] + [256] * 7  # whole blocks, of 128 tokens on a CPU
+def test_with_staleness_a_sync_leaves_what_runs_its_cache_and_gives_it_to_no_other(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work(made: Engine, twins: Twins) -> None:
+        found = cached(made, monkeypatch)
+        await made.generate(ASKED[:1], 60.0)
+        await made.generate(ASKED[:1], 60.0)
+        await beside_a_sync(made, twins)
+        await made.generate(ASKED[:1], 60.0)
+        await made.generate(ASKED[:1], 60.0)
+        assert found == [0, BLOCKS, 0, BLOCKS]
+        assert EngineCoreEventType.PREEMPTED not in twins.events and twins.events[EngineCoreEventType.SCHEDULED]
+
+    with_engine(tiny, monkeypatch, work, engineArgs=LONG, staleness=1)

@@ -342,13 +342,19 @@ class Engine(Member):
         self._requests += 1
         with self.adapters.lent() if self.adapters else nullcontext() as adapter:
             outputs = self._running().generate(
-                tokens_input(token_ids), params, f"{self.index}-{self._requests}", lora_request=adapter,
+                tokens_input(token_ids, cache_salt=self._salt), params, f"{self.index}-{self._requests}",
+                lora_request=adapter,
             )
             found = [output async for output in outputs if output.finished]
         if not found:
             raise RuntimeError(f"engine {self.index}: a request came back without output")
         self._pulse.beat()
         return found[0]
+
+    @property
+    def _salt(self) -> str | None:
+        """Parts vLLM's prefix cache by the version of the weights, where requests run on while those change."""
+        return str(self.version) if self.config.rollout.staleness else None
 
     async def probe(self, token_ids: list[int]) -> list[float]:
         """Log probability of each token after the first, at temperature 1: what the delivery check compares."""
@@ -405,12 +411,15 @@ class Engine(Member):
         await self._hold()
 
     async def adopt(self, version: int) -> None:
-        """The new weights are in place: forget what the old ones computed, count from the new version, and go on."""
+        """The new weights are in place: count from the new version, and go on.
+
+        What the old ones computed serves no new request. With staleness those that run keep it: to compute it anew, all
+        of them at once, would hold up the engine for as long as a prefill of all that it has. """
         llm = self._running()
         if self.asleep:
             await llm.wake_up(["kv_cache"])
             self.asleep = False
-        if self.adapters is None:  # vLLM keys its cache by the adapter
+        if self.adapters is None and self._salt is None:  # vLLM keys its cache by the adapter, and by the salt
             await llm.reset_prefix_cache(reset_running_requests=True)
         await llm.update_weight_version(str(version))
         self.version, self.stale = version, False
