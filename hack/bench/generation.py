@@ -1,13 +1,14 @@
-"""Generation by the product's engine actor against vLLM's own offline `LLM.generate`: the same prompts, one GPU (or
-CPU), in turn.
+"""Generation by the product's engine actor against vLLM's own offline `LLM.generate`: the same prompts, the same engine
+arguments (an fp32 head and processed log probabilities among them), one GPU (or CPU), in turn.
 
-usage: python hack/bench/generation.py [--shape 0.6B] [--prompts 64] [--samples 8] [--tokens 256] [--eager] [--share
-  0.4]
+usage: python hack/bench/generation.py [--shapes 0.6B 1.7B] [--prompts 64] [--samples 8] [--tokens 512] [--args JSON]
 
-A random model of a Qwen3 shape, so that no completion ends early: every row makes prompts x samples x tokens. The
+A random model of a Qwen3 shape, so that completions do not end early: every row makes prompts x samples x tokens. The
 engine's completions come back to the caller's process with their log probabilities, versions and text, as the loop gets
-them; offline is measured without and with the log probabilities that training needs, and makes no text. Tokens a
-second, median of 3. """
+them; offline is measured without and with the log probabilities that training needs, and makes no text. A JSON line a
+row, as it comes: tokens a second of each round after the first, their median, and its share of offline's without log
+probabilities. With `--args '{"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"}'` the engine sends a
+token a message, as vLLM does by itself. """
 
 import argparse
 import json
@@ -16,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,11 @@ from hack.bench.gpu_placement import tokenizer
 from hack.bench.local_run import config
 from hack.bench.weight_base import SHAPES, local_ray, write_model
 
-REPEAT = 3
 # of each: room for all samples at once. Two engines that start side by side cannot measure what is free
 KV_CACHE_BYTES = 24 << 30
 DEADLINE_SECONDS = 600.0
+# What the worker gives to vLLM and `LLM` does without.
+OURS_ALONE = {"weight_transfer_config"}
 
 
 class Offline:
@@ -46,12 +49,14 @@ class Offline:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
-        params = SamplingParams(temperature=1.0, max_tokens=tokens, logprobs=logprobs, detokenize=False)
+        params = SamplingParams(
+            temperature=1.0, max_tokens=tokens, logprobs=logprobs, flat_logprobs=True, detokenize=False,
+        )
         requests = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts for _ in range(samples)]
         return sum(len(output.outputs[0].token_ids) for output in self.llm.generate(requests, params, use_tqdm=False))
 
 
-def requests(prompts: list[list[int]], given: argparse.Namespace) -> list[Any]:
+def requests(prompts: list[list[int]], samples: int, tokens: int) -> list[Any]:
     from rlhf_worker.experience import Prompt
     from rlhf_worker.rollout.episode import Request
 
@@ -59,9 +64,59 @@ def requests(prompts: list[list[int]], given: argparse.Namespace) -> list[Any]:
         Prompt(uid=f"0:{i}", epoch=0, row=i, token_ids=tokens, text="", fields={}) for i, tokens in enumerate(prompts)
     ]
     return [
-        Request(prompt=prompt, seed=None, temperature=1.0, max_tokens=given.tokens) for prompt in made
-        for _ in range(given.samples)
+        Request(prompt=prompt, seed=None, temperature=1.0, max_tokens=tokens) for prompt in made for _ in range(samples)
     ]
+
+
+class Pair:
+    """vLLM alone and the product's engine, with the same model and arguments on the same device."""
+
+    def __init__(self, given: argparse.Namespace, shape: str, work: Path) -> None:
+        from rlhf_worker.engines.engine import Engine, RemoteEngine
+
+        write_model(work, shape, given.dtype)
+        tokenizer().save_pretrained(work)
+        cpu = given.device == "cpu"
+        args = {"load_format": "dummy", "kv_cache_memory_bytes": 1 << 30 if cpu else KV_CACHE_BYTES, **given.args}
+        rollout = {"maxTokens": given.tokens, "engineArgs": args}
+        run = config("generation", model={"path": str(work), "dtype": given.dtype}, rollout=rollout)
+        where = (given.device, [0], os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(","), os.cpu_count() or 1)
+        self.backend = "shm" if cpu else "ipc"
+        every = Engine(run, 0, *where)._engine_args(self.backend)
+        environment = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(os.cpu_count()),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        } if cpu else {}  # fmt: skip
+        options = {"runtime_env": {"env_vars": environment}}
+        alike = {name: value for name, value in every.items() if name not in OURS_ALONE}
+        self.offline = ray.remote(Offline).options(**options).remote(alike)
+        self.engine = RemoteEngine.options(**options).remote(run, 0, *where)
+
+    def rows(self, prompts: list[list[int]], samples: int, tokens: int) -> dict[str, Callable[[], tuple[float, int]]]:
+        """Of each row what measures it once: -> seconds, tokens."""
+        asked = requests(prompts, samples, tokens)
+
+        def offline(logprobs: int | None) -> tuple[float, int]:
+            return timed(lambda: self.offline.generate.remote(prompts, samples, tokens, logprobs))
+
+        def ours() -> tuple[float, int]:
+            seconds, made = timed(lambda: self.engine.generate.remote(asked, DEADLINE_SECONDS))
+            return seconds, sum(len(sample.token_ids) for sample in made)
+
+        return {
+            "vLLM offline": lambda: offline(None), "vLLM offline, log probabilities": lambda: offline(0), "ours": ours,
+        }
+
+    def start(self) -> None:
+        """And a short round of each, which compiles what the first requests would."""
+        ray.get([self.offline.__ray_ready__.remote(), self.engine.start.remote(self.backend)], timeout=DEADLINE_SECONDS)
+        for once in self.rows([[5, 6, 7]], 2, 4).values():
+            once()
+
+    def close(self) -> None:
+        ray.get(self.engine.close.remote(), timeout=60)
+        ray.kill(self.engine)
+        ray.kill(self.offline)
 
 
 def timed(call: Any) -> tuple[float, Any]:
@@ -70,69 +125,37 @@ def timed(call: Any) -> tuple[float, Any]:
     return time.perf_counter() - began, found
 
 
-def measure(given: argparse.Namespace, work: Path) -> dict[str, list[float]]:
-    """Tokens a second of each round, by row."""
-    from rlhf_worker.engines.engine import RemoteEngine
-
-    write_model(work, given.shape, given.dtype)
-    tokenizer().save_pretrained(work)
-    shared = {"load_format": "dummy", "max_model_len": 64 + given.tokens, "enforce_eager": given.eager}
-    cpu = {"kv_cache_memory_bytes": 1 << 30, "enable_chunked_prefill": False} if given.device == "cpu" else {
-        "gpu_memory_utilization": given.share, "kv_cache_memory_bytes": KV_CACHE_BYTES,
-    }
-    environment = {
-        "env_vars": {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(os.cpu_count()),
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        }
-    } if given.device == "cpu" else {}
-    offline = ray.remote(Offline).options(runtime_env=environment).remote(
-        {"model": str(work), "dtype": given.dtype, "disable_log_stats": True, **shared, **cpu}
-    )
-    rollout = {"maxTokens": given.tokens, "engineArgs": shared | cpu}
-    run = config("generation", model={"path": str(work), "dtype": given.dtype}, rollout=rollout)
-    engine = RemoteEngine.options(runtime_env=environment).remote(
-        run, 0, given.device, [0], os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(","), os.cpu_count(),
-    )
-    prompts = [[4 + (7 * i + 13 * j) % 1000 for j in range(32)] for i in range(given.prompts)]
-    asked = requests(prompts, given)
-    ray.get(
-        [
-            offline.generate.remote(prompts[:2], 1, 8, None),
-            engine.start.remote("ipc" if given.device == "cuda" else "shm")
-        ],
-        timeout=DEADLINE_SECONDS,
-    )
-    rows: dict[str, list[float]] = {"vLLM offline": [], "vLLM offline, log probabilities": [], "ours": []}
-    for _ in range(REPEAT + 1):
-        for row, logprobs in zip(list(rows)[:2], (None, 0), strict=True):
-            seconds, tokens = timed(
-                lambda value=logprobs: offline.generate.remote(prompts, given.samples, given.tokens, value)
-            )
-            rows[row].append(tokens / seconds)
-        seconds, samples = timed(lambda: engine.generate.remote(asked, DEADLINE_SECONDS))
-        rows["ours"].append(sum(len(sample.token_ids) for sample in samples) / seconds)
-    return {row: values[1:] for row, values in rows.items()}  # the first round warms up
+def measure(given: argparse.Namespace, shape: str) -> None:
+    """Prints a line a row."""
+    pair = Pair(given, shape, Path(tempfile.mkdtemp(prefix="generation-")))
+    try:
+        pair.start()
+        prompts = [[4 + (7 * i + 13 * j) % 1000 for j in range(32)] for i in range(given.prompts)]
+        base = 0.0
+        for row, once in pair.rows(prompts, given.samples, given.tokens).items():
+            speeds = [round(tokens / seconds) for seconds, tokens in (once() for _ in range(1 + given.rounds))][1:]
+            base = base or statistics.median(speeds)
+            share = round(statistics.median(speeds) / base, 3)
+            found = {"tokens_per_second": statistics.median(speeds), "of_offline": share, "rounds": speeds}
+            print(json.dumps({"shape": shape, "row": row, **found}), flush=True)
+    finally:
+        pair.close()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="0.6B", choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=["0.6B"], choices=list(SHAPES))
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--share", type=float, default=0.4, help="of the GPU's memory for each of the two")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3, help="that count; one more comes before them")
+    parser.add_argument("--args", type=json.loads, default={}, help="vLLM's engine arguments for both, as JSON")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default="bfloat16")
     given = parser.parse_args()
     with local_ray():
-        rows = measure(given, Path(tempfile.mkdtemp(prefix="generation-")))
-    base = statistics.median(rows["vLLM offline"])
-    print(json.dumps(rows))
-    print("| way | tokens a second | of offline |\n|---|---|---|")
-    for row, values in rows.items():
-        print(f"| {row} | {statistics.median(values):,.0f} | {statistics.median(values) / base:.3f} |", flush=True)
+        for shape in given.shapes:
+            measure(given, shape)
     return 0
 
 

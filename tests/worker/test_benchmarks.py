@@ -30,12 +30,19 @@ def test_every_way_of_the_weight_sync_is_timed_and_proven(tmp_path: Path) -> Non
 
 
 def test_generation_is_timed_beside_vllm_s_own() -> None:
-    small = ("--prompts", "2", "--samples", "2", "--tokens", "8", "--eager")
-    rows = json.loads(
-        printed("generation", "--shape", "tiny", "--device", "cpu", "--dtype", "float32", *small).splitlines()[0]
-    )
-    assert set(rows) == {"vLLM offline", "vLLM offline, log probabilities", "ours"}
-    assert all(speed > 0 for speeds in rows.values() for speed in speeds)
+    small = ("--prompts", "2", "--samples", "2", "--tokens", "8", "--rounds", "1", "--device", "cpu")
+    lines = printed("generation", "--shapes", "tiny", "--dtype", "float32", *small).splitlines()
+    rows = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [row["row"] for row in rows] == ["vLLM offline", "vLLM offline, log probabilities", "ours"]
+    assert all(row["of_offline"] > 0 and len(row["rounds"]) == 1 for row in rows)
+
+
+def test_a_step_of_an_engine_is_timed() -> None:
+    """And many tokens go in one message, which no clock is needed for."""
+    lines = printed("engine_step", "--sequences", "4", "--tokens", "66").splitlines()
+    none, single, merged = (json.loads(line) for line in lines if line.startswith("{"))
+    assert none["outputs"] == single["outputs"] == 4
+    assert merged["outputs"] < 0.5
 
 
 def test_a_training_step_is_timed() -> None:

@@ -21,7 +21,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 def engine(monkeypatch: pytest.MonkeyPatch, path: Path, lora: dict[str, Any] | None = None, **rollout: Any) -> Engine:
     monkeypatch.setattr(Engine, "_environment", lambda *_: None)  # which is of a Ray worker
     model = {"path": str(path), "dtype": "float32"} | ({} if lora is None else {"lora": lora})
-    return Engine(run_config(model=model, rollout={"maxTokens": 16, **rollout}), 0, "cpu", [0], [], 1)
+    placement = {"mode": "Separated" if rollout.get("staleness") else "Colocated"}
+    config = run_config(model=model, rollout={"maxTokens": 16, **rollout}, placement=placement)
+    return Engine(config, 0, "cpu", [0], [], 1)
 
 
 def started(monkeypatch: pytest.MonkeyPatch, path: Path, **rollout: Any) -> None:

@@ -4,8 +4,10 @@ vLLM is imported after the environment is set, because it reads it at import.
 """
 
 import asyncio
+import gc
 import os
 import pickle
+import sys
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
@@ -125,6 +127,8 @@ class Engine(Member):
         await self.llm.update_weight_version("0")
         if self.adapter_args:
             self.adapters = Adapters(self.llm)
+        gc.collect()
+        gc.freeze()  # what is there now stays: no collection between two messages of the core need look at it
         return str(vllm.__version__)
 
     def _checked(self, args: "AsyncEngineArgs", use: "UsageContext") -> "VllmConfig":
@@ -132,12 +136,16 @@ class Engine(Member):
         import vllm
 
         try:
-            return args.create_engine_config(use)
+            config = args.create_engine_config(use)
         except Exception as error:
             if verdict(Call.ENGINE, error) is not Verdict.SPEC:
                 raise
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else said(error)
             raise refused(self.config, reason, vllm.__version__) from None
+        if why := merge_outputs(config):
+            print(f"engine {self.index}: a token a message, which is slow: vLLM {vllm.__version__}: {why}",
+                file=sys.stderr, flush=True)
+        return config
 
     def _open_environments(self) -> None:
         from rlhf_worker.rollout.environment import opened
@@ -334,13 +342,19 @@ class Engine(Member):
         self._requests += 1
         with self.adapters.lent() if self.adapters else nullcontext() as adapter:
             outputs = self._running().generate(
-                tokens_input(token_ids), params, f"{self.index}-{self._requests}", lora_request=adapter,
+                tokens_input(token_ids, cache_salt=self._salt), params, f"{self.index}-{self._requests}",
+                lora_request=adapter,
             )
             found = [output async for output in outputs if output.finished]
         if not found:
             raise RuntimeError(f"engine {self.index}: a request came back without output")
         self._pulse.beat()
         return found[0]
+
+    @property
+    def _salt(self) -> str | None:
+        """Parts vLLM's prefix cache by the version of the weights, where requests run on while those change."""
+        return str(self.version) if self.config.rollout.staleness else None
 
     async def probe(self, token_ids: list[int]) -> list[float]:
         """Log probability of each token after the first, at temperature 1: what the delivery check compares."""
@@ -397,12 +411,15 @@ class Engine(Member):
         await self._hold()
 
     async def adopt(self, version: int) -> None:
-        """The new weights are in place: forget what the old ones computed, count from the new version, and go on."""
+        """The new weights are in place: count from the new version, and go on.
+
+        What the old ones computed serves no new request. With staleness those that run keep it: to compute it anew, all
+        of them at once, would hold up the engine for as long as a prefill of all that it has. """
         llm = self._running()
         if self.asleep:
             await llm.wake_up(["kv_cache"])
             self.asleep = False
-        if self.adapters is None:  # vLLM keys its cache by the adapter
+        if self.adapters is None and self._salt is None:  # vLLM keys its cache by the adapter, and by the salt
             await llm.reset_prefix_cache(reset_running_requests=True)
         await llm.update_weight_version(str(version))
         self.version, self.stale = version, False
@@ -451,6 +468,23 @@ class Engine(Member):
         if self.llm is not None:
             self.llm.shutdown(timeout=0)
             self.llm = None
+
+
+def merge_outputs(config: "VllmConfig") -> str:
+    """Have vLLM's core send many tokens of a request at a time, unless the user names a scheduler. Returns why not,
+    where this vLLM is another than `scheduler` was written for.
+    """
+    if config.scheduler_config.scheduler_cls is not None:
+        return ""
+    try:
+        from rlhf_worker.engines import scheduler
+    except Exception as error:  # whatever of its insides has moved
+        return said(error)
+    own = config.scheduler_config.get_scheduler_cls()
+    if why := scheduler.misfit(own):
+        return why
+    config.scheduler_config.scheduler_cls = f"{scheduler.__name__}.{scheduler.MERGING[own].__name__}"
+    return ""
 
 
 def printed(most: int = 2000) -> str:
