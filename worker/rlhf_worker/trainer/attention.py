@@ -57,7 +57,7 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int,
     """(T, H, D), (T, H_kv, D), (T, H_kv, E) -> (T, H, E)"""
     kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] == v.shape[-1]
     if not kernel or shape.softcap is not None or shape.sinks is not None:
-        return _by_sequence(q, k, v, cu_seqlens.diff().tolist(), shape)
+        return _by_sequence(q, k, v, cu_seqlens, shape)
     reach, grouped = (shape.window - 1 if shape.window else -1, 0), q.shape[1] != k.shape[1]
     out = varlen_attn(
         q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=shape.scale, window_size=reach, enable_gqa=grouped
@@ -66,10 +66,11 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int,
     return out
 
 
-def _by_sequence(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], shape: Shape) -> Tensor:
+@torch.compiler.disable  # its code depends on the lengths: compiled, each batch would be a graph of its own
+def _by_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, shape: Shape) -> Tensor:
     """One attention a run of equally long neighbours, so that a batch of one length is one call."""
     out, start = [], 0
-    for length, run in groupby(lengths):
+    for length, run in groupby(cu_seqlens.diff().tolist()):
         count = len(list(run))
         query, key, value = (
             x[start : start + length * count].reshape(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)
