@@ -55,8 +55,7 @@ class Shape:
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, shape: Shape) -> Tensor:
     """(T, H, D), (T, H_kv, D), (T, H_kv, E) -> (T, H, E)"""
-    kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] == v.shape[-1]
-    if not kernel or shape.softcap is not None or shape.sinks is not None:
+    if not fused(q, v, shape):
         return _by_sequence(q, k, v, cu_seqlens, shape)
     reach, grouped = (shape.window - 1 if shape.window else -1, 0), q.shape[1] != k.shape[1]
     out = varlen_attn(
@@ -64,6 +63,14 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int,
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out
+
+
+def fused(q: Tensor, v: Tensor, shape: Shape) -> bool:
+    """Whether FlashAttention's kernel serves: one launch for all sequences, whose work grows with the sum of their
+    lengths' squares.
+    """
+    served = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] == v.shape[-1]
+    return served and shape.softcap is None and shape.sinks is None
 
 
 @torch.compiler.disable  # its code depends on the lengths: compiled, each batch would be a graph of its own

@@ -255,6 +255,22 @@ def shard(module: RoleModule, mesh: DeviceMesh, cp_mesh: DeviceMesh | None, dtyp
         _deal(module, mesh, weights)
 
 
+def gathered(module: RoleModule, *, last: bool) -> None:
+    """Before each micro-batch of an update on one rank alone. Its weights are cast for the products once an update, and
+    gradients added up as they come; a cast and a reduction a micro-batch read and write 36 bytes a parameter more.
+    """
+    for layer in module.layers:
+        layer.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]  # of FSDP
+    module.set_reshard_after_backward(last)  # type: ignore[operator]
+    module.set_requires_gradient_sync(last)  # type: ignore[operator]
+
+
+def released(module: RoleModule) -> None:
+    """After the update: every pass leaves its layers in shards again."""
+    for layer in module.layers:
+        layer.set_reshard_after_forward(True, recurse=False)  # type: ignore[operator]
+
+
 @torch.no_grad()
 def _deal(module: nn.Module, mesh: DeviceMesh, weights: dict[str, Tensor]) -> None:
     """The first rank's whole `weights`, by name, into everyone's shards; and its buffers. Others have none."""
