@@ -1,7 +1,8 @@
 """How much of a GPU the trainer uses: GRPO updates on packed sequences, by the product's own trainer, one GPU.
 
-usage: python hack/bench/training.py [--shape 4B] [--vocabulary V] [--tokens 8192] [--micro-batches 4 | --sequences 1024]
-  [--updates 6] [--compile auto|on|off] [--gradient-checkpointing] [--profile] [--model DIR]
+usage: python hack/bench/training.py [--shape 4B] [--vocabulary V] [--tokens 8192]
+  [--micro-batches 4 | --sequences 1024] [--updates 6] [--compile auto|on|off] [--gradient-checkpointing] [--profile]
+  [--model DIR]
 
 With --micro-batches each update has so many micro-batches of sequences of 1,024 tokens, a quarter of each the prompt.
 With --sequences it has so many of 32 tokens of prompt and 1 to --longest of completion, other ones in each update, in

@@ -38,7 +38,7 @@ def _backward(
         torch.einsum("hqk,qhd->khd", weights, wide),
     )  # fmt: skip
     return tuple(
-        torch.empty_like(like).copy_(made.unflatten(1, (like.shape[1], -1)).sum(2))
+        torch.empty_like(like).copy_(made.reshape(len(made), like.shape[1], -1, made.shape[2]).sum(2))
         for like, made in zip((q, k, v), whole, strict=True)
     )
 

@@ -33,7 +33,8 @@ def trainer(
 ) -> Trainer:
     given = {"steps": 1, "learningRate": 0.01, "gradientCheckpointing": False} | (options or {})
     config = run_config(
-        model={"path": str(tiny), "dtype": dtype} | changes.pop("model", {}), trainer=given, checkpoint={"path": str(root)}, **changes,
+        model={"path": str(tiny), "dtype": dtype} | changes.pop("model", {}), trainer=given,
+        checkpoint={"path": str(root)}, **changes,
     )
     made = Trainer(config, list(config.roles), rank, world, "cpu", 1)
     made.load()
@@ -446,7 +447,12 @@ def test_a_rank_alone_casts_its_weights_once_an_update(
     """And sums gradients as they come; what it makes is what a rank makes that casts and reduces each time."""
     casts: list[object] = []
     unsharded = FSDPParamGroup._to_unsharded
-    monkeypatch.setattr(FSDPParamGroup, "_to_unsharded", lambda of: (casts.append(of), unsharded(of))[1])
+
+    def counted(of: FSDPParamGroup) -> None:
+        casts.append(of)
+        unsharded(of)  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(FSDPParamGroup, "_to_unsharded", counted)
     options, algorithm = {"gradientCheckpointing": checkpointing}, {"name": name}
     one, two = (trainer(tiny, tmp_path, dtype="bfloat16", options=options, algorithm=algorithm) for _ in range(2))
     two.roles["policy"].alone = False

@@ -108,7 +108,9 @@ def test_a_head_in_a_lower_type_keeps_its_sums_in_float32(small_chunks: None) ->
 def test_a_frozen_head_has_no_gradient() -> None:
     layer, hidden, targets, _ = batch(torch.bfloat16)
     layer.requires_grad_(False)
-    logprobs_of(Head(layer, PLAIN, VOCABULARY, False), hidden, targets, entropy_gradient=False).sum().backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(
+        logprobs_of(Head(layer, PLAIN, VOCABULARY, False), hidden, targets, entropy_gradient=False).sum()
+    )
     assert hidden.grad is not None
     assert layer.weight.grad is None
 

@@ -56,7 +56,8 @@ class Shape:
 def _attended(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, shape: Shape) -> Tensor:
     """(T, H, D), (T, H_kv, D), (T, H_kv, E) -> (T, H, E)"""
     if not fused(q, v, shape):
-        return _by_sequence(q, k, v, cu_seqlens, shape)
+        apart: Tensor = _by_sequence(q, k, v, cu_seqlens, shape)
+        return apart
     reach, grouped = (shape.window - 1 if shape.window else -1, 0), q.shape[1] != k.shape[1]
     out = varlen_attn(
         q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=shape.scale, window_size=reach, enable_gqa=grouped
@@ -73,7 +74,8 @@ def fused(q: Tensor, v: Tensor, shape: Shape) -> bool:
     return served and shape.softcap is None and shape.sinks is None
 
 
-@torch.compiler.disable  # its code depends on the lengths: compiled, each batch would be a graph of its own
+# Its code depends on the lengths: compiled, each batch would be a graph of its own.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _by_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, shape: Shape) -> Tensor:
     """One attention a run of equally long neighbours, so that a batch of one length is one call."""
     out, start = [], 0

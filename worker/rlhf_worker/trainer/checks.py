@@ -192,10 +192,10 @@ def engine_share(config: RunConfig) -> float:
 def needed_bytes(config: RunConfig, counts: Mapping[str, int], world: int, engine: int) -> Need:
     """The worst moment of one rank. counts: parameters of each role; engine: bytes that one beside it takes, else 0.
 
-    While a step trains, its roles are there with gradients, and an engine unless it sleeps; one rank alone keeps what it
-    multiplies with over an update (`model.gathered`), in its own type. While engines generate,
-    what is not offloaded stays: weights and moments. With offload one role is there at a time, and none while engines
-    generate; but each is loaded, and the policy synced, beside an engine that is awake.
+    While a step trains, its roles are there with gradients, and an engine unless it sleeps; one rank alone keeps what
+    it multiplies with over an update (`model.gathered`), in its own type. While engines generate, what is not offloaded
+    stays: weights and moments. With offload one role is there at a time, and none while engines generate; but each is
+    loaded, and the policy synced, beside an engine that is awake.
     """
     own = {role: DTYPE_BYTES[config.roles[role].dtype] for role in counts}
 

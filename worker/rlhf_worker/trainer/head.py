@@ -5,6 +5,7 @@ each row's normaliser, the backward pass makes the logits once more.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ def logprobs_of(
             _by_autograd, head, entropy_gradient, hidden[part], targets[part], _part(support, part), use_reentrant=False
         )
         for part in _chunks(len(hidden), head.vocabulary)
-    ]  # fmt: skip
+    ]
     return torch.cat(parts, dim=1)
 
 
@@ -107,7 +108,7 @@ class _Logprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, support, entropy, normaliser = ctx.saved_tensors
         slopes, to_entropy = _kernel(_slopes, ctx.head, len(hidden)), gradient[1] if ctx.entropy_gradient else None
         to_hidden, to_weight, to_bias = torch.empty_like(hidden), None, None
@@ -129,7 +130,7 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
     """`rows` in runs of nearly one length, each of one row at the least."""
     count = max(1, -(-rows * vocabulary * 4 // LOGITS_BYTES))
     cuts = [rows * i // count for i in range(count + 1)]
-    return [slice(start, end) for start, end in zip(cuts, cuts[1:], strict=False) if end > start]
+    return [slice(start, end) for start, end in pairwise(cuts) if end > start]
 
 
 def _part(rows: Tensor | None, part: slice) -> Tensor | None:

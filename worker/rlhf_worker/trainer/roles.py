@@ -50,7 +50,7 @@ class Role:
         self.module.to(device)
         self.batching = _tried(config, name, self.module, mesh, device)
         wrap_layers(self.module, config.trainer)
-        # With adapters most of the weights lie in their products' type already: a second copy of them would gain nothing.
+        # With adapters most of the weights lie in their products' type already: a second copy would gain nothing.
         self.alone = mesh.size() == 1 and all(parameter.requires_grad for parameter in self.module.parameters())
         self.optimizer: AdamW | None = None
         if name in TRAINED:
