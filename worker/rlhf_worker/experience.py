@@ -330,6 +330,11 @@ def empty_batch(columns: Iterable[str] = (), sharing: int = 1) -> PackedBatch:
     return _packed([TrainSequence(token_ids=tokens, prompt_length=len(tokens), index=-1, mask=[], columns=nothing)])
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """To `device`, without a wait for all that it still computes."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def at_targets(batch: PackedBatch, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
     """The columns and `sequence` at the N targets, (N,) each on `device`; for a batch without targets one zero each, as
     log probabilities of it are one zero.
@@ -338,7 +343,8 @@ def at_targets(batch: PackedBatch, device: torch.device) -> tuple[dict[str, Tens
         nothing = torch.zeros(1, device=device)
         return dict.fromkeys(batch.columns, nothing), nothing.long()
     where = batch.target_mask
-    return {name: column[where].to(device) for name, column in batch.columns.items()}, batch.sequence[where].to(device)
+    columns = {name: sent(column[where], device) for name, column in batch.columns.items()}
+    return columns, sent(batch.sequence[where], device)
 
 
 def by_sample(batch: PackedBatch, values: Tensor) -> dict[int, list[float]]:

@@ -174,9 +174,11 @@ def _read(
     """-> log probabilities, entropies and normalisers, (N,) each."""
     logits = _changed(logits, change, support)
     chosen = targets[:, None] if support is None else torch.zeros_like(targets)[:, None]
-    normaliser = logits.logsumexp(-1)
-    weights = (logits - normaliser[:, None]).exp()
-    entropy = normaliser - (weights * logits).sum(-1)
+    highest = logits.detach().amax(-1)  # apart, so that the logits are read twice in all
+    weights = (logits - highest[:, None]).exp()
+    total = weights.sum(-1)
+    normaliser = highest + total.log()
+    entropy = normaliser - (weights * logits).sum(-1) / total
     return logits.gather(1, chosen)[:, 0] - normaliser, entropy, normaliser
 
 

@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 from rlhf_api.job import ModelSpec, PolicySpec, TrainerSpec
 from rlhf_worker import lora
 from rlhf_worker.errors import BadSpec, Call, explained
-from rlhf_worker.experience import PackedBatch
+from rlhf_worker.experience import PackedBatch, sent
 from rlhf_worker.pretrained import backbone, decoder_layers, load_config, location
 from rlhf_worker.trainer.attention import PACKED_ATTENTION
 from rlhf_worker.trainer.compiled import compiled
@@ -287,8 +287,8 @@ def policy_pass(module: nn.Module, batch: PackedBatch, device: torch.device) -> 
     empty batch (2, 1) of zeros with a gradient.
     """
     where = _targets(batch)
-    support = [] if batch.support is None else [batch.support[where].long().to(device)]
-    made: Tensor = module(*inputs_of(batch, device), where.to(device), batch.targets[where].to(device), *support)
+    targets = [batch.targets[where]] + ([] if batch.support is None else [batch.support[where].long()])
+    made: Tensor = module(*inputs_of(batch, device), *(sent(rows, device) for rows in (where, *targets)))
     return made * float(batch.target_mask.any())
 
 
@@ -296,7 +296,7 @@ def values_of(module: nn.Module, batch: PackedBatch, device: torch.device) -> Te
     """The critic's values before each of the batch's targets, (N,) float32 on `device`; for an empty batch (1,) of a
     zero with a gradient.
     """
-    made: Tensor = module(*inputs_of(batch, device), _targets(batch).to(device))
+    made: Tensor = module(*inputs_of(batch, device), sent(_targets(batch), device))
     return made * float(batch.target_mask.any())
 
 
@@ -307,7 +307,9 @@ def scores_of(module: nn.Module, batch: PackedBatch, device: torch.device) -> Te
 
 
 def inputs_of(batch: PackedBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
-    tokens, positions, cu_seqlens = (t.to(device) for t in (batch.token_ids, batch.position_ids, batch.cu_seqlens))
+    tokens, positions, cu_seqlens = (
+        sent(tensor, device) for tensor in (batch.token_ids, batch.position_ids, batch.cu_seqlens)
+    )
     return tokens, positions, cu_seqlens, batch.max_length
 
 
