@@ -550,8 +550,8 @@ class TrainerSpec(Model):
             "batches is "
         "padded. padded: one a row, by the model's own attention; slower.",
     )
-    compile: bool = Field(False, description="torch.compile of every decoder layer: slower first steps, faster later "
-        "ones.")
+    compile: bool | None = Field(None, description="torch.compile of decoder layers and of the head's sums: a slower "
+        "first step, faster later ones. Default: true on GPUs, false on CPUs.")
     offload: bool = Field(False, description="Parameters and optimizer state of a role lie in the host's memory while "
         "the role is not used.")
     seed: Seed = Field(0, description="Seed of the job.")

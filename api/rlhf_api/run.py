@@ -3,7 +3,7 @@ open.
 
 The operator may be newer than the image that reads. So a value that is its field's default is not written: an image
 that does not know the field runs as it always did. A default never changes, then, for the image that reads would take
-its own. """
+its own; but for one that decides speed alone (trainer.compile), where that is well. """
 
 from pathlib import Path
 from typing import Any

@@ -1,20 +1,27 @@
-"""How much of a GPU the trainer uses: GRPO updates of a Qwen3 shape on packed sequences, by the product's own trainer,
-one GPU.
+"""How much of a GPU the trainer uses: GRPO updates on packed sequences, by the product's own trainer, one GPU.
 
-usage: python hack/bench/training.py [--shape 4B] [--tokens 8192] [--micro-batches 4] [--compile]
-  [--gradient-checkpointing]
+usage: python hack/bench/training.py [--shape 4B] [--vocabulary V] [--tokens 8192]
+  [--micro-batches 4 | --sequences 1024] [--updates 6] [--compile auto|on|off] [--gradient-checkpointing] [--profile]
+  [--model DIR]
+
+With --micro-batches each update has so many micro-batches of sequences of 1,024 tokens, a quarter of each the prompt.
+With --sequences it has so many of 32 tokens of prompt and 1 to --longest of completion, other ones in each update, in
+micro-batches as a run packs them. Says of each update as it ends how long it took, and what may have held it up; then
+prints one line of JSON: the median after two updates, and the slowest of those over it.
 
 Utilisation is model FLOPs over time over the GPU's dense bfloat16 peak (--peak, 989e12 for an H200): 6 a token and
-parameter of the matrix products (embedding left out, head in), and 6 a token, layer and attended element of queries and
-keys, values and weights (causal: half). What is recomputed does not count. """
+parameter of the matrix products (embedding left out; head: a target), and 6 a token, layer and attended element of
+queries and keys, values and weights (causal: half). What is recomputed does not count. """
 
 import argparse
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,24 +33,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hack.bench.local_run import config
 from hack.bench.weight_base import SHAPES, free_ports, model_config, parameters
 
-WARM, REPEAT = 2, 3
+WARM = 2  # updates
+PROMPT = 32  # tokens, of sequences of varying length
+GROUP = 8  # samples of a prompt
+COMPILE = {"auto": None, "on": True, "off": False}
+LOGPROB = -11.9  # of a token under random weights
 
 
-def write_checkpoint(directory: Path, shape: str, device: str) -> None:
+def write_checkpoint(directory: Path, given: argparse.Namespace) -> None:
     """Random weights, made on the device, in bfloat16."""
     import transformers
 
-    with torch.device(device):
-        model = getattr(
-            transformers, f"{SHAPES[shape][0]}ForCausalLM",
-        )(model_config(shape, "bfloat16")).to(torch.bfloat16)
+    shape = model_config(given.shape, "bfloat16")
+    shape.vocab_size = given.vocabulary or shape.vocab_size
+    with torch.device(given.device):
+        model = getattr(transformers, f"{SHAPES[given.shape][0]}ForCausalLM")(shape).to(torch.bfloat16)
     model.save_pretrained(directory)
 
 
 def run_config(model: Path, given: argparse.Namespace) -> Any:
     trainer = {
-        "steps": 100, "tokensPerMicroBatch": given.tokens, "compile": given.compile,
-        "gradientCheckpointing": given.gradient_checkpointing,
+        "steps": 100, "tokensPerMicroBatch": given.tokens, "gradientCheckpointing": given.gradient_checkpointing,
+        "compile": COMPILE[given.compile],
     }
     return config(
         "training", model={"path": str(model), "dtype": given.dtype}, trainer=trainer,
@@ -51,74 +62,129 @@ def run_config(model: Path, given: argparse.Namespace) -> Any:
     )
 
 
-def batches(run: Any, given: argparse.Namespace) -> list[Any]:
-    """micro-batches of sequences of 1024 tokens, a quarter of each the prompt."""
-    from rlhf_worker.algorithm.shape import shape
-    from rlhf_worker.experience import TrainSequence, pack
+def lengths(given: argparse.Namespace, number: int) -> list[tuple[int, int]]:
+    """Tokens of prompt and completion of each sequence of an update."""
+    if not given.sequences:
+        return [(256, 768)] * (given.micro_batches * given.tokens // 1024)
+    draw = random.Random(number)
+    return [(PROMPT, draw.randint(1, given.longest)) for _ in range(given.sequences)]
 
-    length, prompt = 1024, 256
-    count = given.micro_batches * given.tokens // length
-    generator = torch.Generator().manual_seed(0)
+
+def batches(run: Any, sizes: Sequence[tuple[int, int]], number: int) -> list[Any]:
+    """The micro-batches of one update."""
+    from rlhf_worker.algorithm.shape import shape
+    from rlhf_worker.experience import TrainSequence, dealt
+
+    draw = random.Random(number)
     sequences = [
         TrainSequence(
-            token_ids=torch.randint(0, 1000, (length,), generator=generator).tolist(), prompt_length=prompt, index=i,
-            mask=[True] * (length - prompt),
-            columns={"rollout_logprobs": [-11.9] * (length - prompt)},
+            token_ids=draw.choices(range(1000), k=prompt + tokens), prompt_length=prompt, index=i, mask=[True] * tokens,
+            columns={"rollout_logprobs": [LOGPROB] * tokens},
         )
-        for i in range(count)
+        for i, (prompt, tokens) in enumerate(sizes)
     ]  # fmt: skip
-    rewards = [float(i % 2) for i in range(count)]
-    groups, whole = [i // 4 for i in range(count)], [range(count)]
-    shaped = shape(run.algorithm, 0.0, sequences, rewards, groups, updates=whole, max_tokens=length - prompt)
-    return pack(shaped.updates[0], given.tokens)
+    rewards, groups = [float(i % 2) for i in range(len(sizes))], [i // GROUP for i in range(len(sizes))]
+    longest = max(tokens for _, tokens in sizes)
+    shaped = shape(run.algorithm, 0.0, sequences, rewards, groups, updates=[range(len(sizes))], max_tokens=longest)
+    return dealt(shaped.updates[0], 1, run.trainer, padded=False)[0]
 
 
-def flops(shape: str, tokens: int, length: int) -> float:
-    """Of forward and backward over so many tokens in sequences of `length`."""
-    values: dict[str, int] = SHAPES[shape][1]
-    named = parameters(shape)
-    products = sum(prod(size) for name, size in named.items() if len(size) == 2 and "embed_tokens" not in name)
-    head = values["vocab_size"] * values["hidden_size"] if values["tie_word_embeddings"] else 0
-    attention = 6 * 2 * values["num_hidden_layers"] * values["num_attention_heads"] * values["head_dim"] * length / 2
-    # three quarters of the positions have a target, and so a row of the head
-    return float(tokens) * (6.0 * (products + head * 0.75) + attention)
+def flops(given: argparse.Namespace, sizes: Sequence[tuple[int, int]]) -> float:
+    """Of forward and backward over these sequences."""
+    values: dict[str, int] = SHAPES[given.shape][1]
+    matrices = {name: prod(size) for name, size in parameters(given.shape).items() if len(size) == 2}
+    products = sum(size for name, size in matrices.items() if "embed_tokens" not in name and "lm_head" not in name)
+    head = (given.vocabulary or values["vocab_size"]) * values["hidden_size"]
+    heads = values["num_hidden_layers"] * values["num_attention_heads"] * values["head_dim"]
+    return sum(
+        6.0 * (products * (prompt + tokens) + head * tokens + heads * (prompt + tokens) ** 2)
+        for prompt, tokens in sizes
+    )
 
 
-def main() -> int:
+def held_up() -> tuple[int, int]:
+    """Graphs compiled so far, and times that the allocator had to give memory back and ask anew."""
+    from torch._dynamo.utils import counters
+
+    retries = torch.cuda.memory_stats()["num_alloc_retries"] if torch.cuda.is_available() else 0
+    return int(counters["stats"]["unique_graphs"]), int(retries)
+
+
+def update(trainer: Any, work: list[Any], number: int) -> tuple[float, dict[str, float]]:
+    """Seconds of one update and its metrics; said as it ends."""
+    before, began = held_up(), time.perf_counter()
+    metrics = trainer.train("policy", [work])  # which ends with numbers on the host
+    seconds = time.perf_counter() - began
+    graphs, retries = (after - first for after, first in zip(held_up(), before, strict=True))
+    sizes = [len(batch.token_ids) for batch in work]
+    print(f"update {number}: {seconds:.2f} s, {len(sizes)} micro-batches of {min(sizes)} to {max(sizes)} tokens, "
+        f"{graphs} graphs compiled, {retries} allocations tried again", file=sys.stderr, flush=True)
+    return seconds, metrics
+
+
+def profiled(trainer: Any, work: list[Any]) -> None:
+    """The kernels of one more update, by their time."""
+    with torch.profiler.profile() as profile:
+        trainer.train("policy", [work])
+    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    print(profile.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=80), file=sys.stderr)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="4B", choices=list(SHAPES))
+    parser.add_argument("--vocabulary", type=int, help="in place of the shape's")
     parser.add_argument("--tokens", type=int, default=8192, help="of one packed micro-batch")
     parser.add_argument("--micro-batches", type=int, default=4)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--sequences", type=int, help="of varying length, of an update")
+    parser.add_argument("--longest", type=int, default=512, help="completion of these, in tokens")
+    parser.add_argument("--updates", type=int, default=6)
+    parser.add_argument("--compile", default="auto", choices=list(COMPILE))
     parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="one more update, and its kernels")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--peak", type=float, default=989e12)
     parser.add_argument("--model", type=Path, help="the checkpoint, made where it is not there")
     given = parser.parse_args()
+    if given.updates <= WARM:
+        parser.error(f"--updates must be more than {WARM}: the first ones warm up")
+    return given
+
+
+def main() -> int:
+    given = arguments()
     from rlhf_worker.trainer.rank import Trainer
 
     model = given.model or Path(tempfile.mkdtemp(prefix="training-"))
     if not (model / "config.json").exists():
-        write_checkpoint(model, given.shape, given.device)
+        write_checkpoint(model, given)
         torch.cuda.empty_cache()
     run = run_config(model, given)
     trainer = Trainer(run, ["policy"], 0, 1, given.device, os.cpu_count() or 1)
     trainer.join(("127.0.0.1", free_ports(1)[0]))
     trainer.load()
-    update, seconds = batches(run, given), []
-    for _ in range(WARM + REPEAT):
-        began = time.perf_counter()
-        metrics = trainer.train("policy", [update])  # which ends with numbers on the host
-        seconds.append(time.perf_counter() - began)
-    tokens = given.micro_batches * given.tokens
-    took = statistics.median(seconds[WARM:])
+    plans = [lengths(given, number) for number in range(given.updates)]
+    packed = [batches(run, sizes, number) for number, sizes in enumerate(plans)]
+    found = [update(trainer, work, number) for number, work in enumerate(packed, 1)]
+    if given.profile:
+        profiled(trainer, packed[-1])
+    seconds = [took for took, _ in found]
+    tokens, work = (
+        [measure(sizes) for sizes in plans]
+        for measure in (lambda sizes: sum(map(sum, sizes)), lambda sizes: flops(given, sizes))
+    )
+    median = statistics.median(seconds[WARM:])
     print(json.dumps({
         "shape": given.shape, "compile": given.compile, "gradient_checkpointing": given.gradient_checkpointing,
-        "tokens": tokens, "seconds": seconds,
-        "tokens_per_second": tokens / took, "utilisation": flops(given.shape, tokens, 1024) / took / given.peak,
+        "tokens": statistics.mean(tokens), "micro_batches": [len(each) for each in packed], "seconds": seconds,
+        "median": median, "worst_over_median": max(seconds[WARM:]) / median,
+        "tokens_per_second": sum(tokens[WARM:]) / sum(seconds[WARM:]),
+        "utilisation": statistics.median(
+            flop / took / given.peak for flop, took in zip(work[WARM:], seconds[WARM:], strict=True)
+        ),
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if given.device == "cuda" else None,
-        "loss": metrics["loss"], "grad_norm": metrics["grad_norm"],
+        "loss": found[-1][1]["loss"], "grad_norm": found[-1][1]["grad_norm"],
     }), flush=True)  # fmt: skip
     trainer.close()
     return 0

@@ -45,11 +45,15 @@ def test_a_step_of_an_engine_is_timed() -> None:
     assert merged["outputs"] < 0.5
 
 
-def test_a_training_step_is_timed() -> None:
-    small = ("--tokens", "2048", "--micro-batches", "1", "--device", "cpu", "--dtype", "float32")
-    found = json.loads(printed("training", "--shape", "tiny", *small).splitlines()[-1])
-    assert found["tokens_per_second"] > 0
-    assert found["grad_norm"] > 0
+def test_training_steps_are_timed() -> None:
+    small = ("--shape", "tiny", "--updates", "3", "--device", "cpu", "--dtype", "float32")
+    even = ("--tokens", "1024", "--micro-batches", "2")
+    varied = ("--tokens", "256", "--sequences", "16", "--longest", "48", "--vocabulary", "2048", "--profile")
+    for arguments in (even, varied):
+        found = json.loads(printed("training", *small, *arguments).splitlines()[-1])
+        assert found["tokens_per_second"] > 0 and found["grad_norm"] > 0 and found["utilisation"] > 0
+        assert len(found["seconds"]) == 3 and found["worst_over_median"] == 1.0
+        assert min(found["micro_batches"]) >= 2
 
 
 def test_engine_and_trainer_agree_on_a_token_s_log_probability(tmp_path: Path) -> None:

@@ -7,13 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlhf_api.job import TrainerSpec
 from rlhf_worker.experience import (
+    ATTENTION_EVEN,
     PackedBatch,
     TrainSequence,
+    _bins,
     add_column,
     at_targets,
     by_sample,
     chunks,
+    cost,
+    dealt,
     empty_batch,
     equalise,
     mini_batches,
@@ -102,20 +107,59 @@ def test_split_keeps_every_sequence_and_balances_tokens(lengths: list[tuple[int,
     given_ = sequences(lengths)
     ranks = split(given_, parts)
     assert sorted(map(key, (s for rank in ranks for s in rank))) == sorted(map(key, given_))
-    loads = [sum(s.length for s in rank) for rank in ranks]
-    assert max(loads) - min(loads) <= max(s.length for s in given_)
+    loads = [sum(cost(s.length) for s in rank) for rank in ranks]
+    assert max(loads) - min(loads) <= max(cost(s.length) for s in given_) * 1.0001
     if len(given_) >= parts:
         assert all(ranks)
 
 
-def test_first_fit_decreasing_needs_few_micro_batches() -> None:
-    assert [len(b.token_ids) for b in pack(sequences([(1, 5), (1, 3), (1, 1), (1, 2), (1, 4), (1, 0)]), 8)] == [8, 8, 5]
+def test_micro_batches_are_as_few_as_first_fit_finds_and_of_one_size() -> None:
+    items = sequences([(1, 5), (1, 3), (1, 1), (1, 2), (1, 4), (1, 0)])
+    assert [len(b.token_ids) for b in pack(items, 8)] == [7, 7, 7]
+    assert [len(b.token_ids) for b in pack(items, 8, padded=True)] == [7, 6, 5, 3]
 
 
-def test_the_filler_is_one_token_without_a_target() -> None:
-    batch = empty_batch()
-    assert batch.token_ids.tolist() == [0]
-    assert batch.cu_seqlens.tolist() == [0, 1]
+@given(LENGTHS, BUDGETS)
+def test_the_dearest_micro_batch_comes_first_and_none_is_needless(lengths: list[tuple[int, int]], budget: int) -> None:
+    """Memory that is too small for the largest shows in the first; ranks meet batches of like size."""
+    items = sequences(lengths)
+    batches = pack(items, budget)
+    costs = [sum(map(cost, batch.cu_seqlens.diff().tolist())) for batch in batches]
+    assert costs == sorted(costs, reverse=True)
+    assert len(batches) <= len(_bins([s.length for s in items], budget, padded=False))
+
+
+def test_attention_counts_beside_tokens() -> None:
+    """16 sequences of 2,048 tokens are cheaper than one of as many: each rank gets the same work, not the same tokens.
+    """
+    items = sequences([(1, ATTENTION_EVEN - 1), *[(1, 2047)] * 30])
+    long, short = split(items, 2)
+    costs = [sum(cost(s.length) for s in part) for part in (long, short)]
+    assert max(costs) / min(costs) < 1.05
+    assert sum(s.length for s in long) < 0.85 * sum(s.length for s in short)
+
+
+@given(st.lists(st.integers(8, 128), min_size=64, max_size=96), st.integers(1, 4))
+def test_many_short_sequences_make_micro_batches_of_nearly_one_size(lengths: list[int], ranks: int) -> None:
+    spec = TrainerSpec(steps=1, gpus=ranks, tokens_per_micro_batch=512)
+    shares = dealt(sequences([(1, length - 1) for length in lengths]), ranks, spec, padded=False)
+    sizes = [[len(batch.token_ids) for batch in share] for share in shares]
+    assert len({len(share) for share in sizes}) == 1
+    flat = [size for share in sizes for size in share]
+    assert max(flat) - min(flat) <= 128 and max(flat) <= 512
+
+
+def test_a_rank_with_fewer_tokens_makes_as_many_micro_batches_of_them_not_fillers() -> None:
+    spec = TrainerSpec(steps=1, gpus=2, tokens_per_micro_batch=10)
+    shares = dealt(sequences([(1, 8), (1, 4), (1, 4), (1, 1)]), 2, spec, padded=False)
+    assert [[batch.indices for batch in share] for share in shares] == [[[0], [3]], [[1], [2]]]
+
+
+@pytest.mark.parametrize("sharing", [1, 4])
+def test_the_filler_is_two_tokens_a_rank_without_a_target(sharing: int) -> None:
+    batch = empty_batch(sharing=sharing)
+    assert batch.token_ids.tolist() == [0, 0] * sharing
+    assert batch.cu_seqlens.tolist() == [0, 2 * sharing]
     assert not batch.target_mask.any()
 
 

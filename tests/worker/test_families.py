@@ -12,7 +12,8 @@ from rlhf_api.job import TrainerSpec
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import TrainSequence, pack
 from rlhf_worker.trainer.context import check_rope, packable
-from rlhf_worker.trainer.model import LOGITS, PolicyModule, attentions, policy_pass, wrap_layers
+from rlhf_worker.trainer.head import SCALES
+from rlhf_worker.trainer.model import PolicyModule, attentions, policy_pass, wrap_layers
 from rlhf_worker.trainer.selftest import choose
 from tests.worker.families import config_of, served, tiny
 from tests.worker.ranks import over_ranks
@@ -95,7 +96,7 @@ def test_checkpointed_layers_have_the_gradients_of_each_sequence_alone(kind: str
 
 def test_what_differs_padded_too_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a model would be whose head does to its logits what the trainer has not heard of."""
-    monkeypatch.delitem(LOGITS, "logit_scale")
+    monkeypatch.delitem(SCALES, "logit_scale")
     _, outcome = ready("cohere")
     differs = r"differ from each sequence alone by \d[^,]*, "
     assert re.match(rf"refused: cohere: packed .* {differs}padded \(sdpa\) .* {differs}.*wrong numbers", outcome)

@@ -42,9 +42,9 @@ BILLION = 10**9
 @pytest.mark.parametrize(
     ("counts", "world", "offload", "expected"),
     [
-        ({"policy": BILLION}, 1, False, 16 * BILLION),
+        ({"policy": BILLION}, 1, False, 20 * BILLION),
         ({"policy": BILLION, "reference": BILLION}, 4, False, 5 * BILLION),
-        ({"policy": BILLION, "critic": BILLION, "reference": BILLION}, 1, True, 16 * BILLION),
+        ({"policy": BILLION, "critic": BILLION, "reference": BILLION}, 1, True, 20 * BILLION),
     ],
 )
 def test_what_roles_need_at_least(counts: dict[str, int], world: int, offload: bool, expected: int) -> None:

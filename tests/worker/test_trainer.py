@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LinearLR, SequentialLR
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
@@ -31,7 +33,8 @@ def trainer(
 ) -> Trainer:
     given = {"steps": 1, "learningRate": 0.01, "gradientCheckpointing": False} | (options or {})
     config = run_config(
-        model={"path": str(tiny), "dtype": dtype}, trainer=given, checkpoint={"path": str(root)}, **changes,
+        model={"path": str(tiny), "dtype": dtype} | changes.pop("model", {}), trainer=given,
+        checkpoint={"path": str(root)}, **changes,
     )
     made = Trainer(config, list(config.roles), rank, world, "cpu", 1)
     made.load()
@@ -434,3 +437,36 @@ def test_a_loss_that_is_not_finite_stops_with_its_batch_on_disk_and_the_weights_
     assert dumped["role"] == "policy" and dumped["batches"][0].columns["advantages"].isnan().any()
     assert all(torch.equal(a, b) for a, b in zip(before, weights(made), strict=True))
     assert made.version == 0
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_a_rank_alone_casts_its_weights_once_an_update(
+    tiny: Path, tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch, name: str, checkpointing: bool
+) -> None:  # fmt: skip
+    """And sums gradients as they come; what it makes is what a rank makes that casts and reduces each time."""
+    casts: list[object] = []
+    unsharded = FSDPParamGroup._to_unsharded
+
+    def counted(of: FSDPParamGroup) -> None:
+        casts.append(of)
+        unsharded(of)  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(FSDPParamGroup, "_to_unsharded", counted)
+    options, algorithm = {"gradientCheckpointing": checkpointing}, {"name": name}
+    one, two = (trainer(tiny, tmp_path, dtype="bfloat16", options=options, algorithm=algorithm) for _ in range(2))
+    two.roles["policy"].alone = False
+    items = with_logprobs(one, sequences(), "old_logprobs", "policy")
+    batches = pack(items, 12)
+    one.roles["policy"].module.reshard()
+    casts.clear()
+    once = after(one, [batches, batches])
+    units = len(one.roles["policy"].module.layers) + 1
+    assert len(casts) == 2 * units
+    casts.clear()
+    often = after(two, [batches, batches])
+    assert len(casts) > len(batches) * 2 * units
+    same(once, often)
+    assert one.logprobs("policy", batches) == one.logprobs("policy", batches)
+    assert all(isinstance(parameter, DTensor) for layer in one.roles["policy"].module.layers
+               for parameter in layer.parameters()), "a pass without a gradient leaves its layers in shards"

@@ -18,6 +18,9 @@ from rlhf_api.job import TrainerSpec
 
 T = TypeVar("T")
 
+# Tokens of a sequence whose attention costs as much as all else: 12 times the hidden size of most models, of 3,000.
+ATTENTION_EVEN = 32768
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -189,29 +192,56 @@ def mini_batches(samples: int, updates: int, epochs: int, seed: str) -> list[lis
     return [sorted(part) for order in orders for part in chunks(order, updates)]
 
 
+def cost(length: int) -> float:
+    """What a sequence of so many tokens costs to train, in tokens of the shortest: all but attention grows with its
+    length, attention with the square.
+    """
+    return length * (1 + length / ATTENTION_EVEN)
+
+
 def split(sequences: Sequence[TrainSequence], parts: int) -> list[list[TrainSequence]]:
-    """One part a rank, balanced by tokens (longest first to the least loaded); none is empty if there are enough
+    """One part a rank, balanced by cost (longest first to the least loaded); none is empty if there are enough
     sequences.
     """
-    loads = [0] * parts
+    loads = [0.0] * parts
     chosen: list[list[int]] = [[] for _ in range(parts)]
     for index in sorted(range(len(sequences)), key=lambda i: -sequences[i].length):
         part = loads.index(min(loads))
         chosen[part].append(index)
-        loads[part] += sequences[index].length
+        loads[part] += cost(sequences[index].length)
     return [[sequences[i] for i in sorted(indices)] for indices in chosen]
 
 
-def pack(sequences: Sequence[TrainSequence], token_budget: int, *, padded: bool = False) -> list[PackedBatch]:
+def pack(
+    sequences: Sequence[TrainSequence], token_budget: int, *, padded: bool = False, count: int = 1
+) -> list[PackedBatch]:  # fmt: skip
     """Every sequence whole, in exactly one micro-batch of at most `token_budget` tokens; a longer sequence is alone in
-    its own.
+    its own. Micro-batches are as few as first-fit finds, or `count`, and cost nearly the same, the dearest first.
 
     padded: each counts as many tokens as the longest of its micro-batch, as it will when they are laid out one a row.
+    They are filled one after the other then, for like lengths belong together.
     """
-    return [
-        _packed([sequences[i] for i in bin_])
-        for bin_ in _bins([s.length for s in sequences], token_budget, padded=padded)
-    ]
+    lengths = [s.length for s in sequences]
+    bins = _bins(lengths, token_budget, padded=padded)
+    if not padded:
+        bins = _even(lengths, token_budget, min(max(len(bins), count), len(lengths))) or bins
+    dear = sorted(bins, key=lambda indices: -sum(cost(lengths[i]) for i in indices))
+    return [_packed([sequences[i] for i in indices]) for indices in dear]
+
+
+def _even(lengths: Sequence[int], budget: int, count: int) -> list[list[int]]:
+    """`count` bins, each item, dearest first, to the cheapest bin that has room. Empty where one has no room."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    tokens, costs = [0] * count, [0.0] * count
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        open_ = [b for b in range(count) if not bins[b] or tokens[b] + lengths[index] <= budget]
+        if not open_:
+            return []
+        place = min(open_, key=lambda b: costs[b])
+        bins[place].append(index)
+        tokens[place] += lengths[index]
+        costs[place] += cost(lengths[index])
+    return [sorted(indices) for indices in bins]
 
 
 def _bins(lengths: Sequence[int], budget: int, *, padded: bool) -> list[list[int]]:
@@ -276,25 +306,33 @@ def dealt(
     padded: whether a model that they are for lays them out one sequence a row.
     """
     cp = spec.context_parallel
-    parts = split(sequences, ranks // cp)
-    shares = equalise([pack(own, spec.tokens_per_micro_batch * cp, padded=padded) for own in parts])
+    parts, budget = split(sequences, ranks // cp), spec.tokens_per_micro_batch * cp
+    count = max(len(_bins([s.length for s in own], budget, padded=padded)) for own in parts)
+    shares = equalise([pack(own, budget, padded=padded, count=count) for own in parts], cp)
     return [share for share in shares for _ in range(cp)]
 
 
-def equalise(ranks: Sequence[Sequence[PackedBatch]]) -> list[list[PackedBatch]]:
+def equalise(ranks: Sequence[Sequence[PackedBatch]], sharing: int = 1) -> list[list[PackedBatch]]:
     """As many micro-batches on each rank as on the fullest one: FSDP's collectives run once a micro-batch on every
-    rank.
+    rank. sharing: ranks that compute one micro-batch together.
     """
     fullest = max(ranks, key=len)
-    filler = empty_batch(fullest[0].columns if fullest else ())
+    filler = empty_batch(fullest[0].columns if fullest else (), sharing)
     return [[*batches, *[filler] * (len(fullest) - len(batches))] for batches in ranks]
 
 
-def empty_batch(columns: Iterable[str] = ()) -> PackedBatch:
-    """One token without a target: it takes part in the collectives and adds exactly 0 to the loss."""
-    return _packed(
-        [TrainSequence(token_ids=[0], prompt_length=1, index=-1, mask=[], columns={name: [] for name in columns})]
-    )
+def empty_batch(columns: Iterable[str] = (), sharing: int = 1) -> PackedBatch:
+    """Two tokens a rank without a target: it takes part in the collectives and adds exactly 0 to the loss. One token
+    would be compiled anew, for sizes of 1 are known to a graph.
+    """
+    nothing: dict[str, list[float]] = {name: [] for name in columns}
+    tokens = [0] * (2 * sharing)
+    return _packed([TrainSequence(token_ids=tokens, prompt_length=len(tokens), index=-1, mask=[], columns=nothing)])
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """To `device`, without a wait for all that it still computes."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def at_targets(batch: PackedBatch, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
@@ -305,7 +343,8 @@ def at_targets(batch: PackedBatch, device: torch.device) -> tuple[dict[str, Tens
         nothing = torch.zeros(1, device=device)
         return dict.fromkeys(batch.columns, nothing), nothing.long()
     where = batch.target_mask
-    return {name: column[where].to(device) for name, column in batch.columns.items()}, batch.sequence[where].to(device)
+    columns = {name: sent(column[where], device) for name, column in batch.columns.items()}
+    return columns, sent(batch.sequence[where], device)
 
 
 def by_sample(batch: PackedBatch, values: Tensor) -> dict[int, list[float]]:

@@ -55,9 +55,9 @@ class Shape:
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, shape: Shape) -> Tensor:
     """(T, H, D), (T, H_kv, D), (T, H_kv, E) -> (T, H, E)"""
-    kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] == v.shape[-1]
-    if not kernel or shape.softcap is not None or shape.sinks is not None:
-        return _by_sequence(q, k, v, cu_seqlens.diff().tolist(), shape)
+    if not fused(q, v, shape):
+        apart: Tensor = _by_sequence(q, k, v, cu_seqlens, shape)
+        return apart
     reach, grouped = (shape.window - 1 if shape.window else -1, 0), q.shape[1] != k.shape[1]
     out = varlen_attn(
         q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=shape.scale, window_size=reach, enable_gqa=grouped
@@ -66,10 +66,20 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int,
     return out
 
 
-def _by_sequence(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], shape: Shape) -> Tensor:
+def fused(q: Tensor, v: Tensor, shape: Shape) -> bool:
+    """Whether FlashAttention's kernel serves: one launch for all sequences, whose work grows with the sum of their
+    lengths' squares.
+    """
+    served = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] == v.shape[-1]
+    return served and shape.softcap is None and shape.sinks is None
+
+
+# Its code depends on the lengths: compiled, each batch would be a graph of its own.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _by_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, shape: Shape) -> Tensor:
     """One attention a run of equally long neighbours, so that a batch of one length is one call."""
     out, start = [], 0
-    for length, run in groupby(lengths):
+    for length, run in groupby(cu_seqlens.diff().tolist()):
         count = len(list(run))
         query, key, value = (
             x[start : start + length * count].reshape(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v)

@@ -192,18 +192,21 @@ def engine_share(config: RunConfig) -> float:
 def needed_bytes(config: RunConfig, counts: Mapping[str, int], world: int, engine: int) -> Need:
     """The worst moment of one rank. counts: parameters of each role; engine: bytes that one beside it takes, else 0.
 
-    While a step trains, its roles are there with gradients, and an engine unless it sleeps. While engines generate,
-    what is not offloaded stays: weights and moments. With offload one role is there at a time, and none while engines
-    generate; but each is loaded, and the policy synced, beside an engine that is awake.
+    While a step trains, its roles are there with gradients, and an engine unless it sleeps; one rank alone keeps what
+    it multiplies with over an update (`model.gathered`), in its own type. While engines generate, what is not offloaded
+    stays: weights and moments. With offload one role is there at a time, and none while engines generate; but each is
+    loaded, and the policy synced, beside an engine that is awake.
     """
-    def shards(trained_bytes: int) -> list[int]:
+    own = {role: DTYPE_BYTES[config.roles[role].dtype] for role in counts}
+
+    def shards(trained_bytes: int, copies: int = 0) -> list[int]:
         """A rank's part of each role. A frozen one keeps its weights in its own type."""
         whole = _trained_whole(config)
-        sizes = {role: trained_bytes if role in whole else DTYPE_BYTES[config.roles[role].dtype] for role in counts}
+        sizes = {role: trained_bytes + copies * own[role] if role in whole else own[role] for role in counts}
         return [count * sizes[role] // world for role, count in counts.items()]
 
-    offload = config.trainer.offload
-    training = max(shards(TRAINED_BYTES)) if offload else sum(shards(TRAINED_BYTES))
+    offload, copies = config.trainer.offload, int(world == 1)
+    training = max(shards(TRAINED_BYTES, copies)) if offload else sum(shards(TRAINED_BYTES, copies))
     idle = max(shards(LOADED_BYTES)) if offload else sum(shards(SAVED_BYTES))
     beside = Need("loading" if offload else "generating", idle, engine)
     return max(Need("training", training, 0 if config.engines_sleep else engine), beside, key=lambda need: need.bytes)

@@ -4,14 +4,11 @@ A batch is packed: sequences end to end in one row, attention block-diagonal by 
 transformers' own the same batch is laid out one sequence a row, padded, and the results are put end to end again.
 """
 
-import operator
-from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -23,25 +20,14 @@ from transformers.initialization import no_init_weights
 from rlhf_api.job import ModelSpec, PolicySpec, TrainerSpec
 from rlhf_worker import lora
 from rlhf_worker.errors import BadSpec, Call, explained
-from rlhf_worker.experience import PackedBatch
+from rlhf_worker.experience import PackedBatch, sent
 from rlhf_worker.pretrained import backbone, decoder_layers, load_config, location
 from rlhf_worker.trainer.attention import PACKED_ATTENTION
+from rlhf_worker.trainer.compiled import compiled
 from rlhf_worker.trainer.context import check_context, own_positions, packable, read_at
+from rlhf_worker.trainer.head import Head, change_of, logprobs_of
 
-HEAD_CHUNK = 2048  # positions whose logits exist at the same time
 PREFIX = "lm."
-NOWHERE = -1e30  # a logit; finite, for entropies multiply it with its probability of 0
-
-
-def _capped(logits: Tensor, cap: float) -> Tensor:
-    return cap * torch.tanh(logits / cap)
-
-
-# What models of transformers do to the head's logits, by the config's field.
-LOGITS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "logits_scaling": operator.truediv, "logit_scale": operator.mul, "lm_head_multiplier": operator.mul,
-    "logits_mup_width_multiplier": operator.truediv, "final_logit_softcapping": _capped,
-}  # fmt: skip
 
 
 class RoleModule(nn.Module):
@@ -53,6 +39,7 @@ class RoleModule(nn.Module):
         super().__init__()
         self.lm = lm
         self.own_attention = self.attention  # transformers' choice
+        self.compiled = False
         self.cp_mesh: DeviceMesh | None = None  # ranks that share every batch
 
     @property
@@ -86,7 +73,8 @@ class RoleModule(nn.Module):
         -> what `read` makes of them.
         """
         if self.cp_mesh is None:
-            return self.read(self._hidden(token_ids, position_ids, cu_seqlens, max_length)[where], *targets)
+            hidden = self._hidden(token_ids, position_ids, cu_seqlens, max_length)
+            return self.read(hidden.index_select(0, where), *targets)  # hidden[where] is slow backwards: it sorts
         inputs = own_positions(self.cp_mesh, token_ids, position_ids, cu_seqlens)
         return read_at(self.cp_mesh, self.read, self._hidden(*inputs, max_length), where, *targets)
 
@@ -120,75 +108,22 @@ class PolicyModule(RoleModule):
     def __init__(self, lm: PreTrainedModel, temperature: float) -> None:
         super().__init__(lm)
         self.temperature = temperature
-        self.entropy_gradient = False  # it costs the softmax of a chunk
+        self.entropy_gradient = False
 
     def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
         """targets (N,): the tokens that follow; and (N, 1 + topK) what they were drawn from, where not from all.
 
         -> (2, N) float32: their log probabilities, and entropies, of the distribution drawn from.
-        Entropies are 0 where no gradient is recorded. No logits outlive their chunk.
         """
-        parts = zip(*(torch.split(x, HEAD_CHUNK) for x in (hidden, *targets)), strict=True)
-        return torch.cat([checkpoint(self._chunk, *part, use_reentrant=False) for part in parts], dim=1)
+        layer, size = self.lm.get_output_embeddings(), self.lm.get_input_embeddings().num_embeddings
+        head = Head(layer, change_of(self.lm.config, self.temperature), size, self.compiled)
+        return logprobs_of(head, hidden, *targets, entropy_gradient=self.entropy_gradient)
 
     def alone(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Of the likeliest tokens, whose log probabilities round least."""
         logits = self.lm(input_ids=token_ids[None], use_cache=False).logits[0].float() / self.temperature
         likeliest = logits.log_softmax(-1).max(-1)
         return likeliest.values, likeliest.indices
-
-    def _chunk(self, hidden: Tensor, targets: Tensor, support: Tensor | None = None) -> Tensor:
-        logits = logits_of(self.lm.get_output_embeddings(), hidden)
-        for field, change in LOGITS.items():
-            if (value := getattr(self.lm.config, field, None)) not in (None, 1):
-                logits = change(logits, value)
-        logits = logits / self.temperature
-        if support is not None:  # the drawn token is the first of its set
-            logits, targets = _among(logits, support), torch.zeros_like(targets)
-        logprobs = -F.cross_entropy(logits, targets, reduction="none")
-        if not torch.is_grad_enabled():
-            return torch.stack([logprobs, torch.zeros_like(logprobs)])
-        return torch.stack([logprobs, _entropy(logits if self.entropy_gradient else logits.detach())])
-
-
-def logits_of(head: nn.Module, hidden: Tensor) -> Tensor:
-    """(N, H) -> (N, V) float32. Of a linear head in a lower type the sums stay float32, as in the engine's: rounded to
-    bfloat16, a logit of 20 is off by up to 0.06.
-    """
-    if not isinstance(head, nn.Linear) or head.weight.dtype is torch.float32:
-        made: Tensor = head(hidden).float()
-        return made
-    wide: Tensor = _WideProduct.apply(hidden, head.weight)  # type: ignore[no-untyped-call]
-    return wide if head.bias is None else wide + head.bias.float()
-
-
-class _WideProduct(torch.autograd.Function):
-    """hidden (N, H) and weight (V, H) of a lower type -> (N, V) float32. Their gradients are of that type."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        if hidden.is_cuda:
-            return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
-        return hidden.float() @ weight.float().t()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        hidden, weight = ctx.saved_tensors
-        lower = gradients[0].to(hidden.dtype)
-        return (
-            lower @ weight if ctx.needs_input_grad[0] else None, lower.t() @ hidden if ctx.needs_input_grad[1] else None
-        )
-
-
-def _among(logits: Tensor, support: Tensor) -> Tensor:
-    """(N, V), (N, S) -> (N, S): the logits of these tokens, and for -1 one so low that it counts for nothing."""
-    return logits.gather(1, support.clamp(min=0)).masked_fill(support < 0, NOWHERE)
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    """(N, V) -> (N,)"""
-    return logits.logsumexp(-1) - torch.einsum("nv,nv->n", logits.softmax(-1), logits)
 
 
 class ScalarModule(RoleModule):
@@ -282,12 +217,17 @@ def wrap_layers(module: RoleModule, trainer: TrainerSpec) -> None:
 
     transformers' own checkpoints want layers in training mode, in which some have dropout.
     """
+    module.compiled = compiles(trainer, next(module.parameters()).device)
     for layer in module.layers:
         # Not the module: FSDP's hooks stay outside, and names as they are.
-        if trainer.compile:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+        if module.compiled:
+            layer.forward = compiled(layer.forward)
         if trainer.gradient_checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def compiles(trainer: TrainerSpec, device: torch.device) -> bool:
+    return device.type == "cuda" if trainer.compile is None else trainer.compile
 
 
 def shard(module: RoleModule, mesh: DeviceMesh, cp_mesh: DeviceMesh | None, dtype: str) -> None:
@@ -315,6 +255,22 @@ def shard(module: RoleModule, mesh: DeviceMesh, cp_mesh: DeviceMesh | None, dtyp
         _deal(module, mesh, weights)
 
 
+def gathered(module: RoleModule, *, last: bool) -> None:
+    """Before each micro-batch of an update on one rank alone. Its weights are cast for the products once an update, and
+    gradients added up as they come; a cast and a reduction a micro-batch read and write 36 bytes a parameter more.
+    """
+    for layer in module.layers:
+        layer.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]  # of FSDP
+    module.set_reshard_after_backward(last)  # type: ignore[operator]
+    module.set_requires_gradient_sync(last)  # type: ignore[operator]
+
+
+def released(module: RoleModule) -> None:
+    """After the update: every pass leaves its layers in shards again."""
+    for layer in module.layers:
+        layer.set_reshard_after_forward(True, recurse=False)  # type: ignore[operator]
+
+
 @torch.no_grad()
 def _deal(module: nn.Module, mesh: DeviceMesh, weights: dict[str, Tensor]) -> None:
     """The first rank's whole `weights`, by name, into everyone's shards; and its buffers. Others have none."""
@@ -331,8 +287,8 @@ def policy_pass(module: nn.Module, batch: PackedBatch, device: torch.device) -> 
     empty batch (2, 1) of zeros with a gradient.
     """
     where = _targets(batch)
-    support = [] if batch.support is None else [batch.support[where].long().to(device)]
-    made: Tensor = module(*inputs_of(batch, device), where.to(device), batch.targets[where].to(device), *support)
+    targets = [batch.targets[where]] + ([] if batch.support is None else [batch.support[where].long()])
+    made: Tensor = module(*inputs_of(batch, device), *(sent(rows, device) for rows in (where, *targets)))
     return made * float(batch.target_mask.any())
 
 
@@ -340,7 +296,7 @@ def values_of(module: nn.Module, batch: PackedBatch, device: torch.device) -> Te
     """The critic's values before each of the batch's targets, (N,) float32 on `device`; for an empty batch (1,) of a
     zero with a gradient.
     """
-    made: Tensor = module(*inputs_of(batch, device), _targets(batch).to(device))
+    made: Tensor = module(*inputs_of(batch, device), sent(_targets(batch), device))
     return made * float(batch.target_mask.any())
 
 
@@ -351,7 +307,9 @@ def scores_of(module: nn.Module, batch: PackedBatch, device: torch.device) -> Te
 
 
 def inputs_of(batch: PackedBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
-    tokens, positions, cu_seqlens = (t.to(device) for t in (batch.token_ids, batch.position_ids, batch.cu_seqlens))
+    tokens, positions, cu_seqlens = (
+        sent(tensor, device) for tensor in (batch.token_ids, batch.position_ids, batch.cu_seqlens)
+    )
     return tokens, positions, cu_seqlens, batch.max_length
 
 

@@ -218,7 +218,7 @@ class Trainer:
     def _update(self, role: Role, batches: list[PackedBatch], rate: float) -> dict[str, Tensor]:
         """One optimizer update; this rank's share of its metrics. Raises Diverged, with the weights as they were."""
         made: dict[str, Tensor] = {}
-        for batch in batches:
+        for batch in role.each(batches):
             for key, value in self._backward(role, batch).items():
                 made[key] = made.get(key, torch.zeros((), device=self.device)) + value
         norm = role.gradient_norm(self.config.trainer.max_grad_norm)

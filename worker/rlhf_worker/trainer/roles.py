@@ -2,7 +2,7 @@
 back.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,20 @@ from torch.optim import AdamW
 
 from rlhf_api.run import TRAINED, RunConfig
 from rlhf_worker.errors import BadSpec, RewardFailed
-from rlhf_worker.experience import Batching, TrainSequence
+from rlhf_worker.experience import Batching, PackedBatch, TrainSequence
 from rlhf_worker.pretrained import context_length, load_tokenizer, model_field
 from rlhf_worker.trainer.context import check_rope
-from rlhf_worker.trainer.model import RoleModule, attentions, load_critic, load_policy, load_reward, shard, wrap_layers
+from rlhf_worker.trainer.model import (
+    RoleModule,
+    attentions,
+    gathered,
+    load_critic,
+    load_policy,
+    load_reward,
+    released,
+    shard,
+    wrap_layers,
+)
 from rlhf_worker.trainer.selftest import choose
 
 Text = str | list[dict[str, Any]]  # a prompt as the data has it: text, or chat messages
@@ -40,6 +50,8 @@ class Role:
         self.module.to(device)
         self.batching = _tried(config, name, self.module, mesh, device)
         wrap_layers(self.module, config.trainer)
+        # With adapters most of the weights lie in their products' type already: a second copy would gain nothing.
+        self.alone = mesh.size() == 1 and all(parameter.requires_grad for parameter in self.module.parameters())
         self.optimizer: AdamW | None = None
         if name in TRAINED:
             spec, cuda = config.trainer, device.type == "cuda"
@@ -79,9 +91,18 @@ class Role:
             )
         return TrainSequence(token_ids=tokens, prompt_length=len(tokens), index=index, mask=[], columns={})
 
+    def each(self, batches: Sequence[PackedBatch]) -> Iterator[PackedBatch]:
+        """The micro-batches of one update, for a pass with a gradient each."""
+        for number, batch in enumerate(batches, 1):
+            if self.alone:
+                gathered(self.module, last=number == len(batches))
+            yield batch
+        if self.alone:
+            released(self.module)
+
     def gradient_norm(self, limit: float) -> Tensor:
         """Of all ranks' gradients, before they are clipped to `limit`."""
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit)
+        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), limit, foreach=True)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def update(self, rate: float) -> None:
