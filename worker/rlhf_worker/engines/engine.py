@@ -143,8 +143,9 @@ class Engine(Member):
         from rlhf_worker.rollout.environment import opened
         from rlhf_worker.rollout.episode import Speech
 
-        self.speech = Speech.of(load_tokenizer(self.config.model), self.config)
-        self.environments = opened(self.config, self.speech)
+        tokenizer = load_tokenizer(self.config.model)
+        self.speech = Speech.of(tokenizer, self.config)
+        self.environments = opened(self.config, tokenizer)
 
     def _environment(self, backend: str) -> None:
         env = {
@@ -283,7 +284,7 @@ class Engine(Member):
     async def _sample(self, request: "Request") -> "Sample":
         from rlhf_worker.rollout.episode import Episode
 
-        if environments := self.environments.get(request.environment):
+        if environments := self.environments.get(request.evaluation):
             return await environments.play(request, self._turn)
         episode = Episode(request)
         episode.add(await self._turn(episode))
