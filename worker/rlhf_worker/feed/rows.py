@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf_api.job import HubData, JsonlData, ParquetData, PromptsSpec, ReasoningGymData
-from rlhf_worker.errors import BadData, BadSpec
+from rlhf_worker.errors import BadData, BadSpec, Call, Verdict, explained, verdict
 from rlhf_worker.template import Message, Unfit
 
 Row = dict[str, Any]
 DIGEST_ROWS = 16
-# What reading one row may raise: of a column that does not decode, or needs a package that the image lacks.
-BROKEN_ROW = (ValueError, TypeError, LookupError, ImportError, RuntimeError)
 
 
 class Rows(Protocol):
@@ -64,10 +62,8 @@ class PromptSource:
         return f"{self.name}, row {row}"
 
     def _fields(self, row: int) -> Row:
-        try:
+        with explained(Call.ROW, self.place(row)):
             return self.rows[row]
-        except BROKEN_ROW as error:
-            raise BadData(f"{self.place(row)}: cannot be read: {type(error).__name__}: {error}") from None
 
     def _prompt(self, row: int) -> tuple[str | list[Message], Row]:
         fields = self._fields(row)
@@ -235,23 +231,17 @@ def _dataset(spec: HubData, field: str) -> Rows:
 
     try:
         rows: Rows = _load_dataset(spec)
-    except Exception as error:  # of every reader of every format there is
+    except Exception as error:
         reason = (
             error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
         )  # what lies behind "An error occurred"
-        if _may_pass(reason):
+        if verdict(Call.DATASET, reason) is Verdict.AGAIN:
             raise reason from None
         where = f"{field}: {spec.path} (name {spec.name}, split {spec.split})"
         raise BadData(
             f"{where}: {type(reason).__name__}: {reason}: correct path, name or split, and give at least one prompt"
         ) from None
     return rows
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Of the network and the machine, and no verdict on the data."""
-    verdicts = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-    return isinstance(error, OSError | MemoryError) and not isinstance(error, verdicts)
 
 
 def _load_dataset(spec: HubData) -> Any:
