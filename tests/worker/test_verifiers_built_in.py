@@ -13,6 +13,7 @@ from rlhf_worker.errors import BadSpec
 from rlhf_worker.rewards import code_tests
 from rlhf_worker.rewards.code_tests import Limits, Outcome, passes, program, score
 from rlhf_worker.rewards.scorer import Scorer
+from tests.worker.samples import a_sample
 
 LIMITS = Limits(seconds=20, memory_bytes=512 << 20, file_bytes=1 << 20)
 
@@ -104,7 +105,41 @@ def test_python_itself_works_in_the_cage() -> None:
     assert (outcome.status, outcome.output) == (0, "2.0\n")
 
 
-# Mathematical answers: math-verify is not part of this environment, so only what is ours is tried, on a stand-in.
+# Mathematical answers: by math-verify, which is of the tests' environment and not of the image; what is ours alone, on a
+# stand-in.
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "expected", "answered"),
+    [
+        ("so it is $\\frac{1}{2}$", "0.5", 1.0, 1.0),
+        ("thus \\boxed{0.5}.", r"\frac{2}{4}", 1.0, 1.0),
+        ("The answer is 1,234", 1234, 1.0, 1.0),
+        ("first 41, then 42", "40 + 2 is\n#### 42", 1.0, 1.0),
+        ("first 42, then $41$", 42, 0.0, 1.0),
+        (r"$x = \{1, 3\}$", r"\{3, 1\}", 1.0, 1.0),
+        (r"$(x+1)^2$", r"x^2 + 2x + 1", 1.0, 1.0),
+        (r"$(x+1)^2$", r"x^2 + 1", 0.0, 1.0),
+        ("I do not know", 42, 0.0, 0.0),
+    ],
+)  # fmt: skip
+def test_answers_are_compared_by_the_real_math_verify(
+    completion: str, answer: Any, expected: float, answered: float
+) -> None:
+    pytest.importorskip("math_verify")
+    from rlhf_worker.rewards.math_answers import score as judged
+
+    assert judged("", completion, answer=answer) == (expected, {"answered": answered})
+
+
+@pytest.mark.timeout(300)
+def test_the_reward_of_the_real_math_verify_in_its_own_process() -> None:
+    """math-verify's own time limit is a signal, which only a main thread may set."""
+    pytest.importorskip("math_verify")
+    given: dict[str, Any] = {"name": "m", "type": "python", "function": "rlhf_worker.rewards.math_answers:score"}
+    with Scorer([RewardSpec.model_validate({**given, "workers": 2})]) as scorer:
+        found = scorer.score([a_sample(0, r"it is \boxed{\frac{84}{2}}", answer=42), a_sample(1, "41", answer="42")])
+    assert [(item.reward, item.metrics) for item in found] == [(1.0, {"m/answered": 1.0}), (0.0, {"m/answered": 1.0})]
 
 
 def test_a_missing_package_is_a_bad_spec_that_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
