@@ -4,6 +4,7 @@ import random
 from typing import Any
 
 from rlhf_worker.experience import Prompt, Sample, ScoredSample, TrainSequence
+from rlhf_worker.rollout.episode import Request
 
 
 def a_prompt(row: int = 0, length: int = 3, **fields: Any) -> Prompt:
@@ -50,3 +51,10 @@ def sequences(lengths: list[tuple[int, int]], seed: int = 0, vocabulary: int = 2
 def evenly(size: int, tokens: int, total: int) -> dict[str, list[float]]:
     """Weights of a sequence among `size` of `total` tokens: the mean over sequences of the mean over tokens."""
     return {"loss_weights": [1.0 / (size * max(1, tokens))] * tokens, "token_weights": [1.0 / max(1, total)] * tokens}
+
+
+def whole(made: Any, asked: list[Request]) -> list[Sample]:
+    """What an engine that is called here makes, with more time than it takes."""
+    samples = [sample for sample in made.generate(asked, 600.0) if sample]
+    assert len(samples) == len(asked)
+    return samples

@@ -1,5 +1,6 @@
 """Sources of prompts and the sampler: what is read, what is refused, and that resume is exact."""
 
+import errno
 import json
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_api.job import DataSpec, PromptsSpec
-from rlhf_worker.errors import BadData, BadSpec
+from rlhf_worker.errors import BadData, BadSpec, Passing
 from rlhf_worker.feed.data import PromptSampler
 from rlhf_worker.feed.rows import ALONE, Origin, PromptSource
 from rlhf_worker.template import Template
@@ -170,9 +171,9 @@ def test_a_broken_file_is_named_with_its_line(tmp_path: Path, text: str, message
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"jsonl": {"path": "DIR/none"}}, r"data\.jsonl\.path: .*none: No such file.*volume"),
+        ({"jsonl": {"path": "DIR/none"}}, r"data\.jsonl\.path: .*none.*: is the volume mounted"),
         ({"jsonl": {"path": "DIR"}}, r"data\.jsonl\.path: .*Is a directory"),
-        ({"parquet": {"path": "DIR/none"}}, r"data\.parquet\.path: .*none: No such file.*volume"),
+        ({"parquet": {"path": "DIR/none"}}, r"data\.parquet\.path: .*none.*: is the volume mounted"),
         ({"parquet": {"path": "DIR/broken.parquet"}}, r"data\.parquet\.path: .*broken"),
         ({"dataset": {"path": "DIR/none"}}, r"data\.dataset: .*none"),
         ({"dataset": {"path": "DIR/folder", "split": "tset"}}, r"split tset.*tset"),
@@ -210,6 +211,17 @@ def test_each_source_without_rows_is_named(tmp_path: Path, kind: str) -> None:
         PromptSource(spec(**source))
 
 
+def test_storage_that_fails_is_no_bad_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = jsonl(tmp_path / "p.jsonl", ROWS)
+
+    def fails(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(Passing, match=r"data\.jsonl\.path: .*p\.jsonl: OSError: .*Stale file handle"):
+        PromptSource(spec(**given))
+
+
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_an_unreachable_hub_is_no_bad_data(monkeypatch: pytest.MonkeyPatch, wrapped: bool) -> None:
@@ -222,7 +234,7 @@ def test_an_unreachable_hub_is_no_bad_data(monkeypatch: pytest.MonkeyPatch, wrap
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(ConnectionError, match="no route"):
+    with pytest.raises(Passing, match=r"data\.dataset: some/where .*: ConnectionError: no route"):
         PromptSource(spec(dataset={"path": "some/where"}))
 
 

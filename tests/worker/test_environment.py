@@ -15,9 +15,10 @@ from hack.tiny_model import tokenizer
 from rlhf_api.job import EnvironmentSpec, PromptsSpec
 from rlhf_worker.errors import BadSpec, EnvironmentFailed
 from rlhf_worker.experience import Prompt, Sample
-from rlhf_worker.rollout.environment import Environments
+from rlhf_worker.rollout.environment import Environments, opened
 from rlhf_worker.rollout.episode import Episode, Request, Speech, Turn, request_seed
 from rlhf_worker.template import Template
+from tests.worker.configs import run_config
 
 EOS = 2
 CHATML = ("{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt "
@@ -256,8 +257,53 @@ async def test_a_class_that_cannot_be_loaded_is_refused_at_once(spec: dict[str, 
 def test_a_template_without_assistant_turns_is_refused() -> None:
     found = tokenizer()
     found.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
-    with pytest.raises(BadSpec, match="leaves out the assistant's turns"):
-        speaking(found, chat=True).observation("x", EOS)
+    given = EnvironmentSpec.model_validate({"code": CALCULATOR, "workers": 1})
+    with pytest.raises(BadSpec, match=r"rollout\.environment: no obs.* leaves out the assistant's turns"):
+        Environments(given, speaking(found, chat=True))
+
+
+def says_kind(kind: str) -> str:
+    return CHATML.replace("{{ m.content }}", f"{{{{ m.content }}}} {kind}")
+
+
+async def test_a_sets_observations_are_rendered_as_its_own_data_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it plays the run's environment, in the run's subprocesses."""
+    monkeypatch.setattr("rlhf_worker.rollout.episode.embedding_rows", lambda model: 1000)
+    rows = {"jsonl": {"path": "/p"}}
+    run = {"code": CALCULATOR, "workers": 1, "timeoutSeconds": 20.0}
+    own = {**run, "code": CALCULATOR.replace("is it", "was it")}
+    sets: list[dict[str, Any]] = [
+        {"name": "plain", "data": {**rows, "chatTemplate": False}},
+        {"name": "other", "data": {**rows, "chatTemplateText": says_kind("sir")}},
+        {"name": "own", "data": {**rows, "chatTemplateText": says_kind("sir")}, "environment": own},
+    ]
+    config = run_config(
+        data={**rows, "chatTemplateText": says_kind("ok")}, rollout={"environment": run}, evaluation=sets
+    )
+    found = opened(config, tokenizer())
+    try:
+        assert found["plain"]._seats is found[""]._seats is found["other"]._seats is not found["own"]._seats
+        policy: Any = says("4", "5")
+        texts = {name: (await table.play(request(answer=5), policy)).text for name, table in found.items()}
+    finally:
+        for table in found.values():
+            table.close()
+    whole = "4 {1}\nuser\n 5 {0} it {1}\nassistant\n5".format
+    assert texts == {
+        "": whole("is", "ok"), "plain": "4 5 is it5", "other": whole("is", "sir"), "own": whole("was", "sir")
+    }
+
+
+def test_a_sets_template_that_hides_turns_is_told_by_the_sets_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_worker.rollout.episode.embedding_rows", lambda model: 1000)
+    rows = {"jsonl": {"path": "/p"}}
+    hides = "{{ messages[-1].content }}"
+    config = run_config(
+        data={**rows, "chatTemplateText": CHATML}, rollout={"environment": {"code": CALCULATOR, "workers": 1}},
+        evaluation=[{"name": "e", "data": {**rows, "chatTemplateText": hides}}],
+    )
+    with pytest.raises(BadSpec, match=r"evaluation\[e\]: no observation .* leaves out the assistant's turns"):
+        opened(config, tokenizer())
 
 
 def test_text_is_what_a_decoder_token_by_token_shows() -> None:

@@ -1,5 +1,6 @@
 """model.source on a loopback hub that refuses, cuts and goes away: what comes is whole, and comes once."""
 
+import hashlib
 import itertools
 import json
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 from rlhf_api.job import ModelSpec
 from rlhf_worker.errors import BadSpec, DownloadFailed
-from rlhf_worker.hub import Keeper, RemoteKeeper, chosen, ensure, fetch, spread
+from rlhf_worker.hub import Asker, Keeper, RemoteKeeper, chosen, ensure, fetch, spread
 from rlhf_worker.local import local_ray
 from rlhf_worker.placement import Bundle
 from rlhf_worker.progress import Reporter
@@ -27,6 +28,15 @@ FILES = {
     "model.safetensors": bytes(range(256)) * 4096,
     "sub/notes.txt": b"n" * 10,
 }
+
+
+def listed(name: str, data: bytes) -> dict[str, Any]:
+    """As the hub tells of a file: large ones are beside git, and have a sha256; the others are git's."""
+    if name.endswith(".safetensors"):
+        lfs = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+        return {"rfilename": name, "size": len(data), "blobId": "0" * 40, "lfs": lfs}
+    blob = b"blob " + str(len(data)).encode() + bytes(1) + data
+    return {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(blob).hexdigest()}
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -48,15 +58,15 @@ class Hub(BaseHTTPRequestHandler):
         elif what.isdigit():
             self._answer(int(what), b"no", {"Retry-After": "7"} if what == "429" else {})
         elif self.path.startswith(f"/{REPO}/resolve/{COMMIT}/"):
-            self._file(self.path.partition(f"{COMMIT}/")[2], cut=what == "cut")
+            self._file(self.path.partition(f"{COMMIT}/")[2], cut=what == "cut", damaged=what == "damaged")
         else:
-            files = [{"rfilename": name, "size": len(data)} for name, data in FILES.items()]
+            files = [listed(name, data) for name, data in FILES.items()]
             body = {"id": REPO, "sha": COMMIT, "siblings": files}
             self._answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
-    def _file(self, name: str, *, cut: bool) -> None:
+    def _file(self, name: str, *, cut: bool, damaged: bool) -> None:
         start = int(self.headers.get("Range", "bytes=0-")[6:].partition("-")[0])
-        data = FILES[name][start:]
+        data = bytes(len(FILES[name]) - start) if damaged else FILES[name][start:]
         headers = {}
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(FILES[name]) - 1}/{len(FILES[name])}"
@@ -112,7 +122,7 @@ def model(path: Path, **source: Any) -> ModelSpec:
 
 
 def keeper(path: Path, **source: Any) -> Keeper:
-    return Keeper("spec.model", model(path, **source))
+    return Keeper("spec.model", model(path, **source), 600.0)
 
 
 def is_whole(path: Path) -> bool:
@@ -168,7 +178,7 @@ def test_a_process_that_died_while_it_downloaded_is_gone_on_from(
             tmp_path / "model"
         )
         asked = handler.asked.total()
-        ensure(model(tmp_path / "model"))
+        ensure(model(tmp_path / "model"), 600.0)
         assert handler.asked.total() == asked  # what is whole is used without asking
 
 
@@ -195,7 +205,7 @@ def test_another_model_in_the_directory_is_refused(tmp_path: Path, monkeypatch: 
     assert keeper(tmp_path).whole() is None
 
 
-def test_a_hub_that_is_gone_for_ten_minutes_ends_the_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_is_gone_for_too_long_ends_the_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("rlhf_worker.hub.time.monotonic", lambda: clock[0])
 
@@ -204,9 +214,66 @@ def test_a_hub_that_is_gone_for_ten_minutes_ends_the_try(tmp_path: Path, monkeyp
 
     with (
         used(monkeypatch, lambda *_: "drop"),
-        pytest.raises(DownloadFailed, match=r"some/model: 600 s without progress"),
+        pytest.raises(DownloadFailed, match=r"some/model at main: 600 s without progress"),
     ):
         keeper(tmp_path).download(wait)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_damaged_file_is_downloaded_again_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It has the right size, so that only its digest tells."""
+
+    def once(method: str, path: str, number: int) -> str:
+        return "damaged" if method == "GET" and path.endswith(name) and number == 1 else ""
+
+    with used(monkeypatch, once) as handler:
+        keeper(tmp_path / "model").download()
+        assert is_whole(tmp_path / "model") and handler.sent[name] == 2 * len(FILES[name])
+
+
+def test_a_file_that_is_damaged_twice_is_told_with_both_digests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, bad = "model.safetensors", hashlib.sha256(bytes(len(FILES["model.safetensors"]))).hexdigest()
+    good = hashlib.sha256(FILES[name]).hexdigest()
+    words = rf"source: some/model: {name} came damaged twice: it is sha256:{bad}, and the hub says sha256:{good}: "
+    with (
+        used(monkeypatch, lambda method, path, _: "damaged" if path.endswith(name) else ""),
+        pytest.raises(DownloadFailed, match=words),
+    ):
+        keeper(tmp_path / "model").download()
+    assert not list(tmp_path.rglob(f"{name}*")) and keeper(tmp_path / "model").whole() is None
+
+
+def test_the_rest_of_a_damaged_beginning_makes_no_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = tmp_path / "model" / f".{COMMIT}"
+    begun.mkdir(parents=True)
+    (begun / "model.safetensors.part").write_bytes(bytes(1000))
+    (begun / "config.json.part").write_bytes(bytes(1000))  # longer than it is
+    with used(monkeypatch):
+        keeper(tmp_path / "model").download()
+    assert is_whole(tmp_path / "model")
+
+
+def test_the_hub_is_waited_for_where_a_path_is_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it answers at last is told by who reads the model: a refusal is no matter here."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    waits, told = list[float](), list[str]()
+    asker = Asker("spec.model", ModelSpec.model_validate({"path": REPO}), 600.0)
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        told.append(asker.told())
+
+    answers = iter(["drop", "drop", "503", "", "drop", "404"])
+    with used(monkeypatch, lambda *_: next(answers)):
+        asker.answer(wait)
+        assert len(waits) == 3
+        asker.answer(wait)
+    assert len(waits) == 4 and next(answers, None) is None
+    assert told[0].startswith("spec.model.path: some/model: waiting for the hub, try 2 after: ")
+    here = Asker("spec.model", ModelSpec.model_validate({"path": str(tmp_path)}), 600.0)
+    here.answer(wait)
 
 
 def test_the_files_that_are_loaded() -> None:
@@ -241,7 +308,8 @@ def test_one_node_downloads_and_the_others_find_or_copy_it(tmp_path: Path, monke
     with serving() as handler:
         monkeypatch.setenv("HF_ENDPOINT", handler.url)
         with local_ray(config, verbose=False):
-            keepers = [RemoteKeeper.options(num_cpus=0, max_concurrency=4).remote("spec.model", one) for one in specs]
+            kind = RemoteKeeper.options(num_cpus=0, max_concurrency=4)
+            keepers = [kind.remote("spec.model", one, 600.0) for one in specs]
             spread(keepers, told.append)
             assert handler.sent == whole and is_whole(tmp_path / "a") and is_whole(tmp_path / "b")
             fetch(config, stage, reporter)  # type: ignore[arg-type]

@@ -2,22 +2,29 @@
 test_weight_sync.py.
 """
 
+import os
+import signal
+import socket
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from rlhf_worker import roll as module
 from rlhf_worker import run
 from rlhf_worker.errors import BadSpec, Fenced
+from rlhf_worker.local import local_ray
 from rlhf_worker.progress import Reporter
-from rlhf_worker.roll import Place, Roll
+from rlhf_worker.roll import Member, Place, Roll
 from rlhf_worker.stop import Ended, Stop, Terminated
 from rlhf_worker.watcher import WORDS
 from tests.worker.configs import run_config
+from tests.worker.waiting import until
 
 GUESS = ("Worker exits with connection error code 2. (1) The process is killed by SIGKILL by OOM killer due to high "
     "memory usage.")
@@ -101,6 +108,30 @@ def test_what_came_of_no_death_stays_as_it_is(drive: Any, error: Exception) -> N
     died = None if isinstance(error, ValueError) else FIRST
     _, words = drive(error, "", died)
     assert "ActorLost" not in words
+
+
+class Begun(Member):
+    """Tells its process, and stands still before it is made, as one that a signal stopped while it imports."""
+
+    def __init__(self, told: str) -> None:
+        Path(told).write_text(str(os.getpid()))
+        time.sleep(600)
+
+
+@pytest.mark.ray
+def test_an_actor_that_is_stopped_before_it_could_tell_its_place_is_named_as_stopped(tmp_path: Path) -> None:
+    """By the watcher of its node, and by the driver, who knows of it only what Ray tells."""
+    told, roll = tmp_path / "pid", Roll(Stop())
+    with local_ray(run_config(), verbose=False):
+        actor = ray.remote(Begun).options(num_cpus=0).remote(str(told))
+        roll.enrol(actor, "engine 0")
+        until(lambda: told.exists() and told.read_text() != "", 120)
+        pid = int(told.read_text())
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(ActorDiedError) as died:
+            ray.get(actor.__ray_ready__.remote(), timeout=120)
+        lost = str(roll.explained(died.value))
+    assert lost.startswith(f"engine 0 (pod {socket.gethostname()}, process {pid}) was stopped by a signal (state T)")
 
 
 def test_what_is_lost_ends_every_wait_and_also_a_save() -> None:

@@ -19,7 +19,7 @@ from rlhf_worker.rollout.producer import Rollouts
 from rlhf_worker.rollout.sampling import check_sampling, first_stop, support
 from rlhf_worker.trainer.rank import Trainer
 from tests.worker.configs import run_config
-from tests.worker.samples import a_prompt, evenly
+from tests.worker.samples import a_prompt, evenly, whole
 
 TEMPERATURE = 0.7
 VOCABULARY = len(SPECIAL) + len(CHARACTERS)
@@ -126,7 +126,7 @@ def test_trainer_and_engine_agree_under_every_option(tiny: Path, tmp_path: Path,
     made = trainer(tiny, tmp_path, options={"batching": batching})
     assert made.generator is not None
     for sampling in REPLAYED if batching == "packed" else REPLAYED[2:3]:
-        samples = made.generate(requests(**sampling), 60.0)
+        samples = whole(made, requests(**sampling))
         drawn = [value for sample in samples for value in sample.logprobs]
         assert of_trainer(made, samples, padded=batching == "padded") == pytest.approx(drawn, abs=1e-4), sampling
         spec = SamplingSpec.model_validate(sampling)
@@ -136,7 +136,7 @@ def test_trainer_and_engine_agree_under_every_option(tiny: Path, tmp_path: Path,
             if sampling:
                 assert sample.support is not None and (sample.support[:, 0] == sample.token_ids).all()
                 assert [set(row[row >= 0].tolist()) for row in sample.support] == sets
-    restricted = made.generate(requests(topK=5), 60.0)
+    restricted = whole(made, requests(topK=5))
     for sample in restricted:
         object.__setattr__(sample, "support", None)
     assert of_trainer(made, restricted) != pytest.approx(
@@ -148,7 +148,7 @@ def test_a_step_trains_on_the_distribution_that_was_drawn_from(tiny: Path, tmp_p
     """No mismatch before the update, the entropy is that of the sets, and the update raises what was good over them."""
     made = trainer(tiny, tmp_path, options={"learningRate": 1e-4})
     assert made.generator is not None
-    samples = made.generate(requests(topK=5, topP=0.9), 60.0)
+    samples = whole(made, requests(topK=5, topP=0.9))
     tokens = sum(len(sample.token_ids) for sample in samples)
     before = of_trainer(made, samples)
     sequences = [
@@ -177,7 +177,7 @@ def test_a_step_trains_on_the_distribution_that_was_drawn_from(tiny: Path, tmp_p
 def test_turns_with_observations_between_them_keep_their_sets(tiny: Path, tmp_path: Path, group: None) -> None:
     made = trainer(tiny, tmp_path, environment={"code": ENVIRONMENT, "maxTurns": 3, "workers": 1})
     try:
-        samples = made.generate(requests(2, tokens=60, topK=3, stopTokenIds=ids("abcdefghijklmnopqrstuvwxyz")), 60.0)
+        samples = whole(made, requests(2, tokens=60, topK=3, stopTokenIds=ids("abcdefghijklmnopqrstuvwxyz")))
     finally:
         made.generator.close()  # type: ignore[union-attr]
     assert all(not all(sample.mask) for sample in samples)
@@ -197,20 +197,20 @@ def test_penalties_count_the_prompt_and_the_turn_and_no_padding(
     made = trainer(tiny, tmp_path)
     assert made.generator is not None
     spec = SamplingSpec.model_validate({**sampling, "topK": topk})
-    for sample in made.generate(requests(topK=topk, **sampling), 60.0):
+    for sample in whole(made, requests(topK=topk, **sampling)):
         assert sample.logprobs == pytest.approx(expected(made.generator.lm, sample, spec)[0], abs=1e-4)
 
 
 def test_a_text_ends_a_turn_with_the_token_that_completes_it(tiny: Path, tmp_path: Path, group: None) -> None:
     """All tokens of the text are the policy's own and are trained; the text is without it."""
     made = trainer(tiny, tmp_path)
-    whole = made.generate(requests(1), 60.0)[0]
-    stop = whole.text[6:8]
-    cut = made.generate(requests(1, stop=["never so", stop]), 60.0)[0]
-    end = next(count for count in range(24) if stop in shown(whole.token_ids[:count]))
-    assert cut.token_ids == whole.token_ids[:end] and cut.logprobs == whole.logprobs[:end] and cut.mask == [True] * end
-    assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
-    later = made.generate(requests(1, stop=[stop], minTokens=end, topK=71), 60.0)[0]
+    free = whole(made, requests(1))[0]
+    stop = free.text[6:8]
+    cut = whole(made, requests(1, stop=["never so", stop]))[0]
+    end = next(count for count in range(24) if stop in shown(free.token_ids[:count]))
+    assert cut.token_ids == free.token_ids[:end] and cut.logprobs == free.logprobs[:end] and cut.mask == [True] * end
+    assert (cut.text, cut.finish_reason) == (free.text[: free.text.index(stop)], "stop")
+    later = whole(made, requests(1, stop=[stop], minTokens=end, topK=71))[0]
     assert len(later.token_ids) > end and stop in later.text + stop
 
 
@@ -218,15 +218,15 @@ def test_a_token_ends_a_turn_and_is_trained_with_its_own_log_probability(
     tiny: Path, tmp_path: Path, group: None
 ) -> None:
     made = trainer(tiny, tmp_path)
-    whole = made.generate(requests(1), 60.0)[0]
-    token = whole.token_ids[6]
-    end = whole.token_ids.index(token) + 1
-    cut = made.generate(requests(1, stopTokenIds=[token]), 60.0)[0]
-    assert cut.token_ids == whole.token_ids[:end] and cut.mask == [True] * end
-    assert cut.logprobs == pytest.approx(whole.logprobs[:end]) and of_trainer(made, [cut]) == pytest.approx(
+    free = whole(made, requests(1))[0]
+    token = free.token_ids[6]
+    end = free.token_ids.index(token) + 1
+    cut = whole(made, requests(1, stopTokenIds=[token]))[0]
+    assert cut.token_ids == free.token_ids[:end] and cut.mask == [True] * end
+    assert cut.logprobs == pytest.approx(free.logprobs[:end]) and of_trainer(made, [cut]) == pytest.approx(
         cut.logprobs, abs=1e-4
     )
-    assert (cut.text, cut.finish_reason) == (shown(whole.token_ids[: end - 1]), "stop")
+    assert (cut.text, cut.finish_reason) == (shown(free.token_ids[: end - 1]), "stop")
 
 
 def test_what_was_returned_of_a_set_is_the_set() -> None:
@@ -276,8 +276,8 @@ def test_training_and_each_evaluation_ask_for_their_own_sampling() -> None:
     config = run_config(rollout={"maxTokens": 8, "temperature": 0.7, "sampling": {"topK": 5}}, evaluation=sets)
     rollouts = Rollouts(config, None, 0)  # type: ignore[arg-type]
     asked = [rollouts._requests(Group(a_prompt(), 0, of))[0] for of in (None, *config.evaluation)]
-    given = [(one.temperature, one.max_tokens, one.environment) for one in asked]
-    assert given == [(0.7, 8, ""), (0.5, 8, "a"), (0.0, 3, "")]
+    given = [(one.temperature, one.max_tokens, one.evaluation) for one in asked]
+    assert given == [(0.7, 8, ""), (0.5, 8, "a"), (0.0, 3, "b")]
     specs = [{"top_k": 5}, {"top_p": 0.9}, {"frequency_penalty": 1}]
     assert [one.sampling for one in asked] == [SamplingSpec.model_validate(spec) for spec in specs]
     assert [one.wants_support for one in asked] == [True, False, False]

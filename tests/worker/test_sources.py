@@ -12,7 +12,7 @@ from rlhf_worker.experience import Prompt, Sample, ScoredSample
 from rlhf_worker.feed.data import Mixture, PromptSampler, samplers
 from rlhf_worker.feed.feed import Feed
 from rlhf_worker.feed.rows import Origin
-from rlhf_worker.loop import source_metrics
+from rlhf_worker.loop import of_sources, source_metrics, step_metrics
 from rlhf_worker.rewards.scorer import Scorer
 from tests.worker.configs import run_config
 from tests.worker.test_data import Characters, jsonl
@@ -185,6 +185,22 @@ def test_metrics_of_a_source_are_of_its_own_samples_and_rewards() -> None:
         "source/b/mean_length": 1.0, "source/b/sample_share": 0.5,
     }  # fmt: skip
     assert source_metrics([ScoredSample(sample=sample(a_prompt("", None)), reward=1.0, parts={"first": 1.0})]) == {}
+
+
+def test_a_reward_is_a_mean_over_what_it_judges_and_not_over_zeros_of_other_sources() -> None:
+    a, b = sample(a_prompt("a", ("first",))), sample(a_prompt("b", ("second",)))
+    parts = [{"first": 1.0, "second": 0.0}, {"first": 0.0, "second": 0.0}, {"first": 0.0, "second": 3.0}]
+    scored = [ScoredSample(sample=s, reward=1.0, parts=p) for s, p in zip((a, a, b), parts, strict=True)]
+    found = step_metrics(scored, {}, 1.0)
+    assert (found["reward/first"], found["reward/second"]) == (0.5, 3.0)
+    assert "reward/second" not in step_metrics(scored[:2], {}, 1.0)
+
+
+def test_the_best_may_be_by_a_metric_of_a_source_that_the_first_step_does_not_draw(tmp_path: Path) -> None:
+    raw = data(tmp_path, chat={"rewards": ["first"]}, math={"rewards": ["second"]}, code={"rewards": ["second"]})
+    config = run_config(data=raw, rewards=[judge("first").to_dict(), judge("second").to_dict()])
+    assert {"reward/first", "source/chat/first", "source/chat/mean", "source/math/second"} <= set(of_sources(config))
+    assert not {"source/chat/second", "source/math/first"} & set(of_sources(config))
 
 
 def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raw: dict[str, Any], **changes: Any) -> Feed:

@@ -1,7 +1,11 @@
 """The verifiers that come with the worker: mathematical answers, and programs in a cage."""
 
+import ctypes
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from rlhf_worker.errors import BadSpec
 from rlhf_worker.rewards import code_tests
 from rlhf_worker.rewards.code_tests import Limits, Outcome, passes, program, score
 from rlhf_worker.rewards.scorer import Scorer
+from tests.worker.samples import a_sample
 
 LIMITS = Limits(seconds=20, memory_bytes=512 << 20, file_bytes=1 << 20)
 
@@ -22,6 +27,14 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that `nobody` can run, where these tests are root and their own python lies in root's home."""
     if os.geteuid() == 0 and not code_tests._for_all(Path(sys.executable)):
         monkeypatch.setattr(code_tests, "PYTHON", "/usr/bin/python3")
+
+
+CALL = """import ctypes
+def call(*arguments):
+    if ctypes.CDLL(None, use_errno=True).syscall(*arguments) < 0:
+        raise OSError(ctypes.get_errno(), 'no')
+UNSHARE, PTRACE = {"x86_64": (272, 101), "aarch64": (97, 117)}[__import__('os').uname().machine]
+"""
 
 
 def run(text: str, given: str = "", **limits: int) -> Outcome:
@@ -34,7 +47,7 @@ def refused(action: str) -> str:
     """A program that tells why python could not do this."""
     lines = "\n".join(f"    {line}" for line in action.splitlines())
     caught = "except (OSError, RuntimeError) as e:\n    print('refused', e)\n"
-    return f"import os, socket, threading\ntry:\n{lines}\n    print('done')\n{caught}"
+    return f"{CALL}import os, resource, socket, threading\ntry:\n{lines}\n    print('done')\n{caught}"
 
 
 def test_the_last_block_counts() -> None:
@@ -87,15 +100,85 @@ def test_it_sees_nothing_of_the_pods_environment(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     "action",
     [
-        "socket.create_connection(('127.0.0.1', 22), 5)",
-        "socket.socket(type=socket.SOCK_DGRAM).connect(('8.8.8.8', 53))",
         "open('/proc/%d/environ' % os.getppid()).read()", "open('/tmp/of_a_program', 'w')", "os.listdir('/tmp')",
-        "os.kill(os.getppid(), 9)",
     ],
 )  # fmt: skip
-def test_what_is_isolated_reaches_no_network_no_files_and_no_process(action: str) -> None:
+def test_what_is_isolated_reaches_no_files(action: str) -> None:
     outcome = run(refused(action))
     assert outcome.output.startswith("refused") or not outcome.isolated, outcome
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        "socket.create_connection(('127.0.0.1', 22), 5)",
+        "socket.socket(type=socket.SOCK_DGRAM).connect(('8.8.8.8', 53))",
+        "socket.socket(socket.AF_UNIX)", "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)",
+        "os.kill(os.getppid(), 0)", "os.kill(-1, 0)", "resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE)",
+        "os.sched_setaffinity(os.getppid(), {0})", "os.setpriority(os.PRIO_PROCESS, os.getppid(), 5)",
+        "os.unshare(os.CLONE_NEWUSER) if hasattr(os, 'unshare') else call(UNSHARE, 0x10000000)",
+        "call(425, 8, ctypes.create_string_buffer(120))", "call(PTRACE, 16, os.getppid(), 0, 0)",
+    ],
+)  # fmt: skip
+def test_it_has_no_socket_and_no_hold_on_another_process(action: str) -> None:
+    """Whatever the kernel is: the profile RuntimeDefault takes namespaces away, and these stay."""
+    outcome = run(refused(action))
+    assert outcome.output.startswith("refused [Errno 1] ") and "done" not in outcome.output, outcome
+
+
+def test_it_has_a_hold_on_itself() -> None:
+    outcome = run("import os, resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (9, 9))\nos.kill(os.getpid(), 0)\n"
+        "import asyncio\nprint(asyncio.run(asyncio.sleep(0, 7)), flush=True)\nos.kill(0, 15)")
+    assert (outcome.status, outcome.output) == (-15, "7\n")
+
+
+def test_isolation_is_told_as_it_is_and_not_by_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    landlock = ctypes.CDLL(None).syscall(code_tests.CREATE_RULESET, None, 0, 1) >= 1
+    assert run("pass").isolated is (landlock and os.uname().machine in code_tests.MACHINES)
+    source = Path(code_tests.__file__).read_text()
+    monkeypatch.setattr(Path, "read_text", lambda path: source.replace("SET_SECCOMP, FILTER, c", "99, FILTER, c"))
+    forged = "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'1')\n    except OSError: pass"
+    assert run(forged).isolated is False
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+def test_a_pod_that_is_nobody_itself_runs_programs_as_it_is() -> None:
+    program = "import os\nprint(os.getuid())\ntry: os.fork()\nexcept OSError: print('no process')"
+    asked = f"import code_tests as c; print(c.run({program!r}, '', c.Limits()))"
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(code_tests.__file__, folder)
+        for path in (Path(folder), Path(folder) / "code_tests.py"):
+            path.chmod(0o755)
+        command = [code_tests.PYTHON, "-c", asked]
+        done = subprocess.run(command, user=65534, cwd=folder, capture_output=True, text=True, check=False)
+    assert "output='65534\\nno process\\n'" in done.stdout, (done.stdout, done.stderr)
+
+
+def test_a_filter_lets_every_other_call_through() -> None:
+    column, machine = code_tests.MACHINES["aarch64"]
+    refused, own = ([numbers[column] for numbers in calls.values()] for calls in (code_tests.REFUSED, code_tests.OWN))
+    lines = code_tests.rules(machine, refused, own, 7)
+
+    def verdict(number: int, first: int = 0, arch: int = machine) -> int:
+        """As the kernel runs it."""
+        data = {code_tests.NUMBER: number, code_tests.MACHINE: arch, code_tests.FIRST_ARGUMENT: first}
+        at = held = 0
+        while True:
+            code, yes, no, operand = lines[at]
+            if code == code_tests.RETURN:
+                return operand
+            if code == code_tests.LOAD:
+                held, jump = data[operand], 0
+            else:
+                jump = yes if (held == operand if code == code_tests.IF_EQUAL else held >= operand) else no
+            at += 1 + jump
+
+    for number in range(500):
+        expected = code_tests.REFUSE if number in (*refused, *own) else code_tests.ALLOW
+        assert verdict(number, 8) == expected, number
+        assert verdict(number, 8, machine + 1) == code_tests.REFUSE
+    assert {verdict(number, first) for number in own for first in (0, 7)} == {code_tests.ALLOW}
+    assert verdict(0x40000001) == code_tests.REFUSE
 
 
 def test_python_itself_works_in_the_cage() -> None:
@@ -104,7 +187,41 @@ def test_python_itself_works_in_the_cage() -> None:
     assert (outcome.status, outcome.output) == (0, "2.0\n")
 
 
-# Mathematical answers: math-verify is not part of this environment, so only what is ours is tried, on a stand-in.
+# Mathematical answers: by math-verify, which is of the tests' environment and not of the image; what is ours alone, on
+# a stand-in.
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "expected", "answered"),
+    [
+        ("so it is $\\frac{1}{2}$", "0.5", 1.0, 1.0),
+        ("thus \\boxed{0.5}.", r"\frac{2}{4}", 1.0, 1.0),
+        ("The answer is 1,234", 1234, 1.0, 1.0),
+        ("first 41, then 42", "40 + 2 is\n#### 42", 1.0, 1.0),
+        ("first 42, then $41$", 42, 0.0, 1.0),
+        (r"$x = \{1, 3\}$", r"\{3, 1\}", 1.0, 1.0),
+        (r"$(x+1)^2$", r"x^2 + 2x + 1", 1.0, 1.0),
+        (r"$(x+1)^2$", r"x^2 + 1", 0.0, 1.0),
+        ("I do not know", 42, 0.0, 0.0),
+    ],
+)  # fmt: skip
+def test_answers_are_compared_by_the_real_math_verify(
+    completion: str, answer: Any, expected: float, answered: float
+) -> None:
+    pytest.importorskip("math_verify")
+    from rlhf_worker.rewards.math_answers import score as judged
+
+    assert judged("", completion, answer=answer) == (expected, {"answered": answered})
+
+
+@pytest.mark.timeout(300)
+def test_the_reward_of_the_real_math_verify_in_its_own_process() -> None:
+    """math-verify's own time limit is a signal, which only a main thread may set."""
+    pytest.importorskip("math_verify")
+    given: dict[str, Any] = {"name": "m", "type": "python", "function": "rlhf_worker.rewards.math_answers:score"}
+    with Scorer([RewardSpec.model_validate({**given, "workers": 2})]) as scorer:
+        found = scorer.score([a_sample(0, r"it is \boxed{\frac{84}{2}}", answer=42), a_sample(1, "41", answer="42")])
+    assert [(item.reward, item.metrics) for item in found] == [(1.0, {"m/answered": 1.0}), (0.0, {"m/answered": 1.0})]
 
 
 def test_a_missing_package_is_a_bad_spec_that_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import StableLmConfig
 
-from hack.tiny_model import write
+from hack.tiny_model import tokenizer, write
 from rlhf_worker.engines.arguments import check_known
 from rlhf_worker.engines.engine import Engine
 from rlhf_worker.errors import BadSpec
@@ -27,7 +27,8 @@ def engine(monkeypatch: pytest.MonkeyPatch, path: Path, lora: dict[str, Any] | N
 
 
 def started(monkeypatch: pytest.MonkeyPatch, path: Path, **rollout: Any) -> None:
-    asyncio.run(engine(monkeypatch, path, **rollout).start("shm"))
+    """As far as it goes before a model is loaded."""
+    asyncio.run(engine(monkeypatch, path, **rollout).prepare("shm"))
 
 
 def test_a_model_class_that_vllm_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +69,7 @@ def stablelm(path: Path) -> None:
         max_position_embeddings=64,
         architectures=["StableLmForCausalLM"],
     ).save_pretrained(path)
+    tokenizer().save_pretrained(path)
 
 
 def test_a_model_class_that_vllm_serves_without_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +101,7 @@ def test_arguments_are_held_against_vllms_own_types(tmp_path: Path, monkeypatch:
     assert all(f"spec.rollout.engineArgs.{name}" in str(told.value) for name in wrong), told.value
     right = {
         "max_num_seqs": 8,
-        "compilation_config": {"level": 0},
+        "compilation_config": {"mode": 0},
         "enable_prefix_caching": False,
         "max_num_batched_tokens": None,
     }

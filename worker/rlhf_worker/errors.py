@@ -108,29 +108,52 @@ class Call(StrEnum):
     WEIGHTS = "its weights cannot be loaded"
     EXPORT = "transformers cannot write it again, which an export does"
     ENGINE = "vLLM refuses it"
+    DATASET = "datasets cannot read it"
+    ROW = "cannot be read"
+    HUB = "the hub does not give it"
+    CHECKPOINT = "it is not what a run of this spec saved"
 
 
 class Verdict(StrEnum):
     """What an error of a call means."""
 
     SPEC = "the user's: the spec names something else, or its files are mended"
+    DATA = "the user's: the data, or a checkpoint, is mended or another"
     AGAIN = "nobody's: the next try may do"
     OURS = "a fault of this program, which keeps its traceback"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """`error`: of its package, `package.Class`, or a builtin; a class stands for those that are made of it."""
+    """`error`: of its package, `package.Class`, or a builtin, where a class stands for those that are made of it; by
+    its number, `errno.NAME`; by a server's answer, `http.429` or `http.4xx`; or ANY.
+    """
 
     error: str
     calls: frozenset[Call]
     verdict: Verdict
 
 
-CHECKPOINT = frozenset({Call.CONFIG, Call.TOKENIZER, Call.MODEL, Call.WEIGHTS, Call.EXPORT})
+ANY = "any"
 EVERY = frozenset(Call)
+MODEL = frozenset({Call.CONFIG, Call.TOKENIZER, Call.MODEL, Call.WEIGHTS, Call.EXPORT})
+LOADED = MODEL | {Call.ENGINE}
+READ = frozenset({Call.DATASET, Call.CHECKPOINT})  # of storage
+DATA = READ | {Call.ROW}
+# The first row that fits an error is its verdict.
 TABLE = (
-    # Of what lies behind the error too: libraries wrap these in their own.
+    Row("huggingface_hub.OfflineModeIsEnabled", EVERY - DATA, Verdict.SPEC),  # no waiting mends it
+    Row("huggingface_hub.OfflineModeIsEnabled", DATA, Verdict.DATA),
+    # A directory that cannot take a download.
+    *(Row(f"errno.{name}", frozenset({Call.HUB}), Verdict.SPEC) for name in ("ENOSPC", "EDQUOT", "EACCES", "EPERM",
+        "EROFS")),
+    # Of what lies behind an error too: libraries wrap these in their own.
+    *(Row(f"http.{code}", EVERY, Verdict.AGAIN) for code in ("408", "425", "429", "5xx")),
+    *(Row(f"errno.{name}", EVERY, Verdict.AGAIN) for name in (
+        "EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EAGAIN", "EINTR", "EMFILE", "ENFILE", "ENOMEM", "EBUSY",
+        "EREMOTEIO", "ENETUNREACH", "EHOSTUNREACH",
+    )),
+    Row("errno.ENOSPC", EVERY - {Call.HUB}, Verdict.AGAIN),
     Row("ConnectionError", EVERY, Verdict.AGAIN),
     Row("TimeoutError", EVERY, Verdict.AGAIN),
     Row("socket.gaierror", EVERY, Verdict.AGAIN),
@@ -141,30 +164,37 @@ TABLE = (
     Row("MemoryError", EVERY, Verdict.AGAIN),
     Row("torch.OutOfMemoryError", EVERY, Verdict.AGAIN),
     # Of the error itself.
-    Row("OSError", CHECKPOINT, Verdict.SPEC),
-    Row("ValueError", EVERY, Verdict.SPEC),
-    Row("KeyError", EVERY, Verdict.SPEC),
-    Row("TypeError", EVERY, Verdict.SPEC),
-    Row("AttributeError", CHECKPOINT, Verdict.SPEC),
-    Row("ImportError", EVERY, Verdict.SPEC),
-    Row("AssertionError", EVERY, Verdict.SPEC),
-    Row("NotImplementedError", EVERY, Verdict.SPEC),
-    Row("IndexError", CHECKPOINT, Verdict.SPEC),
-    Row("ZeroDivisionError", CHECKPOINT, Verdict.SPEC),
-    Row("SyntaxError", CHECKPOINT, Verdict.SPEC),  # of code that comes with a checkpoint
-    Row("huggingface_hub.StrictDataclassError", CHECKPOINT, Verdict.SPEC),
+    Row("OSError", MODEL, Verdict.SPEC),
+    Row("ValueError", LOADED, Verdict.SPEC),
+    Row("KeyError", LOADED, Verdict.SPEC),
+    Row("TypeError", LOADED, Verdict.SPEC),
+    Row("AttributeError", MODEL, Verdict.SPEC),
+    Row("ImportError", LOADED, Verdict.SPEC),
+    Row("AssertionError", LOADED, Verdict.SPEC),
+    Row("NotImplementedError", LOADED, Verdict.SPEC),
+    Row("IndexError", MODEL, Verdict.SPEC),
+    Row("ZeroDivisionError", MODEL, Verdict.SPEC),
+    Row("SyntaxError", MODEL, Verdict.SPEC),  # of code that comes with a checkpoint
+    Row("huggingface_hub.StrictDataclassError", MODEL, Verdict.SPEC),
     Row("Exception", frozenset({Call.TOKENIZER}), Verdict.SPEC),  # tokenizers raises nothing better; itself alone
     Row("safetensors.SafetensorError", frozenset({Call.WEIGHTS}), Verdict.SPEC),
     Row("pickle.UnpicklingError", frozenset({Call.WEIGHTS}), Verdict.SPEC),
     Row("EOFError", frozenset({Call.WEIGHTS}), Verdict.SPEC),
     Row("RuntimeError", frozenset({Call.WEIGHTS, Call.MODEL}), Verdict.SPEC),  # of shapes, and torch's of its files
+    # The hub's answer, and what a download meets on the way.
+    Row("http.4xx", frozenset({Call.HUB}), Verdict.SPEC),
+    Row("huggingface_hub.HFValidationError", frozenset({Call.HUB}), Verdict.SPEC),
+    Row("OSError", frozenset({Call.HUB}), Verdict.AGAIN),
+    Row("http.4xx", frozenset({Call.DATASET}), Verdict.DATA),
+    # Storage that has a file tells of the file, any other error of storage.
+    *(Row(name, READ, Verdict.DATA) for name in ("FileNotFoundError", "IsADirectoryError", "NotADirectoryError")),
+    Row("PermissionError", frozenset({Call.DATASET}), Verdict.DATA),
+    Row("PermissionError", frozenset({Call.CHECKPOINT}), Verdict.OURS),  # nobody's that a minute mends
+    Row("OSError", READ, Verdict.AGAIN),
+    *(Row(name, frozenset({Call.ROW}), Verdict.DATA) for name in ("ValueError", "TypeError", "LookupError",
+        "ImportError", "RuntimeError")),  # a column that does not decode, or needs a package that the image lacks
+    Row(ANY, READ, Verdict.DATA),  # every reader of every format there is has errors of its own
 )
-OFFLINE = "huggingface_hub.OfflineModeIsEnabled"  # a ConnectionError that no waiting mends
-AGAIN_CODES = frozenset({408, 425, 429, *range(500, 600)})
-AGAIN_ERRNO = frozenset({
-    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EAGAIN, errno.EINTR, errno.EMFILE, errno.ENFILE,
-    errno.ENOSPC, errno.ENOMEM, errno.EBUSY, errno.EREMOTEIO, errno.ENETUNREACH, errno.EHOSTUNREACH,
-})  # fmt: skip
 AGAIN_WORDS = re.compile(
     r"cannot allocate memory|out of memory|input/output error|stale file handle|CUDA error|NCCL", re.IGNORECASE
 )
@@ -173,19 +203,17 @@ AGAIN_WORDS = re.compile(
 def verdict(call: Call, error: BaseException) -> Verdict:
     """Pure: from the error and what lies behind it."""
     links = list(_chain(error))
-    if not any(OFFLINE in _names(link) for link in links) and any(_passes(call, link) for link in links):
+    offline = any(TABLE[0].error in _names(link) for link in links)
+    if not offline and any(_alone(call, link) is Verdict.AGAIN for link in links):
         return Verdict.AGAIN
-    return next((row.verdict for row in TABLE if call in row.calls and row.error in _names(error)), Verdict.OURS)
+    return _alone(call, error)
 
 
-def _passes(call: Call, link: BaseException) -> bool:
-    code = getattr(getattr(link, "response", None), "status_code", None)
-    if code in AGAIN_CODES or (isinstance(link, OSError) and link.errno in AGAIN_ERRNO):
-        return True
-    if isinstance(link, RuntimeError) and AGAIN_WORDS.search(str(link)):
-        return True
-    rows = (row for row in TABLE if row.verdict is Verdict.AGAIN and call in row.calls)
-    return bool(_names(link) & {row.error for row in rows})
+def _alone(call: Call, error: BaseException) -> Verdict:
+    if isinstance(error, RuntimeError) and AGAIN_WORDS.search(str(error)):
+        return Verdict.AGAIN
+    names = {ANY, *_names(error)}
+    return next((row.verdict for row in TABLE if call in row.calls and row.error in names), Verdict.OURS)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -199,7 +227,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _names(error: BaseException) -> set[str]:
     """As `TABLE` writes them: by the package that has the class, whatever its module and its major version are."""
     kinds = [kind for kind in type(error).__mro__ if kind not in (Exception, BaseException, object)] or [type(error)]
-    return {f"{_package(kind)}{kind.__name__}" for kind in kinds}
+    names = {f"{_package(kind)}{kind.__name__}" for kind in kinds}
+    if isinstance(error, OSError) and error.errno is not None and error.errno in errno.errorcode:
+        names.add(f"errno.{errno.errorcode[error.errno]}")
+    if isinstance(code := getattr(getattr(error, "response", None), "status_code", None), int):
+        names |= {f"http.{code}", f"http.{code // 100}xx"}
+    return names
 
 
 def _package(kind: type) -> str:
@@ -209,7 +242,9 @@ def _package(kind: type) -> str:
 
 @contextmanager
 def explained(call: Call, where: str) -> Iterator[None]:
-    """where: field and value, or file. Raises BadSpec or Passing for what `TABLE` knows, else the error as it is."""
+    """where: field and value, or file. Raises BadSpec, BadData or Passing for what `TABLE` knows, else the error as it
+    is.
+    """
     try:
         yield
     except (BadSpec, BadData):
@@ -219,6 +254,8 @@ def explained(call: Call, where: str) -> Iterator[None]:
         match verdict(call, error):
             case Verdict.SPEC:
                 raise BadSpec(words) from error
+            case Verdict.DATA:
+                raise BadData(words) from error
             case Verdict.AGAIN:
                 raise Passing(words) from error
         raise

@@ -79,11 +79,11 @@ class ScoredSample:
         return {name: value for name, value in self.parts.items() if name == "environment" or judges(name)}
 
 
-def mean_metrics(scored: Sequence[ScoredSample]) -> dict[str, float]:
-    """Of each metric the mean over the samples that have it."""
+def means(samples: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Of each name the mean over the samples that have it."""
     values: dict[str, list[float]] = {}
-    for item in scored:
-        for name, value in item.metrics.items():
+    for named in samples:
+        for name, value in named.items():
             values.setdefault(name, []).append(value)
     return {name: sum(each) / len(each) for name, each in values.items()}
 

@@ -3,7 +3,7 @@ that they share, or get it from that node. What is there already, whole, is used
 """
 
 import contextlib
-import errno
+import hashlib
 import json
 import random
 import shutil
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import ray
@@ -21,9 +21,10 @@ from ray.actor import ActorHandle
 from rlhf_api.job import HubSource, ModelSpec
 from rlhf_api.run import RunConfig
 from rlhf_worker.calls import call_all, gather
-from rlhf_worker.errors import BadSpec, DownloadFailed
+from rlhf_worker.deadlines import work_seconds
+from rlhf_worker.errors import BadSpec, Call, DownloadFailed, Verdict, verdict
 from rlhf_worker.placement import Stage
-from rlhf_worker.pretrained import model_field
+from rlhf_worker.pretrained import is_directory, model_field
 from rlhf_worker.progress import Reporter
 
 MARK = ".rlhf-source.json"  # written last: what is whole, and of which repository
@@ -32,21 +33,22 @@ OTHER_FORMATS = (
 )  # beside safetensors
 PIECE_BYTES = 16 << 20
 FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0  # seconds between tries
-PATIENCE_SECONDS = 600.0  # without a byte more
 DEADLINE_SECONDS = 7 * 86_400.0  # of a download that goes on; the operator's stallTimeoutSeconds is shorter
 TELL_SECONDS = 5.0
-NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 FILES_AT_A_TIME = 4
 
+T = TypeVar("T")
 Files = dict[str, int]  # bytes by name, relative to the directory
 
 
 class Keeper:
     """One node's copy of a model."""
 
-    def __init__(self, field: str, spec: ModelSpec) -> None:
+    def __init__(self, field: str, spec: ModelSpec, patience: float) -> None:
+        """patience: seconds without a byte more."""
         assert spec.source is not None
         self.field, self.source, self.directory = field, spec.source, Path(spec.path)
+        self.patience = patience
         self.wanted, self.trouble = 0, ""  # bytes of it all; why it does not go on, while it does not
 
     def whole(self) -> Files | None:
@@ -65,34 +67,21 @@ class Keeper:
             raise BadSpec(f"{self.field}.path: {self.directory}: {words}: use another directory, or remove that one")
 
     def download(self, wait: Callable[[float], None] = time.sleep) -> Files:
-        """All of it; goes on with what was begun. Raises BadSpec; DownloadFailed after 10 minutes without
-        progress."""
-        tries, size, moved = 0, -1, time.monotonic()
-        while True:
-            try:
-                return self._try()
-            except Exception as error:
-                _raise_if_final(
-                    error, f"{self.field}.source: {self.source.repo} at {self.source.revision}", self.directory
-                )
-                if (now := self.bytes()) > size:
-                    tries, size, moved = 0, now, time.monotonic()
-                if time.monotonic() - moved > PATIENCE_SECONDS:
-                    raise DownloadFailed(
-                        f"{self.field}.source: {self.source.repo}: {PATIENCE_SECONDS:g} s without progress: {error}"
-                    ) from error
-                self.trouble = f"try {tries + 2} after: {_words(error)}"
-                print(f"{self.source.repo}: {self.trouble}", file=sys.stderr, flush=True)
-                # Of many clusters that were refused together not all come again together.
-                wait(max(_asked(error), random.uniform(0.5, 1.0) * min(LONGEST_WAIT, FIRST_WAIT * 2**tries)))
-                tries += 1
+        """All of it; goes on with what was begun. Raises BadSpec, DownloadFailed."""
+        what = f"{self.field}.source: {self.source.repo} at {self.source.revision}"
+        return persisting(self._try, what, self.directory, self.patience, self.bytes, self._tell, wait)
+
+    def _tell(self, trouble: str) -> None:
+        self.trouble = trouble
+        print(f"{self.source.repo}: {trouble}", file=sys.stderr, flush=True)
 
     def _try(self) -> Files:
         from huggingface_hub import HfApi
 
         hub, repo, revision = HfApi(), self.source.repo, self.source.revision
         info = hub.model_info(repo, revision=revision, files_metadata=True, timeout=30)
-        files = chosen({file.rfilename: file.size or 0 for file in info.siblings or ()})
+        siblings = {file.rfilename: file for file in info.siblings or ()}
+        files = chosen({name: file.size or 0 for name, file in siblings.items()})
         self.wanted = sum(files.values())
         # Apart until all is there: of two commits of a branch every file may have the same size.
         begun = self.directory / f".{info.sha}"
@@ -100,7 +89,8 @@ class Keeper:
             list(
                 pool.map(
                     lambda name: self._file(
-                        hub_url(hub.endpoint, repo, str(info.sha), name), begun / name, files[name]
+                        hub_url(hub.endpoint, repo, str(info.sha), name), begun / name, files[name],
+                        told_digest(siblings[name]),
                     ),
                     files,
                 )
@@ -108,19 +98,25 @@ class Keeper:
         self.trouble = ""
         return self._moved(begun, files)
 
-    def _file(self, url: str, target: Path, size: int) -> None:
-        """Goes on where an earlier try, or process, was cut off, which snapshot_download does not."""
-        from huggingface_hub.file_download import http_get
-        from huggingface_hub.utils._headers import build_hf_headers
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
-        disable_progress_bars()
+    def _file(self, url: str, target: Path, size: int, digest: str) -> None:
+        """Goes on where an earlier try, or process, was cut off, which snapshot_download does not; from the beginning
+        where what came is not what the hub has. Raises DownloadFailed where it is not so again.
+        """
+        if _size(target) == size:
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f"{target.name}.part")
-        if _size(target) != size:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("ab") as file:
-                http_get(url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=size)
-            partial.replace(target)
+        for _ in range(2):
+            _get(url, partial, size)
+            if (found := digest_of(partial, digest)) == digest:
+                partial.replace(target)
+                return
+            partial.unlink()
+        raise DownloadFailed(
+            f"{self.field}.source: {self.source.repo}: {target.name} came damaged twice: it is {found}, and the hub "
+            f"says {digest}: is a proxy or a mirror between (HF_ENDPOINT, HTTPS_PROXY), or is the volume of "
+            f"{self.directory} broken?"
+        )
 
     def copy(self, peer: ActorHandle, files: Files) -> Files:
         """From another node's copy. Raises OSError."""
@@ -178,24 +174,79 @@ def hub_url(endpoint: str, repo: str, commit: str, name: str) -> str:
     return f"{endpoint}/{repo}/resolve/{commit}/{quote(name)}"
 
 
-def _raise_if_final(error: Exception, what: str, directory: Path) -> None:
-    """Raises BadSpec for what no further try mends, and the error itself where it is not the hub's or the network's."""
-    from huggingface_hub import get_session
+def _get(url: str, partial: Path, size: int) -> None:
+    """What is missing of it."""
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    disable_progress_bars()
+    with partial.open("ab") as file:
+        if file.tell() > size:
+            file.truncate(0)
+        if not size or file.tell() < size:
+            http_get(url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=size)
+
+
+def told_digest(file: Any) -> str:
+    """Of a hub's list of files, "<algorithm>:<hex>": git's own of what is in git, sha256 of what is beside it; "" where
+    it tells neither.
+    """
+    if file.lfs:
+        return f"sha256:{file.lfs.sha256}"
+    return f"git-sha1:{file.blob_id}" if file.blob_id else ""
+
+
+def digest_of(path: Path, like: str) -> str:
+    """By the algorithm of another one."""
+    if not like:
+        return ""
+    name = like.partition(":")[0]
+    made = hashlib.sha256() if name == "sha256" else hashlib.sha1(b"blob %d\0" % path.stat().st_size)  # git's
+    with path.open("rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            made.update(piece)
+    return f"{name}:{made.hexdigest()}"
+
+
+def persisting(
+    work: Callable[[], T], what: str, directory: Path | None, patience: float, progress: Callable[[], int],
+    tell: Callable[[str], None], wait: Callable[[float], None] = time.sleep,
+) -> T:
+    """What `work` gives, which asks the hub, at last. progress: bytes so far; tell: why it does not go on.
+
+    Raises BadSpec for what no further try mends, DownloadFailed after `patience` seconds without a byte more, and the
+    error itself where it is neither the hub's nor the network's.
+    """
+    tries, size, moved = 0, -1, time.monotonic()
+    while True:
+        try:
+            return work()
+        except DownloadFailed:
+            raise
+        except Exception as error:
+            match verdict(Call.HUB, error):
+                case Verdict.SPEC:
+                    raise BadSpec(f"{what}: {_refusal(error, directory)}") from error
+                case Verdict.OURS:
+                    raise
+            if (now := progress()) > size:
+                tries, size, moved = 0, now, time.monotonic()
+            if time.monotonic() - moved > patience:
+                raise DownloadFailed(f"{what}: {patience:g} s without progress: {error}") from error
+            tell(f"waiting for the hub, try {tries + 2} after: {_words(error)}")
+            # Of many clusters that were refused together not all come again together.
+            wait(max(_asked(error), random.uniform(0.5, 1.0) * min(LONGEST_WAIT, FIRST_WAIT * 2**tries)))
+            tries += 1
+
+
+def _refusal(error: Exception, directory: Path | None) -> str:
     if (status := getattr(getattr(error, "response", None), "status_code", None)) is not None:
-        if status in (401, 403, 404):
-            fix = (
-                "correct it; for a repository that needs a token set HF_TOKEN in pods.trainer.env and pods.rollout.env"
-            )
-            raise BadSpec(f"{what}: the hub answers {status}: {_words(error)}: {fix}") from error
-        return
-    if isinstance(error, OSError) and error.errno in NO_PLACE:
-        raise BadSpec(
-            f"{what}: {directory}: {error.strerror}: mount a volume with room for it that can be written"
-        ) from error
-    network = sys.modules[type(get_session()).__module__.split(".")[0]].TransportError
-    if not isinstance(error, (network, ConnectionError, TimeoutError)) and "Consistency check failed" not in str(error):
-        raise error
+        fix = "correct it; for a repository that needs a token set HF_TOKEN in pods.trainer.env and pods.rollout.env"
+        return f"the hub answers {status}: {_words(error)}: {fix}"
+    if isinstance(error, OSError) and error.errno:
+        return f"{directory}: {error.strerror}: mount a volume with room for it that can be written"
+    return f"{Call.HUB}: {_words(error)}"
 
 
 def _asked(error: Exception) -> float:
@@ -209,26 +260,71 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def ensure(spec: ModelSpec, field: str = "spec.model") -> None:
+def ensure(spec: ModelSpec, patience: float, field: str = "spec.model") -> None:
     """On a node that came later, for itself. Raises BadSpec, DownloadFailed."""
-    if spec.source is not None and (keeper := Keeper(field, spec)).whole() is None:
+    if spec.source is not None and (keeper := Keeper(field, spec, patience)).whole() is None:
         keeper.download()
 
 
 def fetch(config: RunConfig, stage: Stage, reporter: Reporter) -> None:
-    """Every model that has a source, onto every node. Raises BadSpec, DownloadFailed."""
+    """Every model that has a source, onto every node; and the hub is waited for where a path is an id of it.
+
+    Raises BadSpec, DownloadFailed.
+    """
     slots = list({bundle.node: slot for slot, bundle in sorted(stage.bundles.items(), reverse=True)}.values())[::-1]
-    models = {
-        spec.path: (model_field(role).removesuffix(".path"), spec) for role, spec in config.roles.items() if spec.source
-    }
+    models = {spec.path: (model_field(role).removesuffix(".path"), spec) for role, spec in config.roles.items()}
+    patience = work_seconds(config)
+
+    def tell(words: str) -> None:
+        reporter.update(detail=words)
+
     for field, spec in models.values():
-        keepers = [
-            RemoteKeeper.options(max_concurrency=4, **stage.options(slot, 0.0)).remote(field, spec) for slot in slots
+        kind, places = (RemoteKeeper, slots) if spec.source else (RemoteAsker, [] if is_directory(spec) else slots[:1])
+        actors = [
+            kind.options(max_concurrency=4, **stage.options(slot, 0.0)).remote(field, spec, patience) for slot in places
         ]
         with reporter.bounded():
-            spread(keepers, lambda words: reporter.update(detail=words))
-        for keeper in keepers:
-            ray.kill(keeper)
+            if spec.source:
+                spread(actors, tell)
+            elif actors:
+                gather([actors[0].answer.remote()], DEADLINE_SECONDS, "hub", _telling(actors[0], "", tell))
+        for actor in actors:
+            ray.kill(actor)
+
+
+class Asker:
+    """Of a hub id that every process of the run is about to ask for."""
+
+    def __init__(self, field: str, spec: ModelSpec, patience: float) -> None:
+        self.what, self.spec, self.patience, self.trouble = f"{field}.path: {spec.path}", spec, patience, ""
+
+    def answer(self, wait: Callable[[float], None] = time.sleep) -> None:
+        """Returns when the hub answers, or need not: what it says is told by who reads the model. Raises
+        DownloadFailed.
+        """
+        if is_directory(self.spec) or _cached(self.spec.path):
+            return
+        from huggingface_hub import HfApi
+
+        def ask() -> None:
+            HfApi().model_info(self.spec.path, timeout=30)
+
+        with contextlib.suppress(BadSpec):
+            persisting(ask, self.what, None, self.patience, lambda: 0, self._tell, wait)
+
+    def _tell(self, trouble: str) -> None:
+        self.trouble = trouble
+
+    def told(self) -> str:
+        return f"{self.what}: {self.trouble}" if self.trouble else ""
+
+
+def _cached(repo: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    with contextlib.suppress(ValueError):
+        return isinstance(try_to_load_from_cache(repo, "config.json"), str)
+    return False
 
 
 def spread(keepers: Sequence[ActorHandle], tell: Callable[[str], None]) -> None:
@@ -253,14 +349,14 @@ def spread(keepers: Sequence[ActorHandle], tell: Callable[[str], None]) -> None:
 
 
 def _telling(keeper: ActorHandle, what: str, tell: Callable[[str], None]) -> Callable[[], None]:
-    """For `gather`: asks every few seconds, and tells what is new."""
+    """For `gather`: asks every few seconds, and tells what is new. `what`: before it."""
     asked, last, due = [keeper.told.remote()], "", 0.0
 
     def look() -> None:
         nonlocal asked, last, due
         done, asked = ray.wait(asked, timeout=0) if asked else ([], [])
-        if done and (words := f"{what}: {ray.get(done[0])}") != last:
-            tell(words)
+        if done and (words := ray.get(done[0])) and words != last:
+            tell(f"{what}: {words}" if what else words)
             last = words
         if not asked and time.monotonic() > due:
             asked, due = [keeper.told.remote()], time.monotonic() + TELL_SECONDS
@@ -268,4 +364,4 @@ def _telling(keeper: ActorHandle, what: str, tell: Callable[[str], None]) -> Cal
     return look
 
 
-RemoteKeeper = ray.remote(Keeper)
+RemoteKeeper, RemoteAsker = ray.remote(Keeper), ray.remote(Asker)

@@ -32,7 +32,7 @@ from rlhf_worker.experience import (
     TrainSequence,
     add_column,
     dealt,
-    mean_metrics,
+    means,
     mini_batches,
     to_train_sequences,
 )
@@ -315,7 +315,7 @@ class Loop:
         self.best.observe(values)
         critic = self.config.critic
         if self.step == 1 + (critic.warmup_steps if critic else 0):  # the first with all of its metrics
-            self.best.require(values, evaluated=False)
+            self.best.require({**dict.fromkeys(of_sources(self.config), math.nan), **values}, evaluated=False)
         self._step_seconds = seconds if not self._step_seconds else 0.8 * self._step_seconds + 0.2 * seconds
         left = int(self._step_seconds * (self.config.trainer.steps - self.step))
         self.reporter.stepped(self.step, values, eta_seconds=left, synced=synced)
@@ -330,16 +330,24 @@ def step_metrics(scored: list[ScoredSample], phases: dict[str, float], seconds: 
     rewards = torch.tensor([item.reward for item in scored])
     tokens = sum(sum(item.sample.mask) for item in scored)
     cut = sum(item.sample.finish_reason == "length" for item in scored)
-    names = scored[0].parts
     return {
         "reward/mean": rewards.mean().item(), "reward/std": rewards.std(correction=0).item(),
-        **{f"reward/{name}": sum(item.parts[name] for item in scored) / count for name in names},
-        **{f"reward/{name}": value for name, value in mean_metrics(scored).items()},
+        **{f"reward/{name}": value for name, value in means(item.judged for item in scored).items()},
+        **{f"reward/{name}": value for name, value in means(item.metrics for item in scored).items()},
         "rollout/length": tokens / count, "rollout/truncated": cut / count,
         "rollout/tokens_per_second": tokens / seconds,
         **{f"seconds/{name}": value for name, value in phases.items()}, "seconds/step": seconds,
         **source_metrics(scored),
     }  # fmt: skip
+
+
+def of_sources(config: RunConfig) -> list[str]:
+    """Names of metrics that a step lacks which draws no prompt of their source."""
+    names = [f"reward/{reward.name}" for reward in config.rewards]
+    for source in config.data.sources or ():
+        judges = [reward.name for reward in config.rewards if source.rewards is None or reward.name in source.rewards]
+        names += [f"source/{source.name}/{name}" for name in (*judges, "mean", "mean_length", "sample_share")]
+    return names
 
 
 def source_metrics(scored: Sequence[ScoredSample]) -> dict[str, float]:
@@ -353,7 +361,7 @@ def source_metrics(scored: Sequence[ScoredSample]) -> dict[str, float]:
 
 def _of_source(items: Sequence[ScoredSample], samples: int) -> dict[str, float]:
     return {
-        **{part: fmean(item.parts[part] for item in items) for part in items[0].judged},
+        **means(item.judged for item in items),
         "mean": fmean(item.reward for item in items), "mean_length": fmean(sum(item.sample.mask) for item in items),
         "sample_share": len(items) / samples,
     }  # fmt: skip

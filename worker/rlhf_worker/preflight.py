@@ -20,7 +20,6 @@ from rlhf_api.run import RunConfig
 from rlhf_worker.calls import SLICE_SECONDS, root_cause
 from rlhf_worker.errors import DeadlineExceeded, Problems, combined, said
 from rlhf_worker.progress import Reporter
-from rlhf_worker.rewards.attempt import BACKOFF_LIMIT
 from rlhf_worker.stop import interrupt_if_asked
 from rlhf_worker.trainer.checks import CHECKS
 from rlhf_worker.words import printable
@@ -81,6 +80,8 @@ def rewards_seconds(config: RunConfig) -> float:
 
 def reward_seconds(reward: RewardSpec) -> float:
     """That a reward's own deadline gives all its tries, and some for their way there and back."""
+    from rlhf_worker.rewards.attempt import BACKOFF_LIMIT  # brings torch, which what is wrong need not wait for
+
     return (reward.timeout_seconds + BACKOFF_LIMIT) * (reward.retries + 1) + REWARD_SLACK_SECONDS
 
 

@@ -32,10 +32,15 @@ def location(spec: ModelSpec) -> str:
     return str(Path(spec.path).expanduser()) if spec.path.startswith("~") else spec.path
 
 
+def is_directory(spec: ModelSpec) -> bool:
+    """And no hub id."""
+    return spec.path.startswith(("/", "./", "../", "~")) or Path(spec.path).is_dir()
+
+
 def require_path(spec: ModelSpec, field: str = "spec.model.path") -> None:
     """A path must be there with a config; a hub id is left to transformers. Raises BadSpec, which names `field`."""
     path = Path(location(spec))
-    if spec.path.startswith(("/", "./", "../", "~")) and not (path / "config.json").is_file():
+    if is_directory(spec) and not (path / "config.json").is_file():
         why = "the directory has no config.json" if path.is_dir() else "no such directory"
         raise BadSpec(
             f"{field}: {spec.path}: {why}; mount the volume that holds the checkpoint in every pod (pods.*.volumes), "

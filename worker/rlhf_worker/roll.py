@@ -4,6 +4,7 @@ Ray tells of a death whoever has a call under way, by a number and with guesses 
 a broken connection before it. Here the driver hears of it whatever it waits for, and its last words name the actor. """
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -35,7 +36,7 @@ Death = tuple[ActorHandle, ActorDiedError]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Of an actor's process. `node`: Ray's; `log`: where its stderr goes, on that node."""
+    """Of an actor's process. `node`: Ray's; `log`: where its stderr goes, on that node; "": among Ray's own there."""
 
     pod: str
     node: str
@@ -119,7 +120,7 @@ class Roll:
 
     def _lost(self, actor: ActorHandle, death: ActorDiedError) -> ActorLost:
         title, place = self._members[actor]
-        where = _answer(place)
+        where = _answer(place) or _told_by_ray(death)
         end = _log(where) if where else ""
         who = f"{title} ({where or 'it had not told its place'})"
         if WORDS in end:
@@ -165,22 +166,32 @@ def _answer(place: Any) -> Place | None:
     return None
 
 
+def _told_by_ray(death: ActorDiedError) -> Place | None:
+    """Of an actor that died before it could tell its place, as one that is stopped while it is made."""
+    pid, address = (re.search(rf"^\t{name}: (\S+)$", death.error_msg, re.MULTILINE) for name in ("pid", "ip"))
+    nodes = ray.nodes() if pid and address else []
+    there = next((node for node in nodes if address and node["NodeManagerAddress"] == address[1]), None)
+    return Place(there["NodeManagerHostname"], there["NodeID"], int(pid[1]), "") if there and pid else None
+
+
 def _log(place: Place) -> str:
     """The end of what the process printed; nothing where its node is gone too."""
     there = NodeAffinitySchedulingStrategy(place.node, soft=False)
     with suppress(RayError):
         found: str = ray.get(
-            ray.remote(_end).options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(place.log),
+            ray.remote(_end).options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(place.log, place.pid),
             timeout=LOG_SECONDS,
         )
         return found
     return ""
 
 
-def _end(log: str) -> str:
+def _end(log: str, pid: int) -> str:
+    """In a process of Ray's, whose log lies beside all others of the node."""
     try:
-        with Path(log).open("rb") as file:
+        logs = Path("/proc/self/fd/2").readlink().parent
+        with (Path(log) if log else next(logs.glob(f"worker-*-{pid}.err"))).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_BYTES))
             return file.read().decode(errors="replace").strip()
-    except OSError:
+    except (OSError, StopIteration):
         return ""

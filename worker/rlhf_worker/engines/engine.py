@@ -19,7 +19,7 @@ import ray
 from pydantic import ValidationError
 
 from rlhf_api.run import RunConfig
-from rlhf_worker.deadlines import silent_seconds
+from rlhf_worker.deadlines import silent_seconds, work_seconds
 from rlhf_worker.engines.adapters import Adapters, adapter_args, version_of
 from rlhf_worker.engines.arguments import (
     check_attention,
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from rlhf_worker.rollout.episode import Episode, Request, Turn
     from rlhf_worker.weights.compare import EngineSums
 
+    Checked = tuple[AsyncEngineArgs, UsageContext, VllmConfig]
+
 CPU_KV_CACHE_BYTES = 256 << 20
 ANSWER_SECONDS = 30.0  # for a core that is past a deadline: it answers between its steps
 # Calls of `generate` at a time; Ray keeps what is beyond. All other calls are of the default group, on a thread of
@@ -72,6 +74,7 @@ class Engine(Member):
         self.version = 0
         self.stale = False  # between a sync's begin and its end: what it holds is no version
         self.environments: dict[str, Environments] = {}
+        self.checked: Checked | None = None
         self.asleep = False
         # with adapters for good: no sync brings the model below them, and vLLM keeps their slots where it keeps that
         self.sleep_level = 1
@@ -83,10 +86,12 @@ class Engine(Member):
         self._pulse = Pulse(lambda: self._running().is_paused())
 
     async def prepare(self, backend: str) -> None:
-        """All of a start that takes no memory of the device: checks, and vLLM's import, which takes as long as the
-        rest. Raises BadSpec.
+        """All of a start that takes no memory of the device, once: checks, environments, and vLLM's import, which takes
+        as long as the rest. Raises BadSpec.
         """
-        await asyncio.to_thread(ensure, self.config.model)
+        if self.checked is not None:
+            return
+        await asyncio.to_thread(ensure, self.config.model, work_seconds(self.config))
         problems = Problems()
         with problems:
             check_engine_args(self.config)
@@ -100,30 +105,27 @@ class Engine(Member):
             check_known(self.config.rollout.engine_args, known, vllm.__version__)
         with problems:
             self.adapter_args = adapter_args(self.config)
+        with problems:
+            self._open_environments()
         problems.tell()
+        self.checked = self._checked(backend)
 
     async def start(self, backend: str) -> str:
         """Load the model into vLLM. Returns vLLM's version. Raises BadSpec."""
         await self.prepare(backend)
         self._loop = asyncio.get_running_loop()
+        assert self.checked is not None
         import vllm
-        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._open_environments()
+        args, use, made = self.checked
         try:
-            # The batch sizes that vLLM chooses for offline generation; without this, those for an unknown use: 128
-            # sequences.
-            use, args = UsageContext.LLM_CLASS, vllm.AsyncEngineArgs(**self._engine_args(backend))
             self.llm = AsyncLLM.from_vllm_config(
-                self._checked(args, use), usage_context=use, enable_log_requests=args.enable_log_requests,
+                made, usage_context=use, enable_log_requests=args.enable_log_requests,
                 disable_log_stats=args.disable_log_stats,
             )  # fmt: skip
-        except BadSpec:
-            raise
         except Exception as error:
             raise EngineFailed(f"engine {self.index} did not start: {error}; its log ends: {printed()}") from error
-        check_attention(self.config, self.llm.model_config)
         await self.llm.update_weight_version("0")
         if self.adapter_args:
             self.adapters = Adapters(self.llm)
@@ -131,28 +133,36 @@ class Engine(Member):
         gc.freeze()  # what is there now stays: no collection between two messages of the core need look at it
         return str(vllm.__version__)
 
-    def _checked(self, args: "AsyncEngineArgs", use: "UsageContext") -> "VllmConfig":
+    def _checked(self, backend: str) -> "Checked":
         """What vLLM makes of the arguments and the model's config, before anything is loaded. Raises BadSpec."""
         import vllm
+        from vllm.usage.usage_lib import UsageContext
 
         try:
-            config = args.create_engine_config(use)
+            # The batch sizes that vLLM chooses for offline generation; without this, those for an unknown use: 128
+            # sequences.
+            use, args = UsageContext.LLM_CLASS, vllm.AsyncEngineArgs(**self._engine_args(backend))
+            made = args.create_engine_config(use)
+            check_attention(self.config, made.model_config)
+        except BadSpec:
+            raise
         except Exception as error:
             if verdict(Call.ENGINE, error) is not Verdict.SPEC:
                 raise
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else said(error)
             raise refused(self.config, reason, vllm.__version__) from None
-        if why := merge_outputs(config):
+        if why := merge_outputs(made):
             print(f"engine {self.index}: a token a message, which is slow: vLLM {vllm.__version__}: {why}",
                 file=sys.stderr, flush=True)
-        return config
+        return args, use, made
 
     def _open_environments(self) -> None:
         from rlhf_worker.rollout.environment import opened
         from rlhf_worker.rollout.episode import Speech
 
-        self.speech = Speech.of(load_tokenizer(self.config.model), self.config)
-        self.environments = opened(self.config, self.speech)
+        tokenizer = load_tokenizer(self.config.model)
+        self.environments = opened(self.config, tokenizer)
+        self.speech = Speech.of(tokenizer, self.config)
 
     def _environment(self, backend: str) -> None:
         env = {
@@ -291,7 +301,7 @@ class Engine(Member):
     async def _sample(self, request: "Request") -> "Sample":
         from rlhf_worker.rollout.episode import Episode
 
-        if environments := self.environments.get(request.environment):
+        if environments := self.environments.get(request.evaluation):
             return await environments.play(request, self._turn)
         episode = Episode(request)
         episode.add(await self._turn(episode))

@@ -40,7 +40,7 @@ class Generator:
         named = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]  # it is masked: any will do
         self.pad: int = next(token for token in named if token is not None)
         self.speech = Speech.of(tokenizer, config)
-        self.environments = opened(config, self.speech)
+        self.environments = opened(config, tokenizer)
         self.version = 0
         self._batches = 0
 
@@ -53,34 +53,42 @@ class Generator:
             raise ValueError(f"hf: the policy's weights do not fit: {unexpected or sorted(lacking)}")
         self.version = version
 
-    def generate(self, requests: list[Request], deadline_seconds: float) -> list[Sample]:
-        """One completion a request, in order. Raises DeadlineExceeded, EnvironmentFailed."""
+    def generate(self, requests: list[Request], deadline_seconds: float) -> list[Sample | None]:
+        """One completion a request, in order; None for each that the deadline cut off. Raises EnvironmentFailed."""
         end = time.monotonic() + deadline_seconds
-        if requests and (environments := self.environments.get(requests[0].environment)):
+        if requests and (environments := self.environments.get(requests[0].evaluation)):
             return asyncio.run(self._play(environments, requests, end))
         episodes = [Episode(request) for request in requests]
         rows = max(1, SCORES // (self.lm.config.vocab_size * max((episode.left for episode in episodes), default=1)))
         for start in range(0, len(episodes), rows):
             batch = episodes[start : start + rows]
             for episode, turn in zip(batch, self._turns(batch, end), strict=True):
-                episode.add(turn)
-        return [episode.sample(self.speech) for episode in episodes]
+                if turn:
+                    episode.add(turn)
+        return [episode.sample(self.speech) if episode.turns else None for episode in episodes]
 
-    async def _play(self, environments: Environments, requests: list[Request], end: float) -> list[Sample]:
+    async def _play(self, environments: Environments, requests: list[Request], end: float) -> list[Sample | None]:
         async def turn(episode: Episode) -> Turn:
-            return self._turns([episode], end)[0]
+            if made := self._turns([episode], end)[0]:
+                return made
+            raise DeadlineExceeded(f"trainer rank {self.rank}: a turn was cut off by spec.rollout.deadlineSeconds")
 
-        return list(await asyncio.gather(*(environments.play(request, turn) for request in requests)))
+        tasks = [asyncio.create_task(environments.play(request, turn)) for request in requests]
+        try:
+            done, _ = await asyncio.wait(tasks, timeout=max(0.0, end - time.monotonic()))
+            return [_finished(task) if task in done else None for task in tasks]
+        finally:
+            for task in tasks:
+                task.cancel()
 
     @torch.no_grad()
-    def _turns(self, episodes: list[Episode], end: float) -> list[Turn]:
-        """One of each, of the same sampling."""
-        if time.monotonic() > end:
-            raise DeadlineExceeded(f"trainer rank {self.rank} did not generate its share in "
-                "spec.rollout.deadlineSeconds")
+    def _turns(self, episodes: list[Episode], end: float) -> list[Turn | None]:
+        """One of each, of the same sampling; None for each that is not finished at `end`."""
+        if (seconds := end - time.monotonic()) <= 0:
+            return [None] * len(episodes)
         ids, mask = self._padded([episode.context for episode in episodes])
         request, tokens = episodes[0].request, max(episode.left for episode in episodes)
-        options = self._options(request, tokens)
+        options = self._options(request, tokens, seconds)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self._seed(episodes[0]))
             penalties = LogitsProcessorList([Penalties(request.sampling, mask)])
@@ -106,7 +114,7 @@ class Generator:
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in contexts], device=self.device)
         return ids, mask
 
-    def _options(self, request: Request, tokens: int) -> GenerationConfig:
+    def _options(self, request: Request, tokens: int, seconds: float) -> GenerationConfig:
         spec, given = request.sampling, dict[str, Any](do_sample=request.temperature > 0)
         if request.temperature:
             given |= {
@@ -114,7 +122,7 @@ class Generator:
                 "min_p": spec.min_p or None,
             }
         return GenerationConfig(
-            **given, max_new_tokens=tokens, min_new_tokens=min(spec.min_tokens, tokens) or None,
+            **given, max_time=seconds, max_new_tokens=tokens, min_new_tokens=min(spec.min_tokens, tokens) or None,
             eos_token_id=self._ends_of(request) or None, pad_token_id=self.pad,
             return_dict_in_generate=True, output_scores=True,
         )  # fmt: skip
@@ -130,13 +138,17 @@ class Generator:
             self.config.sampling_seed, self.version, str(self.rank), self._batches,
         ) if seed is None else seed
 
-    def _turn(self, episode: Episode, token_ids: NDArray[Any], logprobs: NDArray[Any]) -> Turn:
-        """token_ids, logprobs (tokens, 1 + n): the drawn one and the n likeliest; what comes after its end too."""
+    def _turn(self, episode: Episode, token_ids: NDArray[Any], logprobs: NDArray[Any]) -> Turn | None:
+        """token_ids, logprobs (tokens, 1 + n): the drawn one and the n likeliest; what comes after its end too. None
+        without an end, unless no token is left.
+        """
         request, tokens = episode.request, token_ids[: episode.left, 0].tolist()
         ends = set(self._ends_of(request))
         end = next((index + 1 for index, token in enumerate(tokens) if token in ends), None)
         text = self._stop(episode, tokens if end is None else tokens[: end - 1])
         end, stop = text or (end, "")
+        if end is None and len(tokens) < episode.left:
+            return None
         tokens = tokens[:end]
         values, sets = logprobs[: len(tokens), 0], None
         if request.wants_support:
@@ -155,6 +167,13 @@ class Generator:
     def close(self) -> None:
         for environments in self.environments.values():
             environments.close()
+
+
+def _finished(play: asyncio.Task[Sample]) -> Sample | None:
+    try:
+        return play.result()
+    except DeadlineExceeded:
+        return None
 
 
 class Penalties:

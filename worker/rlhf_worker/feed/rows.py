@@ -3,19 +3,19 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf_api.job import HubData, JsonlData, ParquetData, PromptsSpec, ReasoningGymData
-from rlhf_worker.errors import BadData, BadSpec
+from rlhf_worker.errors import BadData, BadSpec, Call, Passing, Verdict, explained, said, verdict
 from rlhf_worker.template import Message, Unfit
 
 Row = dict[str, Any]
 DIGEST_ROWS = 16
-# What reading one row may raise: of a column that does not decode, or needs a package that the image lacks.
-BROKEN_ROW = (ValueError, TypeError, LookupError, ImportError, RuntimeError)
+MOUNTED = "is the volume mounted in the pods that read it?"
 
 
 class Rows(Protocol):
@@ -64,10 +64,8 @@ class PromptSource:
         return f"{self.name}, row {row}"
 
     def _fields(self, row: int) -> Row:
-        try:
+        with explained(Call.ROW, self.place(row)):
             return self.rows[row]
-        except BROKEN_ROW as error:
-            raise BadData(f"{self.place(row)}: cannot be read: {type(error).__name__}: {error}") from None
 
     def _prompt(self, row: int) -> tuple[str | list[Message], Row]:
         fields = self._fields(row)
@@ -176,12 +174,8 @@ def _open(spec: PromptsSpec, field: str) -> tuple[str, Rows, list[int]]:
 
 def _json_lines(spec: JsonlData, field: str) -> dict[int, Row]:
     """The rows by their lines, read whole, so that a broken line is found before the run begins; no blank lines."""
-    try:
+    with _reading(f"{field}.path: {spec.path}", MOUNTED):
         lines = Path(spec.path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise BadData(
-            f"{field}.path: {spec.path}: {error.strerror}: is the volume mounted in the pods that read it?"
-        ) from None
     return {
         number: _json_row(f"{field}: {spec.path}, line {number}", line)
         for number, line in enumerate(lines, 1)
@@ -206,17 +200,11 @@ class _Parquet:
         import pyarrow as pa
         import pyarrow.dataset as pads
 
-        if not Path(spec.path).exists():
-            raise BadData(
-                f"{field}.path: {spec.path}: No such file or directory: is the volume mounted in the pods that read it?"
-            )
-        try:
+        with _reading(f"{field}.path: {spec.path}", MOUNTED):
             files = pads.dataset(spec.path, format="parquet", partitioning="hive")
             schemas = [files.schema, *(fragment.physical_schema for fragment in files.get_fragments())]
             schema = pa.unify_schemas(schemas, promote_options="permissive")  # a dataset's own is the first file's
             self._table = files.replace_schema(schema).to_table()
-        except (pa.ArrowException, OSError) as error:
-            raise BadData(f"{field}.path: {spec.path}: {error}") from None
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -227,31 +215,24 @@ class _Parquet:
 
 
 def _dataset(spec: HubData, field: str) -> Rows:
-    """A Hugging Face dataset: what `save_to_disk` wrote, or what `load_dataset` reads.
-
-    Raises BadData, and as it is what may pass: an unreachable hub, and what of local files is no verdict on them.
-    """
-    from datasets.exceptions import DatasetsError
-
-    try:
+    """A Hugging Face dataset: what `save_to_disk` wrote, or what `load_dataset` reads. Raises BadData, Passing."""
+    fix = "correct path, name or split, and give at least one prompt"
+    with _reading(f"{field}: {spec.path} (name {spec.name}, split {spec.split})", fix):
         rows: Rows = _load_dataset(spec)
-    except Exception as error:  # of every reader of every format there is
-        reason = (
-            error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-        )  # what lies behind "An error occurred"
-        if _may_pass(reason):
-            raise reason from None
-        where = f"{field}: {spec.path} (name {spec.name}, split {spec.split})"
-        raise BadData(
-            f"{where}: {type(reason).__name__}: {reason}: correct path, name or split, and give at least one prompt"
-        ) from None
     return rows
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Of the network and the machine, and no verdict on the data."""
-    verdicts = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
-    return isinstance(error, OSError | MemoryError) and not isinstance(error, verdicts)
+@contextmanager
+def _reading(where: str, fix: str) -> Iterator[None]:
+    """Raises BadData, or Passing for what is no verdict on the data: an unreachable hub, storage that fails."""
+    try:
+        yield
+    except Exception as error:
+        # what lies behind "An error occurred"
+        reason = error.__cause__ if "datasets" in type(error).__module__ and error.__cause__ else error
+        if verdict(Call.DATASET, reason) is Verdict.AGAIN:
+            raise Passing(f"{where}: {said(reason)}") from error
+        raise BadData(f"{where}: {said(reason)}: {fix}") from None
 
 
 def _load_dataset(spec: HubData) -> Any:

@@ -2,9 +2,9 @@
 
 Each run is a subprocess in an empty directory, without the pod's environment variables, as `nobody` where the pod is
 root and python lies where `nobody` can read it. It has limits of CPU time, wall time, memory, size and number of files;
-it starts no process and no thread. Where the kernel lets an ordinary user do so it sees no network (a namespace of its
-own) and no files but python's (Landlock, which from Linux 6.7 also bars TCP); `isolated` says whether both held. The
-source of this file is what the subprocess runs first, to give these things up.
+it starts no process and no thread. A filter of system calls (seccomp) leaves it no socket, and no hold on another
+process of its user; Landlock no files but python's. Both need no privilege, and the profile RuntimeDefault allows them;
+`isolated` says whether both held. The source of this file is what the subprocess runs first, to give these things up.
 """
 
 import ctypes
@@ -24,11 +24,25 @@ from typing import Any
 
 BLOCK = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 NOBODY = 65534
-CLONE_NEWUSER, CLONE_NEWNET, CLONE_NEWIPC = 0x10000000, 0x40000000, 0x08000000
-NO_NEW_PRIVS = 38  # of prctl
+NO_NEW_PRIVS, SET_SECCOMP, FILTER = 38, 22, 2  # of prctl
 CREATE_RULESET, ADD_RULE, RESTRICT_SELF = 444, 445, 446  # Landlock's system calls, alike on every architecture
 READ, READ_FILE, WRITE_FILE = 0b1101, 0b100, 0b10  # Landlock: execute, read files, read directories; of a file alone
-MARK = ".isolated"
+# For seccomp. A machine's column below, and its own number.
+MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+REFUSED = {
+    "socket": (41, 198), "io_uring_setup": (425, 425),  # which makes sockets too
+    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "pidfd_getfd": (438, 438),
+    "pidfd_send_signal": (424, 424), "tkill": (200, 130), "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240), "setpriority": (141, 140), "ioprio_set": (251, 30), "shmget": (29, 194),
+    "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180), "add_key": (248, 217), "request_key": (249, 218),
+    "keyctl": (250, 219), "unshare": (272, 97), "setns": (308, 268),
+}  # fmt: skip
+# Refused but on the process itself, as their first argument says.
+OWN = {"kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261), "sched_setaffinity": (203, 122)}
+LOAD, IF_EQUAL, IF_AT_LEAST, RETURN = 0x20, 0x15, 0x35, 0x06  # of BPF
+NUMBER, MACHINE, FIRST_ARGUMENT = 0, 4, 16  # where a filter finds them
+ALLOW, REFUSE = 0x7FFF0000, 0x00050001  # with EPERM
+OTHER_CALLS = 0x40000000  # from here on x86_64 has the same calls by other numbers
 PYTHON = sys.executable
 ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -96,15 +110,26 @@ def run(text: str, given: str, limits: Limits) -> Outcome:
         with tempfile.TemporaryFile() as stdin, tempfile.TemporaryFile() as stdout:
             stdin.write(given.encode(errors="replace"))
             stdin.seek(0)
-            status = _waited(folder, limits, stdin, stdout)
+            status, isolated = _waited(folder, limits, stdin, stdout)
             stdout.seek(0)
             output = stdout.read(limits.file_bytes).decode(errors="replace")
-        return Outcome(status, output, (folder / MARK).exists())
+        return Outcome(status, output, isolated)
 
 
-def _waited(folder: Path, limits: Limits, stdin: Any, stdout: Any) -> int | None:
-    command = [PYTHON, "-I", "-c", Path(__file__).read_text(), json.dumps(asdict(limits))]
-    streams: dict[str, Any] = {"stdin": stdin, "stdout": stdout, "stderr": subprocess.DEVNULL}
+def _waited(folder: Path, limits: Limits, stdin: Any, stdout: Any) -> tuple[int | None, bool]:
+    """Its status, and whether it was isolated: it tells by a pipe, which the program has not."""
+    told, tell = os.pipe()
+    with open(told, "rb") as words:  # noqa: PTH123
+        try:
+            status = _status(folder, limits, tell, stdin, stdout)
+        finally:
+            os.close(tell)
+        return status, bool(words.read())
+
+
+def _status(folder: Path, limits: Limits, tell: int, stdin: Any, stdout: Any) -> int | None:
+    command = [PYTHON, "-I", "-c", Path(__file__).read_text(), json.dumps(asdict(limits)), str(tell)]
+    streams: dict[str, Any] = {"stdin": stdin, "stdout": stdout, "stderr": subprocess.DEVNULL, "pass_fds": [tell]}
     with subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, start_new_session=True, **streams) as process:
         try:
             return process.wait(3 * limits.seconds)
@@ -118,16 +143,17 @@ def _waited(folder: Path, limits: Limits, stdin: Any, stdout: Any) -> int | None
 def main() -> None:
     """In the subprocess: give up what can be given up, and become the program."""
     limits = Limits(**json.loads(sys.argv[1]))
-    if Path.cwd().stat().st_uid == NOBODY:
+    if os.geteuid() == 0 and Path.cwd().stat().st_uid == NOBODY:
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
     libc = ctypes.CDLL(None, use_errno=True)
-    root = os.geteuid() == 0  # whom RLIMIT_NPROC does not bind
-    alone = libc.unshare(CLONE_NEWUSER | CLONE_NEWNET | CLONE_NEWIPC) == 0
     libc.prctl(NO_NEW_PRIVS, 1, 0, 0, 0)
-    if _confine(libc, str(Path.cwd())) and alone and not root:
-        Path(MARK).touch()
+    confined = [_confine(libc, str(Path.cwd())), _filter(libc), os.geteuid() != 0]  # root has no RLIMIT_NPROC
+    tell = int(sys.argv[2])
+    if all(confined):
+        os.write(tell, b"1")
+    os.close(tell)
     for kind, most in (
         (resource.RLIMIT_CPU, limits.seconds), (resource.RLIMIT_AS, limits.memory_bytes),
         (resource.RLIMIT_FSIZE, limits.file_bytes), (resource.RLIMIT_NOFILE, limits.files),
@@ -164,6 +190,31 @@ def _allow(libc: Any, ruleset: int, path: str, access: int) -> bool:
     except FileNotFoundError:
         return True
     return bool(libc.syscall(ADD_RULE, ruleset, 1, struct.pack("=Qi", access, descriptor), 0) == 0)
+
+
+def _filter(libc: Any) -> bool:
+    """seccomp: from now on the calls of `MACHINES` fail, and all calls by other numbers than the machine's own."""
+    if (known := MACHINES.get(os.uname().machine)) is None:
+        return False
+    column, machine = known
+    refused, own = ([numbers[column] for numbers in calls.values()] for calls in (REFUSED, OWN))
+    lines = rules(machine, refused, own, os.getpid())
+    text = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *line) for line in lines))
+    program = struct.pack("@HP", len(lines), ctypes.addressof(text))
+    return bool(libc.prctl(SET_SECCOMP, FILTER, ctypes.create_string_buffer(program), 0, 0) == 0)
+
+
+def rules(machine: int, refused: Iterable[int], own: Iterable[int], pid: int) -> list[tuple[int, int, int, int]]:
+    """Of a filter: code, lines to leave out where it holds and where it does not, operand. Pure."""
+    refuse, allow = (RETURN, 0, 0, REFUSE), (RETURN, 0, 0, ALLOW)
+    lines = [(LOAD, 0, 0, MACHINE), (IF_EQUAL, 1, 0, machine), refuse]
+    lines += [(LOAD, 0, 0, NUMBER), (IF_AT_LEAST, 0, 1, OTHER_CALLS), refuse]
+    for number in refused:
+        lines += [(IF_EQUAL, 0, 1, number), refuse]
+    for number in own:
+        itself = [(LOAD, 0, 0, FIRST_ARGUMENT), (IF_EQUAL, 2, 0, pid), (IF_EQUAL, 1, 0, 0), refuse, allow]
+        lines += [(IF_EQUAL, 0, len(itself), number), *itself]
+    return [*lines, allow]
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import contextlib
 import itertools
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from typing import Any
 
-from rlhf_api.job import EnvironmentSpec
+from rlhf_api.job import EnvironmentSpec, PromptsSpec
 from rlhf_api.run import RunConfig
 from rlhf_worker.errors import BadSpec, EnvironmentFailed
 from rlhf_worker.experience import Sample
@@ -54,17 +55,27 @@ class Environments:
         self._seats = [Seat(spec, field) for _ in range(spec.workers)]
         try:
             self._seats[0].child.start()
-            speech.observation("probe", -1)
+            self._check()
         except LoadFailure as error:
             raise BadSpec(
                 f"{field}.{'code' if spec.code is not None else 'function'} cannot be loaded: {error}"
             ) from None
-        except Unfit as error:
-            self.close()
-            raise BadSpec(f"{field}: no observation can be rendered: {error}") from None
         except BaseException:
             self.close()
             raise
+
+    def speaking(self, speech: Speech, field: str) -> "Environments":
+        """The same subprocesses, for prompts that are rendered in another way. Raises BadSpec."""
+        other = copy(self)
+        other.speech, other.field = speech, field
+        other._check()
+        return other
+
+    def _check(self) -> None:
+        try:
+            self.speech.observation("probe", -1)
+        except Unfit as error:
+            raise BadSpec(f"{self.field}: no observation can be rendered: {error}") from None
 
     async def play(self, request: Request, turn: Callable[[Episode], Awaitable[Turn]]) -> Sample:
         """Turns and observations until the environment is done, the turns are used up, or the completion is cut.
@@ -116,8 +127,26 @@ class Environments:
             seat.close()
 
 
-def opened(config: RunConfig, speech: Speech) -> dict[str, Environments]:
-    """The run's own by "", those of evaluation sets by the set's name. Raises BadSpec."""
-    given = {"": (config.rollout.environment, FIELD)}
-    given |= {e.name: (e.environment, f"evaluation[{e.name}].environment") for e in config.evaluation}
-    return {name: Environments(spec, speech, field) for name, (spec, field) in given.items() if spec is not None}
+def opened(config: RunConfig, tokenizer: Any) -> dict[str, Environments]:
+    """The run's own by "", and by the name of an evaluation set what plays it: its own environment, or the run's, with
+    observations as the set's data renders them. Raises BadSpec.
+    """
+    found: dict[str, Environments] = {}
+    if run := config.rollout.environment:
+        found[""] = Environments(run, Speech.of(tokenizer, config))
+    for spec in config.evaluation:
+        field = f"evaluation[{spec.name}]"
+        if spec.environment or run:
+            speech = _speech(tokenizer, config, spec.data, field)
+            found[spec.name] = (
+                Environments(spec.environment, speech, f"{field}.environment") if spec.environment
+                else found[""].speaking(speech, field)
+            )
+    return found
+
+
+def _speech(tokenizer: Any, config: RunConfig, data: PromptsSpec, field: str) -> Speech:
+    try:
+        return Speech.of(tokenizer, config, data)
+    except BadSpec as error:
+        raise BadSpec(f"{field}: {error}") from None

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf_api.job import SamplingSpec
+from rlhf_api.job import PromptsSpec, SamplingSpec
 from rlhf_api.run import RunConfig
-from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import Prompt, Sample
 from rlhf_worker.pretrained import embedding_rows
 from rlhf_worker.rollout.sampling import NONE
-from rlhf_worker.template import Template
+from rlhf_worker.template import Template, Unfit
 
 TURN = "What the assistant said."  # stands for a turn when the template is asked what follows one
 BEFORE = 8  # tokens before a text that a decoder may need to see: some put a space only between words
@@ -34,7 +33,7 @@ class Request:
     max_tokens: int  # turns and observations together
     sampling: SamplingSpec = field(default_factory=SamplingSpec)
     trained: bool = False  # then with `Sample.support`
-    environment: str = ""  # whose plays it: an evaluation's, by name, or the run's own
+    evaluation: str = ""  # the set that wants it, by name
 
     @property
     def wants_support(self) -> bool:
@@ -67,9 +66,9 @@ class Speech:
         self.tokenizer, self.template, self.special = tokenizer, template, special
 
     @classmethod
-    def of(cls, tokenizer: Any, config: RunConfig) -> "Speech":
-        """Of prompts that the run's data renders."""
-        template = Template(tokenizer, config.data, embedding_rows(config.model))
+    def of(cls, tokenizer: Any, config: RunConfig, data: PromptsSpec | None = None) -> "Speech":
+        """Of prompts that `data` renders, the run's own by default. Raises BadSpec."""
+        template = Template(tokenizer, data or config.data, embedding_rows(config.model))
         return cls(tokenizer, template, special=config.data.show_special_tokens)
 
     def text(self, before: Sequence[int], token_ids: Sequence[int], finish_reason: str) -> str:
@@ -86,7 +85,7 @@ class Speech:
     def observation(self, text: str, last: int) -> list[int]:
         """What stands between two turns, the next one's opening included; `last`: the token that ended the turn before.
 
-        Raises BadSpec, Unfit.
+        Raises Unfit, or BadSpec for a fault of the template.
         """
         if not self.template.chat:
             return self.template.tokens(text, opening=False) if text else []
@@ -95,9 +94,9 @@ class Speech:
         ]
         _, found, after = self.template.render(messages).partition(TURN)
         if not found:
-            raise BadSpec(
-                "rollout.environment: the chat template leaves out the assistant's turns: "
-                "use another (data.chatTemplateText), or data.chatTemplate false"
+            raise Unfit(
+                "the chat template leaves out the assistant's turns: use another (data.chatTemplateText), or "
+                "data.chatTemplate false"
             )
         token_ids = self.template.tokens(after, opening=False)
         return token_ids[1:] if token_ids[:1] == [last] else token_ids  # the policy ended its turn as the template does

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_api.job import EvaluationSpec
 from rlhf_api.run import RunConfig
-from rlhf_worker.experience import Prompt, ScoredSample, chunks, mean_metrics
+from rlhf_worker.experience import Prompt, ScoredSample, chunks, means
 from rlhf_worker.rollout.estimates import majority_at, pass_at
 
 SAME = 1e-9  # a sum of weighted rewards may be less than it ought to be by so much
@@ -47,8 +47,7 @@ def metrics(spec: EvaluationSpec, groups: Sequence[Group]) -> dict[str, float]:
     Length in tokens. Names with an underscore cannot be a reward's.
     """
     scored = [item for group in groups for item in group]
-    values = {name: sum(item.parts[name] for item in scored) / len(scored) for name in scored[0].parts}
-    values |= mean_metrics(scored)
+    values = means(item.judged for item in scored) | means(item.metrics for item in scored)
     values["mean_reward"] = sum(item.reward for item in scored) / len(scored)
     values["best_reward"] = sum(max(item.reward for item in group) for group in groups) / len(groups)
     values["mean_length"] = sum(len(item.sample.token_ids) for item in scored) / len(scored)

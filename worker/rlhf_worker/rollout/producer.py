@@ -237,7 +237,6 @@ class Rollouts:
         rollout, of, prompt = self.config.rollout, group.evaluation, group.prompt
         given = of or rollout
         tokens = of.max_tokens if of and of.max_tokens else rollout.max_tokens
-        plays = of.name if of and of.environment else ""
         group.drawn = group.drawn or [None] * self._size(group)
         start = group.failed * len(group.drawn)  # a group that is sampled anew gets other seeds
         seeds = [
@@ -246,7 +245,7 @@ class Rollouts:
         ]
         alike = Request(
             prompt=prompt, seed=None, temperature=given.temperature, max_tokens=tokens, sampling=given.sampling,
-            trained=of is None, environment=plays,
+            trained=of is None, evaluation=of.name if of else "",
         )
         return [replace(alike, seed=seed) for seed in seeds]
 

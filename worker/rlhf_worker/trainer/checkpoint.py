@@ -42,7 +42,7 @@ from torch.optim import Optimizer
 
 from rlhf_api.job import BestSpec
 from rlhf_worker.best import ranked
-from rlhf_worker.errors import BadData, DeadlineExceeded, Fenced
+from rlhf_worker.errors import BadData, Call, DeadlineExceeded, Fenced, Verdict, verdict
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer.fence import Fence, Writer, standing
 
@@ -51,7 +51,6 @@ STAGED = re.compile(r"\.(?:step-(\d+)|export|export-best)(?:\.(attempt-\d+-[0-9a
 RUN, PART, RNG, LATEST = "run.json", "part.json", "rng.pt", "latest"
 # Between tries of storage that fails now. All ranks of a group make as many: all of them try a collective again.
 PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-OF_THE_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 POLL_SECONDS = 0.2
 PARTIAL = StateDictOptions(strict=False)
 
@@ -467,7 +466,7 @@ class Saver:
         try:
             persevering(lambda: load_tensors(tensors, storage_reader=reader(), process_group=self.group))
         except (OSError, RuntimeError, ValueError, CheckpointException) as error:
-            if passing(error):
+            if Verdict.DATA not in _verdicts(error):
                 raise OSError(f"checkpoint {path} could not be read: {_cause(error)}") from error
             raise BadData(
                 f"checkpoint {path} does not fit {role} ({_cause(error)}): set spec.checkpoint.path to an empty "
@@ -515,7 +514,9 @@ def _fault(store: Store, name: str, size: int, crc: int) -> str:
     """In words; "" for a file that is as it was written. Raises OSError for one that cannot be read."""
     try:
         found = persevering(partial(store.measure, name))
-    except OF_THE_FILE as error:
+    except OSError as error:
+        if verdict(Call.CHECKPOINT, error) is not Verdict.DATA:
+            raise
         return f"{name}: {error}"
     if found[0] != size:
         return f"{name} has {found[0]} bytes of {size}"
@@ -528,22 +529,20 @@ def persevering(look: Callable[[], T]) -> T:
         try:
             return look()
         except (OSError, CheckpointException) as error:
-            if not passing(error):
+            if _verdicts(error) != {Verdict.AGAIN}:
                 raise
             print(f"checkpoint: trying again in {pause:g} s: {_cause(error)}", flush=True)
         time.sleep(pause)
     return look()
 
 
-def passing(error: BaseException) -> bool:
-    """Whether it tells of storage, which may be well again, and not of what it holds."""
-    if isinstance(error, CheckpointException) and error.failures:
-        return all(passing(cause) for cause, _ in error.failures.values())
-    return isinstance(error, OSError) and not isinstance(error, (*OF_THE_FILE, PermissionError))
+def _verdicts(error: BaseException) -> set[Verdict]:
+    """DCP hides what happened behind what it did, of every rank."""
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    return {verdict(Call.CHECKPOINT, cause) for cause, _ in failures.values()} or {verdict(Call.CHECKPOINT, error)}
 
 
 def _cause(error: BaseException) -> str:
-    """DCP hides what happened behind what it did."""
     if isinstance(error, CheckpointException) and error.failures:
         rank, (cause, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {type(cause).__name__}: {cause}"

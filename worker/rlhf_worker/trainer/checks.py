@@ -273,8 +273,18 @@ def _tokenizer(rank: "Trainer") -> None:
     problems.tell()
 
 
+def _environments(rank: "Trainer") -> None:
+    """Where the trainer generates; engines try theirs themselves."""
+    from rlhf_worker.rollout.environment import opened
+
+    if rank.config.rollout.engine == "hf" and "policy" in rank.names:
+        for environments in opened(rank.config, load_tokenizer(rank.config.model)).values():
+            environments.close()
+
+
 # In this order; each is called on every rank of a process group.
 CHECKS: Mapping[str, Callable[["Trainer"], None]] = {
     "Devices": _devices, "SharedMemory": _shared_memory, "Reduce": _reduce, "SharedGPU": _shared_gpu, "Model": _model,
     "Memory": _memory, "CheckpointPath": _checkpoint, "Tokenizer": _tokenizer,
+    "Environments": _environments,
 }

@@ -67,7 +67,7 @@ class Policy(Member):
     def refresh(self) -> int:
         return self.trainer.refresh()
 
-    def generate(self, requests: "list[Request]", deadline_seconds: float) -> "list[Sample]":
+    def generate(self, requests: "list[Request]", deadline_seconds: float) -> "list[Sample | None]":
         return self.trainer.generate(requests, deadline_seconds)
 
     def connect(

@@ -290,7 +290,7 @@ class Trainer:
             self.generator.refresh(lora.merged(dict(self._whole()), self.config.model.lora).items(), self.version)
         return self.version
 
-    def generate(self, requests: list[Request], deadline_seconds: float) -> list[Sample]:
+    def generate(self, requests: list[Request], deadline_seconds: float) -> list[Sample | None]:
         assert self.generator is not None
         return self.generator.generate(requests, deadline_seconds)
 
