@@ -105,7 +105,7 @@ def test_a_window_gives_each_request_its_rows_and_its_columns_of_steps_of_any_wi
     assert window.whole(window.slice_request(2, 1)).logprobs.tolist() == [[-2020.0 - i for i in range(200)]]
     window.clear()
     window.add(arrays(2, 1, 5)._replace(cu_num_generated_tokens=[0, 0, 2]))  # two tokens in a step, as drafts give
-    assert window.slice_request(1, 2) == range(2)
+    assert window.slice_request(1, 2) == (0, 1)
     assert window.taken([0, 1], 1).logprob_token_ids.tolist() == [[5000], [5010]]
 
 

@@ -70,26 +70,27 @@ class Window:
         self.ranks: NDArray[np.int32] = np.empty((0, 1), np.int32)
         self.start = self.end = 0  # of the last step's rows
         self.last: LogprobsLists | None = None
+        self.starts: list[int] | None = None  # of each request's rows in the last step, where it may have several
 
     def add(self, arrays: LogprobsLists) -> None:
         """A step's. It has as many columns as its whole batch wants, at least those that each request does."""
-        self.last, self.start, self.end = arrays, self.end, self.end + len(arrays.logprobs)
+        self.last, self.starts = arrays, arrays.cu_num_generated_tokens
+        self.start, self.end = self.end, self.end + len(arrays.logprobs)
         ids, logprobs = arrays.logprob_token_ids[:, :COLUMNS], arrays.logprobs[:, :COLUMNS]
         self.ids = _filled(self.ids, self.start, ids)
         self.logprobs = _filled(self.logprobs, self.start, logprobs)
         self.ranks = _filled(self.ranks, self.start, arrays.sampled_token_ranks[:, None])
 
-    def slice_request(self, index: int, count: int) -> range:
+    def slice_request(self, index: int, count: int) -> tuple[int, ...]:
         """Stands in for the last step's arrays where vLLM deals them out: which rows are a request's."""
-        assert self.last is not None
-        starts = self.last.cu_num_generated_tokens
-        first = self.start + (index if starts is None else starts[index])
-        return range(first, first + count)
+        first = self.start + (index if self.starts is None else self.starts[index])
+        return (first,) if count == 1 else tuple(range(first, first + count))
 
-    def whole(self, rows: range) -> LogprobsLists:
+    def whole(self, rows: tuple[int, ...]) -> LogprobsLists:
         """Of the last step, with all columns."""
         assert self.last is not None
-        return LogprobsLists(*(a[rows.start - self.start : rows.stop - self.start] for a in self.last[:3]))
+        first = rows[0] - self.start if rows else 0
+        return LogprobsLists(*(array[first : first + len(rows)] for array in self.last[:3]))
 
     def taken(self, rows: list[int], columns: int) -> LogprobsLists:
         return LogprobsLists(self.ids[rows, :columns], self.logprobs[rows, :columns], self.ranks[rows, 0])
