@@ -307,6 +307,7 @@ def test_one_node_downloads_and_the_others_find_or_copy_it(tmp_path: Path, monke
     whole = {name: len(data) for name, data in FILES.items()}
     with serving() as handler:
         monkeypatch.setenv("HF_ENDPOINT", handler.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
         with local_ray(config, verbose=False):
             kind = RemoteKeeper.options(num_cpus=0, max_concurrency=4)
             keepers = [kind.remote("spec.model", one, 600.0) for one in specs]
@@ -316,6 +317,9 @@ def test_one_node_downloads_and_the_others_find_or_copy_it(tmp_path: Path, monke
             assert handler.sent == whole
             (tmp_path / "a" / "config.json").unlink()
             fetch(config, stage, reporter)  # type: ignore[arg-type]
+            asked = handler.asked.total()
+            fetch(run_config(model={"path": REPO}), stage, reporter)  # type: ignore[arg-type]
+            assert handler.asked.total() == asked + 1  # whether it answers, before everybody asks
     assert is_whole(tmp_path / "a") and handler.sent == {name: 2 * size for name, size in whole.items()}
     assert told[0].startswith("downloading: ") and any(words.startswith("copying to 1 nodes: ") for words in told)
     assert reporter.progress.detail.startswith("downloading: ")
