@@ -284,6 +284,9 @@ class SourceSpec(RowsSpec):
     prompt_field: str | None = Field(None, max_length=256, description="As data.promptField, which is its default.")
     system_prompt: str | None = Field(None, max_length=16384, description="As data.systemPrompt, which is its default.")
 
+    def judged_by(self, reward: str) -> bool:
+        return self.rewards is None or reward in self.rewards
+
 
 class DataSpec(PromptsSpec):
     """Exactly one of jsonl, parquet, dataset, reasoningGym and sources."""

@@ -90,7 +90,7 @@ class Keeper:
                 pool.map(
                     lambda name: self._file(
                         hub_url(hub.endpoint, repo, str(info.sha), name), begun / name, files[name],
-                        told_digest(siblings[name]),
+                        lfs.sha256 if (lfs := siblings[name].lfs) else "",
                     ),
                     files,
                 )
@@ -99,7 +99,9 @@ class Keeper:
         return self._moved(begun, files)
 
     def _file(self, url: str, target: Path, size: int, digest: str) -> None:
-        """Goes on where an earlier try, or process, was cut off, which snapshot_download does not; from the beginning
+        """digest: sha256 where the hub tells it, which it does of large files, else "".
+
+        Goes on where an earlier try, or process, was cut off, which snapshot_download does not; from the beginning
         where what came is not what the hub has. Raises DownloadFailed where it is not so again.
         """
         if _size(target) == size:
@@ -108,14 +110,14 @@ class Keeper:
         partial = target.with_name(f"{target.name}.part")
         for _ in range(2):
             _get(url, partial, size)
-            if (found := digest_of(partial, digest)) == digest:
+            if not digest or (found := sha256(partial)) == digest:
                 partial.replace(target)
                 return
             partial.unlink()
         raise DownloadFailed(
-            f"{self.field}.source: {self.source.repo}: {target.name} came damaged twice: it is {found}, and the hub "
-            f"says {digest}: is a proxy or a mirror between (HF_ENDPOINT, HTTPS_PROXY), or is the volume of "
-            f"{self.directory} broken?"
+            f"{self.field}.source: {self.source.repo}: {target.name} came damaged twice: its sha256 is {found}, "
+            f"and the hub says {digest}: is a proxy or a mirror between (HF_ENDPOINT, HTTPS_PROXY), or is the volume "
+            f"of {self.directory} broken?"
         )
 
     def copy(self, peer: ActorHandle, files: Files) -> Files:
@@ -181,32 +183,16 @@ def _get(url: str, partial: Path, size: int) -> None:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
+    if (_size(partial) or 0) > size:
+        partial.unlink()
     with partial.open("ab") as file:
-        if file.tell() > size:
-            file.truncate(0)
         if not size or file.tell() < size:
             http_get(url, file, resume_size=file.tell(), headers=build_hf_headers(), expected_size=size)
 
 
-def told_digest(file: Any) -> str:
-    """Of a hub's list of files, "<algorithm>:<hex>": git's own of what is in git, sha256 of what is beside it; "" where
-    it tells neither.
-    """
-    if file.lfs:
-        return f"sha256:{file.lfs.sha256}"
-    return f"git-sha1:{file.blob_id}" if file.blob_id else ""
-
-
-def digest_of(path: Path, like: str) -> str:
-    """By the algorithm of another one."""
-    if not like:
-        return ""
-    name = like.partition(":")[0]
-    made = hashlib.sha256() if name == "sha256" else hashlib.sha1(b"blob %d\0" % path.stat().st_size)  # git's
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
-        while piece := file.read(PIECE_BYTES):
-            made.update(piece)
-    return f"{name}:{made.hexdigest()}"
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def persisting(

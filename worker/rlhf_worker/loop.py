@@ -345,7 +345,7 @@ def of_sources(config: RunConfig) -> list[str]:
     """Names of metrics that a step lacks which draws no prompt of their source."""
     names = [f"reward/{reward.name}" for reward in config.rewards]
     for source in config.data.sources or ():
-        judges = [reward.name for reward in config.rewards if source.rewards is None or reward.name in source.rewards]
+        judges = [reward.name for reward in config.rewards if source.judged_by(reward.name)]
         names += [f"source/{source.name}/{name}" for name in (*judges, "mean", "mean_length", "sample_share")]
     return names
 

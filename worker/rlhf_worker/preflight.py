@@ -72,7 +72,7 @@ def rewards_seconds(config: RunConfig) -> float:
         reward
         for source in config.data.sources or (None,)
         for reward in config.rewards
-        if source is None or source.rewards is None or reward.name in source.rewards
+        if source is None or source.judged_by(reward.name)
     ]
     of_sets = [reward for spec in config.evaluation for reward in spec.rewards or ()]
     return sum(map(reward_seconds, [*of_sources, *of_sets]))

@@ -71,7 +71,7 @@ class Feed(Member):
         from rlhf_worker.feed.rows import Origin
 
         rewards, judges = source.rewards if source else None, (of and of.rewards) or self.config.rewards
-        sent = any(spec.type == "http" and (rewards is None or spec.name in rewards) for spec in judges)
+        sent = any(spec.type == "http" and (source is None or source.judged_by(spec.name)) for spec in judges)
         taken = ("self",) if (of and of.environment) or self.config.rollout.environment else ()
         return Origin(field=field, source=source.name if source else "", rewards=rewards, taken=taken, sent=sent)
 
