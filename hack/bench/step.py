@@ -66,7 +66,10 @@ def manifest(given: argparse.Namespace, work: Path) -> dict[str, Any]:
             "promptsPerStep": given.prompts, "samplesPerPrompt": given.samples, "maxTokens": given.tokens,
             "engineArgs": engine,
         },
-        trainer={"steps": given.steps, "learningRate": 1e-6, "tokensPerMicroBatch": given.micro_batch},
+        trainer={
+            "steps": given.steps, "learningRate": 1e-6, "tokensPerMicroBatch": given.micro_batch,
+            "gradientCheckpointing": False,
+        },
         placement={"mode": "Colocated", "gpusPerNode": 1, "fractions": {"trainer": share[0], "rollout": share[1]}},
         checkpoint={"path": str(work / "checkpoints"), "everySteps": 1000, "export": False},
     )  # fmt: skip
