@@ -23,7 +23,7 @@ import pytest
 
 from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import BadData, BadSpec, RewardFailed
-from rlhf_worker.experience import Sample, mean_metrics
+from rlhf_worker.experience import Sample, means
 from rlhf_worker.rewards.attempt import Verdict
 from rlhf_worker.rewards.http import HttpReward, proxy
 from rlhf_worker.rewards.judge import JudgeReward
@@ -380,7 +380,7 @@ def test_a_reward_of_scope_group_sees_each_prompts_completions() -> None:
         found = scorer.score(samples)
     assert [item.reward for item in found] == [2.0, 0.0, 1.0, 0.0, 1.0, 0.0]
     assert [item.metrics["r/size"] for item in found] == [3, 3, 3, 1, 2, 2]
-    assert mean_metrics(found) == {"r/size": 14 / 6}
+    assert means(item.metrics for item in found) == {"r/size": 14 / 6}
 
 
 @pytest.mark.parametrize(
