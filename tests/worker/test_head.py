@@ -1,12 +1,21 @@
-"""A driver knows when the head that it was connected to is another one."""
+"""A driver knows when the head that it was connected to is another one, and when one that starts waits for the dead."""
 
+import os
 import queue
+import shutil
+import signal
+import subprocess
+import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlhf_worker.pod import head
+from rlhf_worker.watcher import state
+from tests.worker import waiting
 
 
 def begin(folder: Path, name: str) -> Path:
@@ -48,3 +57,67 @@ def test_a_watch_that_was_ended_tells_nothing(tmp_path: Path, monkeypatch: pytes
         if thread.name == "head":
             thread.join(10)
     assert told == []
+
+
+START = """
+import subprocess, sys, time
+server = subprocess.Popen([sys.argv[1], "600"])
+print(server.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def ray_start(tmp_path: Path) -> Iterator[Callable[[str], tuple[subprocess.Popen[str], int]]]:
+    """A process called as `ray start` is, that looks at nothing it began, and its server of this name."""
+    (script := tmp_path / "ray").write_text(START)
+    begun: list[subprocess.Popen[str]] = []
+
+    def begin(name: str) -> tuple[subprocess.Popen[str], int]:
+        if not (server := tmp_path / name).exists():
+            server.symlink_to(shutil.which("sleep") or "")
+        command = [sys.executable, str(script), str(server)]
+        begun.append(subprocess.Popen([*command, "start", "--head"], stdout=subprocess.PIPE, text=True))
+        out = begun[-1].stdout
+        assert out is not None
+        return begun[-1], int(out.readline())
+
+    yield begin
+    for process in begun:
+        subprocess.run(["pkill", "-KILL", "-P", str(process.pid)], check=False)
+        process.kill()
+        process.wait()
+
+
+def kill(server: int) -> None:
+    os.kill(server, signal.SIGKILL)
+    waiting.until(lambda: state(server) == "Z")
+
+
+@pytest.mark.parametrize("name", head.SERVERS)
+def test_a_ray_start_whose_server_died_is_told_from_others(ray_start: Any, name: str) -> None:
+    process, server = ray_start(name)
+    other, unknown = ray_start("log_monitor")
+    assert head.bereft().keys() & {process.pid, other.pid} == set()
+    kill(server)
+    kill(unknown)
+    found = head.bereft()
+    assert found[process.pid] == name and other.pid not in found
+
+
+def test_a_ray_start_that_waits_for_the_dead_is_ended_while_ray_starts(
+    ray_start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "LOOK_SECONDS", 0.05)
+    (process, server), (well, _) = ray_start("gcs_server"), ray_start("gcs_server")
+    stopped = head.attend()
+    kill(server)
+    assert process.wait(timeout=20) == -signal.SIGKILL
+    assert well.poll() is None
+    stopped.set()
+    for thread in threading.enumerate():
+        if thread.name == "head start":
+            thread.join(10)
+    late, server = ray_start("raylet")
+    kill(server)
+    assert head.bereft().keys() >= {late.pid} and late.poll() is None, "Ray has started: it is not for us to end"

@@ -37,7 +37,7 @@ def test_only_a_stopped_process_that_stays_so_is_ended(
     left = iter(states)  # until the actor's own end
     monkeypatch.setattr("rlhf_worker.watcher.time.sleep", lambda _: None)
     monkeypatch.setattr(watcher, "state", lambda _: next(seen))
-    monkeypatch.setattr(watcher, "_end", killed.append)
+    monkeypatch.setattr(watcher, "end", lambda pid, why: killed.append(pid))
     watcher.watch(lambda: next(left, "") != "", lambda: [7])
     assert killed == [7] * ended
 
@@ -145,7 +145,7 @@ def test_the_watcher_of_a_node_ends_with_its_raylet(node: Node) -> None:
 def test_the_agents_of_a_raylet_are_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     titles = ["ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::Policy.__init__", "python"]
     monkeypatch.setattr(watcher, "children", lambda pid: iter(range(len(titles)) if pid == 7 else ()))
-    monkeypatch.setattr(watcher, "_text", lambda path: titles[int(path.parts[2])] + "\0\0")
+    monkeypatch.setattr(watcher, "text", lambda path: titles[int(path.parts[2])] + "\0\0")
     assert watcher.workers_of(7) == [0, 3]
 
 

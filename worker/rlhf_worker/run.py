@@ -254,8 +254,7 @@ def run(path: Path, log: KeptLog) -> None:
 
     Its watcher can end it because the pod's processes share a namespace: whoever is the first in one cannot be killed
     from inside. """
-    watcher = watched()
-    stop = Stop()
+    watcher, starting, stop = watched(), head.attend(), Stop()
     stop.install()
     try:
         config = RunConfig.read(path)
@@ -272,6 +271,7 @@ def run(path: Path, log: KeptLog) -> None:
             reporter.update(attempt=number)
             notices = listening(Heard(reporter, stop))
             _connect(config, reporter, stop)
+        starting.set()
         stop.install()  # again: ray.init takes SIGTERM for itself
         drive(config, reporter, stop, InCluster(number, notices, log))
     except BaseException as error:

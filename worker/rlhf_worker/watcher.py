@@ -45,13 +45,13 @@ def watch_node() -> None:
 
 def state(pid: int) -> str:
     """One letter; empty for a process that is gone."""
-    return _text(Path(f"/proc/{pid}/stat")).rpartition(") ")[2][:1]
+    return text(Path(f"/proc/{pid}/stat")).rpartition(") ")[2][:1]
 
 
 def children(pid: int) -> Iterator[int]:
     with suppress(OSError):  # it ended meanwhile
         for thread in Path(f"/proc/{pid}/task").iterdir():
-            yield from map(int, _text(thread / "children").split())
+            yield from map(int, text(thread / "children").split())
 
 
 def below(pid: int) -> Iterator[int]:
@@ -66,22 +66,22 @@ def watch(alive: Callable[[], bool], seen: Callable[[], list[int]]) -> None:
     while alive():
         looks = {pid: looks.get(pid, 0) + 1 for pid in seen() if state(pid) == STOPPED}
         for pid in [pid for pid, count in looks.items() if count == LOOKS]:
-            _end(pid)
+            end(pid, f"{WORDS} (state {STOPPED})")
         time.sleep(LOOK_SECONDS)
 
 
 def workers_of(raylet: int) -> list[int]:
     """With all that is below them."""
-    titles = {pid: _text(Path(f"/proc/{pid}/cmdline")).rstrip("\0") for pid in children(raylet)}
+    titles = {pid: text(Path(f"/proc/{pid}/cmdline")).rstrip("\0") for pid in children(raylet)}
     workers = [pid for pid, title in titles.items() if title.startswith("ray::") and title not in AGENTS]
     return [*workers, *(pid for worker in workers for pid in below(worker))]
 
 
-def _end(pid: int) -> None:
+def end(pid: int, why: str) -> None:
     """Its own log says why, where the driver looks for its last words."""
     with suppress(OSError), Path(f"/proc/{pid}/fd/2").open("a") as log:
-        log.write(f"process {pid} {WORDS} (state {STOPPED}): it is ended, to be started anew\n")
-    with suppress(ProcessLookupError):
+        log.write(f"process {pid} {why}: it is ended, to be started anew\n")
+    with suppress(ProcessLookupError, PermissionError):  # of a container whose user is another
         os.kill(pid, signal.SIGKILL)
 
 
@@ -90,7 +90,8 @@ def _name(raylet: int) -> str:
     return f"\0rlhf-watcher/{Path('/proc/self/ns/pid').readlink()}/{raylet}"
 
 
-def _text(file: Path) -> str:
+def text(file: Path) -> str:
+    """Empty for a file that is not there."""
     try:
         return file.read_text(errors="replace")
     except OSError:

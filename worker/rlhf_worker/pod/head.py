@@ -2,13 +2,17 @@
 more.
 
 Ray tells a driver so only where a call of its own fails: one that waits for a call whose raylet is gone waits for ever.
+And `ray start` looks at what it began only once all of that is up: until then it waits for a dead one, half a minute.
 """
 
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from rlhf_worker.watcher import children, end, state, text
+
 LOOK_SECONDS = 1.0
+SERVERS = ("gcs_server", "raylet")
 LATEST = "session_latest"  # beside the sessions: a link to the newest, which each start of a head sets anew
 
 
@@ -35,4 +39,32 @@ def watch(session: Path, end: Callable[[str], object]) -> threading.Event:
                 return
 
     threading.Thread(target=work, name="head", daemon=True).start()
+    return stopped
+
+
+def bereft() -> dict[int, str]:
+    """Each `ray start` of this pod that has a server which died, and which one."""
+    found: dict[int, str] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        pid, words = int(process.name), text(process / "cmdline").split("\0")
+        if "start" in words and any(Path(word).name == "ray" for word in words[: words.index("start")]):
+            dead = (text(Path(f"/proc/{child}/comm")).strip() for child in children(pid) if state(child) == "Z")
+            found.update((pid, name) for name in dead if name in SERVERS)
+    return found
+
+
+def attend() -> threading.Event:
+    """While Ray starts, end a `ray start` that does not notice that its server died: the kubelet begins it anew. The
+    event, when set, ends this."""
+    stopped = threading.Event()
+
+    def work() -> None:
+        before: dict[int, str] = {}
+        while not stopped.wait(LOOK_SECONDS):
+            now = bereft()
+            for pid in before.keys() & now.keys():  # one that looks after its servers ends by itself within a look
+                end(pid, f"waits for its {now[pid]}, which died")
+            before = now
+
+    threading.Thread(target=work, name="head start", daemon=True).start()
     return stopped
