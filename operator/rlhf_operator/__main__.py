@@ -51,7 +51,7 @@ class Operator:
         work = functools.partial(reconcile, ClusterIO(api, self.store), clock=utc_now, home=home)
         self.leadership = Leadership(api.client, settings.lease_namespace) if settings.lease_namespace else None
         held = self.leadership.late if self.leadership else lambda: False
-        self.queue = Queue(work, lambda: self.store.job_keys(at_rest=False), self.store.made, held)
+        self.queue = Queue(work, lambda: self.store.job_keys(at_rest=False), self.store.rank, held)
         ages = metrics.WatchAges()
         self.health = Health(self.queue, self.store, ages)
         self.refresher = Refresher(api, self.store, settings.namespace, lambda kind: self._came())

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 
 from rlhf_operator import metrics
 from rlhf_operator.client import ApiError
-from rlhf_operator.shelf import Key
+from rlhf_operator.shelf import Key, Rank
 
 log = logging.getLogger(__name__)
 Heap = list[tuple[float, int, Key]]
@@ -27,8 +27,10 @@ BACKOFF_LEAST = 2.0
 # What a watch loses a refresh of the store finds; this keeps what only time changes, such as goodput, from growing old.
 RESYNC_SECONDS = 900.0
 WORKERS = 16
-# What comes first comes before what became due up to so long ago.
+# What is told of comes before what became due up to so long ago.
 PATIENCE = 600.0
+# So long a new RayCluster may be one that its job's status does not tell of, while others wait for theirs.
+UNTOLD_SECONDS = 6.0
 HEARTBEAT_SECONDS = 5.0
 HELD_SECONDS = 0.2
 # How long passes get to end when the operator stops.
@@ -48,16 +50,13 @@ class Failing:
 @dataclass(slots=True)
 class Schedule:
     """Which key is due when. Times are seconds of any one clock. All of it is O(log n): a heap may hold what is no
-    longer so (a key that became due earlier, or has a worker), which is passed over when it comes to the top.
+    longer so (a key that became due earlier, or has a worker), which is passed over when it comes to the top."""
 
-    `first` tells of a key whether others may wait for it: what happens to a job that has pods is not to wait until a
-    thousand new ones have theirs."""
-
-    first: Callable[[Key], bool] = lambda key: True
+    rank: Callable[[Key], Rank] = lambda key: Rank.TOLD
     due: dict[Key, float] = field(default_factory=dict)
     active: set[Key] = field(default_factory=set)
     failing: dict[Key, Failing] = field(default_factory=dict)
-    _heaps: tuple[Heap, Heap] = field(default_factory=lambda: ([], []))  # what comes first, and the others
+    _heaps: tuple[Heap, ...] = field(default_factory=lambda: tuple([] for _ in Rank))
     _order: "itertools.count[int]" = field(default_factory=itertools.count)
 
     def add(self, key: Key, now: float) -> None:
@@ -72,16 +71,22 @@ class Schedule:
 
     def take(self, now: float) -> Key | None:
         """A key that is due and has no worker; it has one now."""
-        first, others = (heap if heap and heap[0][0] <= now else None for heap in self._pruned())
-        if first and others and others[0][0] + PATIENCE < first[0][0]:
-            first = None
-        heap = first or others
-        if not heap:
+        heap = self._next(now)
+        if heap is None:
             return None
         key = heapq.heappop(heap)[2]
         del self.due[key]
         self.active.add(key)
         return key
+
+    def _next(self, now: float) -> Heap | None:
+        """The one whose top comes next."""
+        told, untold, new = (heap if heap and heap[0][0] <= now else None for heap in self._pruned())
+        late = untold is not None and untold[0][0] + UNTOLD_SECONDS <= now
+        others = untold if late else new or untold
+        if told and others and others[0][0] + PATIENCE < told[0][0]:
+            return others
+        return told or others
 
     def done(self, key: Key, wake_at: float | None) -> None:
         self.failing.pop(key, None)
@@ -103,7 +108,7 @@ class Schedule:
     def next_due(self) -> float | None:
         return min((heap[0][0] for heap in self._pruned() if heap), default=None)
 
-    def _pruned(self) -> tuple[Heap, Heap]:
+    def _pruned(self) -> tuple[Heap, ...]:
         """With what is so on top."""
         for heap in self._heaps:
             while heap and (heap[0][2] in self.active or self.due.get(heap[0][2]) != heap[0][0]):
@@ -122,23 +127,22 @@ class Schedule:
             self._push(key)
 
     def _push(self, key: Key) -> None:
-        heap = self._heaps[0 if self.first(key) else 1]
-        heapq.heappush(heap, (self.due[key], next(self._order), key))
+        heapq.heappush(self._heaps[self.rank(key)], (self.due[key], next(self._order), key))
 
 
 class Queue:
-    """`work` handles one key and says when to come back; `restless` are the keys that the resync visits; `first` is
+    """`work` handles one key and says when to come back; `restless` are the keys that the resync visits; `rank` is
     the schedule's. No pass begins while `held`."""
 
     def __init__(
         self,
         work: Callable[[Key], Awaitable[datetime | None]],
         restless: Callable[[], Iterable[Key]],
-        first: Callable[[Key], bool] = lambda key: True,
+        rank: Callable[[Key], Rank] = lambda key: Rank.TOLD,
         held: Callable[[], bool] = lambda: False,
     ) -> None:
         self._work, self._restless, self._held = work, restless, held
-        self._schedule, self._changed = Schedule(first), asyncio.Event()
+        self._schedule, self._changed = Schedule(rank), asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self.beat = time.monotonic()
 

@@ -1,10 +1,20 @@
 """Objects of one kind, looked up by uid, by name and by group. A part of `store.py`, which has the lock."""
 
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Generic, TypeVar
 
 Key = tuple[str, str]
 T = TypeVar("T")
+
+
+class Rank(IntEnum):
+    """What there is of a job, and so whom it lets pass. What happens to one that has pods is not to wait until a
+    thousand new ones have theirs; and many new ones get their RayClusters before their statuses tell of them."""
+
+    TOLD = 0  # its status tells of a RayCluster
+    UNTOLD = 1  # it has one, of which its status does not know
+    NEW = 2
 
 
 @dataclass(frozen=True, slots=True)

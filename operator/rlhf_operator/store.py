@@ -38,7 +38,7 @@ from rlhf_operator.observed import (
     read_job,
     read_pod,
 )
-from rlhf_operator.shelf import Held, Key, Shelf
+from rlhf_operator.shelf import Held, Key, Rank, Shelf
 
 log = logging.getLogger(__name__)
 Raw = dict[str, Any]
@@ -205,10 +205,13 @@ class Store:
         with self._lock:
             return [(held.name[1], held.uid) for held in self._shelves[kind].of(key) if held.owner in owners]
 
-    def made(self, key: Key) -> bool:
-        """Whether there is such a job, which owns something or did."""
+    def rank(self, key: Key) -> Rank:
         held = self.jobs.named(key)
-        return held is not None and held.facts.made
+        if held is None:
+            return Rank.NEW
+        if held.facts.made:
+            return Rank.TOLD
+        return Rank.UNTOLD if any(one.owner == held.uid for one in self.clusters.of(key)) else Rank.NEW
 
     def job_keys(self, *, at_rest: bool = True) -> list[Key]:
         """Of all jobs, or of those for which something is left to do."""

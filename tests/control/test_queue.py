@@ -15,11 +15,12 @@ from rlhf_operator.queue import (
     BACKOFF_MOST,
     PATIENCE,
     SETTLE_SECONDS,
+    UNTOLD_SECONDS,
     WORKERS,
     Queue,
     Schedule,
 )
-from rlhf_operator.shelf import Key
+from rlhf_operator.shelf import Key, Rank
 
 A, B = ("ns", "a"), ("ns", "b")
 
@@ -51,7 +52,7 @@ def test_the_longest_waiting_key_comes_first() -> None:
 
 
 def test_what_comes_first_passes_others_by_but_not_for_ever() -> None:
-    schedule = Schedule(first=lambda key: key == A)
+    schedule = Schedule(rank=lambda key: Rank.TOLD if key == A else Rank.NEW)
     schedule.at(B, 0.0)
     schedule.at(A, 1.0)
     assert [schedule.take(2.0), schedule.take(2.0)] == [A, B]
@@ -65,13 +66,31 @@ def test_what_comes_first_passes_others_by_but_not_for_ever() -> None:
 
 def test_a_key_that_has_come_to_be_first_is_so_at_its_next_event() -> None:
     firsts: set[Key] = set()
-    schedule = Schedule(first=firsts.__contains__)
+    schedule = Schedule(rank=lambda key: Rank.TOLD if key in firsts else Rank.NEW)
     schedule.at(A, 0.0)
     schedule.at(B, 0.0)
     assert schedule.take(1.0) == A
     firsts.add(A)
     schedule.done(A, 1.0)
     assert [schedule.take(1.0), schedule.take(1.0)] == [A, B]
+
+
+def test_new_jobs_go_before_statuses_that_do_not_know_their_raycluster_until_one_is_late() -> None:
+    jobs = [("default", f"job-{number}") for number in range(30)]
+    made: dict[Key, float] = {}
+    told: dict[Key, float] = {}
+    schedule = Schedule(rank=lambda key: Rank.TOLD if key in told else Rank.UNTOLD if key in made else Rank.NEW)
+    for key in jobs:
+        schedule.at(key, 0.0)
+    now = 0.0
+    while (taken := schedule.take(now)) is not None:  # one write a second
+        now += 1.0
+        (told if taken in made else made)[taken] = now
+        schedule.done(taken, None if taken in told else now)
+    assert told.keys() == made.keys() == set(jobs)
+    assert [key for key in jobs if made[key] <= UNTOLD_SECONDS + 1] == jobs[: int(UNTOLD_SECONDS) + 1]
+    behind = [told[key] - made[key] for key in jobs]
+    assert max(behind) <= UNTOLD_SECONDS + 2
 
 
 def test_a_wake_time_holds_until_something_happens() -> None:

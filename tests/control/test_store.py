@@ -16,7 +16,7 @@ from rlhf_operator.metrics import WatchAges
 from rlhf_operator.names import FINALIZER, JOB_LABEL, WORKLOAD_UID_LABEL
 from rlhf_operator.queue import Queue
 from rlhf_operator.refresh import ABSENT_SECONDS, RETRY_SECONDS, SUSPECT_SECONDS, Refresher
-from rlhf_operator.shelf import Key
+from rlhf_operator.shelf import Key, Rank
 from rlhf_operator.store import LISTED, Store
 from tests.api.specs import a_job
 from tests.control.memory_api import MemoryApi
@@ -223,6 +223,19 @@ def test_reports_pack_a_job_once_and_every_version_comes_out_as_it_went_in() -> 
         packed.append(store.jobs.by_uid[told["metadata"]["uid"]].facts.packed)
     assert [one is packed[0] for one in packed[:4]] == [True] * 4
     assert packed[4] != packed[0] and all(one is packed[4] for one in packed[4:])
+
+
+def test_a_job_ranks_by_what_its_status_tells_of() -> None:
+    store = Told()
+    assert store.rank(KEY) is Rank.NEW, "one that is gone"
+    store.put(JOBS, job(1))
+    assert store.rank(KEY) is Rank.NEW
+    store.put(RAYCLUSTERS, cluster(2, "of-another", owner="former"))
+    assert store.rank(KEY) is Rank.NEW
+    store.put(RAYCLUSTERS, cluster(3))
+    assert store.rank(KEY) is Rank.UNTOLD
+    store.put(JOBS, job(4, status={"record": {"clusters": 1}}))
+    assert store.rank(KEY) is Rank.TOLD
 
 
 def test_our_own_write_wakes_nobody_and_neither_does_its_echo() -> None:
