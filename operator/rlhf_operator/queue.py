@@ -30,7 +30,7 @@ WORKERS = 16
 # What is told of comes before what became due up to so long ago.
 PATIENCE = 600.0
 # So long a new RayCluster may be one that its job's status does not tell of, while others wait for theirs.
-UNTOLD_SECONDS = 6.0
+UNTOLD_SECONDS = 8.0
 HEARTBEAT_SECONDS = 5.0
 HELD_SECONDS = 0.2
 # How long passes get to end when the operator stops.
