@@ -72,12 +72,12 @@ def write_model(directory: Path, layers: int, *, experts: bool) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def tokenizer() -> Any:
+def tokenizer(vocabulary: int = VOCABULARY) -> Any:
     """A word for every token id, so that random weights write text that a reward can tell apart."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{index}" for index in range(4, VOCABULARY))]
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{index}" for index in range(4, vocabulary))]
     inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

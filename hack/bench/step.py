@@ -16,8 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from hack.bench.gpu_placement import tokenizer
 from hack.bench.local_run import job, run
-from hack.bench.weight_base import SHAPES, model_config
+from hack.bench.training import write_checkpoint
+from hack.bench.weight_base import SHAPES
 
 WARM = 2  # steps
 PROMPT = 32  # tokens
@@ -27,24 +29,6 @@ def reward(prompt, completion, **row):
     """Something that differs within a group."""
     return len(set(completion.split())) / 100
 '''
-
-
-def write_model(directory: Path, given: argparse.Namespace) -> None:
-    """Random weights and a tokenizer of one word a token."""
-    import torch
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    config = model_config(given.shape, given.dtype)
-    config.vocab_size = given.vocabulary
-    with torch.device(given.device):
-        model = getattr(transformers, f"{SHAPES[given.shape][0]}ForCausalLM")(config).to(getattr(torch, given.dtype))
-    model.save_pretrained(directory)
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{index}" for index in range(4, given.vocabulary))]
-    inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(directory)
 
 
 def write_prompts(path: Path, given: argparse.Namespace) -> None:
@@ -106,7 +90,8 @@ def main() -> int:
         parser.error(f"--steps must be more than {WARM}: the first ones warm up")
     work = (given.out or Path(tempfile.mkdtemp(prefix="step-"))).absolute()
     (work / "model").mkdir(parents=True, exist_ok=True)
-    write_model(work / "model", given)
+    write_checkpoint(work / "model", given)
+    tokenizer(given.vocabulary).save_pretrained(work / "model")
     write_prompts(work / "prompts.jsonl", given)
     print(json.dumps(summary(run(manifest(given, work), work)["steps"], given)), flush=True)
     return 0

@@ -206,12 +206,13 @@ class Store:
             return [(held.name[1], held.uid) for held in self._shelves[kind].of(key) if held.owner in owners]
 
     def rank(self, key: Key) -> Rank:
-        held = self.jobs.named(key)
-        if held is None:
-            return Rank.NEW
-        if held.facts.made:
-            return Rank.TOLD
-        return Rank.UNTOLD if any(one.owner == held.uid for one in self.clusters.of(key)) else Rank.NEW
+        with self._lock:
+            held = self.jobs.named(key)
+            if held is None:
+                return Rank.NEW
+            if held.facts.made:
+                return Rank.TOLD
+            return Rank.UNTOLD if any(one.owner == held.uid for one in self.clusters.of(key)) else Rank.NEW
 
     def job_keys(self, *, at_rest: bool = True) -> list[Key]:
         """Of all jobs, or of those for which something is left to do."""

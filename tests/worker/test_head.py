@@ -9,11 +9,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from rlhf_worker import run, watcher
 from rlhf_worker.pod import head
+from rlhf_worker.stop import Stop
 from rlhf_worker.watcher import state
 from tests.worker import waiting
 
@@ -108,13 +111,23 @@ def test_a_ray_start_whose_server_died_is_told_from_others(ray_start: Any, name:
 def test_a_ray_start_that_waits_for_the_dead_is_ended_while_ray_starts(
     ray_start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "LOOK_SECONDS", 0.05)
+    """By a driver that tries to connect meanwhile, and does when the kubelet has begun Ray anew."""
+    monkeypatch.setattr(watcher, "LOOK_SECONDS", 0.05)
     (process, server), (well, _) = ray_start("gcs_server"), ray_start("gcs_server")
-    stopped = head.attend()
+    config = SimpleNamespace(job=SimpleNamespace(name="sample"))
+    reporter: Any = SimpleNamespace(update=lambda **_: None, pods_ready=True)
+
+    def init(**_: Any) -> Any:
+        if process.poll() is None:
+            raise ConnectionError("no head yet")
+        return SimpleNamespace(address_info={"session_dir": "session"})
+
+    monkeypatch.setattr("rlhf_worker.run.ray.init", init)
+    monkeypatch.setattr("rlhf_worker.run.head.watch", lambda session, end: None)
     kill(server)
+    run._connect(config, reporter, Stop())  # type: ignore[arg-type]
     assert process.wait(timeout=20) == -signal.SIGKILL
     assert well.poll() is None
-    stopped.set()
     for thread in threading.enumerate():
         if thread.name == "head start":
             thread.join(10)

@@ -38,7 +38,7 @@ def test_only_a_stopped_process_that_stays_so_is_ended(
     monkeypatch.setattr("rlhf_worker.watcher.time.sleep", lambda _: None)
     monkeypatch.setattr(watcher, "state", lambda _: next(seen))
     monkeypatch.setattr(watcher, "end", lambda pid, why: killed.append(pid))
-    watcher.watch(lambda: next(left, "") != "", lambda: [7])
+    watcher.watch(lambda: next(left, "") != "", lambda: watcher.halted([7]))
     assert killed == [7] * ended
 
 

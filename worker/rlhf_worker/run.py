@@ -209,6 +209,7 @@ def _tell_kubelet(words: str) -> None:
         print(f"{TERMINATION_LOG}: {error}", file=sys.stderr, flush=True)
 
 
+@head.attended()
 def _connect(config: RunConfig, reporter: Reporter, stop: Stop) -> None:
     """To the Ray of this pod, whose head may need a while: the kubelet starts both containers at once."""
     reporter.update(detail="waiting for Ray's head")
@@ -254,7 +255,8 @@ def run(path: Path, log: KeptLog) -> None:
 
     Its watcher can end it because the pod's processes share a namespace: whoever is the first in one cannot be killed
     from inside. """
-    watcher, starting, stop = watched(), head.attend(), Stop()
+    watcher = watched()
+    stop = Stop()
     stop.install()
     try:
         config = RunConfig.read(path)
@@ -271,7 +273,6 @@ def run(path: Path, log: KeptLog) -> None:
             reporter.update(attempt=number)
             notices = listening(Heard(reporter, stop))
             _connect(config, reporter, stop)
-        starting.set()
         stop.install()  # again: ray.init takes SIGTERM for itself
         drive(config, reporter, stop, InCluster(number, notices, log))
     except BaseException as error:

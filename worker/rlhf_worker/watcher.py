@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -60,14 +60,20 @@ def below(pid: int) -> Iterator[int]:
         yield from below(child)
 
 
-def watch(alive: Callable[[], bool], seen: Callable[[], list[int]]) -> None:
-    """Kills what stays stopped, for as long as it is `alive` that is watched for."""
+def watch(alive: Callable[[], bool], faults: Callable[[], dict[int, str]]) -> None:
+    """Kills the processes that have a fault for LOOKS looks in a row, for as long as it is `alive` that is watched
+    for. faults: what is wrong with which one, now."""
     looks: dict[int, int] = {}
     while alive():
-        looks = {pid: looks.get(pid, 0) + 1 for pid in seen() if state(pid) == STOPPED}
+        found = faults()
+        looks = {pid: looks.get(pid, 0) + 1 for pid in found}
         for pid in [pid for pid, count in looks.items() if count == LOOKS]:
-            end(pid, f"{WORDS} (state {STOPPED})")
+            end(pid, found[pid])
         time.sleep(LOOK_SECONDS)
+
+
+def halted(pids: Iterable[int]) -> dict[int, str]:
+    return {pid: f"{WORDS} (state {STOPPED})" for pid in pids if state(pid) == STOPPED}
 
 
 def workers_of(raylet: int) -> list[int]:
@@ -101,12 +107,12 @@ def text(file: Path) -> str:
 def main(given: list[str]) -> None:
     pid = int(given[-1])
     if given[0] != "--workers-of":
-        watch(lambda: os.getppid() == pid, lambda: [pid])
+        watch(lambda: os.getppid() == pid, lambda: halted([pid]))
     elif not os.fork():  # no child of the worker that began it, whose children end with it
         os.setsid()
         with suppress(OSError), socket.socket(socket.AF_UNIX) as mine:
             mine.bind(_name(pid))
-            watch(lambda: state(pid) not in ENDED, lambda: workers_of(pid))
+            watch(lambda: state(pid) not in ENDED, lambda: halted(workers_of(pid)))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ And `ray start` looks at what it began only once all of that is up: until then i
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf_worker.watcher import children, end, state, text
+from rlhf_worker import watcher
+from rlhf_worker.watcher import children, state, text
 
 LOOK_SECONDS = 1.0
 SERVERS = ("gcs_server", "raylet")
@@ -53,18 +55,20 @@ def bereft() -> dict[int, str]:
     return found
 
 
-def attend() -> threading.Event:
-    """While Ray starts, end a `ray start` that does not notice that its server died: the kubelet begins it anew. The
-    event, when set, ends this."""
-    stopped = threading.Event()
+@contextmanager
+def attended() -> Iterator[None]:
+    """While Ray starts, end a `ray start` that does not notice that its server died: the kubelet begins it anew. One
+    that looks after its servers ends by itself within a look."""
+    started = threading.Event()
 
     def work() -> None:
-        before: dict[int, str] = {}
-        while not stopped.wait(LOOK_SECONDS):
-            now = bereft()
-            for pid in before.keys() & now.keys():  # one that looks after its servers ends by itself within a look
-                end(pid, f"waits for its {now[pid]}, which died")
-            before = now
+        watcher.watch(
+            lambda: not started.is_set(),
+            lambda: {pid: f"waits for its {server}, which died" for pid, server in bereft().items()},
+        )
 
     threading.Thread(target=work, name="head start", daemon=True).start()
-    return stopped
+    try:
+        yield
+    finally:
+        started.set()
