@@ -2,8 +2,8 @@
 
 usage: python hack/bench/mismatch.py --model DIR [--runs plain nucleus lora] [--steps N] [--device cuda|cpu] [--out DIR]
 
-GRPO on sums of two numbers, Colocated, engines in the model's dtype and the trainer's weights in float32 under
-autocast. Prints a line of JSON a run: the mean over the steps of `mismatch/abs` (mean absolute difference of a sampled
+GRPO on sums of two numbers, Colocated, engines in the model's dtype, and the trainer's weights in float32 with products
+in that. Prints a line of JSON a run: the mean over the steps of `mismatch/abs` (mean absolute difference of a sampled
 token's two log probabilities) and `mismatch/kl`, and the largest of a step. The exit code is 1 where a run is above
 --most. """
 
