@@ -9,9 +9,11 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 import torch.distributed as dist
@@ -29,7 +31,18 @@ from rlhf_worker.algorithm.schedule import learning_rate
 from rlhf_worker.deadlines import collective_seconds, work_seconds
 from rlhf_worker.engines.hf import Generator
 from rlhf_worker.errors import Diverged, RewardFailed
-from rlhf_worker.experience import Batching, PackedBatch, Sample, TrainSequence, at_targets, by_sample, dealt, pack
+from rlhf_worker.experience import (
+    Batching,
+    Floats,
+    PackedBatch,
+    Sample,
+    TrainSequence,
+    at_targets,
+    by_sample,
+    dealt,
+    packed,
+    taken,
+)
 from rlhf_worker.pretrained import export, export_tokenizer, identity, load_config, make_readable
 from rlhf_worker.rollout.episode import Request
 from rlhf_worker.storage import Store
@@ -146,7 +159,7 @@ class Trainer:
     # Forward passes.
 
     @torch.no_grad()
-    def logprobs(self, name: str, batches: list[PackedBatch]) -> dict[int, list[float]]:
+    def logprobs(self, name: str, batches: list[PackedBatch]) -> dict[int, Floats]:
         """Of the policy or the reference: the log probability of each completion token of each sample, by the sample's
         number.
         """
@@ -162,7 +175,7 @@ class Trainer:
         return found
 
     @torch.no_grad()
-    def values(self, batches: list[PackedBatch]) -> dict[int, list[float]]:
+    def values(self, batches: list[PackedBatch]) -> dict[int, Floats]:
         """Of the critic: the value of the state before each completion token of each sample, by the sample's number."""
         module = self._use("critic").module
         found = {
@@ -180,7 +193,9 @@ class Trainer:
         sequences = [
             self.roles[name].read(index, *pair) for index, pair in enumerate(zip(prompts, completions, strict=True))
         ]
-        batches = dealt(sequences, self.world, self.config.trainer, padded=self.roles[name].batching.padded)[self.rank]
+        lengths, padded = [sequence.length for sequence in sequences], self.roles[name].batching.padded
+        own_batches = dealt(lengths, self.world, self.config.trainer, padded=padded)[self.rank]
+        batches = taken(sequences, own_batches, self.config.trainer)
         with self._briefly(name) as role:
             own = {
                 index: value
@@ -319,14 +334,13 @@ class Trainer:
 
     def probe(self, token_ids: list[int]) -> list[float]:
         """Log probability of each token after the first, at temperature 1."""
-        length = len(token_ids) - 1
-        sequence = TrainSequence(token_ids=token_ids, prompt_length=1, index=0, mask=[True] * length, columns={})
+        sequence = replace(TrainSequence.plain(token_ids), prompt_length=1, mask=np.ones(len(token_ids) - 1, np.bool_))
         with self._briefly("policy") as role, torch.no_grad():
             temperature, role.module.temperature = role.module.temperature, 1.0
             try:
                 return [
                     float(x)
-                    for x in policy_pass(role.module, pack([sequence], len(token_ids))[0], self.device)[0].tolist()
+                    for x in policy_pass(role.module, packed([sequence]), self.device)[0].tolist()
                 ]
             finally:
                 role.module.temperature = temperature
