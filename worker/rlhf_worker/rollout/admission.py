@@ -64,6 +64,11 @@ class Admission:
         return most - self.consumed - len(self._under_way)
 
     @property
+    def open(self) -> list[Group]:
+        """Groups that are not finished, in the order of their begin."""
+        return [group for group in self._under_way if group not in self._ready]
+
+    @property
     def idle(self) -> bool:
         """Nothing is in flight."""
         return len(self._ready) == len(self._under_way)

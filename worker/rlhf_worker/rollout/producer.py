@@ -82,6 +82,7 @@ class Rollouts:
         self._queue: list[Group] = []  # wait for an engine
         self._resting = False  # the trainer works, and the engines do not
         self._redrawn: list[Group] = []  # a sample of them failed: they are sampled once more
+        self._informative: dict[Group, bool] = {}  # of groups that are scored
         self._scoring = 0.0  # when it began; 0: nothing is scored now
         self._load: Counter[ActorHandle] = Counter()  # completions in flight
         self._counts: Counter[str] = Counter()
@@ -343,8 +344,13 @@ class Rollouts:
                 continue
             group.samples = items
             if group.evaluation is None:
-                rewards = training_rewards(self.config, items, [0] * len(items))
-                self.admission.finish(group, informative=informative(rewards))
+                self._informative[group] = informative(training_rewards(self.config, items, [0] * len(items)))
+        # Where timing must not matter, in the order of their begin: after the last round the later ones are kept.
+        for group in self.admission.open:
+            if group in self._informative:
+                self.admission.finish(group, informative=self._informative.pop(group))
+            elif not self._free:
+                break
         self._score()
 
     def _failed(self, group: Group, failure: str) -> None:
