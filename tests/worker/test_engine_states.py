@@ -427,7 +427,7 @@ def test_engines_take_groups_from_one_queue_as_they_have_room(world: World) -> N
 
 def test_over_sampling_ends_a_step_with_the_first_and_carries_the_rest_over(world: World) -> None:
     lengths = {0: 9, 1: 3, 2: 9, 3: 3, 4: 5, 5: 20, 6: 4, 7: 4}
-    rollouts, engines, feed = paced(world, 2, lengths, promptsPerStep=2, overSampling=2, maxTokens=32)
+    rollouts, engines, _ = paced(world, 2, lengths, promptsPerStep=2, overSampling=2, maxTokens=32)
     start = world.now
     assert rows(rollouts.take()) == [1, 3] and world.now - start < 5.0
     busy = [len(engine.running) for engine in engines]

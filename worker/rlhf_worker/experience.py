@@ -2,10 +2,12 @@
 
 prompts -> samples -> scored samples -> train sequences -> micro-batches of their numbers (as many on every rank; the
 driver's) -> packed batches (the ranks'). What has an entry a token is an array, which no process walks through in
-python. Every step is deterministic in its input. Padding does not exist here; it is the oracle of the tests. """
+python; and what travels by the thousand has no slots, which python pickles far more slowly. Every step is
+deterministic in its input. Padding does not exist here; it is the oracle of the tests. """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush
 from itertools import pairwise
 from random import Random
 from typing import Any, TypeVar
@@ -26,7 +28,7 @@ Bools = NDArray[np.bool_]
 ATTENTION_EVEN = 32768
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One prompt of one epoch, rendered and tokenised."""
 
@@ -43,7 +45,7 @@ class Prompt:
         return self.rewards is None or reward in self.rewards
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
     """One completion, as the engine and the environment made it. The arrays have one entry a completion token.
 
@@ -84,7 +86,7 @@ NO_TOKENS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ScoredSample:
     """`reward` is the weighted sum of `parts`, the unweighted value of each reward by its name.
 
@@ -115,7 +117,7 @@ def means(samples: Iterable[Mapping[str, float]]) -> dict[str, float]:
 Column = NDArray[np.floating[Any]] | float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TrainSequence:
     """What a trainer rank gets of one sample. `mask` has one entry a completion token; each of `columns` too, or is one
     number for all of them.
@@ -274,15 +276,18 @@ def pack(sequences: Sequence[TrainSequence], token_budget: int, *, padded: bool 
 def _even(lengths: Sequence[int], budget: int, count: int) -> list[list[int]]:
     """`count` bins, each item, dearest first, to the cheapest bin that has room. Empty where one has no room."""
     bins: list[list[int]] = [[] for _ in range(count)]
-    tokens, costs = [0] * count, [0.0] * count
+    tokens, cheapest = [0] * count, [(0.0, number) for number in range(count)]  # a heap
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        open_ = [b for b in range(count) if not bins[b] or tokens[b] + lengths[index] <= budget]
-        if not open_:
+        full = []
+        while cheapest and bins[cheapest[0][1]] and tokens[cheapest[0][1]] + lengths[index] > budget:
+            full.append(heappop(cheapest))
+        if not cheapest:
             return []
-        place = min(open_, key=lambda b: costs[b])
+        spent, place = heappop(cheapest)
         bins[place].append(index)
         tokens[place] += lengths[index]
-        costs[place] += cost(lengths[index])
+        for one in (*full, (spent + cost(lengths[index]), place)):
+            heappush(cheapest, one)
     return [sorted(indices) for indices in bins]
 
 

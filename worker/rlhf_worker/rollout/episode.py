@@ -23,7 +23,7 @@ TURN = "What the assistant said."  # stands for a turn when the template is aske
 BEFORE = 8  # tokens before a text that a decoder may need to see: some put a space only between words
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One completion that is wanted."""
 
