@@ -54,7 +54,6 @@ class CpuTimer:
         self.seconds[name] = time.process_time() - start
 
 
-@ray.remote(num_cpus=0)
 class Engine:
     async def generate(self, requests: list[Request], deadline: float, place: Any = None) -> list[Sample]:
         return [self._sample(request) for request in requests]
@@ -65,7 +64,6 @@ class Engine:
         return episode.sample(SimpleNamespace(text=lambda *_: "word " * count))  # type: ignore[arg-type]
 
 
-@ray.remote(num_cpus=0)
 class Feed:
     def __init__(self, prompt_tokens: int) -> None:
         self.drawn, self.tokens = 0, list(range(prompt_tokens))
@@ -93,7 +91,6 @@ class Feed:
     def record(self, *_: Any) -> None: ...
 
 
-@ray.remote(num_cpus=0)
 class Rank:
     def __init__(self, run: Any) -> None:
         self.spec = run.trainer
@@ -106,6 +103,11 @@ class Rank:
         for sequences, batches in zip(updates, dealing, strict=True):
             taken(sequences, batches, self.spec)
         return {"loss": 0.0}
+
+
+RemoteEngine: Any = ray.remote(num_cpus=0)(Engine)
+RemoteFeed: Any = ray.remote(num_cpus=0)(Feed)
+RemoteRank: Any = ray.remote(num_cpus=0)(Rank)
 
 
 class Fleet:
@@ -136,9 +138,9 @@ def looping(given: argparse.Namespace) -> Loop:
         placement={"mode": "Separated", "gpusPerNode": given.ranks + given.engines},
         telemetry={"rolloutsEverySteps": 1}, data={"jsonl": {"path": "none"}, "maxPromptTokens": given.prompt_tokens},
     )  # fmt: skip
-    ranks = [Rank.remote(run) for _ in range(given.ranks)]
+    ranks = [RemoteRank.remote(run) for _ in range(given.ranks)]
     crew: Any = SimpleNamespace(
-        fleet=Fleet([Engine.remote() for _ in range(given.engines)]), feed=Feed.remote(given.prompt_tokens),
+        fleet=Fleet([RemoteEngine.remote() for _ in range(given.engines)]), feed=RemoteFeed.remote(given.prompt_tokens),
         ranks={"policy": ranks, "reference": ranks}, policy=ranks, padded=False,
     )
     made = Loop(run, crew, Reporter(), Stop())  # type: ignore[arg-type]
@@ -148,7 +150,7 @@ def looping(given: argparse.Namespace) -> Loop:
 
 def measured(given: argparse.Namespace) -> list[dict[str, float]]:
     """Microseconds a token of each step, by phase; `rest` is metrics, telemetry and what a checkpoint needs."""
-    loops.PhaseTimer = CpuTimer  # type: ignore[misc, assignment]
+    vars(loops)["PhaseTimer"] = CpuTimer
     made, found = looping(given), []
     tokens = given.prompts * given.samples * given.tokens
     for _ in range(given.steps + 1):

@@ -258,8 +258,8 @@ async def carried_over(made: Engine, twins: Twins) -> None:
     assert (whole.support[:, 0] == whole.token_ids).all() and all(whole.mask)  # type: ignore[index]
     await made._hold()
     waiting = asyncio.create_task(made._completions([replace(asked, begun=cut)], 60.0))
-    while not twins.llm.output_processor.request_states:
-        await asyncio.sleep(0.01)
+    for _ in range(20):  # until it waits in the core
+        await asyncio.sleep(0)
     await made.interrupt()  # before it has any
     (same,) = await waiting
     assert same is not None and not same.finished and same.token_ids.tolist() == cut.token_ids.tolist()
