@@ -24,7 +24,7 @@ from rlhf_worker.weights import mapped
 from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
 from tests.worker.rewards import write_reward
-from tests.worker.samples import a_sequence, dealt, evenly
+from tests.worker.samples import a_sequence, by_token, dealt, evenly, listed
 
 
 def trainer(
@@ -122,10 +122,10 @@ def _sharing(
     """What this rank finds of its samples, and what training makes of all."""
     made = trainer(Path(tiny), Path(root), rank=rank, world=world, options=options, algorithm=algorithm)
     items = dealt(sequences(), world, made.config.trainer)[rank]
-    found = made.logprobs("policy", items)
+    found = listed(made.logprobs("policy", items))
     if algorithm["name"] == "ppo":
         torch.nn.init.ones_(made.roles["critic"].module.head.weight)
-        found = {index: row + made.values(items)[index] for index, row in found.items()}
+        found = {index: row + made.values(items)[index].tolist() for index, row in found.items()}
     return found, after(made, [[*items, empty_batch(sequences()[0].columns)]])
 
 
@@ -154,7 +154,7 @@ def test_the_first_ratio_is_exactly_one_and_the_first_kl_exactly_zero(
 ) -> None:
     made = trainer(tiny, tmp_path, dtype=dtype, algorithm={"kl": {"coefficient": 0.1}})
     items = with_logprobs(made, with_logprobs(made, sequences(), "old_logprobs", "policy"), "ref_logprobs", "reference")
-    assert all(item.columns["old_logprobs"] == item.columns["ref_logprobs"] for item in items)
+    assert all(by_token(item, "old_logprobs") == by_token(item, "ref_logprobs") for item in items)
     metrics = made.train("policy", [pack(items, 1000)])
     assert {p.dtype for p in weights(made)} == {torch.float32} and {
         p.dtype for p in weights(made, "reference")
@@ -261,11 +261,11 @@ def test_nothing_of_one_dimension_no_bias_and_no_norm_decays() -> None:
 
 def test_the_reference_stays_the_model_before_training(tiny: Path, tmp_path: Path, group: None) -> None:
     made = trainer(tiny, tmp_path, algorithm={"kl": {"coefficient": 0.1}})
-    before, frozen = made.logprobs("reference", pack(sequences(), 1000)), weights(made, "reference")
+    before, frozen = listed(made.logprobs("reference", pack(sequences(), 1000))), weights(made, "reference")
     batches = pack(with_logprobs(made, sequences(), "ref_logprobs", "reference"), 1000)
     made.train("policy", [batches])
     assert made.train("policy", [batches])["kl"] > 1e-4
-    assert made.logprobs("reference", pack(sequences(), 1000)) == before
+    assert listed(made.logprobs("reference", pack(sequences(), 1000))) == before
     assert all(torch.equal(a, b) for a, b in zip(frozen, weights(made, "reference"), strict=True))
 
 
@@ -284,7 +284,7 @@ def test_the_critic_learns_a_constant_and_the_policy_stays(tiny: Path, tmp_path:
     made = trainer(tiny, tmp_path, **PPO)
     policy = weights(made)
     items = [s.with_columns(returns=0.7) for s in sequences()]
-    assert made.values(pack(items, 1000)) == {item.index: [0.0] * len(item.mask) for item in items}
+    assert listed(made.values(pack(items, 1000))) == {item.index: [0.0] * len(item.mask) for item in items}
     losses = []
     for _ in range(30):
         valued = add_column(items, "values", [made.values(pack(items, 1000))])
@@ -467,6 +467,6 @@ def test_a_rank_alone_casts_its_weights_once_an_update(
     often = after(two, [batches, batches])
     assert len(casts) > len(batches) * 2 * units
     same(once, often)
-    assert one.logprobs("policy", batches) == one.logprobs("policy", batches)
+    assert listed(one.logprobs("policy", batches)) == listed(one.logprobs("policy", batches))
     assert all(isinstance(parameter, DTensor) for layer in one.roles["policy"].module.layers
                for parameter in layer.parameters()), "a pass without a gradient leaves its layers in shards"
