@@ -98,7 +98,7 @@ def test_an_evaluation_that_improves_makes_a_checkpoint_that_remembers_it(monkey
     made.best, scores, told = Best(BestSpec(metric="eval/a/mean_reward")), iter([0.1, 0.3, 0.3, 0.2, 0.4, 0.1]), []
     monkeypatch.setattr(module, "evaluate", lambda *args: {"eval/a/mean_reward": next(scores)})
     made.rollouts = SimpleNamespace(evaluate=None)  # type: ignore[assignment]
-    monkeypatch.setattr(made, "_feed", lambda *args: None)
+    monkeypatch.setattr(made, "_told", lambda *args: None)
     step, save = made._step, ranks.all
 
     def evaluated() -> None:
