@@ -97,6 +97,13 @@ def listed(found: dict[int, Any]) -> dict[int, list[float]]:
     return {index: row.tolist() for index, row in found.items()}
 
 
+def drawn(sample: Sample | None) -> tuple[Any, ...] | None:
+    """What there is to compare of a sample."""
+    if sample is None:
+        return None
+    return sample.prompt, sample.token_ids.tolist(), sample.logprobs.tolist(), sample.text, sample.finish_reason
+
+
 def whole(made: Any, asked: list[Request]) -> list[Sample]:
     """What an engine that is called here makes, with more time than it takes."""
     samples = [sample for sample in made.generate(asked, 600.0) if sample]

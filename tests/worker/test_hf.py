@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 from hack.tiny_model import tokenizer, write
 from rlhf_api.run import RunConfig
 from rlhf_worker.engines.hf import Generator
+from rlhf_worker.errors import DeadlineExceeded
 from rlhf_worker.experience import Prompt
 from rlhf_worker.rollout.episode import Request
 from tests.worker.configs import run_config
-from tests.worker.samples import whole
+from tests.worker.samples import drawn, whole
 
 CPU = torch.device("cpu")
 EOS = 2
@@ -75,9 +76,9 @@ def test_a_completion_ends_after_its_first_end_or_is_cut(path: Path) -> None:
 
 def test_the_same_seed_gives_the_same_samples_and_temperature_0_the_likeliest(path: Path) -> None:
     made = generator(path)
-    one, other = (whole(made, requests("2 + 3 =")) for _ in range(2))
+    one, other = ([drawn(sample) for sample in whole(made, requests("2 + 3 ="))] for _ in range(2))
     assert one == other
-    unseeded = [whole(made, requests("2 + 3 =", seed=None)) for _ in range(2)]
+    unseeded = [[drawn(sample) for sample in whole(made, requests("2 + 3 =", seed=None))] for _ in range(2)]
     assert unseeded[0] != unseeded[1]
     (greedy,) = whole(made, requests("2 + 3 =", temperature=0.0))
     tokens = list(greedy.prompt.token_ids)
@@ -116,7 +117,8 @@ def test_what_is_finished_at_the_deadline_is_kept(path: Path, monkeypatch: pytes
     monkeypatch.setattr("transformers.generation.stopping_criteria.time", ticking())
     part = generator(path).generate(asked, 12.5)
     for sample, cut in zip(every, part, strict=True):
-        assert cut == (sample if sample.finish_reason == "stop" and len(sample.token_ids) <= 13 else None)
+        kept = sample.finish_reason == "stop" and len(sample.token_ids) <= 13
+        assert drawn(cut) == (drawn(sample) if kept else None)
     assert {sample is None for sample in part} == {True, False}
 
 
@@ -127,7 +129,8 @@ def test_whole_batches_before_the_deadline_are_kept_and_none_begins_after_it(
     monkeypatch.setattr("rlhf_worker.engines.hf.time", ticking(1000))
     samples = generator(path).generate(requests(*(f"{i} + 1 =" for i in range(6))), 2500.0)
     assert [sample is None for sample in samples] == [False] * 4 + [True] * 2
-    assert generator(path).generate(requests("2 + 3 ="), -1.0) == [None]
+    with pytest.raises(DeadlineExceeded, match=r"it finished none in spec\.rollout\.deadlineSeconds"):
+        generator(path).generate(requests("2 + 3 ="), -1.0)
 
 
 def test_finished_episodes_survive_the_deadline_and_a_hanging_one_does_not_hold_them(path: Path) -> None:
