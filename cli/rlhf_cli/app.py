@@ -1,0 +1,167 @@
+"""The verbs and their options. What a verb does is in a module of its own, imported when it is called."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf_cli.exits import Wrong, guarded, run
+from rlhf_cli.options import Context, Kubeconfig, Name, Namespace, Output, OutputOption, Target
+
+EPILOG = "Exit codes: 0 done, 1 the job failed, 2 wrong input, 3 no cluster, 4 no rights, 5 not found, 6 another " \
+    "version, 7 timed out, 8 no files. docs/cli.md has examples."
+app = typer.Typer(
+    name="kubectl-rlhf", help="RLHF training as one Kubernetes object: look at runs, and steer them.", epilog=EPILOG,
+    no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+File = Annotated[Path, typer.Option("--filename", "-f", help="Manifest: YAML or JSON, - for standard input.")]
+
+
+@app.command("list", epilog="kubectl rlhf list -A    kubectl rlhf list -o json | jq '.[].status.phase'")
+def list_jobs(
+    everywhere: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Of all namespaces.")] = False,
+    output: OutputOption = Output.TEXT, namespace: Namespace = None, context_name: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Jobs with phase, step, reward and time left.
+
+    Needs the right to list RLHFJobs.
+    """
+    from rlhf_cli import cluster_verbs
+
+    run(cluster_verbs.list_jobs(Target(kubeconfig, context_name, namespace), output, everywhere))
+
+
+@app.command(epilog="kubectl rlhf status maths -n team-a")
+def status(
+    name: Name, output: OutputOption = Output.TEXT, namespace: Namespace = None, context_name: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """One job on one page: progress, curves, placement, conditions, the last failure, what to do.
+
+    Needs the right to get the RLHFJob; the curves also those to list pods and get their logs.
+    """
+    from rlhf_cli import cluster_verbs
+
+    run(cluster_verbs.status(Target(kubeconfig, context_name, namespace), output, name))
+
+
+@app.command(epilog="kubectl rlhf watch maths")
+def watch(
+    name: Name, output: OutputOption = Output.TEXT, namespace: Namespace = None, context_name: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Follow a job to its end: live on a terminal, a line for each change in a pipe.
+
+    Needs the right to watch RLHFJobs.
+    """
+    from rlhf_cli import cluster_verbs
+
+    run(cluster_verbs.watch(Target(kubeconfig, context_name, namespace), output, name))
+
+
+@app.command(
+    epilog="kubectl rlhf logs maths -f    kubectl rlhf logs maths --of engines --tail 50    kubectl rlhf logs maths "
+    "--previous    kubectl rlhf logs ./checkpoints --attempt 2",
+)
+def logs(
+    name: Annotated[str, typer.Argument(help="Name of the RLHFJob; with --attempt also a checkpoint.path.")],
+    source: Annotated[str, typer.Option("--of", help="driver, engines, trainer or feed.")] = "driver",
+    pod: Annotated[str, typer.Option(help="Ray's own container of this pod instead.")] = "",
+    attempt: Annotated[
+        int | None, typer.Option(help="The log of an earlier head pod, which is kept in checkpoint.path.")
+    ] = None,
+    previous: Annotated[bool, typer.Option("--previous", "-p", help="Of the driver before, in the same pod.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it is written.")] = False,
+    tail: Annotated[int | None, typer.Option(help="The last lines only.", min=0)] = None,
+    namespace: Namespace = None, context_name: Context = None, kubeconfig: Kubeconfig = None,
+) -> None:
+    """What the driver, the engines or the trainer printed, now or in an earlier attempt."""
+    from rlhf_cli import cluster_verbs, kept_logs
+
+    target = Target(kubeconfig, context_name, namespace)
+    if attempt is not None:
+        if follow or previous or pod:
+            guarded(lambda: _refuse("--attempt reads a kept log: leave out --follow, --previous and --pod"))
+        guarded(lambda: kept_logs.show(target, name, attempt, source, tail))
+    else:
+        run(cluster_verbs.logs(
+            target, name, source=source, pod=pod, follow=follow, previous=previous, tail=tail,
+        ))
+
+
+def _refuse(words: str) -> None:
+    raise Wrong(words)
+
+
+@app.command("run", epilog="kubectl rlhf run -f job.yaml && echo learnt")
+def run_job(
+    filename: File,
+    timeout: Annotated[float | None, typer.Option(help="Seconds to follow it; the job goes on.", min=0)] = None,
+    output: OutputOption = Output.TEXT, namespace: Namespace = None, context_name: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Make a job of a manifest and follow it: exit code 0 when it has Succeeded, 1 when it has Failed.
+
+    A job that is there already is followed if it is the very same. Needs the rights to create and watch RLHFJobs.
+    """
+    from rlhf_cli import cluster_verbs, manifest
+
+    raw = guarded(lambda: manifest.load(filename))
+    own = raw["metadata"].get("namespace")
+    if own and namespace and own != namespace:
+        guarded(lambda: _refuse(f"{filename}: metadata.namespace is {own}, --namespace {namespace}: change one"))
+    run(cluster_verbs.run(Target(kubeconfig, context_name, namespace or own), output, raw, timeout))
+
+
+@app.command(epilog="kubectl rlhf suspend maths")
+def suspend(
+    name: Name, namespace: Namespace = None, context_name: Context = None, kubeconfig: Kubeconfig = None,
+) -> None:
+    """Save, and release every GPU.
+
+    Needs the right to patch the RLHFJob.
+    """
+    from rlhf_cli import cluster_verbs
+
+    run(cluster_verbs.suspend(Target(kubeconfig, context_name, namespace), name))
+
+
+@app.command(epilog="kubectl rlhf resume maths")
+def resume(
+    name: Name, namespace: Namespace = None, context_name: Context = None, kubeconfig: Kubeconfig = None,
+) -> None:
+    """Go on from the newest checkpoint.
+
+    Needs the right to patch the RLHFJob.
+    """
+    from rlhf_cli import cluster_verbs
+
+    run(cluster_verbs.resume(Target(kubeconfig, context_name, namespace), name))
+
+
+@app.command(epilog="kubectl rlhf stop maths --yes")
+def stop(
+    name: Name,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    namespace: Namespace = None, context_name: Context = None, kubeconfig: Kubeconfig = None,
+) -> None:
+    """Delete a job with its pods.
+
+    Checkpoints on a volume stay, unless checkpoint.claim.onDelete is Delete; with runPolicy.finalSave it saves first.
+    Needs the right to delete the RLHFJob.
+    """
+    from rlhf_cli import cluster_verbs
+
+    if not yes:
+        guarded(lambda: _asked(name))
+    run(cluster_verbs.stop(Target(kubeconfig, context_name, namespace), name))
+
+
+def _asked(name: str) -> None:
+    import sys
+
+    if not sys.stdin.isatty():
+        raise Wrong(f"stop deletes {name}: give --yes, for nobody can be asked here")
+    if not typer.confirm(f"Delete {name} and its pods?"):
+        raise Wrong("nothing was done")
