@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rlhf_cli.exits import Wrong, guarded, run
-from rlhf_cli.options import Context, Kubeconfig, Name, Namespace, Output, OutputOption, Target
+from rlhf_cli.options import Context, Kubeconfig, Name, Namespace, Output, OutputOption, Target, names
 
 EPILOG = "Exit codes: 0 done, 1 the job failed, 2 wrong input, 3 no cluster, 4 no rights, 5 not found, 6 another " \
     "version, 7 timed out, 8 no files. docs/cli.md has examples."
@@ -165,3 +165,24 @@ def _asked(name: str) -> None:
         raise Wrong(f"stop deletes {name}: give --yes, for nobody can be asked here")
     if not typer.confirm(f"Delete {name} and its pods?"):
         raise Wrong("nothing was done")
+
+
+Where = Annotated[str, typer.Argument(
+    help="A checkpoint.path: directory or URL; or the name of a job, whose files come from its trainer pod.",
+    autocompletion=names, show_default=False,
+)]
+
+
+@app.command(epilog="kubectl rlhf report ./checkpoints --out run.html    kubectl rlhf report maths")
+def report(
+    where: Where,
+    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="<name>.html")] = None,
+    namespace: Namespace = None, context_name: Context = None, kubeconfig: Kubeconfig = None,
+) -> None:
+    """One HTML file that tells a run, and needs no network: curves, time, samples, attempts, configuration.
+
+    From the files of a checkpoint.path alone, also after a crash. By name it needs the right to create pods/exec.
+    """
+    from rlhf_cli import file_verbs
+
+    guarded(lambda: file_verbs.report(Target(kubeconfig, context_name, namespace), where, out))

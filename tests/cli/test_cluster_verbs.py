@@ -329,7 +329,7 @@ def test_a_gpu_is_drawn_with_its_shares() -> None:
     assert lines[0] == "trainer: 1 pod of 1 GPU (nvidia.com/gpu)"
     assert lines[2] == "rollout: 1 pod of 4 GPUs (nvidia.com/gpu)"
     assert lines[3] == f"  gpu 1   {'▒' * 20}  engine 0.0 1.00"
-    many = parse_job(a_job(trainer__gpus=64, rollout__engines=64))
+    many = parse_job(a_job(trainer__gpus=64, rollout__engines=64, checkpoint__path="s3://b/r"))
     assert list(drawn(plan_placement(many.spec)))[-1] == "  … and 48 more alike"
     assert bar({"trainer 0": 0.9, "engine 0": 0.9}) == "█" * 18 + "▒▒", "never wider than a GPU"
 
