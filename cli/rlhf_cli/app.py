@@ -186,3 +186,23 @@ def report(
     from rlhf_cli import file_verbs
 
     guarded(lambda: file_verbs.report(Target(kubeconfig, context_name, namespace), where, out))
+
+
+@app.command(
+    epilog="kubectl rlhf explain -f job.yaml --config ~/models/Qwen3-8B    kubectl rlhf explain -f job.yaml -o json",
+)
+def explain(
+    filename: File,
+    config: Annotated[Path | None, typer.Option(help="The model's config.json, or its directory.")] = None,
+    gpu: Annotated[str, typer.Option(help="h200, h100, a100 or l40s.")] = "h200",
+    length: Annotated[int | None, typer.Option(help="Tokens of a mean completion.", min=1,
+        show_default="rollout.maxTokens")] = None,
+    output: OutputOption = Output.TEXT,
+) -> None:
+    """What a manifest will become: pods, bundles and shares, memory of a GPU, seconds of a step, and what does not fit.
+
+    Needs no cluster. Exit code 2 when something does not fit.
+    """
+    from rlhf_cli.explain import explain as explained
+
+    raise SystemExit(guarded(lambda: explained(filename, config, gpu, length, output)))

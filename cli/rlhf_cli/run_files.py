@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_cli.exits import NoFiles
-from rlhf_cli.fetch import NEEDS, RUN
+from rlhf_cli.fetch import NEEDS, PARTS, RUN
 
 Raw = dict[str, Any]
 EVENTS = re.compile(r"events\.out\.tfevents\.(\d+)\..+")
@@ -63,9 +63,8 @@ def opened(root: Path) -> Run:
     """Raises NoFiles for a directory that is no checkpoint.path."""
     if not root.is_dir():
         raise NoFiles(f"{root}: no such directory")
-    known = ("tensorboard", "rollouts", "logs", "fence")
-    if not any((root / name).is_dir() for name in known) and not any(CHECKPOINT.fullmatch(p.name) for p in root.iterdir()):
-        raise NoFiles(f"{root}: no files of a run: a checkpoint.path holds {', '.join(known)} and step-<n> directories")
+    if not any(path.name in PARTS or CHECKPOINT.fullmatch(path.name) for path in root.iterdir() if path.is_dir()):
+        raise NoFiles(f"{root}: no files of a run: a checkpoint.path holds {', '.join(PARTS)} and step-<n> directories")
     return Run(root)
 
 

@@ -31,8 +31,8 @@ def values(step: int, attempt: int) -> dict[str, float]:
 def scored(step: int, prompts: int = 4, size: int = 4, tokens: int = 8) -> list[ScoredSample]:
     found = []
     for at in range(prompts * size):
-        prompt = Prompt(uid=f"0:{at // size}", epoch=0, row=at // size, token_ids=[1, 2], text=f"what is {at // size} </script> & 2?",
-            fields={})  # fmt: skip
+        text = f"what is {at // size} </script> & 2?"
+        prompt = Prompt(uid=f"0:{at // size}", epoch=0, row=at // size, token_ids=[1, 2], text=text, fields={})
         sample = Sample(prompt=prompt, text=f"answer {at} of step {step} 🦊", token_ids=[*range(tokens)],
             logprobs=[-0.1 * one for one in range(tokens)], mask=[True] * tokens, versions=[step - 1] * tokens,
             finish_reason="stop")  # fmt: skip

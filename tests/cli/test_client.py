@@ -73,7 +73,7 @@ async def test_watching_sees_each_change_through_cuts_to_the_end(
 async def test_waiting_ends_as_the_job_does(cluster: Cluster, phase: str) -> None:
     cluster.job(status=RUNNING)
     async with client_of(cluster) as client:
-        with pytest.raises(TimedOut, match="did not end within 0.2 s"):
+        with pytest.raises(TimedOut, match="did not end within"):
             await client.wait("maths", timeout_seconds=0.2)
         waiting = asyncio.create_task(client.wait("maths"))
         cluster.job(status=END[phase])

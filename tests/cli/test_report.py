@@ -83,7 +83,8 @@ def test_everything_that_a_run_left_is_told(kept: Path) -> None:
     assert sum(shown["histograms"][0]["counts"]) == 16
     assert {one["step"] for one in shown["samples"]} == {10, 40}
     first = shown["samples"][0]
-    assert (first["group"], first["group mean"], first["advantage"], first["logprobs"][:2]) == ("0:0", 0.375, 0.5, [0, -0.1])
+    assert (first["group"], first["group mean"], first["advantage"]) == ("0:0", 0.375, 0.5)
+    assert first["logprobs"][:2] == [0, -0.1]
     assert [(one["number"], one["error"]) for one in shown["attempts"]] == [
         (1, "EnginesLost: 0 of 2 engines serve"), (2, ""),
     ]
@@ -185,7 +186,8 @@ def test_by_name_the_files_come_from_a_trainer_pod(
     assert "--namespace default exec maths-t -c ray" in kubectl.with_suffix(".asked").read_text()
     kubectl.write_text("#!/bin/sh\necho forbidden >&2; exit 1\n")
     refused = cli("report", "maths")
-    assert (refused.exit_code, "forbidden (this needs the right to create pods/exec)" in refused.stderr) == (Exit.FILES, True)
+    assert refused.exit_code == Exit.FILES
+    assert "forbidden (this needs the right to create pods/exec)" in refused.stderr
     kubectl.unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "kubectl is not on the PATH" in cli("report", "maths").stderr
