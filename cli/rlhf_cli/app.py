@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rlhf_cli.exits import Wrong, guarded, run
-from rlhf_cli.options import Context, Kubeconfig, Name, Namespace, Output, OutputOption, Target, names
+from rlhf_cli.options import Context, Kubeconfig, Name, Namespace, Output, OutputOption, Target, console, names
 
 EPILOG = "Exit codes: 0 done, 1 the job failed, 2 wrong input, 3 no cluster, 4 no rights, 5 not found, 6 another " \
     "version, 7 timed out, 8 no files. docs/cli.md has examples."
@@ -206,3 +206,95 @@ def explain(
     from rlhf_cli.explain import explain as explained
 
     raise SystemExit(guarded(lambda: explained(filename, config, gpu, length, output)))
+
+
+@app.command(
+    epilog="kubectl rlhf samples maths --sort -reward --limit 3    kubectl rlhf samples ./out --step 40 -o json",
+)
+def samples(
+    where: Where,
+    step: Annotated[int | None, typer.Option(help="Of this step.", min=0, show_default="the newest")] = None,
+    sort: Annotated[str, typer.Option(help="order, reward, advantage, length: most first; -reward: least.")] = "order",
+    limit: Annotated[int, typer.Option(help="Samples to show.", min=1)] = 10,
+    output: OutputOption = Output.TEXT, namespace: Namespace = None, context_name: Context = None,
+    kubeconfig: Kubeconfig = None,
+) -> None:
+    """Prompts, answers, rewards and advantages of a step.
+
+    From the files of a checkpoint.path. By name it needs the right to create pods/exec, and --step copies one file.
+    """
+    from rlhf_cli import samples as verb
+
+    guarded(lambda: verb.show(Target(kubeconfig, context_name, namespace), where, step, sort, limit, output))
+
+
+@app.command(epilog="kubectl rlhf compare maths maths-2    kubectl rlhf compare ./old ./new -o json")
+def compare(
+    left: Where, right: Where, output: OutputOption = Output.TEXT, namespace: Namespace = None,
+    context_name: Context = None, kubeconfig: Kubeconfig = None,
+) -> None:
+    """Two runs side by side: last values and curves of every metric, and where their specs differ.
+
+    From the files of a checkpoint.path; by name it needs the right to create pods/exec.
+    """
+    from rlhf_cli import compare as verb
+
+    width = console().width
+    guarded(lambda: verb.compare(Target(kubeconfig, context_name, namespace), left, right, output, width))
+
+
+@app.command(epilog="kubectl rlhf bundle maths --out maths.tar.gz")
+def bundle(
+    name: Name,
+    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="<name>-bundle.tar.gz")] = None,
+    namespace: Namespace = None, context_name: Context = None, kubeconfig: Kubeconfig = None,
+) -> None:
+    """An archive for whoever helps: the job, its pods, events and logs, without secrets.
+
+    What you may not read is left out, and named in the archive. Literals of environments and what looks like a secret
+    are redacted; look through it before you send it.
+    """
+    from rlhf_cli import bundle as verb
+
+    run(verb.bundle(Target(kubeconfig, context_name, namespace), name, out))
+
+
+@app.command(epilog="kubectl rlhf init --model Qwen/Qwen3-8B --data /data/train.jsonl --reward my_pkg:score --gpus 8")
+def init(
+    name: Annotated[str | None, typer.Option(help="Of the job.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, or a directory inside the pods.")] = None,
+    data: Annotated[str | None, typer.Option(help="A .jsonl or .parquet file, a hub dataset, or gym:<task>.")] = None,
+    reward: Annotated[str | None, typer.Option(help="module:function, math, or an http(s) URL.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1)] = None,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    storage: Annotated[str | None, typer.Option(help="Size of the checkpoints' volume, such as 100Gi.")] = None,
+    algorithm: Annotated[str, typer.Option(help="docs/algorithms.md has them.")] = "grpo",
+    separated: Annotated[bool, typer.Option("--separated", help="Engines have GPUs of their own.")] = False,
+    image: Annotated[str, typer.Option(help="Worker image.")] = "rlhf-worker:0.1.0",
+    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="standard output")] = None,
+) -> None:
+    """A valid manifest: asks on a terminal for what no flag tells, takes defaults elsewhere. Needs no cluster."""
+    from rlhf_cli import init as verb
+    from rlhf_cli.convert import write
+
+    given = verb.Answers(name, model, data, reward, gpus, steps, storage, algorithm, separated, image)
+    ask = (lambda words, default: str(typer.prompt(words, default or None))) if verb.interactive() else verb.unattended
+    guarded(lambda: write(verb.manifest(verb.asked(given, ask)), out))
+
+
+@app.command(
+    epilog="kubectl rlhf convert run_qwen.sh --gpus 8 --out job.yaml    kubectl rlhf convert grpo.yaml --from trl",
+)
+def convert(
+    file: Annotated[Path, typer.Argument(help="YAML, or the shell script that starts it; - for standard input.")],
+    framework: Annotated[
+        str | None, typer.Option("--from", help="trl, verl or openrlhf.", show_default="by its options")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Where the configuration does not tell.")] = None,
+    name: Annotated[str, typer.Option(help="Of the job.")] = "converted",
+    out: Annotated[Path | None, typer.Option(help="File to write.", show_default="standard output")] = None,
+) -> None:
+    """A configuration of TRL, verl or OpenRLHF as a manifest. What it cannot carry over it says, and writes on top."""
+    from rlhf_cli import convert as verb
+
+    guarded(lambda: verb.verb(file, framework, gpus, name, out))

@@ -3,7 +3,6 @@
 kubectl carries the stream, for it needs a WebSocket and every way to sign in that kubectl has.
 """
 
-import io
 import re
 import shlex
 import subprocess
@@ -78,18 +77,21 @@ def _copy(target: Target, namespace: str, pod: str, path: str, parts: Sequence[s
     command = ["kubectl", *target.kubectl(), "exec", pod, "-c", "ray", "--", "sh", "-c", script]
     if target.namespace is None:
         command[1:1] = ["--namespace", namespace]
-    try:
-        done = subprocess.run(command, capture_output=True, check=False, timeout=COPY_SECONDS)
-    except FileNotFoundError:
-        raise NoFiles("kubectl is not on the PATH: it copies the files out of the pod") from None
-    except subprocess.TimeoutExpired:
-        raise NoFiles(f"the files did not come out of pod {pod} within {COPY_SECONDS:g} s") from None
-    try:
-        with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
-            archive.extractall(folder, filter="data")
-    except tarfile.TarError as error:
-        words = done.stderr.decode(errors="replace").strip() or str(error)
-        raise NoFiles(f"no files of {path} in pod {pod}: {words} (this needs the right to create pods/exec)") from None
+    with tempfile.TemporaryFile() as packed:  # samples of a long run are no thing to hold in memory
+        try:
+            done = subprocess.run(command, stdout=packed, stderr=subprocess.PIPE, check=False, timeout=COPY_SECONDS)
+        except FileNotFoundError:
+            raise NoFiles("kubectl is not on the PATH: it copies the files out of the pod") from None
+        except subprocess.TimeoutExpired:
+            raise NoFiles(f"the files did not come out of pod {pod} within {COPY_SECONDS:g} s") from None
+        packed.seek(0)
+        try:
+            with tarfile.open(fileobj=packed) as archive:
+                archive.extractall(folder, filter="data")
+        except tarfile.TarError as error:
+            words = done.stderr.decode(errors="replace").strip() or str(error)
+            why = f"no files of {path} in pod {pod}: {words} (this needs the right to create pods/exec)"
+            raise NoFiles(why) from None
 
 
 def _download(url: str, parts: Sequence[str], folder: Path) -> None:
@@ -100,7 +102,8 @@ def _download(url: str, parts: Sequence[str], folder: Path) -> None:
     try:
         fs, root = url_to_fs(url.rstrip("/"))
         names = {found.rstrip("/").rpartition("/")[2] for found in fs.ls(root, detail=False)}
-        for name in names & set(parts):
+        for name in filter(lambda part: fs.exists(f"{root}/{part}"), parts):
+            (folder / name).parent.mkdir(exist_ok=True)
             fs.get(f"{root}/{name}", str(folder / name), recursive=True)
         for name in (one for one in names if one.startswith("step-") and fs.exists(f"{root}/{one}/{RUN}")):
             (folder / name).mkdir()

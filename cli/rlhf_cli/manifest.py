@@ -3,6 +3,7 @@
 import re
 import sys
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def load(path: Path) -> Raw:
 
 def read(path: Path) -> Raw:
     """The same, which need not be valid but for its metadata."""
-    text = _text(path)
+    text = text_of(path)
     try:
         documents = [one for one in yaml.safe_load_all(text) if one]
     except yaml.YAMLError as error:
@@ -39,7 +40,7 @@ def read(path: Path) -> Raw:
     return jobs[0]
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
     if str(path) == "-":
         return sys.stdin.read()
     try:
@@ -58,17 +59,23 @@ def _with_hint(problem: str, raw: Raw) -> str:
     path, _, words = problem.partition(": ")
     parent, _, name = path.rpartition(".")
     if words.startswith("unknown field"):
-        near = get_close_matches(name, list(_schema(parent).get("properties", {})), n=1)
+        near = get_close_matches(name, list(schema(parent).get("properties", {})), n=1)
     else:
-        near = get_close_matches(str(_value(raw, path)), _schema(path).get("enum", []), n=1)
+        near = get_close_matches(str(_value(raw, path)), schema(path).get("enum", []), n=1)
     return problem + (f" (did you mean {near[0]}?)" if near else "")
 
 
-def _schema(path: str) -> Raw:
-    """Of the field at this path, such as `spec.rewards[0]`, in the CRD. Empty where there is none."""
+@cache
+def _whole_schema() -> Raw:
     from rlhf_api.crd import crd
 
-    node: Any = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    found: Raw = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    return found
+
+
+def schema(path: str) -> Raw:
+    """Of the field at this path, such as `spec.rewards[0]`, in the CRD. Empty where there is none."""
+    node: Any = _whole_schema()
     for part in _parts(path):
         node = node.get("items", {}) if isinstance(part, int) else node.get("properties", {}).get(part, {})
     found: Raw = node

@@ -214,6 +214,10 @@ class Client:
         found = await self._all(f"/api/v1/namespaces/{self.namespace}/events")
         return [one for one in found if str(one.get("involvedObject", {}).get("name", "")).startswith(name)]
 
+    async def read(self, path: str) -> Raw:
+        """Any object of the API server, by its path."""
+        return await self._http.json("GET", path)
+
     async def _all(self, path: str, query: Mapping[str, str] | None = None) -> list[Raw]:
         items, more = list[Raw](), ""
         while True:
