@@ -86,8 +86,8 @@ def refusal(code: int, text: str) -> ClientError:
     if code == 401:
         return NotAllowed("the API server does not know you (401): sign in again, or look at the kubeconfig's user")
     if code == 403:
-        return NotAllowed(f"{message}: ask for a role that has this right (the ClusterRole rlhf-operator-view reads, "
-            "rlhf-operator-edit changes)" if GROUP in message else message)
+        return NotAllowed(f"{message}: ask for a role that has this right (of the chart's ClusterRoles "
+            "rlhf-operator-view reads, rlhf-operator-edit changes)" if GROUP in message else message)
     if code == 404:
         return NotFound(message)
     if code == 409 and reason == "AlreadyExists":
