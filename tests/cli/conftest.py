@@ -32,7 +32,7 @@ class Cluster:
         return self.server.put(JOBS, raw | ({"status": status} if status else {}))
 
     def until_watched(self) -> None:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while not self.server.watches["rlhfjobs"] and time.monotonic() < end:
             time.sleep(0.01)
 

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -129,6 +130,29 @@ def test_run_leaves_a_job_that_takes_too_long(cluster: Cluster, cli: Cli, tmp_pa
     assert (result.exit_code, "it goes on: kubectl rlhf watch maths" in result.stderr) == (Exit.TIMED_OUT, True)
 
 
+def test_an_interrupt_leaves_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(a_job("maths")))
+    process = started(cluster, "run", "-f", str(path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    cluster.until_watched()
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, "maths goes on: kubectl rlhf watch maths" in told.decode()) == (Exit.INTERRUPTED, True)
+
+
+def test_who_may_not_is_told_so(cluster: Cluster, cli: Cli) -> None:
+    for code, exit_code in ((403, Exit.NOT_ALLOWED), (401, Exit.NOT_ALLOWED), (500, Exit.NO_CONNECTION)):
+        cluster.server.answers["GET"] = [(code, {})]
+        assert cli("list").exit_code == exit_code
+
+
+def test_kuberay_that_is_missing(cluster: Cluster, cli: Cli) -> None:
+    missing = {"type": "Accepted", "status": "Unknown", "reason": "KubeRayNotInstalled", "message": "no RayCluster",
+        "lastTransitionTime": "2026-11-29T10:00:00Z"}
+    cluster.job(status={"phase": "Pending", "reason": "KubeRayNotInstalled", "conditions": [missing]})
+    assert "KubeRayNotInstalled: install KubeRay 1.6 or newer" in cli("status", "maths").stdout
+
+
 def test_watch_prints_a_line_a_change(cluster: Cluster, cli: Cli) -> None:
     cluster.job(status=RUNNING | {"phase": "Succeeded", "reason": "JobSucceeded"})
     assert cli("watch", "maths").stdout == "Succeeded  JobSucceeded  3/10\n"
@@ -229,12 +253,18 @@ def test_the_cluster_has_other_rlhfjobs(cluster: Cluster, cli: Cli, tmp_path: Pa
 # a terminal
 
 
+def started(
+    cluster: Cluster, *words: str, stdout: int, stderr: int, **environment: str,
+) -> subprocess.Popen[bytes]:
+    given = {**os.environ, "KUBECONFIG": cluster.kubeconfig, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    return subprocess.Popen([sys.executable, "-m", "rlhf_cli", *words], stdout=stdout, stderr=stderr, env=given)
+
+
 def on_a_terminal(cluster: Cluster, columns: int, *words: str, **environment: str) -> tuple[str, int]:
     """What a terminal of so many columns gets, and the exit code."""
     ours, theirs = pty.openpty()
-    given = {**os.environ, "KUBECONFIG": cluster.kubeconfig, "COLUMNS": str(columns), "TERM": "xterm-256color",
-        "PYTHONPATH": os.pathsep.join(sys.path), **environment}
-    process = subprocess.Popen([sys.executable, "-m", "rlhf_cli", *words], stdout=theirs, stderr=theirs, env=given)
+    given = {"COLUMNS": str(columns), "TERM": "xterm-256color", **environment}
+    process = started(cluster, *words, stdout=theirs, stderr=theirs, **given)
     os.close(theirs)
     text = b""
     while select.select([ours], [], [], 60)[0]:
@@ -280,6 +310,24 @@ def test_help_has_an_example_for_each_verb() -> None:
     assert "Exit codes" in CliRunner().invoke(app, ["--help"]).stdout
     for command in app.registered_commands:
         assert "kubectl rlhf" in (command.epilog or ""), command.callback
+
+
+def test_kubectl_completes_verbs_options_and_jobs(
+    cluster: Cluster, cli: Cli, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:
+    from rlhf_cli.completion import process
+
+    cluster.job()
+    for words, told in ((["sta"], "status"), (["status", "mat"], "maths"), (["status", "--out"], "--output")):
+        monkeypatch.setattr("sys.argv", ["kubectl_complete-rlhf", *words])
+        for name in ("_KUBECTL_RLHF_COMPLETE", "COMP_WORDS", "COMP_CWORD"):
+            monkeypatch.setenv(name, "")  # so that it is taken away again
+        process()
+        assert capfd.readouterr().out.split() == [told, ":4"]
+    monkeypatch.setenv("KUBECONFIG", "/absent")
+    monkeypatch.setattr("sys.argv", ["kubectl_complete-rlhf", "status", ""])
+    process()
+    assert capfd.readouterr().out.split() == [":4"], "a shell is no place for an error"
 
 
 # pure

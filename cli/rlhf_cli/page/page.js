@@ -153,7 +153,11 @@ function table(columns, rows, open = null) {
     if (order !== null) shown.sort((a, b) => compare(a[order], b[order]) * (up ? 1 : -1));
     body.replaceChildren(...shown.slice(0, 500).map((row) => {
       const line = make("tr", {}, ...columns.map((column) => cell(column, row)));
-      if (open) line.addEventListener("click", () => open(row, line));
+      if (open) {
+        line.tabIndex = 0;
+        line.addEventListener("click", () => open(row));
+        line.addEventListener("keydown", (event) => event.key === "Enter" && open(row));
+      }
       return line;
     }));
   };
