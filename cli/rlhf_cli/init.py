@@ -10,7 +10,8 @@ import yaml
 
 from rlhf_api.job import AlgorithmSpec
 from rlhf_api.parse import InvalidJob, parse_job
-from rlhf_cli.convert import IMAGE, ordered
+from rlhf_cli.convert import ordered
+from rlhf_cli.convert_rules import IMAGE
 from rlhf_cli.exits import Wrong
 from rlhf_client.errors import nearest
 

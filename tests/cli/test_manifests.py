@@ -10,7 +10,9 @@ from typer.testing import CliRunner, Result
 from rlhf_api.parse import parse_job
 from rlhf_cli import convert_tables as tables
 from rlhf_cli.app import app
-from rlhf_cli.convert import FRAMEWORKS, convert, manifest
+from rlhf_cli.convert import convert, framework_of, manifest
+from rlhf_cli.convert_read import flat
+from rlhf_cli.convert_rules import FRAMEWORKS
 from rlhf_cli.exits import Exit
 from rlhf_cli.init import Answers, asked
 from rlhf_cli.init import manifest as made_by_init
@@ -184,8 +186,6 @@ def test_openrlhf(tmp_path: Path) -> None:
 def test_a_yaml_of_verl_is_read_too() -> None:
     nested = {"data": {"train_files": ["a.jsonl", "b.jsonl"], "train_batch_size": "$B"}, "trainer": {"nnodes": "$N"},
         "actor_rollout_ref": {"model": {"path": "m", "lora_rank": 0, "lora_alpha": 16}, "rollout": {"top_p": 0.9}}}
-    from rlhf_cli.convert import flat, framework_of
-
     given = flat(nested)
     assert framework_of(given) == "verl"
     _, words = manifest(convert("verl", given, None), "x")
