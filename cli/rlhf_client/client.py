@@ -12,6 +12,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import quote
 
 from rlhf_api import API_VERSION, GROUP, KIND, PLURAL, VERSION
 from rlhf_client.errors import (
@@ -73,7 +74,9 @@ class Client:
     async def get(self, name: str) -> Job:
         """Raises NotFound, with the nearest name that there is."""
         try:
-            return Job.of(await self._http.json("GET", self._jobs(name)))
+            if name:
+                return Job.of(await self._http.json("GET", self._jobs(name)))
+            raise NotFound(name)
         except NotFound:
             known = [job.name for job in await self.jobs()]  # NotInstalled where the kind is unknown
             there = f"; there are {', '.join(known[:8])}" if known else ""
@@ -160,8 +163,11 @@ class Client:
             "resourceVersion": str(job.raw["metadata"].get("resourceVersion", "")), "allowWatchBookmarks": "true",
         }
         async for line in self._http.lines(self._jobs(), query, silent_seconds=WATCH_SECONDS + 30.0):
-            event = json.loads(line)
-            kind, raw = event["type"], event["object"]
+            try:
+                event = json.loads(line)
+                kind, raw = event["type"], event["object"]
+            except (ValueError, KeyError):  # a line that was cut off with the connection
+                return
             if kind == "ERROR":
                 return
             if kind == "BOOKMARK" or raw["metadata"]["name"] != job.name:
@@ -195,7 +201,7 @@ class Client:
         pod = pod or await self.head(name)
         query = {"container": container, **({"follow": "true"} if follow else {}),
             **({"previous": "true"} if previous else {}), **({"tailLines": str(tail)} if tail is not None else {})}
-        path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}/log"
+        path = f"/api/v1/namespaces/{self.namespace}/pods/{quote(pod, safe='')}/log"
         async for line in self._http.lines(path, query, silent_seconds=None if follow else 30.0):
             yield line
 
@@ -228,8 +234,8 @@ class Client:
                 return items
 
     def _jobs(self, name: str = "") -> str:
-        root = f"/apis/{GROUP}/{VERSION}/namespaces/{self.namespace}/{PLURAL}"
-        return f"{root}/{name}" if name else root
+        root = f"/apis/{GROUP}/{VERSION}/namespaces/{quote(self.namespace, safe='')}/{PLURAL}"
+        return f"{root}/{quote(name, safe='')}" if name else root
 
 
 def _written(job: "RLHFJob") -> Raw:

@@ -14,6 +14,7 @@ from rlhf_client.kubeconfig import Connection
 
 Raw = dict[str, Any]
 CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 30.0
+UNKNOWN_USER = 401
 UNKNOWN = re.compile(r'unknown field "([^"]+)"')
 
 
@@ -22,11 +23,14 @@ class Http:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._client = httpx.AsyncClient(
-            base_url=connection.server, headers=connection.headers, proxy=connection.proxy, trust_env=True,
-            verify=connection.tls if connection.tls is not None else True,
-            timeout=httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS),
-        )  # fmt: skip
+        try:
+            self._client = httpx.AsyncClient(
+                base_url=connection.server, headers=connection.headers, proxy=connection.proxy, trust_env=True,
+                verify=connection.tls if connection.tls is not None else True,
+                timeout=httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS),
+            )  # fmt: skip
+        except (httpx.InvalidURL, ValueError) as error:
+            raise NoConnection(f"the kubeconfig's server or proxy-url cannot be used: {error}") from None
         name = connection.server_name
         self._extensions: dict[str, Any] = {"sni_hostname": name} if name else {}
 
@@ -39,11 +43,11 @@ class Http:
     ) -> Raw:
         """The object that the API server answers with."""
         data = None if body is None else json.dumps(body)
+        given: Raw = {"params": params, "content": data, "headers": {"Content-Type": content}}
         try:
-            answer = await self._client.request(
-                method, path, params=params, content=data, headers={"Content-Type": content},
-                extensions=self._extensions,
-            )
+            answer = await self._client.request(method, path, **given, extensions=self._extensions)
+            if answer.status_code == UNKNOWN_USER and self._renewed():
+                answer = await self._client.request(method, path, **given, extensions=self._extensions)
         except httpx.HTTPError as error:
             raise self._no_answer(error) from None
         if answer.is_error:
@@ -56,18 +60,35 @@ class Http:
 
     async def lines(
         self, path: str, params: Mapping[str, str], *, silent_seconds: float | None = ANSWER_SECONDS,
+        renew: bool = True,
     ) -> AsyncIterator[str]:
-        """Of an answer that goes on. `silent_seconds`: most time between two; None: no limit."""
+        """Of an answer that goes on. `silent_seconds`: most time between two; None: no limit. `renew`: a token that is
+        refused is taken anew, once.
+        """
         waits = httpx.Timeout(silent_seconds, connect=CONNECT_SECONDS)
+        given: Raw = {"params": params, "timeout": waits, "extensions": self._extensions}
         try:
-            asked = self._client.stream("GET", path, params=params, timeout=waits, extensions=self._extensions)
-            async with asked as answer:
-                if answer.is_error:
-                    raise refusal(answer.status_code, (await answer.aread()).decode(errors="replace"))
-                async for line in answer.aiter_lines():
-                    yield line
+            async with self._client.stream("GET", path, **given) as answer:
+                if not (again := renew and answer.status_code == UNKNOWN_USER and self._renewed()):
+                    if answer.is_error:
+                        raise refusal(answer.status_code, (await answer.aread()).decode(errors="replace"))
+                    async for line in answer.aiter_lines():
+                        yield line
         except httpx.HTTPError as error:
             raise self._no_answer(error) from None
+        if again:
+            async for line in self.lines(path, params, silent_seconds=silent_seconds, renew=False):
+                yield line
+
+    def _renewed(self) -> bool:
+        """Whether there is another token than the one that was refused."""
+        try:
+            headers = self._connection.renew()
+        except OSError as error:
+            raise NotAllowed(f"the token has expired, and there is no other: {error}") from None
+        before = self._client.headers.get("Authorization")
+        self._client.headers.update(headers)
+        return bool(self._client.headers.get("Authorization") != before)
 
     def _no_answer(self, error: httpx.HTTPError) -> NoConnection:
         words = str(error) or type(error).__name__
@@ -83,7 +104,7 @@ def refusal(code: int, text: str) -> ClientError:
         message, reason = str(status.get("message") or text), str(status.get("reason", ""))
     except (ValueError, AttributeError):
         message, reason = text.strip()[:500] or f"it answers {code}", ""
-    if code == 401:
+    if code == UNKNOWN_USER:
         return NotAllowed("the API server does not know you (401): sign in again, or look at the kubeconfig's user")
     if code == 403:
         return NotAllowed(f"{message}: ask for a role that has this right (of the chart's ClusterRoles "

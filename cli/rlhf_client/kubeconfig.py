@@ -12,7 +12,7 @@ import os
 import ssl
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,14 @@ EXEC_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """`headers` authenticate each request; `tls` is None for plain http."""
+    """`headers` authenticate each request; `tls` is None for plain http. `renew` gives them anew: tokens of plugins and
+    files expire while a job is followed.
+    """
 
     server: str
     namespace: str
     headers: dict[str, str] = field(default_factory=dict, repr=False)
+    renew: Callable[[], dict[str, str]] = field(default=dict, repr=False)
     tls: ssl.SSLContext | None = None
     server_name: str | None = None
     proxy: str | None = None
@@ -55,12 +58,16 @@ def _in_cluster(namespace: str | None) -> Connection:
     host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ.get("KUBERNETES_SERVICE_PORT", "443")
     host = f"[{host}]" if ":" in host else host
     try:
-        token = (ACCOUNT / "token").read_text().strip()
-        own = (ACCOUNT / "namespace").read_text().strip()
+        headers, own = _account(), (ACCOUNT / "namespace").read_text().strip()
         tls = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt"))
     except OSError as error:
         raise NoConnection(f"no kubeconfig, and this pod has no service account token: {error}") from None
-    return Connection(f"https://{host}:{port}", namespace or own, {"Authorization": f"Bearer {token}"}, tls)
+    return Connection(f"https://{host}:{port}", namespace or own, headers, _account, tls)
+
+
+def _account() -> dict[str, str]:
+    """Raises OSError."""
+    return {"Authorization": f"Bearer {(ACCOUNT / 'token').read_text().strip()}"}
 
 
 def _merged(paths: list[Path]) -> Raw:
@@ -93,7 +100,7 @@ def _resolve(config: Raw, context: str | None, namespace: str | None) -> Connect
         raise NoConnection(f"the kubeconfig's cluster {chosen.get('cluster')!r} has no server URL")
     headers, credential = _authentication(user)
     return Connection(
-        server, namespace or chosen.get("namespace") or "default", headers,
+        server, namespace or chosen.get("namespace") or "default", headers, lambda: _authentication(user)[0],
         _tls(cluster, user | credential) if server.startswith("https://") else None,
         cluster.get("tls-server-name"), cluster.get("proxy-url"),
     )  # fmt: skip

@@ -105,6 +105,46 @@ async def test_suspend_and_resume_change_one_field(cluster: Cluster) -> None:
             await client.suspend("math")
 
 
+async def test_a_token_that_expires_is_taken_anew(cluster: Cluster, tmp_path: Path) -> None:
+    """Of a plugin, at a call and in the middle of a watch."""
+    (tmp_path / "token").write_text("first")
+    plugin = tmp_path / "plugin"
+    plugin.write_text(f'#!/bin/sh\nprintf \'{{"status": {{"token": "%s"}}}}\' "$(cat {tmp_path}/token)"\n')
+    plugin.chmod(0o755)
+    config = KUBECONFIG.format(server=cluster.server.url).replace("token: secret", f"exec: {{command: {plugin}}}")
+    (tmp_path / "config").write_text(config.replace(", namespace: team", ""))
+    cluster.job(status=RUNNING)
+    async with Client(connect(str(tmp_path / "config"))) as client:
+        await client.get("maths")
+        (tmp_path / "token").write_text("second")
+        cluster.server.answers["GET"] = [(401, {})]
+        assert (await client.get("maths")).name == "maths"
+        (tmp_path / "token").write_text("third")
+        cluster.server.answers["GET"] = []
+        watching = client.watch("maths")
+        await anext(watching)
+        cluster.server.answers["GET"] = [(401, {})]
+        cluster.job(status=END["Succeeded"])
+        assert [job.phase async for job in watching][-1] == "Succeeded"
+        cluster.server.answers["GET"] = [(401, {})]
+        with pytest.raises(NotAllowed):
+            await client.get("maths")
+        plugin.write_text(f'#!/bin/sh\necho x >> {tmp_path}/asked\nprintf \'{{"status": {{"token": "t%s"}}}}\' $$\n')
+        cluster.server.answers["GET"] = [(401, {})] * 2
+        with pytest.raises(NotAllowed):
+            _ = [line async for line in client.logs("maths", pod="x")]
+        assert (tmp_path / "asked").read_text() == "x\n", "not without end"
+    assert [who for _, _, who in cluster.server.requests][:7] == ["first"] * 2 + ["second"] * 3 + ["third"] * 2
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "a?b=c", "a b"])
+async def test_a_name_that_is_no_name(cluster: Cluster, name: str) -> None:
+    cluster.job()
+    async with client_of(cluster) as client:
+        with pytest.raises(NotFound, match="there are maths"):
+            await client.get(name)
+
+
 async def test_pages_are_all_read(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf_client.client.PAGE", 2)
     for name in ("a", "b", "c", "d", "e"):
@@ -149,6 +189,14 @@ async def test_a_cluster_without_the_kind(cluster: Cluster) -> None:
 def test_each_answer_is_the_error_of_what_to_do_next(code: int, text: str, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         raise refusal(code, text)
+
+
+@pytest.mark.parametrize("server", ["http://host:port", "http://[::1"])
+def test_an_address_that_is_none(tmp_path: Path, server: str) -> None:
+    path = tmp_path / "config"
+    path.write_text(KUBECONFIG.format(server=server))
+    with pytest.raises(NoConnection, match="cannot be used"):
+        Client(connect(str(path)))
 
 
 async def test_nobody_answers(tmp_path: Path) -> None:

@@ -209,3 +209,14 @@ def test_the_workers_errors_are_seen_in_a_log() -> None:
             assert ERROR.search(f"x\n{name}: why\n"), name
             assert ERROR.search(f"rlhf_worker.errors.{name}: why"), name
     assert not ERROR.search("step 3/4  reward 0.1")
+
+
+def test_two_jobs_are_compared_with_their_specs(kept: Path, cluster: Cluster, cli: Cli, kubectl: Path) -> None:
+    assert kubectl.exists()
+    for name, steps in (("one", 40), ("two", 50)):
+        cluster.job(name, status=RUNNING, checkpoint__path=str(kept), trainer__steps=steps)
+        labels = {"rlhf.dev/job": name, "rlhf.dev/role": "trainer"}
+        cluster.server.put(PODS, {"metadata": {"name": f"{name}-t", "labels": labels}, "status": {"phase": "Running"}})
+    told = cli("compare", "one", "two")
+    assert told.exit_code == 0, told.output
+    assert told.stdout.splitlines()[-1].split() == ["spec.trainer.steps", "40", "50"]
