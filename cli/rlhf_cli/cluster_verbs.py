@@ -70,11 +70,16 @@ async def status(target: Target, output: Output, name: str) -> None:
 
 
 def _print_page(job: Job, history: list[Step]) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
     from rlhf_cli.status_page import page
 
     out = console()
     for line in page(job, history, utc(), out.width):
-        out.print(line)
+        told = line.lstrip(" ")  # what is wrapped keeps its place
+        shown = Padding(Text.from_markup(told), (0, 0, 0, len(line) - len(told)), expand=False)
+        out.print(shown if told else "")
 
 
 async def _history(client: "Client", job: Job) -> list[Step]:

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rlhf_api.status import Condition, Failure
 from rlhf_cli.advice import what_to_do
 from rlhf_cli.history import Step
-from rlhf_cli.text import age, sparkline
+from rlhf_cli.text import age, short, sparkline
 from rlhf_client.job import Job
 
 COLOURS = {"Succeeded": "green", "Running": "green", "Failed": "red", "Restarting": "yellow", "Suspended": "blue"}
@@ -42,7 +42,7 @@ def _section(title: str, lines: Iterator[str] | list[str]) -> Iterator[str]:
 def _head(job: Job, now: datetime) -> Iterator[str]:
     phase, status = job.phase or "not seen by an operator", job.status
     reason = f" ({escape(status.reason)})" if status.reason else ""
-    facts = [f"{status.gpus} GPUs" if status.gpus else "", status.mode or "",
+    facts = [f"{status.gpus} GPU{'s' if status.gpus > 1 else ''}" if status.gpus else "", status.mode or "",
         f"queue {status.queue}" if status.queue else "", f"goodput {status.goodput}" if status.goodput else "",
         f"age {age(job.raw['metadata'].get('creationTimestamp'), now)}"]
     colour = COLOURS.get(phase, "default")
@@ -78,7 +78,7 @@ def curves(history: Sequence[Step], width: int) -> Iterator[str]:
     room = max(8, min(CURVE, width - LABEL - 24))
     lines = {"reward": [one.reward for one in history], "tokens/s": [one.tokens_per_second for one in history]}
     for name, values in lines.items():
-        ends = f"{values[0]:.3g} … {values[-1]:.3g}"
+        ends = f"{short(values[0])} … {short(values[-1])}"
         yield f"{name.ljust(LABEL)}[cyan]{sparkline(values, room)}[/cyan]  {ends}"
 
 

@@ -57,6 +57,11 @@ def _binned(values: Sequence[float], width: int) -> list[float]:
     return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
 
 
+def short(value: float) -> str:
+    """Three digits, or a whole number where it has more before the point."""
+    return f"{value:.0f}" if 100 <= abs(value) < 1e7 else f"{value:.3g}"
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int, keep: Sequence[str]) -> list[str]:
     """Lines of at most `width` characters where that can be: columns beside `keep` go, the last one first."""
     shown = list(columns)

@@ -20,7 +20,7 @@ from rlhf_cli.app import app
 from rlhf_cli.exits import Exit
 from rlhf_cli.history import Step, of_source, steps
 from rlhf_cli.placement import bar, drawn
-from rlhf_cli.text import age, in_words, sparkline, table
+from rlhf_cli.text import age, in_words, short, sparkline, table
 from rlhf_client.job import Job
 from rlhf_operator.kinds import JOBS
 from tests.api.specs import a_job
@@ -63,6 +63,8 @@ def test_status_tells_all_of_one_job(cluster: Cluster, cli: Cli) -> None:
     ):
         assert part in told, part
     assert "\x1b" not in told, "piped: no colours"
+    assert "\n\nplacement\n  trainer: 1 pod" in told
+    assert [line for line in told.splitlines() if line != line.rstrip()] == []
     assert json.loads(cli("status", "maths", "-o", "json").stdout)["status"] == RUNNING
 
 
@@ -385,6 +387,7 @@ def test_a_gpu_is_drawn_with_its_shares() -> None:
 def test_numbers_as_text() -> None:
     assert [in_words(s) for s in (-1, 59.9, 75, 5400, 200000)] == ["0s", "59s", "1m15s", "1h30m", "2d7h"]
     assert [age(stamp, NOW) for stamp in ("2026-11-29T10:00:00Z", None, "nonsense")] == ["1h00m", "", ""]
+    assert [short(one) for one in (1973.4, 0.02, 0.4464, -1234.0, 1e9)] == ["1973", "0.02", "0.446", "-1234", "1e+09"]
     assert sparkline([0, 1, 2], 10) == "▁▅█"
     assert sparkline([1, 1, 1], 10) == "▅▅▅"
     assert sparkline([float("nan"), 0, 1, float("inf")], 10) == " ▁█ "
