@@ -164,7 +164,7 @@ function table(columns, rows, open = null) {
   const heads = columns.map((column) => {
     const button = make("button", { textContent: column, title: "sort" });
     button.addEventListener("click", () => { up = order === column ? !up : false; order = column; draw(); });
-    return make("th", {}, button);
+    return make("th", { className: rows.some((row) => typeof row[column] === "number") ? "number" : "" }, button);
   });
   filter.addEventListener("input", draw);
   draw();
