@@ -49,6 +49,7 @@ class Child:
         if self._process is not None:
             return
         self._connection, theirs = socket.socketpair()
+        self._answers = self._connection.makefile("rb")
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rlhf_worker.rewards.child", str(theirs.fileno())], pass_fds=[theirs.fileno()],
@@ -73,8 +74,12 @@ class Child:
         if self._closed:  # `close` sets it before it looks for a process, and there is one now
             self._kill()
             raise Failure("the pool was closed")
+        end = time.monotonic() + seconds
         try:
-            line = self._line(pickle.dumps(message), time.monotonic() + seconds)
+            self._connection.settimeout(seconds)
+            self._connection.sendall(pickle.dumps(message))
+            self._connection.settimeout(max(1e-3, end - time.monotonic()))
+            line = self._answers.readline()
         except TimeoutError:
             self._kill()
             raise Failure(f"no answer within {seconds:g} s; its process was killed") from None
@@ -84,18 +89,6 @@ class Child:
             raise Failure(f"its process died: {self._ending()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
-
-    def _line(self, message: bytes, end: float) -> bytes:
-        """What it says to a message, without an end of line if it dies meanwhile. Raises TimeoutError."""
-        self._connection.settimeout(end - time.monotonic())
-        self._connection.sendall(message)
-        line = bytearray()
-        while not line.endswith(b"\n"):
-            self._connection.settimeout(max(1e-3, end - time.monotonic()))
-            if not (part := self._connection.recv(1 << 20)):
-                break
-            line += part
-        return bytes(line)
 
     def _ending(self) -> str:
         """Of a process that closed its socket, in words."""
@@ -113,6 +106,7 @@ class Child:
         _kill_group(self._process)
         status = self._process.wait()
         self._process = None
+        self._answers.close()
         self._connection.close()
         return status
 
