@@ -13,10 +13,9 @@ from torch import Tensor
 
 from rlhf_api.algorithms import Algorithm
 from rlhf_worker.algorithm.advantage import group_mean
-from rlhf_worker.algorithm.correction import correction
+from rlhf_worker.algorithm.correction import Metrics, correction
 from rlhf_worker.algorithm.divergence import LOG_RATIO_LIMIT, k3, kl
 
-Metrics = dict[str, Tensor]
 Columns = Mapping[str, Tensor]
 
 

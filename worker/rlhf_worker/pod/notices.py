@@ -24,7 +24,7 @@ TOKEN = "RAY_AUTH_TOKEN"  # of the environment
 BACKLOG = 128
 
 
-class Heard(Protocol):
+class Listener(Protocol):
     """What is made of a notice; called in the notices' thread."""
 
     def trainer(self, pod: str) -> None: ...
@@ -34,7 +34,7 @@ class Heard(Protocol):
 class Notices:
     """The port is bound at once, so that one that is taken is known. Before `listen`, who connects is refused."""
 
-    def __init__(self, heard: Heard, token: str, port: int = DRIVER_PORT) -> None:
+    def __init__(self, heard: Listener, token: str, port: int = DRIVER_PORT) -> None:
         """Raises PortTaken."""
         self._heard, self._token = heard, token.encode()
         self._unknown = 0
@@ -80,7 +80,7 @@ class Notices:
         return role == "trainer"
 
 
-def listening(heard: Heard) -> Notices | None:
+def listening(heard: Listener) -> Notices | None:
     """None without the token of the job's Ray: whoever reaches the port could end the driver. Raises PortTaken."""
     if token := os.environ.get(TOKEN, ""):
         return Notices(heard, token)
