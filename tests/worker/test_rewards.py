@@ -635,7 +635,7 @@ def test_a_service_that_is_not_there_is_named() -> None:
 
 
 def test_a_row_that_is_no_json_is_named() -> None:
-    with pytest.raises(BadData, match=r"prompt 0:0: column 'blob' is no JSON, .*type bytes is not JSON serializable"):
+    with pytest.raises(BadData, match=r"prompt 0:0: column 'blob' is no JSON .*type bytes is not JSON serializable"):
         HttpReward(http("http://127.0.0.1:9/"), backoff=0.001).score([a_sample(blob=b"\x00")])
 
 

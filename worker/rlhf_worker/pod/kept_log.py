@@ -4,12 +4,11 @@ Best effort, and never in the way: printing goes to the terminal first and waits
 take in time is dropped.
 """
 
-import io
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import ray
 from ray.actor import ActorHandle
@@ -82,8 +81,8 @@ class KeptLog:
         return printable(text) + (f"\n({lost} characters were dropped here)\n" if lost else "")
 
 
-class Tee(io.TextIOBase):
-    """A stream whose text goes to the log too."""
+class Tee:
+    """A text stream whose text goes to the log too; what goes past `write`, such as through `buffer`, is not kept."""
 
     def __init__(self, stream: TextIO, log: KeptLog) -> None:
         self._stream, self._log = stream, log
@@ -93,32 +92,19 @@ class Tee(io.TextIOBase):
         self._log.add(text)
         return count
 
-    def flush(self) -> None:
-        self._stream.flush()
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def __getattr__(self, name: str) -> Any:
-        """What a text stream need not have, such as `buffer`: what goes through there is not kept."""
         return getattr(self._stream, name)
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    def writable(self) -> bool:
-        return True
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._stream.encoding
 
 
 @contextmanager
 def kept_log() -> Iterator[KeptLog]:
     """All that this process prints inside goes there too."""
     log, streams = KeptLog(), (sys.stdout, sys.stderr)
-    sys.stdout, sys.stderr = (Tee(stream, log) for stream in streams)
+    sys.stdout, sys.stderr = (cast(TextIO, Tee(stream, log)) for stream in streams)
     try:
         yield log
     finally:

@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import json
 import math
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -61,6 +62,16 @@ def of_group(samples: Sequence[Sample]) -> dict[str, Any]:
         uid = samples[0].prompt.uid
         raise BadData(f"prompt {uid}: a reward of scope group gets `completions`, so no column may have that name")
     return {**row, "completions": [sample.text for sample in samples]}
+
+
+def no_json(fields: Mapping[str, Any]) -> str:
+    """Which of them cannot be sent, and why; empty where all can."""
+    for name, value in fields.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            return f"column {name!r} is no JSON ({error})"
+    return ""
 
 
 def groups(samples: Iterable[Sample]) -> list[list[Sample]]:

@@ -18,7 +18,7 @@ import httpx
 from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import BadData, BadSpec
 from rlhf_worker.experience import Sample
-from rlhf_worker.rewards.attempt import Failure, Judgement, Once, Reward, arguments
+from rlhf_worker.rewards.attempt import Failure, Judgement, Once, Reward, arguments, no_json
 
 
 class Service(Reward):
@@ -109,21 +109,9 @@ def _json(question: Mapping[str, Any], batch: Sequence[Sample]) -> bytes:
     """Raises BadData for a column that JSON cannot hold."""
     try:
         return json.dumps(question, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        rows = ((sample, name, value) for sample in batch for name, value in arguments(sample).items())
-        sample, column = next((sample, name) for sample, name, value in rows if _odd(value))
-        raise BadData(
-            f"prompt {sample.prompt.uid}: column {column!r} is no JSON, so it cannot be sent to an http reward:"
-            f" {error}: make it text or numbers, or leave the column out"
-        ) from None
-
-
-def _odd(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
-        return True
-    return False
+        uid, words = next((sample.prompt.uid, words) for sample in batch if (words := no_json(arguments(sample))))
+        raise BadData(f"prompt {uid}: {words}: make it text or numbers, or leave the column out") from None
 
 
 def proxy(url: httpx.URL, proxies: Mapping[str, str]) -> tuple[str | None, str]:
