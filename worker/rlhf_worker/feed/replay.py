@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,12 +14,12 @@ from rlhf_api.job import RewardSpec
 from rlhf_api.parse import InvalidJob, load_job
 from rlhf_worker.errors import BadData, BadSpec
 from rlhf_worker.experience import Prompt, Sample, ScoredSample
-from rlhf_worker.feed.rows import Row
 from rlhf_worker.rewards.scorer import Scorer
 from rlhf_worker.storage import Store
 
 FILE = re.compile(r"step-(\d+)\.parquet")
 SAME = 1e-9  # values of a reward that differ by less are equal
+Row = dict[str, Any]
 
 SCHEMA = pa.schema(
     {
@@ -33,7 +34,6 @@ SCHEMA = pa.schema(
         "source": pa.string(), "rewards": pa.list_(pa.string()),  # of data.sources; null: all
     }
 )  # fmt: skip
-OF_SAMPLE = ("token_ids", "logprobs", "mask", "versions", "finish_reason", "episode_reward")
 LATER = ("source", "rewards")  # columns that older files lack
 
 
@@ -54,10 +54,13 @@ def _row(step: int, index: int, item: ScoredSample, advantages: Sequence[float] 
     sample, prompt = item.sample, item.sample.prompt
     return {
         "step": step, "sample": index, "uid": prompt.uid, "prompt": prompt.text, "prompt_token_ids": prompt.token_ids,
-        "fields": json.dumps(prompt.fields, default=str), "source": prompt.source, "rewards": prompt.rewards,
-        "completion": sample.text, **{name: getattr(sample, name) for name in OF_SAMPLE},
-        "reward": item.reward, "parts": list(item.parts.items()), "advantages": advantages,
-    }
+        "fields": json.dumps(prompt.fields, default=str), "completion": sample.text, "token_ids": sample.token_ids,
+        "logprobs": sample.logprobs,
+        "mask": sample.mask, "versions": sample.versions, "finish_reason": sample.finish_reason,
+        "episode_reward": sample.episode_reward,
+        "reward": item.reward, "parts": list(item.parts.items()),
+        "advantages": advantages, "source": prompt.source, "rewards": prompt.rewards,
+    }  # fmt: skip
 
 
 def read(path: Path, step: int | None = None) -> list[ScoredSample]:
@@ -87,11 +90,13 @@ def _file(path: Path, step: int | None) -> Path:
 def _scored(row: Row) -> ScoredSample:
     epoch, number = ["", *row["uid"].split(":")][-2:]
     prompt = Prompt(
-        uid=row["uid"], epoch=int(epoch) if epoch.isdigit() else 0, row=int(number), text=row["prompt"],
-        token_ids=row["prompt_token_ids"], fields=json.loads(row["fields"]), source=row.get("source") or "",
+        uid=row["uid"], epoch=int(epoch) if epoch.isdigit() else 0, row=int(number), token_ids=row["prompt_token_ids"],
+        text=row["prompt"],
+        fields=json.loads(row["fields"]), source=row.get("source") or "",
         rewards=tuple(row["rewards"]) if row.get("rewards") else None,
-    )
-    sample = Sample(prompt=prompt, text=row["completion"], **{name: row[name] for name in OF_SAMPLE})
+    )  # fmt: skip
+    names = ("token_ids", "logprobs", "mask", "versions", "finish_reason", "episode_reward")
+    sample = Sample(prompt=prompt, text=row["completion"], **{name: row[name] for name in names})
     return ScoredSample(sample=sample, reward=row["reward"], parts=dict(row["parts"]))
 
 

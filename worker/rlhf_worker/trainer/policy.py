@@ -3,10 +3,10 @@
 The shell imports neither torch nor transformers, so that the driver, which needs the class, starts without them.
 """
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray.actor import ActorHandle
 
 from rlhf_api.run import RunConfig
 from rlhf_worker.addresses import free_port
@@ -14,7 +14,10 @@ from rlhf_worker.placement import Seat
 from rlhf_worker.roll import Member
 
 if TYPE_CHECKING:
-    from rlhf_worker.trainer.checkpoint import Outcome
+    from rlhf_worker.experience import Batching, PackedBatch, Sample
+    from rlhf_worker.rollout.episode import Request
+    from rlhf_worker.trainer.checkpoint import Outcome, Restored
+    from rlhf_worker.trainer.roles import Text
 
 
 class Policy(Member):
@@ -46,26 +49,58 @@ class Policy(Member):
     def seat(self) -> Seat:
         return Seat.here(self.device)
 
+    def load(self) -> "dict[str, Batching]":
+        return self.trainer.load()
+
+    def logprobs(self, role: str, batches: "list[PackedBatch]") -> dict[int, list[float]]:
+        return self.trainer.logprobs(role, batches)
+
+    def values(self, batches: "list[PackedBatch]") -> dict[int, list[float]]:
+        return self.trainer.values(batches)
+
+    def scores(self, role: str, prompts: "list[Text]", completions: list[str]) -> list[float]:
+        return self.trainer.scores(role, prompts, completions)
+
+    def train(self, role: str, updates: "list[list[PackedBatch]]") -> dict[str, float]:
+        return self.trainer.train(role, updates)
+
+    def refresh(self) -> int:
+        return self.trainer.refresh()
+
+    def generate(self, requests: "list[Request]", deadline_seconds: float) -> "list[Sample | None]":
+        return self.trainer.generate(requests, deadline_seconds)
+
+    def connect(
+        self, engines: list[ActorHandle], backend: str, address: tuple[str, int], distrusted: frozenset[str],
+    ) -> list[str]:
+        return self.trainer.connect(engines, backend, address, distrusted)
+
     def send(self, prove: bool) -> int:
         return self.trainer.send(prove=prove)
+
+    def checksums(self) -> list[dict[str, int]]:
+        return self.trainer.checksums()
+
+    def probe(self, token_ids: list[int]) -> list[float]:
+        return self.trainer.probe(token_ids)
+
+    def fence(self, job: str, attempt: int) -> None:
+        self.trainer.fence(job, attempt)
+
+    def save(self, step: int, sampler: dict[str, Any], loop: dict[str, Any]) -> None:
+        self.trainer.save(step, sampler, loop)
 
     def saved(self, wait: bool) -> "list[Outcome]":
         return self.trainer.saved(wait=wait)
 
+    def restore(self) -> "Restored":
+        return self.trainer.restore()
+
     def export(self, best: bool) -> str:
         return self.trainer.export(best=best)
 
-
-def _forwarder(name: str) -> Callable[..., Any]:
-    def forward(policy: Policy, *arguments: Any) -> Any:
-        return getattr(policy.trainer, name)(*arguments)
-
-    return forward
+    def close(self) -> None:
+        self.trainer.close()
 
 
-for _name in (
-    "load", "logprobs", "values", "scores", "train", "refresh", "generate", "connect", "checksums", "probe", "fence",
-    "save", "restore", "close",
-):
-    setattr(Policy, _name, _forwarder(_name))  # as the trainer declares it
 RemotePolicy = ray.remote(Policy)
