@@ -111,7 +111,7 @@ class Saver:
         self.driver = driver
         self.leads = leads
         self.seconds = seconds
-        self.held: Fence | None = None
+        self.fenced = Fence(self.store, Writer("", 0, driver))  # until `fence` knows more
         self.refused: Fenced | None = None
         # Of its own: its collectives run beside the loop's, and one rank may write for long.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
@@ -123,17 +123,9 @@ class Saver:
         """Take the path over from every driver before. No collective: the leader's first rank does it, the others
         remember. Raises Fenced.
         """
-        self.held = Fence(self.store, Writer(job, attempt, self.driver))
+        self.fenced = Fence(self.store, Writer(job, attempt, self.driver))
         if self._leader:
-            self.held.take()
-
-    @property
-    def fenced(self) -> Fence:
-        """A run that no operator counts is attempt 0."""
-        if self.held is None:
-            self.fence("", 0)
-        assert self.held is not None
-        return self.held
+            self.fenced.take()
 
     @property
     def _leader(self) -> bool:
@@ -357,20 +349,20 @@ class Saver:
         if not self.leads:
             return self._follow(model, roles)
         passed_over: list[str] = []
-        for name, data in self._agreed(partial(persevering, self._candidates)):
+        for name, data in self._agreed(self._candidates):
             state, files = read_run(data)
             faults = [state] if isinstance(state, str) else self._faults(name, files)
             if not faults:
                 assert isinstance(state, RunState)
                 self._require(name, state, model)
-                self._agreed(partial(persevering, partial(self._resume, name)))
+                self._agreed(partial(self._resume, name))
                 self._load(name, roles)
                 return Restored(state, passed_over, self.store.url(name))
             passed_over.append(f"checkpoint {self.store.url(name)} is damaged ({faults[0]}) and was passed over")
         if passed_over:
             raise BadData(f"{'; '.join(passed_over)}; no whole one is left: set spec.checkpoint.path to an empty "
                 "directory to start anew")
-        self._agreed(partial(persevering, partial(self._resume, "")))
+        self._agreed(partial(self._resume, ""))
         return Restored(None, [])
 
     def _resume(self, name: str) -> None:
@@ -379,10 +371,10 @@ class Saver:
 
     def _follow(self, model: dict[str, Any], roles: Roles) -> Restored:
         """What the leader's group chose and read."""
-        name = self._agreed(partial(persevering, partial(self.fenced.resumed, self.seconds)))
+        name = self._agreed(partial(self.fenced.resumed, self.seconds))
         if not name:
             return Restored(None, [])
-        state, _ = read_run(self._agreed(partial(persevering, partial(self.store.read, f"{name}/{RUN}"))))
+        state, _ = read_run(self._agreed(partial(self.store.read, f"{name}/{RUN}")))
         if isinstance(state, str):
             raise BadData(f"checkpoint {self.store.url(name)}: {state}")
         self._require(name, state, model)
@@ -418,11 +410,13 @@ class Saver:
         return found
 
     def _agreed(self, look: Callable[[], Any]) -> Any:
-        """What the group's first rank sees: all ranks must choose the same. Raises what it raised, on all of them."""
+        """What the group's first rank sees at last: all ranks must choose the same. Raises what it raised, on all of
+        them.
+        """
         found: list[Any] = [None]
         if dist.get_rank(self.group) == 0:
             try:
-                found = [look()]
+                found = [persevering(look)]
             except (OSError, BadData, DeadlineExceeded, Fenced) as error:
                 found = [error]
         dist.broadcast_object_list(found, group_src=0, group=self.group)
