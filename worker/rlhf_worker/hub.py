@@ -265,9 +265,9 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def ensure(spec: ModelSpec, patience: float, field: str = "spec.model") -> None:
+def ensure(spec: ModelSpec, patience: float) -> None:
     """On a node that came later, for itself. Raises BadSpec, DownloadFailed."""
-    if spec.source is not None and (keeper := Keeper(field, spec, patience)).whole() is None:
+    if spec.source is not None and (keeper := Keeper("spec.model", spec, patience)).whole() is None:
         keeper.download()
 
 

@@ -4,11 +4,10 @@ A reward that fails ends the run with its own error, or has the group drawn anew
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from itertools import compress
 from typing import Self
 
 from rlhf_api.job import RewardSpec
@@ -50,13 +49,13 @@ class Scorer:
         RewardFailed, BadData, BadSpec.
         """
         failed = {sample.prompt.uid for sample in samples if sample.failure}
-        judged = {spec.name: [s for s in samples if s.prompt.judged_by(spec.name)] for spec in self._specs}
-        whole = {name: [sample.prompt.uid not in failed for sample in of] for name, of in judged.items()}
-        asked = {name: list(compress(of, whole[name])) for name, of in judged.items()}
-        answers = self._executor.map(lambda reward: reward.score(asked[reward.spec.name]), self._rewards)
-        values = dict(zip((reward.spec.name for reward in self._rewards), answers, strict=True))
-        values |= {n: list(compress(_checked(n, of, judged[n]), whole[n])) for n, of in (models or {}).items()}
-        each = {name: iter(given) for name, given in values.items()}
+        whole = [sample for sample in samples if sample.prompt.uid not in failed]
+        answers = self._executor.map(lambda reward: reward.score(_judged(reward.spec.name, whole)), self._rewards)
+        each = {reward.spec.name: iter(answer) for reward, answer in zip(self._rewards, answers, strict=True)}
+        for name, values in (models or {}).items():
+            judged = _judged(name, samples)
+            pairs = zip(judged, _checked(name, values, judged), strict=True)
+            each[name] = iter([judgement for sample, judgement in pairs if sample.prompt.uid not in failed])
         return [
             _unscored(sample) if sample.prompt.uid in failed
             else self._scored(sample, {n: next(given) for n, given in each.items() if sample.prompt.judged_by(n)})
@@ -92,6 +91,10 @@ class Scorer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _judged(name: str, samples: Iterable[Sample]) -> list[Sample]:
+    return [sample for sample in samples if sample.prompt.judged_by(name)]
 
 
 def _tried_out(groups: Sequence[Sequence[Sample]], reward: Reward) -> str:
