@@ -83,8 +83,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """`passed_over`: newer checkpoints that are damaged, each by name and fault. `path`: of the one that was read, told
-    by the leader's ranks.
+    """`passed_over`: newer checkpoints that are damaged, each by name and fault. `path`: of the one that was read.
     """
 
     state: RunState | None
@@ -346,40 +345,37 @@ class Saver:
         Raises BadData for one of another model, and when every one is damaged; Fenced; OSError while storage does not
         give what it may hold: that is no damage, and another start may find it.
         """
-        if not self.leads:
-            return self._follow(model, roles)
         passed_over: list[str] = []
-        for name, data in self._agreed(self._candidates):
+        for name, data in self._agreed(self._offered):
             state, files = read_run(data)
-            faults = [state] if isinstance(state, str) else self._faults(name, files)
+            faults = [state] if isinstance(state, str) else self._faults(name, files) if self.leads else []
             if not faults:
                 assert isinstance(state, RunState)
                 self._require(name, state, model)
-                self._agreed(partial(self._resume, name))
+                self._choose(name)
                 self._load(name, roles)
                 return Restored(state, passed_over, self.store.url(name))
             passed_over.append(f"checkpoint {self.store.url(name)} is damaged ({faults[0]}) and was passed over")
         if passed_over:
             raise BadData(f"{'; '.join(passed_over)}; no whole one is left: set spec.checkpoint.path to an empty "
                 "directory to start anew")
-        self._agreed(partial(self._resume, ""))
+        self._choose("")
         return Restored(None, [])
 
-    def _resume(self, name: str) -> None:
-        self.fenced.resume(name)
-        self._point()  # the one before may have ended between a checkpoint and this
+    def _offered(self) -> list[tuple[str, bytes]]:
+        """To choose from, newest first, each with run.json; other groups take what the leader's chose."""
+        if self.leads:
+            return self._candidates()
+        name = self.fenced.resumed(self.seconds)
+        return [(name, self.store.read(f"{name}/{RUN}"))] if name else []
 
-    def _follow(self, model: dict[str, Any], roles: Roles) -> Restored:
-        """What the leader's group chose and read."""
-        name = self._agreed(partial(self.fenced.resumed, self.seconds))
-        if not name:
-            return Restored(None, [])
-        state, _ = read_run(self._agreed(partial(self.store.read, f"{name}/{RUN}")))
-        if isinstance(state, str):
-            raise BadData(f"checkpoint {self.store.url(name)}: {state}")
-        self._require(name, state, model)
-        self._load(name, roles)
-        return Restored(state, [])
+    def _choose(self, name: str) -> None:
+        def resume() -> None:
+            self.fenced.resume(name)
+            self._point()  # the one before may have ended between a checkpoint and this
+
+        if self.leads:
+            self._agreed(resume)
 
     def _ranked(self) -> list[str]:
         """Whole checkpoints of steps that have the metric of spec.checkpoint.best, the best first."""
