@@ -118,12 +118,12 @@ def run(text: str, given: str, limits: ProgramLimits) -> ProgramOutcome:
 
 def _waited(folder: Path, limits: ProgramLimits, stdin: Any, stdout: Any) -> tuple[int | None, bool]:
     """Its status, and whether it was isolated: it tells by a pipe, which the program has not."""
-    told, tell = os.pipe()
-    with open(told, "rb") as words:  # noqa: PTH123
+    reader, writer = os.pipe()
+    with open(reader, "rb") as words:  # noqa: PTH123
         try:
-            status = _status(folder, limits, tell, stdin, stdout)
+            status = _status(folder, limits, writer, stdin, stdout)
         finally:
-            os.close(tell)
+            os.close(writer)
         return status, bool(words.read())
 
 

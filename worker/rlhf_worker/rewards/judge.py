@@ -59,12 +59,12 @@ class JudgeReward(Service):
     def values(self, answer: Any, count: int) -> list[Judgement]:
         try:
             text = answer["choices"][0]["message"]["content"]
-            found = list(self._pattern.finditer(text or ""))
+            matches = list(self._pattern.finditer(text or ""))
         except (KeyError, IndexError, TypeError):
             raise Failure(f"no answer of chat completions: {json.dumps(answer):.300}") from None
-        if not found:
+        if not matches:
             raise Failure(f"no score by judge.pattern in the judge's answer {text!r:.300}")
-        return [Judgement(self._scaled(found[-1][1], text))]
+        return [Judgement(self._scaled(matches[-1][1], text))]
 
     def _scaled(self, score: str | None, text: str) -> float:
         low, high = self.judge.low, self.judge.high

@@ -125,18 +125,18 @@ def opened(config: RunConfig, tokenizer: Any) -> dict[str, Environments]:
     """The run's own by "", and by the name of an evaluation set what plays it: its own environment, or the run's, with
     observations as the set's data renders them. Raises BadSpec.
     """
-    found: dict[str, Environments] = {}
+    environments: dict[str, Environments] = {}
     if run := config.rollout.environment:
-        found[""] = Environments(run, Speech.of(tokenizer, config))
+        environments[""] = Environments(run, Speech.of(tokenizer, config))
     for spec in config.evaluation:
         field = f"evaluation[{spec.name}]"
         if spec.environment or run:
             speech = _speech(tokenizer, config, spec.data, field)
-            found[spec.name] = (
+            environments[spec.name] = (
                 Environments(spec.environment, speech, f"{field}.environment") if spec.environment
-                else found[""].speaking(speech, field)
+                else environments[""].speaking(speech, field)
             )
-    return found
+    return environments
 
 
 def _speech(tokenizer: Any, config: RunConfig, data: PromptsSpec, field: str) -> Speech:
