@@ -28,7 +28,6 @@ class KeptLog:
         self._parts: list[str] = []
         self._waiting = self._dropped = 0
         self._closing = threading.Event()
-        self._call: Any = None
         self._thread: threading.Thread | None = None
 
     def add(self, text: str) -> None:
@@ -51,28 +50,15 @@ class KeptLog:
             self._thread.join(LAST_SECONDS)
 
     def _work(self, feed: ActorHandle, attempt: int) -> None:
+        """One call at a time, so that lines keep their order. It may hang: nobody waits for this thread."""
         try:
-            while not self._closing.wait(SEND_SECONDS):
-                self._send(feed, attempt, seconds=0.0)
-            self._send(feed, attempt, seconds=LAST_SECONDS)
-            self._taken(LAST_SECONDS)
+            closing = False
+            while not closing:
+                closing = self._closing.wait(SEND_SECONDS)
+                if text := self._take():
+                    ray.get(feed.keep_log.remote(attempt, text))
         except Exception as error:  # a feed that died, a disk that is full: the log of the container has it all
             print(f"the log of this attempt is kept no further: {error}", file=sys.stderr, flush=True)
-
-    def _send(self, feed: ActorHandle, attempt: int, seconds: float) -> None:
-        """One call at a time, so that lines keep their order."""
-        if self._taken(seconds) and (text := self._take()):
-            self._call = feed.keep_log.remote(attempt, text)
-
-    def _taken(self, seconds: float) -> bool:
-        """Whether the last call has ended. Raises what it raised."""
-        if self._call is None:
-            return True
-        if not ray.wait([self._call], timeout=seconds)[0]:
-            return False
-        call, self._call = self._call, None
-        ray.get(call)
-        return True
 
     def _take(self) -> str:
         with self._lock:
