@@ -52,15 +52,13 @@ class TakeOver:
     resumed: str | None = None
 
 
-def outranks(turn: TakeOver, writer: Writer) -> bool:
-    """Whether `writer` may not take over from it: a higher attempt of its job is there. A run by hand may always."""
-    return 0 < writer.attempt < turn.attempt and turn.job == writer.job
-
-
 def barred(line: Sequence[TakeOver], writer: Writer) -> TakeOver | None:
-    """The turn that keeps `writer` from taking over: of a higher attempt, or of another job after this very attempt."""
+    """The turn that keeps `writer` from taking over: of a higher attempt, or of another job after this very attempt. A
+    run by hand may always.
+    """
     for turn in reversed(line):
-        if outranks(turn, writer) or (turn.job != writer.job and _was_before(line, turn, writer)):
+        higher = 0 < writer.attempt < turn.attempt
+        if higher if turn.job == writer.job else _was_before(line, turn, writer):
             return turn
     return None
 
