@@ -13,8 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from rlhf_api.job import RewardSpec
@@ -143,7 +144,6 @@ class PythonReward(Reward):
         self._children = [Child(group=group, name=name, **what) for _ in range(spec.workers)]
         # The one that was used last comes first, so that no more are started than are needed.
         self._idle: queue.LifoQueue[Child] = queue.LifoQueue()
-        self._threads = ThreadPoolExecutor(spec.workers, thread_name_prefix=f"reward-{spec.name}")
         for child in self._children:
             self._idle.put(child)
         try:
@@ -151,11 +151,13 @@ class PythonReward(Reward):
         except Failure as error:
             raise RewardFailed(f"{field} did not start: {error}") from None
 
-    def opened(self) -> contextlib.nullcontext[Once]:
-        return contextlib.nullcontext(self._once)
+    @contextlib.asynccontextmanager
+    async def opened(self) -> AsyncIterator[Once]:
+        with ThreadPoolExecutor(self.spec.workers, thread_name_prefix=f"reward-{self.spec.name}") as threads:
+            yield partial(self._once, threads)
 
-    async def _once(self, batch: Sequence[Sample], attempt: int) -> list[Judgement]:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._call, batch)
+    async def _once(self, threads: ThreadPoolExecutor, batch: Sequence[Sample], attempt: int) -> list[Judgement]:
+        return await asyncio.get_running_loop().run_in_executor(threads, self._call, batch)
 
     def _call(self, batch: Sequence[Sample]) -> list[Judgement]:
         asked = of_group(batch) if self.spec.scope == "group" else arguments(batch[0])
@@ -168,4 +170,3 @@ class PythonReward(Reward):
     def close(self) -> None:
         for child in self._children:
             child.close()
-        self._threads.shutdown()
