@@ -74,8 +74,11 @@ def state(step: int) -> RunState:
 
 def saver(
     root: str | Path, keep: int = 2, expected: tuple[str, ...] = ("policy",), driver: str = "a", leads: bool = True,
+    best: BestSpec | None = None,
 ) -> Saver:
-    return Saver(str(root), keep, expected, driver, leads=leads, seconds=60.0)
+    its = Saver(str(root), keep, expected, driver, leads=leads, seconds=60.0, best=best)
+    its.fence("", 0)
+    return its
 
 
 def named(step: int, driver: str = "a", job: str = "", attempt: int = 0) -> str:
@@ -130,7 +133,7 @@ def test_only_the_newest_are_kept_and_a_half_written_one_does_not_count(root: st
 
 def scores(root: str | Path, values: dict[int, float | None], best: BestSpec | None, driver: str = "a") -> Saver:
     """A save of each step with the score that the loop remembers of it; only the newest is kept, besides the best."""
-    its = Saver(str(root), 1, ("policy",), driver, leads=True, seconds=60, best=best)
+    its = saver(root, 1, driver=driver, best=best)
     for step, value in values.items():
         memory = {} if value is None else {"score": {"eval/a/mean_reward": value}}
         its.begin(replace(state(step), loop=memory), {"policy": made(step)})
@@ -146,7 +149,7 @@ def test_the_best_is_kept_beside_the_newest_and_read_back(root: str, mode: Any, 
     module, _ = held = made(99)
     assert its.load_best(module) == (named(kept[0]) if mode else "")
     assert same(weights(held), weights(made(kept[0] if mode else 99)))
-    resumed = Saver(root, 1, ("policy",), "a", leads=True, seconds=60, best=best).restore(MODEL, {"policy": made(1)})
+    resumed = saver(root, 1, best=best).restore(MODEL, {"policy": made(1)})
     assert resumed.state is not None and resumed.state.step == 12
 
 
@@ -154,7 +157,7 @@ def test_another_metric_a_damaged_and_a_void_checkpoint_are_not_the_best(root: s
     best = BestSpec(metric="eval/a/mean_reward")
     early = scores(root, {2: 0.1, 3: 0.2}, None, "a")
     early.keep = 9
-    late = Saver(root, 9, ("policy",), "b", leads=True, seconds=60, best=best)
+    late = saver(root, 9, driver="b", best=best)
     late.restore(MODEL, {"policy": made(0)})
     Store(root).write(f"{named(4)}/run.json", Store(root).read(f"{named(3)}/run.json").replace(b"0.2", b"0.9"))
     assert Saver(root, 9, ("policy",), "c", leads=True, seconds=60, best=BestSpec(metric="reward/mean"))._ranked() == []

@@ -173,9 +173,8 @@ def guarded(work: Callable[[], object]) -> int:
         words = _always(error, cause)
         print(words, file=sys.stderr, flush=True)
         _tell_kubelet(words)
-        return EXIT_BAD_SPEC if isinstance(
-            cause, BadSpec,
-        ) else EXIT_BAD_DATA if isinstance(cause, BadData) else EXIT_FAILED
+        codes = {BadSpec: EXIT_BAD_SPEC, BadData: EXIT_BAD_DATA}
+        return next((code for kind, code in codes.items() if isinstance(cause, kind)), EXIT_FAILED)
     return EXIT_OK
 
 
