@@ -544,6 +544,11 @@ class TrainerSpec(Model):
     )
     context_parallel: Gpus = Field(1, description="FSDP ranks that share each sequence, for sequences whose "
         "activations one GPU cannot hold; a divisor of gpus and of the model's attention heads.")
+    sharding: Literal["Full", "Hybrid"] = Field(
+        "Full",
+        description="Full: a role's weights, gradients and optimizer state are divided over all of its ranks. Hybrid: "
+            "over the ranks of a node, and each node holds a copy: gradients cross nodes once an update, weights never.",
+    )
     tokens_per_micro_batch: PositiveInt = Field(8192, description="Token budget of one packed micro-batch on one "
         "rank; one sequence may take more.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass.")
