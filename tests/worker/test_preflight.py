@@ -56,6 +56,15 @@ def test_what_roles_need_at_least(counts: dict[str, int], world: int, offload: b
     assert (need.moment, need.bytes) == ("training", expected)
 
 
+def test_a_node_s_ranks_hold_a_copy_between_them() -> None:
+    spec = {"steps": 1, "gpus": 8, "sharding": "Hybrid"}
+    config = run_config(trainer=spec, rollout={"maxTokens": 16, "engines": 8}, placement={"gpusPerNode": 4})
+    need = needed_bytes(config, {"policy": BILLION}, 8, 0)
+    assert need.bytes == 4 * BILLION
+    with pytest.raises(BadSpec, match=r": set spec\.trainer\.sharding to Full, set spec\.trainer\.offload, or lower"):
+        check_memory(need, GIB, GIB, "GPU x", config.trainer.sharding)
+
+
 def test_frozen_weights_are_counted_in_their_own_type() -> None:
     config = run_config(model={"path": "/m", "lora": {}}, algorithm={"name": "ppo"})
     assert needed_bytes(config, {"policy": BILLION, "critic": BILLION}, 2, 0).bytes == 9 * BILLION
