@@ -547,7 +547,8 @@ class TrainerSpec(Model):
     sharding: Literal["Full", "Hybrid"] = Field(
         "Full",
         description="Full: a role's weights, gradients and optimizer state are divided over all of its ranks. Hybrid: "
-            "over the ranks of a node, and each node holds a copy: gradients cross nodes once an update, weights never.",
+            "over the ranks of a node, and each node holds a copy; gradients cross nodes once an update, weights "
+            "never.",
     )
     tokens_per_micro_batch: PositiveInt = Field(8192, description="Token budget of one packed micro-batch on one "
         "rank; one sequence may take more.")

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LinearLR, SequentialLR
@@ -132,14 +131,14 @@ def _copies(
     batches = dealt(sequences(), world, made.config.trainer, padded=False)[rank]
     spare = [empty_batch(sequences()[0].columns)] * (3 - len(batches))
     first = after(made, [[*batches, *spare]])
-    reduced, groups = _fsdp_collectives.dist.all_reduce, []
+    reduced, groups = dist.all_reduce, []
 
     def noted(*args: Any, **more: Any) -> Any:
         groups.extend([more["group"].size()] if "group" in more else [])
         return reduced(*args, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_fsdp_collectives.dist, "all_reduce", noted)
+        patch.setattr(dist, "all_reduce", noted)
         second = after(made, [[*batches, *spare]])
     extents = {name: held.extent for name, held in made.source.held().items()}
     return groups, extents, (first, second)

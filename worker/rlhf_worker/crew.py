@@ -54,7 +54,7 @@ def start(config: RunConfig, stage: Stage, reporter: Reporter, roll: Roll) -> tu
     reporter.update(detail="starting feed, trainer and engines")
     problems, backend = Problems(), ""
     with problems:
-        backend = choose(config, stage.device, one_node=len({bundle.node for bundle in stage.bundles.values()}) == 1)
+        backend = choose(config, stage.device)
     with problems:
         check_engine_args(config)
     with problems:

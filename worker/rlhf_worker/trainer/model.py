@@ -264,8 +264,9 @@ def mesh_of(device: str, ranks: int, shards: int) -> DeviceMesh:
 
 
 def gathered(module: RoleModule, *, last: bool) -> None:
-    """Before each micro-batch of an update on a rank that holds a whole copy. Its weights are cast for the products once an update, and
-    gradients added up as they come; a cast and a reduction a micro-batch read and write 36 bytes a parameter more.
+    """Before each micro-batch of an update on a rank that holds a whole copy. Its weights are cast for the products
+    once an update, and gradients added up as they come; a cast and a reduction a micro-batch read and write 36 bytes a
+    parameter more.
     """
     for layer in module.layers:
         layer.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]  # of FSDP
