@@ -585,7 +585,7 @@ class WeightSyncSpec(Model):
     backend: Literal["auto", "nccl", "ipc", "shm", "gloo", "vllm-nccl", "vllm-ipc", "sharded_rdt"] = Field(
         "auto",
         description="auto: with model.lora adapter; else on GPU ipc when Colocated and nccl when Separated; on CPU "
-            "shm on one node and gloo on several. vllm-nccl, vllm-ipc and sharded_rdt are vLLM's own.",
+            "shm. ipc and shm reach other nodes by nccl and gloo. vllm-nccl, vllm-ipc and sharded_rdt are vLLM's own.",
     )
     verify: bool = Field(True, description="Prove after the first sync, and every verifyEverySteps, that the engines "
         "hold the trainer's weights.")
