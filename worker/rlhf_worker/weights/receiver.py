@@ -71,7 +71,8 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
         self._open(self.terms.handles)
         if self.terms.transient:
             self._let_go()
-        far = self.terms.far(self.recording.plan, self.engine)
+        alone = self.terms.alone(self.engine)
+        far = [] if alone else self.terms.far(self.terms.sent(self.recording.plan), self.engine)
         self.sent = {piece.move.target for piece in far}
         self.links = [
             self.terms.open(

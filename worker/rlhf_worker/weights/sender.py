@@ -80,38 +80,31 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
             link, metas, self.source.places(), tuple(extents), self.group, tuple(trainers), tuple(engines),
             self.source.transient, self._agree(self._open_hub), self.info.deadline_seconds,
         )
-        needs = self._legs(legs(trainers, engines))
+        self._meet_at([leg for leg in legs(trainers, engines) if not self.terms.alone(leg.engines[0])])
         self.places = self._places()
         if mapping:
             self.terms = replace(self.terms, handles=tuple(self._all(self._export())))
         joining = self.client.begin_connect(pickle.dumps(self.terms)) if self.is_sender else []
-        self.links = [
-            self.terms.open(number, self.terms.legs[number].senders.index(self.info.rank), own, self.device)
-            for number, own in needs.items()
-        ]
+        self._open_links()
         self.stage = wire.shared_stage(self.links, self.device)
         self._prepare()
         self._meet(joining)
 
-    def _legs(self, possible: Sequence[Leg]) -> dict[int, dict[int, list[Piece]]]:
-        """Those that carry something become the terms'. Returns this rank's own, by number, with what their engines'
-        tensor-parallel ranks need.
-        """
-        needs: dict[int, dict[int, list[Piece]]] = {}
-        for number, leg in enumerate(possible):
-            if self.info.rank in leg.senders:
-                own = {rank: leg.own(self.terms.far(plan, leg.engines[0])) for rank, plan in enumerate(self.plans)}
-                if any(own.values()) or any(leg.own(self._whole(meta, leg)) for meta in self.terms.metas):
-                    needs[number] = own
-        leads = [number for number in needs if possible[number].senders[0] == self.info.rank]
+    def _meet_at(self, found: Sequence[Leg]) -> None:
+        """Legs become the terms', with a place where each one's first sender is met."""
+        leads = [number for number, leg in enumerate(found) if leg.senders[0] == self.info.rank]
         told = self._all({number: self._address() for number in leads})
         meetings = {number: address for one in told for number, address in one.items()}
-        carrying = sorted(meetings)
         self.terms = replace(
-            self.terms, legs=tuple(possible[number] for number in carrying),
-            meetings=tuple(meetings[number] for number in carrying),
+            self.terms, legs=tuple(found), meetings=tuple(meetings[number] for number in range(len(found))),
         )
-        return {carrying.index(number): own for number, own in needs.items()}
+
+    def _open_links(self) -> None:
+        own = [(number, leg) for number, leg in enumerate(self.terms.legs) if self.info.rank in leg.senders]
+        plans = [self.terms.sent(plan) for plan in self.plans] if own else []
+        for number, leg in own:
+            needs = {rank: leg.own(self.terms.far(plan, leg.engines[0])) for rank, plan in enumerate(plans)}
+            self.links.append(self.terms.open(number, leg.senders.index(self.info.rank), needs, self.device))
 
     def _address(self) -> tuple[str, int]:
         host = ray.util.get_node_ip_address() if self.info.rank else self.info.host
@@ -231,18 +224,14 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
             moved = bool(flag.item())
         return pickle.dumps(tuple(self._all(self._export()))) if moved else None
 
-    def _whole(self, meta: ParamMeta, leg: Leg) -> list[Piece]:
-        """Of a tensor that engines load by load_weights."""
-        loaded = any(meta.name in plan.reload for plan in self.plans)
-        return self.terms.whole(meta, self.source.dtype, leg.engines[0]) if loaded else []
-
     def _send_whole(self, meta: ParamMeta) -> None:
         """One at a time, to every rank that loads it."""
         takers = [rank for rank, plan in enumerate(self.plans) if meta.name in plan.reload]
         for link in self.links if takers else ():
             group = link.leg.group(self.group.ranks)
             receivers = [group.number(engine, rank) for rank in takers for engine in range(group.engines)]
-            parts = [part for part in link.leg.own(self._whole(meta, link.leg)) if part.rank == link.me]
+            whole = self.terms.whole(meta, self.source.dtype, link.leg.engines[0])
+            parts = [part for part in link.leg.own(whole) if part.rank == link.me]
             link.once(to_all(parts, receivers), self._take, self.source.dtype, self._given_up)
 
     def checksums(self) -> list[dict[str, int]]:
@@ -252,7 +241,8 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
     @cached_property
     def _shares(self) -> list[list[Piece]]:
         """Of each plan: every element is one rank's, whoever sends it."""
-        return [[piece for piece in self.terms.cut(plan) if piece.rank == self.info.rank] for plan in self.plans]
+        cut = [self.terms.cut(self.terms.joined(plan)) for plan in self.plans]
+        return [[piece for piece in own if piece.rank == self.info.rank] for own in cut]
 
     def _sums(self, plan: RankPlan, own: Sequence[Piece]) -> dict[str, int]:
         totals = {target: torch.zeros((), dtype=torch.int64, device=self.device) for target in plan.dtypes}

@@ -41,7 +41,7 @@ class Terms:
     transient: bool
     control: Meeting
     deadline_seconds: float
-    legs: tuple[Leg, ...] = ()  # that carry something
+    legs: tuple[Leg, ...] = ()  # to engines that are not alone
     meetings: tuple[tuple[str, int], ...] = ()  # of each leg's members
     handles: tuple[dict[str, Handle], ...] = ()
 
@@ -53,26 +53,41 @@ class Terms:
         """The engines that read what trainer ranks of the node hold. Each of their ranks is a reader, in this order."""
         return [engine for engine, place in enumerate(self.engines) if place == node]
 
+    def alone(self, engine: int) -> bool:
+        """Whether nothing has to come from other nodes."""
+        near = {part for rank in self.near(engine) for part in self.shards[rank].items()}
+        return all(part in near for own in self.shards for part in own.items() if part[1][0] < part[1][1])
+
     def read(self, plan: RankPlan, engine: int) -> list[Piece]:
         """What one of its ranks reads in memory, view by view, strided or not."""
         near = self.near(engine)
-        return [piece for piece in self.cut(plan, near) if piece.rank in near] if near else []
+        return [piece for piece in self.cut(self.joined(plan), near) if piece.rank in near] if near else []
 
-    def far(self, plan: RankPlan, engine: int) -> list[Piece]:
-        """What comes to it over links."""
+    def sent(self, plan: RankPlan) -> RankPlan:
+        """Joined for the links."""
+        return self.joined(plan, SMALL_BYTES[self.link])
+
+    def far(self, sent: RankPlan, engine: int) -> list[Piece]:
+        """What comes to one of its ranks over links."""
         near = self.near(engine)
-        if len(near) == len(self.trainers):
-            return []
-        return [piece for piece in self.cut(plan, near, SMALL_BYTES[self.link]) if piece.rank not in near]
+        return [piece for piece in self.cut(sent, near, SMALL_BYTES[self.link]) if piece.rank not in near]
+
+    def joined(self, plan: RankPlan, small: float = inf) -> RankPlan:
+        return joined(plan, self.places, self._dtypes, small)
 
     def cut(self, plan: RankPlan, near: Sequence[int] = (), small: float = inf) -> list[Piece]:
-        """What one engine rank needs, cut by who holds it."""
-        dtypes = {self.places[meta.name][0]: dtype_name(meta.dtype) for meta in self.metas}
-        return pieces(joined(plan, self.places, dtypes, small), self.shards, dtypes, small, near)
+        """A joined plan by who gives what."""
+        return pieces(plan, self.shards, self._dtypes, small, near)
+
+    @property
+    def _dtypes(self) -> dict[str, str]:
+        """By parameter of the trainer."""
+        return {self.places[meta.name][0]: dtype_name(meta.dtype) for meta in self.metas}
 
     def whole(self, meta: ParamMeta, dtype: torch.dtype, engine: int) -> list[Piece]:
         """A checkpoint tensor as it is, in the engine's type."""
-        return self.cut(whole(meta.name, prod(meta.shape), dtype_name(dtype)), self.near(engine), 0)
+        plan = whole(meta.name, prod(meta.shape), dtype_name(dtype))
+        return self.cut(self.joined(plan, 0), self.near(engine), 0)
 
     def open(self, number: int, me: int, needs: Mapping[int, Sequence[Piece]], device: torch.device) -> Link:
         """A member's end of a leg. me: its number in the leg's group; needs: by tensor-parallel rank, of every engine
