@@ -544,6 +544,12 @@ class TrainerSpec(Model):
     )
     context_parallel: Gpus = Field(1, description="FSDP ranks that share each sequence, for sequences whose "
         "activations one GPU cannot hold; a divisor of gpus and of the model's attention heads.")
+    sharding: Literal["Full", "Hybrid"] = Field(
+        "Full",
+        description="Full: a role's weights, gradients and optimizer state are divided over all of its ranks. Hybrid: "
+            "over the ranks of a node, and each node holds a copy; gradients cross nodes once an update, weights "
+            "never.",
+    )
     tokens_per_micro_batch: PositiveInt = Field(8192, description="Token budget of one packed micro-batch on one "
         "rank; one sequence may take more.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass.")
@@ -579,7 +585,7 @@ class WeightSyncSpec(Model):
     backend: Literal["auto", "nccl", "ipc", "shm", "gloo", "vllm-nccl", "vllm-ipc", "sharded_rdt"] = Field(
         "auto",
         description="auto: with model.lora adapter; else on GPU ipc when Colocated and nccl when Separated; on CPU "
-            "shm on one node and gloo on several. vllm-nccl, vllm-ipc and sharded_rdt are vLLM's own.",
+            "shm. ipc and shm reach other nodes by nccl and gloo. vllm-nccl, vllm-ipc and sharded_rdt are vLLM's own.",
     )
     verify: bool = Field(True, description="Prove after the first sync, and every verifyEverySteps, that the engines "
         "hold the trainer's weights.")

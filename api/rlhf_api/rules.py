@@ -130,6 +130,13 @@ def _whole_nodes(job: RLHFJob) -> Iterator[str]:
         yield f"they are {gpus} GPUs ({each}), placement.gpusPerNode is {node}"
 
 
+def _hybrid(job: RLHFJob) -> Iterator[str]:
+    groups, node = {"trainer": job.spec.trainer.gpus, **own_gpus(job.spec)}, job.spec.placement.gpus_per_node
+    odd = [f"{name} {gpus}" for name, gpus in groups.items() if gpus % node]
+    if job.spec.trainer.sharding == "Hybrid" and sum(groups.values()) > node and odd:
+        yield f"gpus: {', '.join(odd)}, placement.gpusPerNode is {node}"
+
+
 def _critic(job: RLHFJob) -> Iterator[str]:
     if job.spec.critic is not None and job.spec.algorithm.name != "ppo":
         yield f"algorithm.name is {job.spec.algorithm.name}"
@@ -530,6 +537,11 @@ RULES = (
          "a trainer of more than one node must fill whole nodes: make trainer.gpus and the gpus of critic, "
              "reference and rewards a multiple of placement.gpusPerNode together",
          "trainer.gpus", _whole_nodes),
+    Rule("spec", f"self.trainer.sharding != 'Hybrid' || [{TRAINER_GPUS}].all(gpus, gpus <= "
+        f"self.placement.gpusPerNode) || [{EACH_TRAINER_GPUS}].all(gpus, gpus % self.placement.gpusPerNode == 0) && "
+        "self.rewards.all(r, !has(r.gpus) || r.gpus % self.placement.gpusPerNode == 0)",
+         "Hybrid divides each role over whole nodes: make trainer.gpus and the gpus of critic, reference and rewards "
+             "each a multiple of placement.gpusPerNode, or set trainer.sharding to Full", "trainer.sharding", _hybrid),
     Rule("spec", "!has(self.critic) || self.algorithm.name == 'ppo'", "only ppo has a critic: remove it, or set "
         "algorithm.name to ppo", "critic", _critic),
     Rule("spec", "!has(self.reference) || self.algorithm.kl.coefficient > 0.0",

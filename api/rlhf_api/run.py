@@ -86,6 +86,11 @@ class RunConfig(Model):
             and self.reference.model == self.model.base
         )
 
+    def shards(self, ranks: int) -> int:
+        """Into how many parts a role of so many ranks is divided; every `ranks / shards`-th rank holds the same one."""
+        node = self.placement.groups[0].gpus_per_pod
+        return min(ranks, node) if self.trainer.sharding == "Hybrid" else ranks
+
     @property
     def engines_sleep(self) -> bool:
         """Whether engines lend their memory to the trainer, whose GPUs they share, while it works."""

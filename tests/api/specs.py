@@ -107,12 +107,19 @@ BROKEN: list[tuple[str, Object]] = [
         a_job(placement__gpusPerNode=2, rollout__tensorParallelSize=4, trainer__gpus=4),
     ),
     (
-        "gpus % self.placement.gpusPerNode",
+        "gpusPerNode || gpus %",
         a_job(placement__mode="Separated", placement__gpusPerNode=4, trainer__gpus=6),
     ),
     (
-        "gpus % self.placement.gpusPerNode",
+        "gpusPerNode || gpus %",
         a_job(placement__gpusPerNode=4, trainer__gpus=4, rollout__engines=4, rewards=[{**MODEL, "gpus": 2}]),
+    ),
+    (
+        "self.trainer.sharding",
+        a_job(
+            placement__gpusPerNode=4, trainer__gpus=6, rollout__engines=6, rewards=[{**MODEL, "gpus": 2}],
+            trainer__sharding="Hybrid",
+        ),
     ),
     ("self.rollout.engines <=", a_job(placement__mode="Separated", placement__gpusPerNode=4, rollout__engines=5)),
     (

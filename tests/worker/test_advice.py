@@ -33,6 +33,7 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
         },
         ["lower spec.trainer.tokensPerMicroBatch (20; the"],
     ),
+    (TORCH, {"trainer": {"steps": 1, "sharding": "Hybrid"}}, ["set spec.trainer.sharding to Full"]),
     (
         VLLM, {},
         [

@@ -29,6 +29,14 @@ def test_every_way_of_the_weight_sync_is_timed_and_proven(tmp_path: Path) -> Non
     assert all(all(rows[way]["equal"]) for way in ("ours, shared memory", "ours, gloo"))
 
 
+def test_a_sharded_models_whole_sync_is_timed_and_proven() -> None:
+    """Of experts, by two trainer ranks, into an engine of two."""
+    found = json.loads(printed("weight_sharded", "--shape", "tiny-moe", "--dtype", "float32", "--syncs", "2")
+                       .splitlines()[-1])  # fmt: skip
+    assert found["backend"] == "shm" and len(found["seconds"]) == 4 and found["worst"] >= found["median"] > 0
+    assert found["equal"] > 0 and found["wrong"] == []
+
+
 def test_generation_is_timed_beside_vllm_s_own() -> None:
     small = ("--prompts", "2", "--samples", "2", "--tokens", "8", "--rounds", "1", "--device", "cpu")
     lines = printed("generation", "--shapes", "tiny", "--dtype", "float32", *small).splitlines()

@@ -31,6 +31,7 @@ from rlhf_worker.trainer import checkpoint
 from rlhf_worker.trainer.checkpoint import Restored, RunState, Saver, SummingFiles, whole
 from rlhf_worker.trainer.fence import Writer
 from rlhf_worker.trainer.rank import Trainer
+from tests.worker import checkpoints
 from tests.worker.buckets import Bucket
 from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
@@ -399,18 +400,18 @@ def test_two_ranks_save_and_one_or_two_load(tmp_path: Path) -> None:
     assert same(weights(alone), before)
 
 
-def _life(rank: int, world: int, model: str, root: str, last: int) -> list[torch.Tensor]:
+def _life(rank: int, world: int, model: str, root: str, last: int, node: int) -> list[torch.Tensor]:
     """Policy and critic of the real trainer, from the newest checkpoint to step `last`; every step is saved while the
-    next one changes what is saved.
+    next one changes what is saved. node: its ranks hold a copy; 0: all do.
     """
     given = {
         "steps": 4, "learningRate": 0.01, "gradientCheckpointing": False, "epochs": 2, "updatesPerStep": 2,
         "warmupSteps": 3, "learningRateSchedule": "cosine", "learningRateFloor": 0.1, "weightDecay": 0.1,
-        "adamBeta2": 0.99,
+        "adamBeta2": 0.99, "gpus": world, "sharding": "Hybrid" if node else "Full",
     }  # fmt: skip
     config = run_config(
         model={"path": model, "dtype": "float32"}, algorithm={"name": "ppo", "entropyCoefficient": 0.01},
-        checkpoint={"path": root, "keep": 9}, trainer=given,
+        checkpoint={"path": root, "keep": 9}, trainer=given, placement={"gpusPerNode": node or 8},
     )  # fmt: skip
     trainer = Trainer(config, list(config.roles), rank, world, "cpu", 1)
     trainer.load()
@@ -432,20 +433,30 @@ def _life(rank: int, world: int, model: str, root: str, last: int) -> list[torch
 
 def test_the_real_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
     """2N steps == N + resume + N, bit for bit, with epochs of mini-batches and a schedule; with another number of
-    ranks within float tolerance.
+    ranks, or of copies, within float tolerance.
     """
     write(tmp_path / "model")
 
-    def life(root: str, last: int, world: int = 1) -> list[torch.Tensor]:
-        made: list[torch.Tensor] = over_ranks(world, _life, str(tmp_path / "model"), str(tmp_path / root), last)[0]
+    def life(root: str, last: int, world: int = 1, node: int = 0) -> list[torch.Tensor]:
+        arguments = str(tmp_path / "model"), str(tmp_path / root), last, node
+        made: list[torch.Tensor] = over_ranks(world, _life, *arguments)[0]
         return made
+
+    def size(root: str, step: int) -> int:
+        return sum(file.stat().st_size for file in checkpoints.checkpoint(tmp_path / root, step).rglob("*.distcp"))
 
     through, half = life("through", 4), life("resumed", 2)
     assert not same(through, half)
-    shutil.copytree(tmp_path / "resumed", tmp_path / "resharded")
+    for root in ("resharded", "copied"):
+        shutil.copytree(tmp_path / "resumed", tmp_path / root)
     assert same(life("resumed", 4), through)
-    for a, b in zip(life("resharded", 4, world=2), through, strict=True):
-        torch.testing.assert_close(a, b, atol=5e-4, rtol=1e-3)
+    life("copied", 3, world=4, node=2)
+    assert size("copied", 3) < 1.2 * size("through", 3), "a copy alone is saved"
+    copied = life("copied", 4, world=2, node=1)
+    assert same(copied, life("copied", 4)), "and read by one rank"
+    for made in (life("resharded", 4, world=2), copied):
+        for a, b in zip(made, through, strict=True):
+            torch.testing.assert_close(a, b, atol=5e-4, rtol=1e-3)
 
 
 def _changed_life(

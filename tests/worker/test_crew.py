@@ -40,7 +40,7 @@ def test_who_shares_no_gpu_starts_side_by_side(
     index = iter(engines)
     stand = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda config: feed))
     for name, value in {
-        "RemoteFeed": stand, "choose": lambda *args, **more: "shm", "_roles": lambda *args: {"policy": [rank]},
+        "RemoteFeed": stand, "choose": lambda *args: "shm", "_roles": lambda *args: {"policy": [rank]},
         "_engine": lambda *args: next(index), "preflight": lambda *args: None, "_prove_seats": lambda *args: {},
         "_fleet": lambda *args: None,
     }.items():  # fmt: skip
@@ -51,6 +51,26 @@ def test_who_shares_no_gpu_starts_side_by_side(
     began = world.now
     module.start(config, stage, Told(), Roll(Stop()))  # type: ignore[arg-type]
     assert seconds <= world.now - began < seconds + 2.0
+
+
+def test_the_driver_imports_torch_while_engines_start_and_models_load(
+    world: World, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rank = Actor(world, "rank", address=("h", 1), load={"policy": Batching(padded=True, words="padded")})
+    engine, under_way = Actor(world, "engine"), list[bool]()
+    rank.takes["load"] = engine.takes["start"] = 10.0
+    for name, value in {
+        "RemoteFeed": SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda config: Actor(world, "feed"))),
+        "choose": lambda *args: "shm", "_roles": lambda *args: {"policy": [rank]}, "_engine": lambda *args: engine,
+        "preflight": lambda *args: None, "_prove_seats": lambda *args: {}, "_fleet": lambda *args: None,
+        "importlib": SimpleNamespace(import_module=lambda name: under_way.extend(
+            not ref.done for actor in (rank, engine) for method, _, ref in actor.calls if method in ("load", "start")
+        )),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    stage: Any = SimpleNamespace(device="cuda", bundles={}, options=lambda *args: {})
+    module.start(run_config(placement={"mode": "Separated"}), stage, Told(), Roll(Stop()))  # type: ignore[arg-type]
+    assert under_way == [True, True]
 
 
 def failing() -> None:

@@ -56,6 +56,15 @@ def test_what_roles_need_at_least(counts: dict[str, int], world: int, offload: b
     assert (need.moment, need.bytes) == ("training", expected)
 
 
+def test_a_node_s_ranks_hold_a_copy_between_them() -> None:
+    spec = {"steps": 1, "gpus": 8, "sharding": "Hybrid"}
+    config = run_config(trainer=spec, rollout={"maxTokens": 16, "engines": 8}, placement={"gpusPerNode": 4})
+    need = needed_bytes(config, {"policy": BILLION}, 8, 0)
+    assert need.bytes == 4 * BILLION
+    with pytest.raises(BadSpec, match=r": set spec\.trainer\.sharding to Full, set spec\.trainer\.offload, or lower"):
+        check_memory(need, GIB, GIB, "GPU x", config.trainer.sharding)
+
+
 def test_frozen_weights_are_counted_in_their_own_type() -> None:
     config = run_config(model={"path": "/m", "lora": {}}, algorithm={"name": "ppo"})
     assert needed_bytes(config, {"policy": BILLION, "critic": BILLION}, 2, 0).bytes == 9 * BILLION
@@ -217,6 +226,7 @@ class Actor:
 
     def __init__(self, *ailing: str) -> None:
         self.ailing = ailing
+        self.asked: list[str] = []
 
     def _fail(self, name: str, error: Exception) -> None:
         if f"{name} hangs" in self.ailing:
@@ -234,6 +244,7 @@ class Actor:
         self._fail("Join", RuntimeError("no rendezvous"))
 
     def preflight(self, check: str) -> None:
+        self.asked.append(check)
         kind = BadSpec if check in ("Model", "Memory") else PreflightFailed
         self._fail(check, kind(f"{check} is wrong"))
 
@@ -412,6 +423,19 @@ def test_what_hangs_is_named_and_does_not_keep_back_what_is_wrong(
     with pytest.raises(kind, match=words):
         tried(by, Told(), Problems(), *ailing)
     assert near.now - 100.0 == pytest.approx(seconds, abs=1.0)
+
+
+def test_ranks_are_tried_while_engines_and_feed_still_open(near: NearRay) -> None:
+    """What hangs in this world has not ended when anything else does."""
+    made: list[Near] = []
+
+    def make(*ailing: str) -> Near:
+        made.append(by(*ailing))
+        return made[-1]
+
+    with pytest.raises(PreflightFailed, match="2 things are wrong"):
+        tried(make, Told(), Problems(), "EngineArguments hangs", "Data hangs")
+    assert [rank.actor.asked for rank in made[2:]] == [list(CHECKS)] * 2
 
 
 def test_a_rewards_own_deadline_counts_and_not_that_of_all_checks() -> None:

@@ -42,8 +42,9 @@ def _trainer(config: RunConfig) -> list[str]:
             "micro-batch")
     if colocated:
         steps.append(_share(config))
-    return [*steps, *([] if trainer.offload else ["set spec.trainer.offload"]), "raise spec.trainer.gpus "
-        f"({trainer.gpus})"]
+    more = f"raise spec.trainer.gpus ({trainer.gpus})" if trainer.sharding == "Full" else (
+        "set spec.trainer.sharding to Full")
+    return [*steps, *([] if trainer.offload else ["set spec.trainer.offload"]), more]
 
 
 def _engine(text: str, config: RunConfig) -> list[str]:

@@ -1,5 +1,6 @@
 """Every actor of a run: started side by side, loaded, connected, and proven to sit where the plan says."""
 
+import importlib
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -54,7 +55,7 @@ def start(config: RunConfig, stage: Stage, reporter: Reporter, roll: Roll) -> tu
     reporter.update(detail="starting feed, trainer and engines")
     problems, backend = Problems(), ""
     with problems:
-        backend = choose(config, stage.device, one_node=len({bundle.node for bundle in stage.bundles.values()}) == 1)
+        backend = choose(config, stage.device)
     with problems:
         check_engine_args(config)
     with problems:
@@ -79,6 +80,7 @@ def start(config: RunConfig, stage: Stage, reporter: Reporter, roll: Roll) -> tu
         gather(started, deadline, "start of engines")
         started = []
     loads = [rank.load.remote() for group in groups for rank in group]
+    importlib.import_module("torch")  # for the loop, while nobody waits for the driver
     answers = gather([*loads, *started], deadline, "start")[: len(loads)]
     batchings = [one for answer in answers for one in answer.items()]
     for words in dict.fromkeys(f"{name}: {batching.words}" for name, batching in batchings):

@@ -146,14 +146,16 @@ def _memory(rank: "Trainer") -> None:
     counts = {name: parameters(rank.config.roles[name], model_field(name)) for name in rank.names}
     if rank.device.type == "cpu":
         need = needed_bytes(rank.config, counts, rank.world, 0)
-        return check_memory(need, *host_memory(Path("/proc/meminfo").read_text()), "the node of a trainer pod")
+        there = *host_memory(Path("/proc/meminfo").read_text()), "the node of a trainer pod"
+        return check_memory(need, *there, rank.config.trainer.sharding)
     name = f"GPU {torch.cuda.get_device_properties(0).uuid}"
     end = time.monotonic() + MEMORY_WAIT_SECONDS
     while True:
         free, total = torch.cuda.mem_get_info()
         share = engine_share(rank.config) if _beside_engine(rank) else 0.0
         try:
-            return check_memory(needed_bytes(rank.config, counts, rank.world, int(share * total)), free, total, name)
+            need = needed_bytes(rank.config, counts, rank.world, int(share * total))
+            return check_memory(need, free, total, name, rank.config.trainer.sharding)
         except PreflightFailed:
             if time.monotonic() > end:
                 raise
@@ -192,10 +194,10 @@ def engine_share(config: RunConfig) -> float:
 def needed_bytes(config: RunConfig, counts: Mapping[str, int], world: int, engine: int) -> Need:
     """The worst moment of one rank. counts: parameters of each role; engine: bytes that one beside it takes, else 0.
 
-    While a step trains, its roles are there with gradients, and an engine unless it sleeps; one rank alone keeps what
-    it multiplies with over an update (`model.gathered`), in its own type. While engines generate, what is not offloaded
-    stays: weights and moments. With offload one role is there at a time, and none while engines generate; but each is
-    loaded, and the policy synced, beside an engine that is awake.
+    While a step trains, its roles are there with gradients, and an engine unless it sleeps; a rank with a whole copy
+    keeps what it multiplies with over an update (`model.gathered`), in its own type. While engines generate, what is
+    not offloaded stays: weights and moments. With offload one role is there at a time, and none while engines generate;
+    but each is loaded, and the policy synced, beside an engine that is awake.
     """
     own = {role: DTYPE_BYTES[config.roles[role].dtype] for role in counts}
 
@@ -203,9 +205,10 @@ def needed_bytes(config: RunConfig, counts: Mapping[str, int], world: int, engin
         """A rank's part of each role. A frozen one keeps its weights in its own type."""
         whole = _trained_whole(config)
         sizes = {role: trained_bytes + copies * own[role] if role in whole else own[role] for role in counts}
-        return [count * sizes[role] // world for role, count in counts.items()]
+        return [count * sizes[role] // parts for role, count in counts.items()]
 
-    offload, copies = config.trainer.offload, int(world == 1)
+    parts = config.shards(world)
+    offload, copies = config.trainer.offload, int(parts == 1)
     training = max(shards(TRAINED_BYTES, copies)) if offload else sum(shards(TRAINED_BYTES, copies))
     idle = max(shards(LOADED_BYTES)) if offload else sum(shards(SAVED_BYTES))
     beside = Need("loading" if offload else "generating", idle, engine)
@@ -217,14 +220,15 @@ def _trained_whole(config: RunConfig) -> tuple[str, ...]:
     return tuple(role for role in TRAINED if role != "policy" or config.model.lora is None)
 
 
-def check_memory(need: Need, free: int, total: int, where: str) -> None:
+def check_memory(need: Need, free: int, total: int, where: str, sharding: str = "Full") -> None:
     """Bytes, all. Raises BadSpec for what can never fit, PreflightFailed for what does not fit now."""
     if need.bytes <= free:
         return
     engine = f" and the engine takes {need.engine / GIB:.1f} GiB" if need.engine else ""
     asked = f"while {need.moment} the trainer's roles need at least {need.roles / GIB:.1f} GiB{engine}"
     smaller = "spec.placement.fractions.rollout" if need.engine else "the size of the model"
-    fix = f"raise spec.trainer.gpus, set spec.trainer.offload, or lower {smaller}"
+    more = "raise spec.trainer.gpus" if sharding == "Full" else "set spec.trainer.sharding to Full"
+    fix = f"{more}, set spec.trainer.offload, or lower {smaller}"
     if need.bytes > total:
         raise BadSpec(f"{where} has {total / GIB:.1f} GiB, but {asked}: {fix}")
     raise PreflightFailed(

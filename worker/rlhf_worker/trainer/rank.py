@@ -34,7 +34,7 @@ from rlhf_worker.pretrained import export, export_tokenizer, identity, load_conf
 from rlhf_worker.rollout.episode import Request
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer.checkpoint import Outcome, Restored, RunState, Saver
-from rlhf_worker.trainer.model import PREFIX, policy_pass, scores_of, values_of
+from rlhf_worker.trainer.model import PREFIX, mesh_of, policy_pass, scores_of, values_of
 from rlhf_worker.trainer.roles import Role, Text
 from rlhf_worker.weights.backends import Sender
 from rlhf_worker.weights.layout import layout_of
@@ -82,7 +82,7 @@ class Trainer:
         """Every role's model, one after the other; how each wants its batches. Raises BadSpec."""
         self.custom_loss = custom.loss(self.config, self.device)
         cp = self.config.trainer.context_parallel
-        mesh, cp_mesh = init_device_mesh(self.device.type, (self.world,)), None
+        mesh, cp_mesh = mesh_of(self.device.type, self.world, self.config.shards(self.world)), None
         if cp > 1:
             cp_mesh = init_device_mesh(self.device.type, (self.world // cp, cp), mesh_dim_names=("dp", "cp"))["cp"]
         for name in self.names:

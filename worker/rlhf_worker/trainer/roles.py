@@ -43,15 +43,16 @@ class Role:
         """mesh: the role's ranks; cp_mesh: those that share this one's batches. Raises BadSpec."""
         self.name = name
         self.path = config.roles[name].path
-        self.module: Any = _load(config, name, whole=mesh.get_local_rank() == 0)
+        self.module: Any = _load(config, name, whole=mesh.get_rank() == 0)
         if name not in TRAINED:
             self.module.requires_grad_(False)
         shard(self.module, mesh, cp_mesh, config.roles[name].dtype)
         self.module.to(device)
-        self.batching = _tried(config, name, self.module, mesh, device)
+        self.batching = _tried(config, name, self.module, device)
         wrap_layers(self.module, config.trainer)
         # With adapters most of the weights lie in their products' type already: a second copy would gain nothing.
-        self.alone = mesh.size() == 1 and all(parameter.requires_grad for parameter in self.module.parameters())
+        whole = config.shards(mesh.size()) == 1
+        self.alone = whole and all(parameter.requires_grad for parameter in self.module.parameters())
         self.optimizer: AdamW | None = None
         if name in TRAINED:
             spec, cuda = config.trainer, device.type == "cuda"
@@ -92,8 +93,11 @@ class Role:
         return TrainSequence(token_ids=tokens, prompt_length=len(tokens), index=index, mask=[], columns={})
 
     def each(self, batches: Sequence[PackedBatch]) -> Iterator[PackedBatch]:
-        """The micro-batches of one update, for a pass with a gradient each."""
+        """The micro-batches of one update, for a pass with a gradient each. Copies are reduced with the last one; their
+        shards each time, because a whole gradient has no room.
+        """
         for number, batch in enumerate(batches, 1):
+            self.module.set_requires_all_reduce(number == len(batches))
             if self.alone:
                 gathered(self.module, last=number == len(batches))
             yield batch
@@ -141,10 +145,10 @@ def decayed(module: nn.Module, decay: float) -> list[dict[str, Any]]:
     return [{"params": parameters, "weight_decay": rate} for parameters, rate in groups if parameters]
 
 
-def _tried(config: RunConfig, name: str, module: RoleModule, mesh: DeviceMesh, device: torch.device) -> Batching:
+def _tried(config: RunConfig, name: str, module: RoleModule, device: torch.device) -> Batching:
     def worst(apart: float) -> float:
         value = torch.tensor(apart, device=device)
-        dist.all_reduce(value, dist.ReduceOp.MAX, group=mesh.get_group())
+        dist.all_reduce(value, dist.ReduceOp.MAX)
         return value.item()
 
     spec = config.roles[name]
