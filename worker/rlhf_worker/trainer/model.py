@@ -271,6 +271,22 @@ def released(module: RoleModule) -> None:
         layer.set_reshard_after_forward(True, recurse=False)  # type: ignore[operator]
 
 
+def abandoned(module: RoleModule) -> None:
+    """After an exception in the middle of a pass: as before the update, for `reset_iter_state` leaves what whole
+    gradients had been added up to.
+    """
+    released(module)
+    module.set_reshard_after_backward(True)  # type: ignore[operator]
+    module.set_requires_gradient_sync(True)  # type: ignore[operator]
+    for unit in [*module.layers, module]:
+        for group in unit._get_fsdp_state()._fsdp_param_groups:
+            for parameter in group.fsdp_params:
+                parameter.unsharded_accumulated_grad = None
+                if hasattr(parameter, "_unsharded_param"):
+                    parameter._unsharded_param.grad = None
+    module.reset_iter_state()  # type: ignore[operator]
+
+
 @torch.no_grad()
 def _deal(module: nn.Module, mesh: DeviceMesh, weights: dict[str, Tensor]) -> None:
     """The first rank's whole `weights`, by name, into everyone's shards; and its buffers. Others have none."""
