@@ -95,7 +95,7 @@ def test_options_of_the_operator_alone_are_not_told_to_the_image() -> None:
 def test_defaults_are_left_out_and_what_has_none_is_whole() -> None:
     config = dumped(a_job(trainer__seed=0, algorithm__clipLow=0.2))
     assert (config["trainer"], config["weightSync"], config["telemetry"]) == ({"steps": 10}, {}, {})
-    assert (config["algorithm"]["clipLow"], config["placement"]["engineFraction"]) == (0.2, 0.8)
+    assert (config["algorithm"]["clipLow"], config["placement"]["engineFraction"]) == (0.2, 0.78)
 
 
 @pytest.mark.parametrize(("changes", "version"), [

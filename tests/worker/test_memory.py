@@ -28,7 +28,7 @@ def test_an_engine_of_8b_has_300_000_tokens_of_cache_on_an_80_gb_card_by_default
     card, share = int(79.1 * GIB), run_config().placement.engine_fraction  # what an A100 of 80 GB has; an H100 has more
     assert kv_bytes(SHAPE_8B, 2) == 147_456
     largest_batch = engine_activations(SHAPE_8B, 2)
-    assert 3 * GIB < largest_batch < 5 * GIB
+    assert 4 * GIB < largest_batch < 6 * GIB
     assert kv_tokens(card, share, 2 * QWEN_8B, largest_batch, kv_bytes(SHAPE_8B, 2)) > 300_000
     assert kv_tokens(card, 0.36, 2 * QWEN_8B, largest_batch, kv_bytes(SHAPE_8B, 2)) < 80_000, "the share of before"
     assert kv_tokens(card, 0.1, 2 * QWEN_8B, largest_batch, kv_bytes(SHAPE_8B, 2)) == 0
@@ -70,7 +70,7 @@ def test_a_budget_is_rounded_and_lies_between_a_sequence_and_a_step(room: int, e
     assert token_budget(room, 1000, least=3000, most=50_000) == expected
 
 
-def room(gpus: int, card: int, *, params: int = QWEN_8B, shape: Shape = SHAPE_8B, **trainer: Any) -> int:
+def room(gpus: int, card: float, *, params: int = QWEN_8B, shape: Shape = SHAPE_8B, **trainer: Any) -> int:
     config = run_config(
         model={"path": "/m"}, data={"jsonl": {"path": "/d"}, "maxPromptTokens": 1024},
         rollout={"maxTokens": 3072, "engines": gpus, "promptsPerStep": 512},

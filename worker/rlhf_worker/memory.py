@@ -15,7 +15,8 @@ DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 TRAINED_BYTES = 16  # a parameter: float32 weight, gradient and two moments
 SAVED_BYTES = 12  # weight and two moments
 LOADED_BYTES = 4  # weight
-ASLEEP_BYTES = 2 * GIB  # of an engine: CUDA's context, graphs, what vLLM takes outside the pools that sleep gives back
+OUTSIDE_BYTES = GIB  # of an engine, at least, beyond its share and while it sleeps: CUDA's context, and graphs asleep
+GRAPH_BYTES = GIB  # of an engine's share, for CUDA graphs
 HEAD_BYTES = 3 * GIB  # of the trainer's head: chunks of float32 logits, and what is computed from them
 USABLE = 0.9  # of the memory left for a micro-batch: the allocator leaves gaps, and the estimate is one
 ROUND_TOKENS = 1024  # so that a run that is resumed finds the same budget in nearly as much memory
@@ -43,13 +44,12 @@ def needed_bytes(config: RunConfig, counts: Mapping[str, int], world: int, engin
     engines generate; but each is loaded beside an engine that is awake.
     """
     offload, awake = config.trainer.offload, not config.engines_sleep
-    most = max if offload else sum
+    most, outside = max if offload else sum, OUTSIDE_BYTES if engine else 0
     idle = most(_shards(config, counts, world, LOADED_BYTES if offload else SAVED_BYTES))
     training = training_bytes(config, counts, world)
-    beside = engine if awake else min(engine, ASLEEP_BYTES)
     moments = [
-        Need("training", training, beside, _fix(config, bool(engine) and awake)),
-        Need("loading" if offload else "generating", idle, engine, _fix(config, bool(engine))),
+        Need("training", training, outside + (engine if awake else 0), _fix(config, bool(engine) and awake)),
+        Need("loading" if offload else "generating", idle, engine + outside, _fix(config, bool(engine))),
     ]
     return max(moments, key=lambda need: need.bytes)
 
@@ -123,9 +123,12 @@ def kv_bytes(shape: Shape, width: int, ranks: int = 1) -> int:
 def engine_activations(
     shape: Shape, width: int, ranks: int = 1, tokens: int = 16384, sequences: int = 1024
 ) -> int:  # fmt: skip
-    """What a batch of the largest size takes beside the weights. vLLM measures it; these are its sizes on an H100."""
+    """What graphs and a batch of the largest size take beside the weights. vLLM measures both; these are its sizes on
+    an H100.
+    """
     of_layer = tokens * width * (4 * shape.hidden + (2 * shape.heads * shape.head_dim + 3 * shape.inner) // ranks)
-    return of_layer + 3 * sequences * shape.vocabulary * 4  # float32 logits, log probabilities, a copy
+    logits = 3 * sequences * shape.vocabulary * 4  # float32, their log probabilities, a copy
+    return of_layer + logits + GRAPH_BYTES
 
 
 def kv_tokens(card: int, share: float, weights: int, activations: int, per_token: int) -> int:
