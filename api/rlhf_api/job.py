@@ -567,8 +567,8 @@ class TrainerSpec(Model):
 class Fractions(Model):
     trainer: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Share of a GPU's memory that a trainer rank "
         "may fill while it trains: the bound of trainer.tokensPerMicroBatch's default.")
-    rollout: Annotated[float, Field(gt=0, le=1)] = Field(0.78, description="Share of a GPU's memory that an engine rank "
-        "has while it generates: weights, activations and KV cache.")
+    rollout: Annotated[float, Field(gt=0, le=1)] = Field(0.78, description="Share of a GPU's memory that an engine "
+        "rank has while it generates: weights, activations and KV cache.")
 
 
 class PlacementSpec(Model):
