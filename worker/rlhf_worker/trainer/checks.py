@@ -132,8 +132,10 @@ def _shared_gpu(rank: "Trainer") -> None:
 
 
 def _beside_engine(rank: "Trainer") -> bool:
-    """A role with GPUs of its own shares them with nobody."""
-    return rank.config.placement.mode is PlacementMode.COLOCATED and "policy" in rank.names
+    """A role with GPUs of its own shares them with nobody; nor does a trainer that generates itself."""
+    placement = rank.config.placement
+    shared = placement.mode is PlacementMode.COLOCATED and bool(placement.engine_slots)
+    return shared and "policy" in rank.names
 
 
 def _model(rank: "Trainer") -> None:
@@ -160,10 +162,10 @@ def _memory(rank: "Trainer") -> None:
         return check_memory(need, *host_memory(Path("/proc/meminfo").read_text()), "the node of a trainer pod")
     name, total = f"GPU {torch.cuda.get_device_properties(0).uuid}", torch.cuda.mem_get_info()[1]
     engine = int(engine_share(rank.config) * total) if _beside_engine(rank) else 0
-    if engine:
+    if engine and not rank.rank:
         words = engine_memory(rank.config, counts["policy"], shape_of(load_config(rank.config.model)), total)
         least = training_bytes(rank.config, counts, rank.world) / GIB
-        print(f"{name}: {words}; the trainer needs at least {least:.1f} GiB while it trains", flush=True)
+        print(f"each GPU: {words}; the trainer needs at least {least:.1f} GiB while it trains", flush=True)
     need, end = needed_bytes(rank.config, counts, rank.world, engine), time.monotonic() + MEMORY_WAIT_SECONDS
     while True:
         try:

@@ -226,8 +226,9 @@ class Trainer:
             self.budget = room_tokens(self.config, counts, shapes, self.world, room)
             if LIMIT in self.store.names():
                 self.budget = min(self.budget, int(self.store.read(LIMIT)))
-            print(f"micro-batches of up to {self.budget} tokens: of {total / GIB:.1f} GiB {room / GIB:.1f} are this "
-                "rank's", flush=True)
+            if not self.rank:
+                print(f"{', '.join(self.names)}: micro-batches of up to {self.budget} tokens, in {room / GIB:.1f} of "
+                    f"{total / GIB:.1f} GiB", flush=True)
         return self.budget
 
     def train(self, name: str, updates: list[list[PackedBatch]]) -> dict[str, float]:
