@@ -17,7 +17,7 @@ from rlhf_worker.experience import PackedBatch, ScoredSample, TrainSequence, by_
 from rlhf_worker.loop import Loop
 from rlhf_worker.stop import Stop, Terminated
 from rlhf_worker.weights.sync import Synced
-from tests.worker.configs import run_config
+from tests.worker.configs import resolved, run_config
 from tests.worker.samples import a_prompt, a_sample, scored
 
 
@@ -133,12 +133,11 @@ def test_an_open_budget_is_asked_of_every_rank_while_the_engines_sleep(
     monkeypatch.setattr(module, "gather", lambda calls, *rest: calls)
     monkeypatch.setattr(module, "call", lambda *args, **more: None)
     monkeypatch.setattr(module, "call_all", call_all)
-    config = run_config(rollout={"maxTokens": 16, "sleep": True})
-    config = config.model_copy(update={"trainer": config.trainer.model_copy(update={"tokens_per_micro_batch": None})})
+    config = resolved(rollout={"maxTokens": 16}).on("cuda")
     loop, _ = looping(config, stand, Stop(), padded=padded)
     loop.crew.ranks["reward:x"] = [other]
     loop._step()
-    assert stand.asked[:3] == ["take", "sleep", "logprobs policy" if padded else "token_budget"]
+    assert stand.asked[:3] == ["take", "sleep", "train policy" if padded else "token_budget"]
     most = max(len(batch.token_ids) for update in stand.updates[0] for batch in update)
     assert most > 100 if padded else most <= 20
 
