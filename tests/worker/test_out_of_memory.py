@@ -1,37 +1,39 @@
 """A trainer that runs out of memory under a budget of its own; and the budget that it finds on a GPU."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from rlhf_worker.algorithm.losses import policy_loss
+from rlhf_worker.algorithm.losses import policy_loss, value_loss
 from rlhf_worker.experience import PackedBatch, pack, within
 from rlhf_worker.memory import GIB
 from rlhf_worker.trainer import rank as module
 from rlhf_worker.trainer.rank import LIMIT, Trainer
 from tests.worker.samples import sequences as random_sequences
-from tests.worker.test_trainer import after, same, sequences, trainer
+from tests.worker.test_trainer import same, sequences, trainer, weights
 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, targets: int, *, backward: bool = False) -> list[int]:
     """Passes over more targets run out of memory, or their backward passes do. Returns the targets of each pass."""
-    seen = list[int]()
+    seen, losses = list[int](), {"policy_loss": policy_loss, "value_loss": value_loss}
 
     def full(_: Any = None) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    def checked(algorithm: Any, logprobs: torch.Tensor, *rest: Any) -> Any:
-        seen.append(len(logprobs))
-        if len(logprobs) > targets and not backward:
+    def checked(name: str, algorithm: Any, made: torch.Tensor, *rest: Any) -> Any:
+        seen.append(len(made))
+        if len(made) > targets and not backward:
             full()
-        found = policy_loss(algorithm, logprobs, *rest)
-        if len(logprobs) > targets:
-            logprobs.register_hook(full)  # type: ignore[no-untyped-call]
+        found = losses[name](algorithm, made, *rest)  # type: ignore[operator]
+        if len(made) > targets:
+            made.register_hook(full)  # type: ignore[no-untyped-call]
         return found
 
-    monkeypatch.setattr(module, "policy_loss", checked)
+    for name in losses:
+        monkeypatch.setattr(module, name, partial(checked, name))
     return seen
 
 
@@ -40,24 +42,26 @@ def shrinking(made: Trainer, budget: int) -> Trainer:
     return made
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("role", "dtype", "backward"), [
+    ("policy", "float32", False), ("policy", "bfloat16", True), ("critic", "bfloat16", False),
+])  # fmt: skip
 def test_the_first_update_begins_anew_with_halves(
-    tiny: Path, tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch, dtype: str, backward: bool
+    tiny: Path, tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch, role: str, dtype: str, backward: bool
 ) -> None:
     """Its first micro-batch fits, and leaves nothing in the second try; the second update is of the same step."""
-    short, long = pack(sequences(), 12)[-1:], pack(sequences(), 27)
+    items = [one.with_columns(returns=[0.7] * len(one.mask), values=[0.1] * len(one.mask)) for one in sequences()]
+    short, long = pack(items, 12)[-1:], pack(items, 27)
     updates: list[list[PackedBatch]] = [[*short, *long], long]
-    options = {"gradientCheckpointing": True}
-    with monkeypatch.context() as patched:
-        small = [within(batches, 9) for batches in updates]
-        whole = after(trainer(tiny, tmp_path, dtype=dtype, options=options), small)
-        seen = short_of_memory(patched, 10, backward=backward)
-        made = shrinking(trainer(tiny, tmp_path, dtype=dtype, options=options), 36)
-        found = after(made, updates)
+    roomy, made = (
+        trainer(tiny, tmp_path, dtype=dtype, options={"gradientCheckpointing": True}, algorithm={"name": "ppo"})
+        for _ in range(2)
+    )
+    whole = roomy.train(role, [within(batches, 9) for batches in updates]), weights(roomy, role)
+    made.budget, seen = 36, short_of_memory(monkeypatch, 10, backward=backward)
+    found = made.train(role, updates), weights(made, role)
     assert made.budget == 9 and seen[:2] == [3, 12] and max(seen[2:]) <= 10
     same(whole, found)
-    assert found[0].keys() == whole[0].keys() and made.version == 2
+    assert made.version == (2 if role == "policy" else 0)
 
 
 def test_a_sequence_that_fits_not_by_itself_ends_the_run(
