@@ -112,9 +112,16 @@ def _evaluation_length(job: RLHFJob) -> Iterator[str]:
 
 
 def _fractions(job: RLHFJob) -> Iterator[str]:
-    shares = job.spec.placement.fractions
-    if job.spec.placement.mode is PlacementMode.COLOCATED and shares.trainer + shares.rollout > 1:
+    shares, rollout = job.spec.placement.fractions, job.spec.rollout
+    awake = job.spec.placement.mode is PlacementMode.COLOCATED and rollout.engine == "vllm" and rollout.sleep is False
+    if awake and shares.trainer + shares.rollout > 1:
         yield f"{shares.trainer} + {shares.rollout} > 1"
+
+
+def _sleep(job: RLHFJob) -> Iterator[str]:
+    rollout, mode = job.spec.rollout, job.spec.placement.mode
+    if rollout.sleep and (mode is PlacementMode.SEPARATED or rollout.engine == "hf"):
+        yield f"mode is {mode}, engine is {rollout.engine}"
 
 
 def _tensor_parallel(job: RLHFJob) -> Iterator[str]:
@@ -524,9 +531,14 @@ RULES = (
          " || self.sampling.minTokens <= self.maxTokens",
          "a completion has at most maxTokens: lower sampling.minTokens or raise maxTokens",
          "rollout.sampling", _turn_length),
-    Rule("spec", COLOCATED + "self.placement.fractions.trainer + self.placement.fractions.rollout <= 1.0",
-         "the fractions of one GPU must sum to at most 1: lower fractions.trainer or fractions.rollout",
-         "placement.fractions", _fractions),
+    Rule("spec", COLOCATED + "self.rollout.engine == 'hf' || !has(self.rollout.sleep) || self.rollout.sleep"
+         " || self.placement.fractions.trainer + self.placement.fractions.rollout <= 1.0",
+         "with rollout.sleep false the fractions of one GPU must sum to at most 1: lower fractions.trainer or"
+         " fractions.rollout, or remove rollout.sleep", "placement.fractions", _fractions),
+    Rule("spec", "!has(self.rollout.sleep) || !self.rollout.sleep || self.placement.mode == 'Colocated' &&"
+         " self.rollout.engine == 'vllm'",
+         "only engines that share the trainer's GPUs have memory to give it: remove rollout.sleep, or set"
+         " placement.mode to Colocated and rollout.engine to vllm", "rollout.sleep", _sleep),
     Rule("spec", "self.rollout.minEngines <= self.rollout.engines", "there are fewer engines: lower "
         "rollout.minEngines or raise rollout.engines", "rollout.minEngines", _min_engines),
     Rule("spec", "self.rollout.tensorParallelSize <= self.placement.gpusPerNode",

@@ -5,7 +5,7 @@ usage: python hack/bench/gpu_placement.py [--modes MODE ...] [--out DIR] [--step
 
 Makes a random model of Qwen3-0.6B's shape (`experts`: of Qwen3 MoE, 8 layers of 32 experts) with a word for every
 token, runs `rlhf_worker`'s own local driver on it, and prints a JSON line and a Markdown table. A mode needs one GPU,
-or two where it says so below. """
+or two where it says so below. Colocated engines sleep while the trainer works, but in `awake`. """
 
 import argparse
 import json
@@ -34,7 +34,8 @@ MODES: dict[str, dict[str, Any]] = {
     "tensor-parallel": {"rollout": {"engines": 1, "tensorParallelSize": 2}, "trainer": {"gpus": 2}, "placement": TWO},
     "context-parallel": {"rollout": {"engines": 2}, "trainer": {"gpus": 2, "contextParallel": 2}, "placement": TWO},
     "separated": {"placement": {"mode": "Separated", "gpusPerNode": 1}},  # two GPUs
-    "sleeping": {"rollout": {"engineArgs": ENGINE | {"enable_sleep_mode": True}}, "placement": ONE},
+    "one": {"placement": ONE},
+    "awake": {"rollout": {"sleep": False}, "placement": ONE},  # the engine keeps its memory while the trainer works
     "offload": {
         "algorithm": {"name": "ppo", "kl": {"coefficient": 0.001}}, "critic": {},
         "trainer": {"gpus": 2, "offload": True}, "rollout": {"engines": 2}, "placement": TWO,

@@ -1,7 +1,7 @@
 """Seconds of a whole step, by phase: GRPO, Colocated, one GPU, one update a step, by `rlhf_worker local`'s own driver.
 
 usage: python hack/bench/step.py [--shape 1.7B] [--vocabulary 49152] [--prompts 128] [--samples 8] [--tokens 512]
-  [--steps 6] [--micro-batch 10240] [--fractions 0.5 0.4] [--device cuda|cpu] [--out DIR]
+  [--steps 6] [--micro-batch 10240] [--fractions 0.9 0.78] [--device cuda|cpu] [--out DIR]
 
 A random model, so that nearly all completions have --tokens tokens and each run does the same work. Prints one line of
 JSON: of each phase the seconds a step, the median after two steps, and the slowest of those over it. """
@@ -81,7 +81,8 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--micro-batch", type=int, default=10240, help="tokens")
-    parser.add_argument("--fractions", type=float, nargs=2, default=[0.5, 0.4], help="of trainer and engine")
+    parser.add_argument("--fractions", type=float, nargs=2, default=[0.9, 0.78], help="of a GPU's memory, for "
+        "trainer and engine, which take turns")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, help="keep results here")

@@ -101,7 +101,11 @@ BROKEN: list[tuple[str, Object]] = [
          {**JUDGE, "judge": {**JUDGE["judge"], "prompt": "rate {prompt}"}},
      ]}])),
     ("self.rollout.minEngines", a_job(rollout__minEngines=2)),
-    ("fractions", a_job(placement__fractions={"trainer": 0.6, "rollout": 0.5})),
+    ("self.placement.fractions.trainer", a_job(rollout__sleep=False)),
+    ("self.placement.fractions.trainer",
+     a_job(rollout__sleep=False, placement__fractions={"trainer": 0.6, "rollout": 0.5})),
+    ("!self.rollout.sleep ||", a_job(rollout__sleep=True, placement__mode="Separated")),
+    ("!self.rollout.sleep ||", a_job(rollout__sleep=True, rollout__engine="hf")),
     (
         "self.rollout.tensorParallelSize <=",
         a_job(placement__gpusPerNode=2, rollout__tensorParallelSize=4, trainer__gpus=4),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_api.run import RunConfig
 from rlhf_worker import calls, run
 from rlhf_worker import crew as module
 from rlhf_worker import loop as loops
@@ -12,7 +13,7 @@ from rlhf_worker.crew import Crew
 from rlhf_worker.experience import Batching
 from rlhf_worker.roll import Roll
 from rlhf_worker.stop import Stop
-from tests.worker.configs import run_config
+from tests.worker.configs import resolved, run_config
 from tests.worker.ray_world import NEVER, Actor, World
 from tests.worker.test_loop_order import Told
 
@@ -99,14 +100,22 @@ def test_a_finished_run_is_done_whatever_its_actors_do_on_the_way_out(
 ) -> None:
     ending = Ending(world, engine, fleet, stage)
     stands: dict[str, Any] = {
-        "_reserve": lambda *args: None, "start": lambda *args: (ending.crew, {}), "_restore": lambda *args: (0, {}),
+        "_reserve": lambda *args: SimpleNamespace(device="cuda"), "start": lambda *args: (ending.crew, {}),
+        "_restore": lambda *args: (0, {}),
         "_export": lambda *args: "/out/export", "fetch": lambda *args: None,
     }  # fmt: skip
     for name, value in stands.items():
         monkeypatch.setattr(run, name, value)
     stub = SimpleNamespace(begin=lambda *args: None, run=lambda: None, step=4)
-    monkeypatch.setattr(loops, "Loop", lambda *args: stub)
+    settled = list[RunConfig]()
+
+    def loop(config: RunConfig, *_: Any) -> Any:
+        settled.append(config)
+        return stub
+
+    monkeypatch.setattr(loops, "Loop", loop)
     told = Told()
-    result = run.drive(run_config(), told, Stop())  # type: ignore[arg-type]
+    result = run.drive(resolved(), told, Stop())  # type: ignore[arg-type]
+    assert [config.engines_sleep for config in settled] == [True], "which follows from the device"
     assert (result.steps, result.export, told.fields["state"]) == (4, "/out/export", "Done")
     assert ending.feed.asked("close") == ending.rank.asked("close") == ending.engine.asked("close") == 1

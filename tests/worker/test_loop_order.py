@@ -17,7 +17,7 @@ from rlhf_worker.experience import PackedBatch, ScoredSample, TrainSequence, by_
 from rlhf_worker.loop import Loop
 from rlhf_worker.stop import Stop, Terminated
 from rlhf_worker.weights.sync import Synced
-from tests.worker.configs import run_config
+from tests.worker.configs import resolved, run_config
 from tests.worker.samples import a_prompt, a_sample, scored
 
 
@@ -95,25 +95,51 @@ def looping(config: RunConfig, stand: Stand, stop: Stop, *, padded: bool = False
     return loop, told
 
 
-@pytest.mark.parametrize(("args", "mode", "sleep"), [
-    ({}, "Colocated", []), ({"enable_sleep_mode": True}, "Colocated", ["sleep"]),
-    ({"enable_sleep_mode": True}, "Separated", []),
-])  # fmt: skip
+@pytest.mark.parametrize("sleep", [False, True])
 def test_engines_that_share_gpus_sleep_from_the_last_completion_to_the_sync(
-    monkeypatch: pytest.MonkeyPatch, args: dict[str, Any], mode: str, sleep: list[str],
+    monkeypatch: pytest.MonkeyPatch, sleep: bool
 ) -> None:
     stand = Stand()
     monkeypatch.setattr(module, "gather", lambda calls, *rest: calls)
     monkeypatch.setattr(module, "call", lambda *args, **more: None)
     config = run_config(
-        algorithm={"name": "ppo", "kl": {"coefficient": 0.1}}, rollout={"maxTokens": 16, "engineArgs": args},
-        placement={"mode": mode},
+        algorithm={"name": "ppo", "kl": {"coefficient": 0.1}}, rollout={"maxTokens": 16, "sleep": sleep},
     )
     loop, told = looping(config, stand, Stop())
     loop._step()
     forward, train = ["logprobs policy", "logprobs reference", "values"], ["train critic", "train policy"]
-    assert stand.asked == ["take", *sleep, *forward, *train, "sync"]
+    assert stand.asked == ["take", *(["sleep"] if sleep else []), *forward, *train, "sync"]
     assert told.further == 5  # a phase each
+
+
+@pytest.mark.parametrize(("padded", "budgets"), [(False, [20, 40]), (True, [])])
+def test_an_open_budget_is_asked_of_every_rank_while_the_engines_sleep(
+    monkeypatch: pytest.MonkeyPatch, padded: bool, budgets: list[int]
+) -> None:
+    """Every step anew: a rank that ran out of memory has another one then. The tightest decides."""
+    answers = iter(budgets)
+
+    class Asked(Stand):
+        def answer(self, method: str, *args: Any) -> Any:
+            if method != "token_budget":
+                return super().answer(method, *args)
+            self.asked.append(method)
+            return next(answers)
+
+    def call_all(actors: list[Any], method: str, **more: Any) -> list[int]:
+        return [getattr(actor, method).remote() for actor in actors]
+
+    stand, other = Asked(), Asked()
+    monkeypatch.setattr(module, "gather", lambda calls, *rest: calls)
+    monkeypatch.setattr(module, "call", lambda *args, **more: None)
+    monkeypatch.setattr(module, "call_all", call_all)
+    config = resolved(rollout={"maxTokens": 16}).on("cuda")
+    loop, _ = looping(config, stand, Stop(), padded=padded)
+    loop.crew.ranks["reward:x"] = [other]
+    loop._step()
+    assert stand.asked[:3] == ["take", "sleep", "train policy" if padded else "token_budget"]
+    most = max(len(batch.token_ids) for update in stand.updates[0] for batch in update)
+    assert most > 100 if padded else most <= 20
 
 
 def test_a_step_has_epochs_of_mini_batches_after_one_pass_for_the_old_log_probabilities(

@@ -17,19 +17,18 @@ from rlhf_api.job import LoRASpec, ModelSpec, PolicySpec
 from rlhf_api.run import RunConfig
 from rlhf_worker import preflight
 from rlhf_worker.calls import root_cause
+from rlhf_worker.engines.arguments import engine_share
 from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded, PreflightFailed, Problems, RewardFailed
+from rlhf_worker.memory import GIB, Need, Shape, needed_bytes
 from rlhf_worker.rewards.attempt import BACKOFF_LIMIT
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer import checks
 from rlhf_worker.trainer.checks import (
     CHECKS,
-    GIB,
-    Need,
     check_memory,
     check_shared_memory,
-    engine_share,
+    engine_memory,
     host_memory,
-    needed_bytes,
     parameters,
 )
 from tests.worker.configs import run_config
@@ -62,7 +61,7 @@ def test_a_node_s_ranks_hold_a_copy_between_them() -> None:
     need = needed_bytes(config, {"policy": BILLION}, 8, 0)
     assert need.bytes == 4 * BILLION
     with pytest.raises(BadSpec, match=r": set spec\.trainer\.sharding to Full, set spec\.trainer\.offload, or lower"):
-        check_memory(need, GIB, GIB, "GPU x", config.trainer.sharding)
+        check_memory(need, GIB, GIB, "GPU x")
 
 
 def test_frozen_weights_are_counted_in_their_own_type() -> None:
@@ -72,18 +71,18 @@ def test_frozen_weights_are_counted_in_their_own_type() -> None:
     assert needed_bytes(float32, {"policy": BILLION, "critic": BILLION}, 2, 0).bytes == 10 * BILLION
 
 
+SHAPE = Shape(layers=36, hidden=4096, heads=32, kv_heads=8, head_dim=128, inner=12288, vocabulary=151936)  # Qwen3-8B
 QWEN_8B, QWEN_32B, LLAMA_70B = 8_190_735_360, 32_762_123_264, 70_553_706_496
-SLEEP = {"enable_sleep_mode": True}
 
 
 def job(
     gpus: int, share: float, *, sleep: bool, offload: bool, lora: bool = False, dtype: str = "bfloat16"
 ) -> RunConfig:
-    args = {"gpu_memory_utilization": share} | (SLEEP if sleep else {})
     return run_config(
         model={"path": "/m", "dtype": dtype} | ({"lora": {}} if lora else {}),
         algorithm={"name": "grpo", "kl": {"coefficient": 0.1}},
-        rollout={"maxTokens": 16, "engines": gpus, "engineArgs": args},
+        rollout={"maxTokens": 16, "engines": gpus, "sleep": sleep},
+        placement={"fractions": {"trainer": 0.1, "rollout": share}},
         trainer={"steps": 1, "gpus": gpus, "offload": offload},
     )
 
@@ -121,7 +120,7 @@ def test_jobs_that_fit_80_gib_cards_are_let_through_and_others_are_not(
 
 
 def need(roles: int, engine: int) -> Need:
-    return Need("training", roles * GIB, engine * GIB)
+    return Need("training", roles * GIB, engine * GIB, "lower spec.x")
 
 
 def test_memory_that_is_there_is_enough() -> None:
@@ -138,12 +137,56 @@ def test_memory_that_something_else_holds_may_come_back() -> None:
 
 
 def test_what_can_never_fit_is_a_wrong_spec() -> None:
-    words = (
-        r"has 140\.0 GiB, but .* need at least 100\.0 GiB.*raise spec\.trainer\.gpus, set spec\.trainer\.offload, or "
-        r"lower spec\.placement\.fractions\.rollout"
-    )
-    with pytest.raises(BadSpec, match=words):
+    with pytest.raises(BadSpec, match=r"has 140\.0 GiB, but .* need at least 100\.0 GiB.*: lower spec\.x"):
         check_memory(need(100, 50), 140 * GIB, 140 * GIB, "GPU x")
+
+
+@pytest.mark.parametrize(("config", "moment", "fix"), [
+    (job(8, 0.9, sleep=True, offload=False), "generating", "raise spec.trainer.gpus, set spec.trainer.offload, or "
+        "lower spec.placement.fractions.rollout"),
+    (job(2, 0.1, sleep=True, offload=True), "training", "raise spec.trainer.gpus, or lower the size of the model"),
+    (job(8, 0.9, sleep=False, offload=True), "training", "raise spec.trainer.gpus, remove spec.rollout.sleep, or lower "
+        "spec.placement.fractions.rollout"),
+    (run_config(rollout={"maxTokens": 16, "sleep": True, "engineArgs": {"gpu_memory_utilization": 0.99}}),
+     "generating", "raise spec.trainer.gpus, set spec.trainer.offload, or lower "
+        "spec.rollout.engineArgs.gpu_memory_utilization"),
+])  # fmt: skip
+def test_the_fields_to_change_are_those_of_the_worst_moment(config: RunConfig, moment: str, fix: str) -> None:
+    total = int(79.6 * GIB)
+    found = needed_bytes(config, {"policy": QWEN_8B}, config.trainer.gpus, int(engine_share(config) * total))
+    assert (found.moment, found.fix) == (moment, fix)
+
+
+def test_the_job_of_the_defaults_fits_80_gib_cards() -> None:
+    config = run_config(
+        algorithm={"name": "grpo", "kl": {"coefficient": 0.1}}, trainer={"steps": 1, "gpus": 8},
+        rollout={"maxTokens": 16, "engines": 8, "sleep": True},
+    )
+    total = int(79.1 * GIB)
+    for roles in ({"policy": QWEN_8B}, {"policy": QWEN_8B, "reference": QWEN_8B}):
+        check_memory(needed_bytes(config, roles, 8, int(engine_share(config) * total)), total, total, "GPU x")
+
+
+@pytest.mark.parametrize(("changes", "share"), [
+    ({}, 0.78), ({"placement": {"mode": "Separated"}}, 0.9),
+    ({"rollout": {"maxTokens": 16, "engineArgs": {"gpu_memory_utilization": 0.3}}}, 0.3),
+])  # fmt: skip
+def test_an_engine_has_its_fraction_of_the_memory_and_alone_what_vllm_takes(
+    changes: dict[str, Any], share: float
+) -> None:
+    assert engine_share(run_config(**changes)) == share
+
+
+def test_an_engine_s_memory_in_words_and_one_that_its_weights_exceed() -> None:
+    assert engine_memory(job(8, 0.8, sleep=True, offload=False), QWEN_8B, SHAPE, int(79.1 * GIB)) == (
+        "an engine gets 63.3 of 79.1 GiB, about 316,000 tokens of KV cache"
+    )
+    own = run_config(rollout={"maxTokens": 16, "engineArgs": {"quantization": "fp8", "gpu_memory_utilization": 0.1}})
+    assert engine_memory(own, QWEN_8B, SHAPE, 80 * GIB) == "an engine gets 8.0 of 80.0 GiB"
+    words = (r"spec\.placement\.fractions\.rollout is 0\.1, 8\.0 of 80\.0 GiB, but of an engine the weights alone take "
+             r"15\.3: raise it, or spec\.rollout\.tensorParallelSize")
+    with pytest.raises(BadSpec, match=words):
+        engine_memory(job(8, 0.1, sleep=True, offload=False), QWEN_8B, SHAPE, 80 * GIB)
 
 
 @pytest.mark.parametrize(

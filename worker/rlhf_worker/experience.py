@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlhf_api.job import TrainerSpec
+from rlhf_api.job import TOKENS_PER_MICRO_BATCH, TrainerSpec
 
 T = TypeVar("T")
 
@@ -306,10 +306,37 @@ def dealt(
     padded: whether a model that they are for lays them out one sequence a row.
     """
     cp = spec.context_parallel
-    parts, budget = split(sequences, ranks // cp), spec.tokens_per_micro_batch * cp
+    parts = split(sequences, ranks // cp)
+    budget = (spec.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH) * cp
     count = max(len(_bins([s.length for s in own], budget, padded=padded)) for own in parts)
     shares = equalise([pack(own, budget, padded=padded, count=count) for own in parts], cp)
     return [share for share in shares for _ in range(cp)]
+
+
+def within(batches: Sequence[PackedBatch], tokens: int) -> list[PackedBatch]:
+    """The same sequences, batches of more tokens halved between two of them until each has one or is small enough."""
+    return [part for batch in batches for part in _within(batch, tokens)]
+
+
+def _within(batch: PackedBatch, tokens: int) -> list[PackedBatch]:
+    borders = batch.cu_seqlens.tolist()
+    if borders[-1] <= tokens or len(borders) == 2:
+        return [batch]
+    cut = min(range(1, len(borders) - 1), key=lambda i: abs(2 * borders[i] - borders[-1]))
+    return within([_part(batch, 0, cut), _part(batch, cut, len(borders) - 1)], tokens)
+
+
+def _part(batch: PackedBatch, first: int, end: int) -> PackedBatch:
+    """Of its sequences those from `first` to before `end`."""
+    borders = batch.cu_seqlens[first : end + 1]
+    at = slice(int(borders[0]), int(borders[-1]))
+    return PackedBatch(
+        token_ids=batch.token_ids[at], position_ids=batch.position_ids[at], cu_seqlens=borders - borders[0],
+        max_length=int(borders.diff().max()), target_mask=batch.target_mask[at], targets=batch.targets[at],
+        indices=batch.indices[first:end], prompt_lengths=batch.prompt_lengths[first:end],
+        sequence=batch.sequence[at] - first, columns={name: rows[at] for name, rows in batch.columns.items()},
+        support=None if batch.support is None else batch.support[at],
+    )
 
 
 def equalise(ranks: Sequence[Sequence[PackedBatch]], sharing: int = 1) -> list[list[PackedBatch]]:

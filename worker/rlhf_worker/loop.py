@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from ray.exceptions import RayError
 
+from rlhf_api.job import TrainerSpec
 from rlhf_api.run import RunConfig
 from rlhf_worker.algorithm import custom
 from rlhf_worker.algorithm.control import KLController
@@ -62,6 +63,7 @@ class Loop:
         self.kl = KLController(config.algorithm.kl)
         self.advantage = custom.advantage(config)
         self.best = Best(config.checkpoint.best)
+        self.trainer = config.trainer  # with a step's budget of a micro-batch, where that is open
         self._deadline = work_seconds(config)
         self._trained_in_part = False  # from a step's first update to its last: the ranks hold no step's weights
         self._step_seconds = 0.0
@@ -137,6 +139,7 @@ class Loop:
                 scored = [item for group in self.rollouts.take() for item in group.samples]
                 if self.config.engines_sleep:
                     self.crew.fleet.sleep()
+            self.trainer = self._with_budget()
             with self._phase(timer, "forward"):  # 2. What the algorithm must know of them before it trains.
                 given = self.config.trainer
                 updates = mini_batches(len(scored), given.updates_per_step, given.epochs, f"{given.seed}/{number}")
@@ -186,6 +189,16 @@ class Loop:
             self._feed("log", self.step, values)
             self.best.observe(values)
         return values
+
+    def _with_budget(self) -> TrainerSpec:
+        """What the tightest rank has room for, now that shared GPUs are the trainer's. Padded batches have a fixed one.
+        """
+        given = self.config.trainer
+        if given.tokens_per_micro_batch is not None or self.crew.padded:
+            return given
+        ranks = list(dict.fromkeys(actor for group in self.crew.ranks.values() for actor in group))
+        found = call_all(ranks, "token_budget", deadline_seconds=self._deadline, what="budget of a micro-batch")
+        return given.model_copy(update={"tokens_per_micro_batch": min(found)})
 
     def _forward(self, sequences: list[TrainSequence], updates: list[list[int]]) -> list[TrainSequence]:
         """With a column for each forward pass that the algorithm needs.
@@ -240,7 +253,7 @@ class Loop:
         ranks share theirs.
         """
         ranks = {role: len(self.crew.ranks[role]) for role in roles}
-        deal = partial(dealt, spec=self.config.trainer, padded=self.crew.padded)
+        deal = partial(dealt, spec=self.trainer, padded=self.crew.padded)
         dealings = {count: [deal(part, count) for part in updates] for count in set(ranks.values())}
         return {
             role: [[update[rank] for update in dealings[count]] for rank in range(count)]
@@ -309,6 +322,8 @@ class Loop:
     ) -> None:
         values = values | step_metrics(scored, timer.seconds, seconds) | {"seconds/productive": self._productive}
         values |= {"sync/seconds": synced.seconds} if synced else {}
+        if self.trainer.tokens_per_micro_batch:
+            values["train/tokens_per_micro_batch"] = float(self.trainer.tokens_per_micro_batch)
         if self.config.data.overlong_prompts == "drop":
             values["data/dropped_prompts"] = float(self.sampler["dropped"])
         self._feed("log", self.step, values)

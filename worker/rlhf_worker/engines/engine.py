@@ -26,13 +26,14 @@ from rlhf_worker.engines.arguments import (
     check_context,
     check_engine_args,
     check_known,
+    engine_share,
     needed_context,
     refused,
 )
 from rlhf_worker.engines.pulse import Pulse, stopped
 from rlhf_worker.errors import BadSpec, Call, EngineFailed, Problems, Verdict, said, verdict
 from rlhf_worker.hub import ensure
-from rlhf_worker.placement import Seat
+from rlhf_worker.placement import Seat, ray_share
 from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, location
 from rlhf_worker.roll import Member
 from rlhf_worker.weights.backends import engine_backend
@@ -173,7 +174,7 @@ class Engine(Member):
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
             # vLLM's own processes join this Ray, whatever others the machine runs.
             "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-            "VLLM_RAY_PER_WORKER_GPUS": str(self.config.placement.engine_fraction),
+            "VLLM_RAY_PER_WORKER_GPUS": str(ray_share(self.config.placement)),
             "VLLM_RAY_BUNDLE_INDICES": ",".join(map(str, self.bundles)),
         }
         if self.device == "cpu":
@@ -195,7 +196,8 @@ class Engine(Member):
         config, ranks = self.config, len(self.bundles)
         args: dict[str, Any] = {
             "max_model_len": needed_context(config), "seed": config.sampling_seed + self.index,
-            "disable_log_stats": True, "gpu_memory_utilization": 0.9 * config.placement.engine_fraction,
+            "disable_log_stats": True, "gpu_memory_utilization": engine_share(config),
+            "enable_sleep_mode": config.engines_sleep,
         }
         if self.device == "cpu":
             # vLLM's CPU generators cannot be wound back, which a seeded request needs when its prompt is prefilled in

@@ -11,7 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -278,6 +283,21 @@ def released(module: RoleModule) -> None:
     """After the update: every pass leaves its layers in shards again."""
     for layer in module.layers:
         layer.set_reshard_after_forward(True, recurse=False)  # type: ignore[operator]
+
+
+def abandoned(module: RoleModule) -> None:
+    """After an exception in the middle of a pass: as before the update, for `reset_iter_state` leaves what whole
+    gradients had been added up to.
+    """
+    released(module)
+    module.set_reshard_after_backward(True)  # type: ignore[operator]
+    module.set_requires_gradient_sync(True)  # type: ignore[operator]
+    groups = (unit._get_fsdp_state()._fsdp_param_groups for unit in module.modules() if isinstance(unit, FSDPModule))
+    for parameter in (parameter for unit in groups for group in unit for parameter in group.fsdp_params):
+        parameter.unsharded_accumulated_grad = None
+        if hasattr(parameter, "_unsharded_param"):
+            parameter._unsharded_param.grad = None
+    module.reset_iter_state()  # type: ignore[operator]
 
 
 @torch.no_grad()

@@ -61,6 +61,9 @@ class Policy(Member):
     def scores(self, role: str, prompts: "list[Text]", completions: list[str]) -> list[float]:
         return self.trainer.scores(role, prompts, completions)
 
+    def token_budget(self) -> int:
+        return self.trainer.token_budget()
+
     def train(self, role: str, updates: "list[list[PackedBatch]]") -> dict[str, float]:
         return self.trainer.train(role, updates)
 

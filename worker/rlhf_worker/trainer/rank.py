@@ -5,8 +5,10 @@ Every public method is a collective: all ranks of the group call it at once. The
 that has no GPUs of its own. With trainer.offload one role at a time lies on the device, and none while engines
 generate. """
 
+import gc
 import io
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -29,7 +31,18 @@ from rlhf_worker.algorithm.schedule import learning_rate
 from rlhf_worker.deadlines import collective_seconds, work_seconds
 from rlhf_worker.engines.hf import Generator
 from rlhf_worker.errors import Diverged, RewardFailed
-from rlhf_worker.experience import Batching, PackedBatch, Sample, TrainSequence, at_targets, by_sample, dealt, pack
+from rlhf_worker.experience import (
+    Batching,
+    PackedBatch,
+    Sample,
+    TrainSequence,
+    at_targets,
+    by_sample,
+    dealt,
+    pack,
+    within,
+)
+from rlhf_worker.memory import GIB, room_tokens, shape_of
 from rlhf_worker.pretrained import export, export_tokenizer, identity, load_config, make_readable
 from rlhf_worker.rollout.episode import Request
 from rlhf_worker.storage import Store
@@ -39,6 +52,8 @@ from rlhf_worker.trainer.roles import Role, Text
 from rlhf_worker.weights.backends import Sender
 from rlhf_worker.weights.layout import layout_of
 from rlhf_worker.weights.source import PolicySource
+
+LIMIT = "tokens-per-micro-batch"  # file: what a start before found to be the most, after it ran out of memory
 
 
 def _driver() -> str:
@@ -62,6 +77,7 @@ class Trainer:
         self.device = torch.device(device)
         self.store = Store(config.checkpoint.path)
         self.version = 0
+        self.budget = 0  # tokens of a micro-batch, where they are this rank's to find
         self.sender: Sender | None = None
         self.generator: Generator | None = None  # of rollout.engine hf
         self.roles: dict[str, Role] = {}
@@ -197,6 +213,24 @@ class Trainer:
 
     # Training.
 
+    def token_budget(self) -> int:
+        """Tokens of a micro-batch for which this rank has room beside its models. Asked while no engine has the
+        memory; found once, so that the batches of a step fit what was asked before it.
+        """
+        if not self.budget:
+            free, total = torch.cuda.mem_get_info()
+            beside = self.config.placement.trainer_fraction if "policy" in self.names else 1.0
+            room = min(int(beside * total), free + torch.cuda.memory_reserved())
+            counts = {name: sum(p.numel() for p in role.module.parameters()) for name, role in self.roles.items()}
+            shapes = {name: shape_of(role.module.lm.config) for name, role in self.roles.items()}
+            self.budget = room_tokens(self.config, counts, shapes, self.world, room)
+            if LIMIT in self.store.names():
+                self.budget = min(self.budget, int(self.store.read(LIMIT)))
+            if not self.rank:
+                print(f"{', '.join(self.names)}: micro-batches of up to {self.budget} tokens, in {room / GIB:.1f} of "
+                    f"{total / GIB:.1f} GiB", flush=True)
+        return self.budget
+
     def train(self, name: str, updates: list[list[PackedBatch]]) -> dict[str, float]:
         """This rank's micro-batches of each optimizer update. Returns means over the step, the same on every rank.
         Raises Diverged.
@@ -217,10 +251,7 @@ class Trainer:
 
     def _update(self, role: Role, batches: list[PackedBatch], rate: float) -> dict[str, Tensor]:
         """One optimizer update; this rank's share of its metrics. Raises Diverged, with the weights as they were."""
-        made: dict[str, Tensor] = {}
-        for batch in role.each(batches):
-            for key, value in self._backward(role, batch).items():
-                made[key] = made.get(key, torch.zeros((), device=self.device)) + value
+        made = self._passes(role, batches)
         norm = role.gradient_norm(self.config.trainer.max_grad_norm)
         self._require_finite(role, made["loss"], norm, batches)
         role.update(rate)
@@ -229,6 +260,41 @@ class Trainer:
             **made, "grad_norm": norm / self.world,
             "learning_rate": torch.tensor(rate / self.world, device=self.device),
         }
+
+    def _passes(self, role: Role, batches: list[PackedBatch]) -> dict[str, Tensor]:
+        """Gradients of one update; sums of its metrics. Where the first finds too little memory for a budget of this
+        rank's own, it is made anew with half of that.
+        """
+        while True:
+            if self.budget and self.world == 1:
+                batches = within(batches, self.budget)
+            made: dict[str, Tensor] = {}
+            try:
+                for batch in role.each(batches):
+                    for key, value in self._backward(role, batch).items():
+                        made[key] = made.get(key, torch.zeros((), device=self.device)) + value
+                role.fits = True
+                return made
+            except torch.OutOfMemoryError:
+                if role.fits or not self._halved(batches):
+                    raise
+            gc.collect()  # out of the handler, which held what the passes had made
+            role.abandon()
+
+    def _halved(self, batches: list[PackedBatch]) -> bool:
+        """Whether smaller micro-batches may go on here. Where several ranks work together the others wait in a
+        collective for this one: the run ends, and its next start knows the limit.
+        """
+        largest = max(batches, key=lambda batch: len(batch.token_ids))
+        if not self.budget or len(largest.indices) == 1:
+            return False
+        self.budget = len(largest.token_ids) // 2
+        when = "now" if self.world == 1 else "the next start"
+        print(f"out of memory with a micro-batch of {len(largest.token_ids)} tokens: {self.budget} from {when} on",
+            file=sys.stderr, flush=True)
+        if self.world > 1:
+            self.store.write(LIMIT, str(self.budget // self.config.trainer.context_parallel).encode())
+        return self.world == 1
 
     def _backward(self, role: Role, batch: PackedBatch) -> dict[str, Tensor]:
         """Gradients of one micro-batch. FSDP averages over ranks, so the loss is multiplied by their number."""
