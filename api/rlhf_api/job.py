@@ -501,6 +501,9 @@ class RolloutSpec(Model):
     staleness: Annotated[int, Field(ge=0, le=64)] = Field(0, description="Most steps between a sample's first token "
         "and its training. 0: generation and training take turns. More: they overlap, and the weights change "
         "under running requests; Separated only.")
+    over_sampling: Annotated[float, Field(ge=1, le=8)] = Field(1.0, description="Prompts begun for a step, in times of "
+        "promptsPerStep. The step ends when promptsPerStep of them are finished; what is unfinished goes on in the "
+        "next step, under its weights (partial rollouts). vLLM engines, staleness 0, no environment.")
     max_redraws: Annotated[int, Field(ge=1, le=100000)] = Field(
         16,
         description="Most failed groups of a step that onFailure: redraw allows; one more stops the run with its "
@@ -508,8 +511,8 @@ class RolloutSpec(Model):
     )
     environment: EnvironmentSpec | None = Field(None, description="Multi-turn: a python class that answers the "
         "model's turns. Its observations are part of the completion, count in maxTokens, and have no loss.")
-    deadline_seconds: Deadline = Field(1800.0, description="Deadline of one call of an engine: of its share of a "
-        "step, or of one prompt's completions when staleness is more than 0.")
+    deadline_seconds: Deadline = Field(1800.0, description="Deadline of one prompt's completions, from when an engine "
+        "gets them; it gets more than it computes at once.")
     engine_args: FreeObject = Field(default_factory=dict, description="Further vLLM engine arguments by their python "
         "names, such as max_model_len.")
 

@@ -66,6 +66,28 @@ def _staleness(job: RLHFJob) -> Iterator[str]:
         yield f"staleness is {job.spec.rollout.staleness}, mode is Colocated"
 
 
+def _carried(job: RLHFJob) -> Iterator[str]:
+    rollout = job.spec.rollout
+    if rollout.over_sampling > 1 and (rollout.staleness or rollout.engine == "hf" or rollout.environment):
+        environment = "an environment is" if rollout.environment else "no environment is"
+        yield f"staleness is {rollout.staleness}, engine is {rollout.engine}, {environment} set"
+
+
+def _carried_sampling(job: RLHFJob) -> Iterator[str]:
+    sampling = job.spec.rollout.sampling
+    if job.spec.rollout.over_sampling > 1 and (
+        sampling.stop or sampling.presence_penalty or sampling.frequency_penalty
+    ):
+        yield (f"stop has {len(sampling.stop)} texts, presencePenalty is {sampling.presence_penalty:g}, "
+            f"frequencyPenalty is {sampling.frequency_penalty:g}")
+
+
+def _carried_rewards(job: RLHFJob) -> Iterator[str]:
+    if job.spec.rollout.over_sampling > 1:
+        shared = [reward.name for reward in job.spec.rewards if reward.type == "model" and reward.gpus is None]
+        yield from (f"rewards[{name}] has none" for name in shared)
+
+
 def _hf(job: RLHFJob) -> Iterator[str]:
     rollout, mode = job.spec.rollout, job.spec.placement.mode
     if rollout.engine == "hf" and (
@@ -510,6 +532,21 @@ RULES = (
     Rule("spec", "self.rollout.staleness == 0 || self.placement.mode == 'Separated'",
          "generation and training overlap only on GPUs of their own: set placement.mode to Separated, or "
              "rollout.staleness to 0", "rollout.staleness", _staleness),
+    Rule("spec", "[self.rollout].all(r, r.overSampling == 1.0 || r.staleness == 0 && r.engine == 'vllm' && "
+        "!has(r.environment))",
+         "overSampling carries unfinished completions of vLLM engines over to the next step: with staleness they run "
+             "on anyway, hf cannot be interrupted, and an episode of several turns is not carried: leave "
+             "rollout.overSampling at 1, or set rollout.staleness to 0, rollout.engine to vllm and remove "
+             "rollout.environment", "rollout.overSampling", _carried),
+    Rule("spec", "self.rollout.overSampling == 1.0 || [self.rollout.sampling].all(s, "
+         "(!has(s.stop) || s.stop.size() == 0) && (!has(s.presencePenalty) || s.presencePenalty == 0.0)"
+         " && (!has(s.frequencyPenalty) || s.frequencyPenalty == 0.0))",
+         "a completion that goes on in the next step begins there for stop texts and penalties of what it said: use "
+             "sampling.stopTokenIds or repetitionPenalty, or leave rollout.overSampling at 1",
+         "rollout.sampling", _carried_sampling),
+    Rule("spec", "self.rollout.overSampling == 1.0 || self.rewards.all(w, w.type != 'model' || has(w.gpus))",
+         "with overSampling completions are scored while others are made: give reward models gpus of their own "
+             "(rewards[].gpus), or leave rollout.overSampling at 1", "rollout.overSampling", _carried_rewards),
     Rule("spec", "self.rollout.engine != 'hf' || self.placement.mode == 'Colocated' && self.rollout.engines * "
         "self.rollout.tensorParallelSize == 1",
          "hf generates on the trainer's own GPUs: set placement.mode to Colocated and leave rollout.engines "

@@ -26,6 +26,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -73,20 +74,21 @@ def lengths(given: argparse.Namespace, number: int) -> list[tuple[int, int]]:
 def batches(run: Any, sizes: Sequence[tuple[int, int]], number: int) -> list[Any]:
     """The micro-batches of one update."""
     from rlhf_worker.algorithm.shape import shape
-    from rlhf_worker.experience import TrainSequence, dealt
+    from rlhf_worker.experience import TrainSequence, dealt, taken
 
     draw = random.Random(number)
     sequences = [
         TrainSequence(
-            token_ids=draw.choices(range(1000), k=prompt + tokens), prompt_length=prompt, index=i, mask=[True] * tokens,
-            columns={"rollout_logprobs": [LOGPROB] * tokens},
+            token_ids=np.array(draw.choices(range(1000), k=prompt + tokens), np.int32), prompt_length=prompt, index=i,
+            mask=np.ones(tokens, np.bool_), columns={"rollout_logprobs": LOGPROB},
         )
         for i, (prompt, tokens) in enumerate(sizes)
     ]  # fmt: skip
     rewards, groups = [float(i % 2) for i in range(len(sizes))], [i // GROUP for i in range(len(sizes))]
     longest = max(tokens for _, tokens in sizes)
     shaped = shape(run.algorithm, 0.0, sequences, rewards, groups, updates=[range(len(sizes))], max_tokens=longest)
-    return dealt(shaped.updates[0], 1, run.trainer, padded=False)[0]
+    (dealing,) = dealt([sum(size) for size in sizes], 1, run.trainer, padded=False)
+    return taken(shaped.updates[0], dealing, run.trainer)
 
 
 def flops(given: argparse.Namespace, sizes: Sequence[tuple[int, int]]) -> float:

@@ -80,3 +80,10 @@ def test_a_whole_step_is_timed_by_phase(tmp_path: Path) -> None:
     assert [len(values) for values in found["seconds"].values()] == [3] * 5
     assert found["worst_over_median"] == 1.0, "one step after two"
     assert found["median"]["step"] >= found["median"]["generate"] > 0
+
+
+def test_the_driver_s_work_a_token_is_measured_by_phase() -> None:
+    small = ("--prompts", "2", "--samples", "2", "--tokens", "8", "--prompt-tokens", "4", "--steps", "1")
+    found = json.loads(printed("driver", *small, "--engines", "1", "--ranks", "1").splitlines()[-1])
+    assert found["tokens"] == 32 and found["us_a_token"]["step"] > 0
+    assert set(found["us_a_token"]) == {"generate", "forward", "shape", "train", "sync", "rest", "step"}

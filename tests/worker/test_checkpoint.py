@@ -25,7 +25,7 @@ from hack.tiny_model import write
 from rlhf_api.job import BestSpec, TrainerSpec
 from rlhf_worker.algorithm.schedule import learning_rate
 from rlhf_worker.errors import BadData, BadSpec, Fenced
-from rlhf_worker.experience import dealt, equalise, mini_batches, pack, split
+from rlhf_worker.experience import mini_batches
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer import checkpoint
 from rlhf_worker.trainer.checkpoint import Restored, RunState, Saver, SummingFiles, whole
@@ -35,7 +35,7 @@ from tests.worker import checkpoints
 from tests.worker.buckets import Bucket
 from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
-from tests.worker.samples import sequences
+from tests.worker.samples import dealt, sequences
 
 pytestmark = pytest.mark.usefixtures("group")
 MODEL = {"path": "/m", "hidden_size": 8}
@@ -418,9 +418,9 @@ def _life(rank: int, world: int, model: str, root: str, last: int, node: int) ->
     found = trainer.restore().state
     for step in range(found.step if found else 0, last):
         items = sequences([(3, 5), (2, 9), (4, 4), (3, 7)], step, 70)
-        items = [item.with_columns(values=[0.0] * item.targets, returns=item.columns["advantages"]) for item in items]
+        items = [item.with_columns(values=0.0, returns=item.columns["advantages"]) for item in items]
         parts = mini_batches(4, 2, 2, f"0/{step}")
-        updates = [equalise([pack(own, 24) for own in split([items[i] for i in part], world)])[rank] for part in parts]
+        updates = [dealt([items[i] for i in part], world, config.trainer)[rank] for part in parts]
         for role in ("critic", "policy"):
             trainer.train(role, updates)
         trainer.save(step + 1, {}, {})
@@ -475,10 +475,10 @@ def _changed_life(
     made.restore()
     version, metrics = made.version, {}
     items = sequences([(3, 5), (2, 9), (4, 4), (3, 7)], 1, 70)
-    items = [item.with_columns(values=[0.0] * item.targets, returns=item.columns["advantages"]) for item in items]
+    items = [item.with_columns(values=0.0, returns=item.columns["advantages"]) for item in items]
     for role in ("critic", "policy"):
         parts = [items[i :: config.trainer.updates_per_step] for i in range(config.trainer.updates_per_step)]
-        metrics = made.train(role, [dealt(part, world, config.trainer, padded=False)[rank] for part in parts])
+        metrics = made.train(role, [dealt(part, world, config.trainer)[rank] for part in parts])
     made.save(1, {}, {})
     assert all(outcome.error is None for outcome in made.saved(wait=True))
     optimizers = [made.roles[role].optimizer for role in ("policy", "critic")]

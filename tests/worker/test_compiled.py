@@ -14,7 +14,7 @@ from rlhf_worker.experience import TrainSequence, empty_batch, pack
 from rlhf_worker.trainer import attention, compiled, head
 from rlhf_worker.trainer.model import compiles
 from tests.worker import flash
-from tests.worker.samples import evenly
+from tests.worker.samples import a_sequence, evenly
 from tests.worker.test_trainer import same, trainer, weights
 
 # Tokens of each sequence of a batch. The first has as many as the model's hidden size; then one sequence alone, many,
@@ -30,7 +30,7 @@ def sequences(lengths: tuple[int, ...]) -> list[TrainSequence]:
         columns |= evenly(len(lengths), count, max(1, sum(lengths) - len(lengths)))
         tokens = [draw.randrange(3, 70) for _ in range(length)]
         made.append(
-            TrainSequence(token_ids=tokens, prompt_length=1, index=index, mask=[True] * count, columns=columns)
+            a_sequence(tokens, 1, index, columns=columns)
         )
     return made
 

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_worker.engines import engine as module
 from rlhf_worker.engines.engine import Engine
-from rlhf_worker.errors import EngineFailed
+from rlhf_worker.errors import DeadlineExceeded, EngineFailed
 from rlhf_worker.rollout.episode import Episode, Request, Turn
 from tests.worker.configs import run_config
 from tests.worker.samples import a_prompt
@@ -68,15 +68,19 @@ def requests(*rows: int) -> list[Request]:
 
 async def test_the_first_batch_after_a_start_is_held_until_all_of_it_is_there() -> None:
     core = Core()
-    await engine(core)._completions(requests(0, 1, 2), 60.0)
-    assert core.heard == ["pause", "request 0", "request 1", "request 2", "resume"]
+    one = engine(core)
+    await asyncio.gather(*(one._completions(requests(*rows), 60.0, (at, 2)) for at, rows in ((1, [1, 2]), (0, [0]))))
+    assert core.heard == ["pause", "request 0", "request 1", "request 2", "resume"], "in the calls' order"
+    await one._completions(requests(3), 60.0)
+    assert core.heard[5:] == ["request 3"], "it joined those that run"
 
 
 async def test_a_sync_begins_before_a_batch_is_held_or_after_it_goes_on() -> None:
     """Else the batch's resume would be the sync's."""
     core = Core()
     one = engine(core)
-    batch, pause = asyncio.create_task(one._completions(requests(0, 1), 60.0)), asyncio.create_task(one.pause())
+    work = one._completions(requests(0, 1), 60.0, (0, 1))
+    batch, pause = asyncio.create_task(work), asyncio.create_task(one.pause())
     await asyncio.gather(batch, pause)
     assert core.heard == ["pause", "request 0", "request 1", "resume", "pause"]
     with pytest.raises(RuntimeError, match="part of a sync"):
@@ -89,6 +93,20 @@ async def test_a_deadline_takes_only_what_is_not_finished(staleness: int) -> Non
     core.never = {1}
     made = await engine(core, staleness)._completions(requests(0, 1, 2), 0.05)
     assert [sample and sample.prompt.row for sample in made] == [0, None, 2]
+
+
+async def test_an_engine_that_finished_nothing_in_a_deadline_says_so_with_the_field() -> None:
+    core = Core()
+    core.never = {0, 1}
+    one = engine(core)
+    said = r"of 2 completions it finished 0 in 0\.05 s \(spec\.rollout\.deadlineSeconds\): raise it, or lower"
+    with pytest.raises(DeadlineExceeded, match=said):
+        await one._completions(requests(0, 1), 0.05)
+    waiting = asyncio.create_task(one._completions(requests(0, 1), 0.05))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    one._ended += 1  # of another call: it is not that nothing goes on
+    assert await waiting == [None, None]
 
 
 async def test_a_core_that_does_not_answer_past_a_deadline_hangs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,10 +78,10 @@ async def played(spec: dict[str, Any], policy: Any, wanted: Request, chat: bool 
 
 async def test_a_tool_answers_and_its_tokens_are_masked() -> None:
     sample = await played({"code": CALCULATOR}, says("4", "5"), request(answer=5))
-    assert sample.token_ids == [*ids("4"), EOS, *ids(" 5 is it"), *ids("5"), EOS]
-    assert sample.mask == [True] * 2 + [False] * 8 + [True] * 2
-    assert sample.logprobs == [-1.0] * 2 + [0.0] * 8 + [-1.0] * 2
-    assert sample.versions == [0] * 10 + [1] * 2
+    assert sample.token_ids.tolist() == [*ids("4"), EOS, *ids(" 5 is it"), *ids("5"), EOS]
+    assert sample.mask.tolist() == [True] * 2 + [False] * 8 + [True] * 2
+    assert sample.logprobs.tolist() == [-1.0] * 2 + [0.0] * 8 + [-1.0] * 2
+    assert sample.versions.tolist() == [0] * 10 + [1] * 2
     assert (sample.text, sample.finish_reason, sample.episode_reward) == ("4 5 is it5", "stop", 0.75)
 
 
@@ -92,9 +92,9 @@ async def test_a_chat_template_renders_the_observation_as_a_suffix() -> None:
     whole = "".join(
         f"<s>{role}\n{text}</s>\n" for role, text in messages
     ).removeprefix("<s>assistant\n").removesuffix("\n")
-    assert sample.token_ids == ids(whole)
+    assert sample.token_ids.tolist() == ids(whole)
     assert [
-        token for token, ours in zip(sample.token_ids, sample.mask, strict=True) if ours
+        token for token, ours in zip(sample.token_ids.tolist(), sample.mask.tolist(), strict=True) if ours
     ] == [*ids("4"), EOS, *ids("5"), EOS]
 
 
@@ -109,7 +109,7 @@ async def test_the_calculator_of_the_docs() -> None:
         sample = await found.play(request(answer="21"), told(asked, found, "<<3*7>>", "it is 21"))
     finally:
         found.close()
-    assert sample.episode_reward == 1.0 and sample.mask == [True, False, False, True]
+    assert sample.episode_reward == 1.0 and sample.mask.tolist() == [True, False, False, True]
 
 
 def told(turn: Turn, found: Environments, *texts: str) -> Any:
@@ -143,17 +143,17 @@ async def test_each_turn_goes_on_from_exactly_what_was_there() -> None:
         return await policy(episode)  # type: ignore[misc, no-any-return]
 
     sample = await played({"code": CALCULATOR}, watched, request(answer=5))
-    seen.append([*request().prompt.token_ids, *sample.token_ids])
+    seen.append([*request().prompt.token_ids, *sample.token_ids.tolist()])
     assert len(seen) == 5
     assert all(after[: len(before)] == before for before, after in pairwise(seen))
 
 
 async def test_turns_and_tokens_are_bounded() -> None:
     two = await played({"code": CALCULATOR, "maxTurns": 2}, says("4"), request(answer=5))
-    assert sum(token == EOS for token in two.token_ids) == 2 and two.finish_reason == "stop"
+    assert sum(token == EOS for token in two.token_ids.tolist()) == 2 and two.finish_reason == "stop"
     cut = await played({"code": CALCULATOR}, says("4"), request(answer=5, max_tokens=8))
     # 8 more do not fit before a turn
-    assert (cut.token_ids, cut.finish_reason, cut.episode_reward) == ([*ids("4"), EOS], "length", -0.25)
+    assert (cut.token_ids.tolist(), cut.finish_reason, cut.episode_reward) == ([*ids("4"), EOS], "length", -0.25)
     within = await played({"code": CALCULATOR}, says("4", "44444444"), request(answer=5, max_tokens=13))
     assert len(within.token_ids) == 13 and within.finish_reason == "length" and within.episode_reward == -0.5
 
@@ -195,7 +195,7 @@ async def test_a_failing_episode_that_may_be_drawn_anew_is_an_empty_sample_with_
     code = "class Environment:\n    def reset(self, **row): raise ValueError('no such tool')\n"
     sample = await played({"code": code, "retries": 1, "onFailure": "redraw"}, says("4"), request())
     assert "rollout.environment failed 2 times on prompt 0:7" in sample.failure and "no such tool" in sample.failure
-    assert (sample.token_ids, sample.mask, sample.text, sample.episode_reward) == ([], [], "", None)
+    assert (sample.token_ids.tolist(), sample.mask.tolist(), sample.text, sample.episode_reward) == ([], [], "", None)
 
 
 async def test_columns_of_any_name_reach_reset() -> None:
@@ -238,7 +238,7 @@ class Environment:
         return {{"observation": "", "done": True}}
 """
     sample = await played({"code": code, "retries": 1}, says("4"), request())
-    assert sample.token_ids == [*ids("4"), EOS] and sample.episode_reward is None
+    assert sample.token_ids.tolist() == [*ids("4"), EOS] and sample.episode_reward is None
 
 
 @pytest.mark.parametrize(

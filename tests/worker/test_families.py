@@ -18,6 +18,7 @@ from rlhf_worker.trainer.selftest import choose
 from tests.worker.families import config_of, served, tiny
 from tests.worker.ranks import over_ranks
 from tests.worker.rewards import write_reward
+from tests.worker.samples import listed
 from tests.worker.test_model import CPU, alone, sequence
 from tests.worker.test_trainer import trainer
 
@@ -167,8 +168,8 @@ def _loaded(
     batchings = ran.load()
     items = [sequence(length, index=index) for index, length in enumerate((11, 24, 7, 16))]
     own = pack([item for item in items if item.index % world == rank], 1000)
-    return {name: (batching.padded, batching.words) for name, batching in batchings.items()}, ran.logprobs(
-        "policy", own
+    return {name: (batching.padded, batching.words) for name, batching in batchings.items()}, listed(
+        ran.logprobs("policy", own)
     )
 
 

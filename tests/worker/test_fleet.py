@@ -105,7 +105,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[Fleet,
 
         made.append(Fleet(
             actors, PretendedSync(list(actors)), spawn, amiss.append,  # type: ignore[arg-type]
-            least=least, start_seconds=60.0, sleep_seconds=5.0,
+            least=least, slots=8, start_seconds=60.0, sleep_seconds=5.0,
         ))  # fmt: skip
         made[-1].sync(prove=False)
         return made[-1], amiss
@@ -245,7 +245,7 @@ class Working(Engine):
     async def begin(self) -> None:
         self._loop = asyncio.get_running_loop()
 
-    async def _completions(self, requests: list[Any], deadline_seconds: float) -> list[Any]:
+    async def _completions(self, requests: list[Any], deadline_seconds: float, place: Any = None) -> list[Any]:
         await self.free.wait()
         assert asyncio.get_running_loop() is self._loop  # vLLM's, whose sockets belong to it
         return [None]

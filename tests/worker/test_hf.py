@@ -55,20 +55,21 @@ def test_log_probabilities_are_those_of_the_sampled_distribution(path: Path) -> 
     """Also of rows that were padded on the left."""
     made = generator(path)
     for sample in whole(made, requests("2 + 3 =", "a much longer prompt than that =")):
-        context = torch.tensor([[*sample.prompt.token_ids, *sample.token_ids]])
+        context = torch.tensor([[*sample.prompt.token_ids, *sample.token_ids.tolist()]])
         logits = made.lm(context).logits[0, len(sample.prompt.token_ids) - 1 : -1] / 0.7
-        expected = logits.log_softmax(-1).gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
-        assert torch.allclose(torch.tensor(sample.logprobs), expected, atol=1e-4)
-        assert sample.versions == [3] * len(sample.token_ids) and all(sample.mask)
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(sample.token_ids.tolist())[:, None])[:, 0]
+        assert torch.allclose(torch.tensor(sample.logprobs.tolist()), expected, atol=1e-4)
+        assert sample.versions.tolist() == [3] * len(sample.token_ids) and all(sample.mask)
 
 
 def test_a_completion_ends_after_its_first_end_or_is_cut(path: Path) -> None:
     samples = whole(generator(path), requests(*(f"{i} + 1 =" for i in range(9))) * 8)
     for sample in samples:
-        ended = EOS in sample.token_ids
+        token_ids = sample.token_ids.tolist()
+        ended = EOS in token_ids
         assert sample.finish_reason == ("stop" if ended else "length")
-        assert sample.token_ids.index(EOS) == len(sample.token_ids) - 1 if ended else len(sample.token_ids) == 24
-        assert sample.text == tokenizer().decode(sample.token_ids, skip_special_tokens=True)
+        assert token_ids.index(EOS) == len(token_ids) - 1 if ended else len(token_ids) == 24
+        assert sample.text == tokenizer().decode(sample.token_ids.tolist(), skip_special_tokens=True)
     assert {sample.finish_reason for sample in samples} == {"stop", "length"}
 
 

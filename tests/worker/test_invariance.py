@@ -12,8 +12,8 @@ from torch.autograd import backward
 from rlhf_api.algorithms import fill
 from rlhf_api.job import AlgorithmSpec, CorrectionSpec
 from rlhf_worker.algorithm.losses import policy_loss
-from rlhf_worker.experience import PackedBatch, TrainSequence, at_targets, equalise, pack, split
-from tests.worker.samples import sequences
+from rlhf_worker.experience import PackedBatch, TrainSequence, at_targets, pack
+from tests.worker.samples import by_token, parted, sequences
 
 VOCABULARY, WIDTH, CLIP, BETA = 23, 8, 0.2, 0.1
 SPEC = fill(AlgorithmSpec(clip_low=CLIP, clip_high=CLIP, correction=CorrectionSpec(token_cap=0)), 100)
@@ -57,7 +57,7 @@ def oracle_loss(model: Tiny, reference: Tiny, items: list[TrainSequence]) -> Ten
     nothing shared with the product.
     """
     longest = max(s.length for s in items)
-    token_ids = torch.tensor([s.token_ids + [0] * (longest - s.length) for s in items])
+    token_ids = torch.tensor([s.token_ids.tolist() + [0] * (longest - s.length) for s in items])
     positions = torch.arange(longest).expand(len(items), -1)
     allowed = torch.ones(longest, longest, dtype=torch.bool).tril().expand(len(items), -1, -1)
     new, ref = model(token_ids, positions, allowed), reference(token_ids, positions, allowed)
@@ -70,9 +70,9 @@ def oracle_loss(model: Tiny, reference: Tiny, items: list[TrainSequence]) -> Ten
 
 
 def _term(new: Tensor, ref: Tensor, item: TrainSequence, i: int, t: int) -> Tensor:
-    token, c = item.token_ids[t], t - item.prompt_length
-    logprob, advantage = new[i, t - 1, token], item.columns["advantages"][c]
-    ratio = torch.exp(logprob - item.columns["rollout_logprobs"][c])
+    token, c = int(item.token_ids[t]), t - item.prompt_length
+    logprob, (advantage, old) = new[i, t - 1, token], (by_token(item, n)[c] for n in ("advantages", "rollout_logprobs"))
+    ratio = torch.exp(logprob - old)
     d = logprob - ref[i, t - 1, token].detach()
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
     return -surrogate + BETA * (torch.exp(-d) - 1 + d).clamp(max=10)
@@ -103,7 +103,7 @@ def test_loss_and_gradient_are_those_of_the_padded_oracle(
     items = sequences(lengths, seed, VOCABULARY)
     model, reference = Tiny(seed), Tiny(seed + 1)
     expected, wanted = measured(model, [oracle_loss(model, reference, items)])
-    ranks = equalise([pack(part, budget) for part in split(items, parts)])
+    ranks = [pack(part, budget) for part in parted(items, parts) if part]
     loss, found = measured(model, [packed_loss(model, reference, batch) for batches in ranks for batch in batches])
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     for got, want in zip(found, wanted, strict=True):
@@ -115,7 +115,7 @@ def test_fsdp_averages_so_each_rank_multiplies_by_their_number() -> None:
     model, reference = Tiny(0), Tiny(1)
     _, wanted = measured(model, [oracle_loss(model, reference, items)])
     per_rank = [
-        measured(model, [3 * packed_loss(model, reference, b) for b in pack(part, 8)])[1] for part in split(items, 3)
+        measured(model, [3 * packed_loss(model, reference, b) for b in pack(part, 8)])[1] for part in parted(items, 3)
     ]
     for rank_gradients, want in zip(zip(*per_rank, strict=True), wanted, strict=True):
         torch.testing.assert_close(torch.stack(rank_gradients).mean(0), want, rtol=1e-5, atol=1e-6)

@@ -7,13 +7,15 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from ray.exceptions import ActorDiedError
 
 from rlhf_api.run import RunConfig
 from rlhf_worker import loop as module
 from rlhf_worker.errors import DeadlineExceeded, EnginesLost, LinkBroken, SyncMismatch
-from rlhf_worker.experience import PackedBatch, ScoredSample, TrainSequence, by_sample
+from rlhf_worker.experience import ScoredSample, TrainSequence
 from rlhf_worker.loop import Loop
 from rlhf_worker.stop import Stop, Terminated
 from rlhf_worker.weights.sync import Synced
@@ -27,7 +29,8 @@ class Stand:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.metrics: dict[str, float] = {}  # of the samples taken last
-        self.updates: list[list[list[PackedBatch]]] = []  # of each call to train
+        self.updates: list[list[list[list[int]]]] = []  # of each call to train: samples of micro-batches of updates
+        self.most = 0  # tokens of the largest micro-batch of the last call
 
     def __getattr__(self, method: str) -> Any:
         return SimpleNamespace(remote=lambda *args: self.answer(method, *args))
@@ -35,8 +38,11 @@ class Stand:
     def answer(self, method: str, *args: Any) -> Any:
         self.asked.append(" ".join([method, *(arg for arg in args if isinstance(arg, str))]))
         if method == "train":
-            self.updates.append(args[-1])
-        return {} if method == "train" else zeros(args[-1])
+            pairs = zip(*args[-2:], strict=True)
+            taken = [[[items[i] for i in batch] for batch in own] for items, own in pairs]
+            self.updates.append([[[one.index for one in batch] for batch in own] for own in taken])
+            self.most = max(sum(one.length for one in batch) for own in taken for batch in own)
+        return zeros(*args[-2:]) if method in ("logprobs", "values") else {}
 
     # The fleet, and where samples come from.
 
@@ -57,6 +63,13 @@ class Stand:
         return {}, []
 
     def pump(self) -> None: ...
+
+
+def direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls end at once, with their results, and objects stay where they are."""
+    monkeypatch.setattr(module, "gather", lambda calls, *rest: calls)
+    monkeypatch.setattr(module, "call", lambda *args, **more: None)
+    monkeypatch.setattr(module, "ray", SimpleNamespace(put=lambda value: value))
 
 
 class Told:
@@ -80,10 +93,9 @@ class Told:
         self.steps.append((step, synced))
 
 
-def zeros(batches: list[PackedBatch]) -> dict[int, list[float]]:
+def zeros(sequences: list[TrainSequence], batches: list[list[int]]) -> dict[int, NDArray[np.float32]]:
     return {
-        index: row
-        for batch in batches for index, row in by_sample(batch, batch.targets[batch.target_mask] * 0.0).items()
+        sequences[i].index: np.zeros(len(sequences[i].mask), np.float32) for batch in batches for i in batch
     }
 
 
@@ -100,15 +112,14 @@ def test_engines_that_share_gpus_sleep_from_the_last_completion_to_the_sync(
     monkeypatch: pytest.MonkeyPatch, sleep: bool
 ) -> None:
     stand = Stand()
-    monkeypatch.setattr(module, "gather", lambda calls, *rest: calls)
-    monkeypatch.setattr(module, "call", lambda *args, **more: None)
+    direct(monkeypatch)
     config = run_config(
         algorithm={"name": "ppo", "kl": {"coefficient": 0.1}}, rollout={"maxTokens": 16, "sleep": sleep},
     )
     loop, told = looping(config, stand, Stop())
     loop._step()
     forward, train = ["logprobs policy", "logprobs reference", "values"], ["train critic", "train policy"]
-    assert stand.asked == ["take", *(["sleep"] if sleep else []), *forward, *train, "sync"]
+    assert stand.asked == ["take", *(["sleep"] if sleep else []), *forward, *train, "sync", "log"]
     assert told.further == 5  # a phase each
 
 
@@ -130,24 +141,21 @@ def test_an_open_budget_is_asked_of_every_rank_while_the_engines_sleep(
         return [getattr(actor, method).remote() for actor in actors]
 
     stand, other = Asked(), Asked()
-    monkeypatch.setattr(module, "gather", lambda calls, *rest: calls)
-    monkeypatch.setattr(module, "call", lambda *args, **more: None)
+    direct(monkeypatch)
     monkeypatch.setattr(module, "call_all", call_all)
     config = resolved(rollout={"maxTokens": 16}).on("cuda")
     loop, _ = looping(config, stand, Stop(), padded=padded)
     loop.crew.ranks["reward:x"] = [other]
     loop._step()
     assert stand.asked[:3] == ["take", "sleep", "train policy" if padded else "token_budget"]
-    most = max(len(batch.token_ids) for update in stand.updates[0] for batch in update)
-    assert most > 100 if padded else most <= 20
+    assert stand.most > 100 if padded else stand.most <= 20
 
 
 def test_a_step_has_epochs_of_mini_batches_after_one_pass_for_the_old_log_probabilities(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also a resumed run's, which begins with the same step; and another step has another order."""
-    monkeypatch.setattr(module, "gather", lambda calls, *rest: calls)
-    monkeypatch.setattr(module, "call", lambda *args, **more: None)
+    direct(monkeypatch)
     config = run_config(trainer={"steps": 9, "epochs": 3, "updatesPerStep": 4}, rollout={"maxTokens": 16})
 
     def steps(first: int, count: int) -> list[list[list[int]]]:
@@ -157,7 +165,7 @@ def test_a_step_has_epochs_of_mini_batches_after_one_pass_for_the_old_log_probab
         for _ in range(count):
             loop._step()
         assert [one for one in stand.asked if one.startswith("logprobs")] == ["logprobs policy"] * count
-        return [[sorted(i for batch in one for i in batch.indices) for one in updates] for updates in stand.updates]
+        return [[sorted(i for batch in one for i in batch) for one in updates] for updates in stand.updates]
 
     through = steps(0, 3)
     assert through[2:] == steps(2, 1) and len({str(step) for step in through}) == 3
@@ -199,8 +207,7 @@ def test_asked_to_end_the_step_is_dropped_or_finished_without_its_sync(
             return super().sync(prove=prove)
 
     stand = Asked()
-    monkeypatch.setattr(module, "gather", lambda calls, *rest: calls)
-    monkeypatch.setattr(module, "call", lambda *args, **more: None)
+    direct(monkeypatch)
     loop, told = looping(run_config(algorithm={"name": "grpo", "kl": {"coefficient": 0.1}}), stand, stop)
     with pytest.raises(Terminated, match="pod a is being deleted"):
         loop._step()
@@ -225,14 +232,10 @@ def test_seconds_of_steps_are_those_of_the_lineage(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(("padded", "micro_batches"), [(False, 1), (True, 2)])
 def test_batches_that_a_model_pads_hold_the_budget_with_their_padding(padded: bool, micro_batches: int) -> None:
     loop, _ = looping(run_config(trainer={"steps": 1, "tokensPerMicroBatch": 64}), Stand(), Stop(), padded=padded)
-    lengths = (32, *[4] * 8)
-    items = [
-        TrainSequence(token_ids=[5] * length, prompt_length=1, index=index, mask=[True] * (length - 1), columns={})
-        for index, length in enumerate(lengths)
-    ]
-    ((batches,),) = loop._batches(["policy"], [items])["policy"]
+    lengths = [32, *[4] * 8]
+    ((batches,),) = loop._dealt(["policy"], [lengths])["policy"]
     assert len(batches) == micro_batches
-    assert not padded or all(len(batch.indices) * batch.max_length <= 64 for batch in batches)
+    assert not padded or all(len(batch) * max(lengths[i] for i in batch) <= 64 for batch in batches)
 
 
 class Unreached(Stand):
@@ -248,8 +251,7 @@ def stepping(monkeypatch: pytest.MonkeyPatch, error: Exception, step: int, **spe
     """One step of four, of which `step` are finished, to its sync."""
     stand = Unreached()
     stand.error = error
-    monkeypatch.setattr(module, "gather", lambda calls, *rest: calls)
-    monkeypatch.setattr(module, "call", lambda *args, **more: None)
+    direct(monkeypatch)
     loop, told = looping(run_config(**spec), stand, Stop())
     loop.step = step
     return loop, told

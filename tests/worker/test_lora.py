@@ -25,7 +25,7 @@ from rlhf_worker.trainer.rank import Trainer
 from tests.worker.checkpoints import checkpoint
 from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
-from tests.worker.samples import evenly
+from tests.worker.samples import a_sequence, evenly, listed
 
 RANK_4 = {"rank": 4, "alpha": 8}
 
@@ -45,9 +45,8 @@ def trainer(
 def sequences() -> list[TrainSequence]:
     generator, lengths = torch.Generator().manual_seed(7), (6, 9, 9, 12)
     return [
-        TrainSequence(
-            token_ids=torch.randint(3, 70, (n,), generator=generator).tolist(), prompt_length=3, index=index,
-            mask=[True] * (n - 3),
+        a_sequence(
+            torch.randint(3, 70, (n,), generator=generator).tolist(), 3, index,
             columns={
                 "rollout_logprobs": [-4.0] * (n - 3), "advantages": [(-1.0) ** index] * (n - 3),
                 **evenly(4, n - 3, sum(lengths) - 12),
@@ -72,7 +71,7 @@ def weights(made: Trainer) -> dict[str, Tensor]:
 
 
 def logprobs(made: Trainer, role: str = "policy") -> dict[int, list[float]]:
-    return made.logprobs(role, pack(sequences(), 1000))
+    return listed(made.logprobs(role, pack(sequences(), 1000)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -23,6 +23,7 @@ from rlhf_worker.trainer.model import (
     wrap_layers,
 )
 from tests.worker.rewards import write_reward
+from tests.worker.samples import a_sequence
 
 CPU = torch.device("cpu")
 
@@ -40,7 +41,7 @@ def module(path: Path, temperature: float = 1.0, **trainer: Any) -> PolicyModule
 
 def sequence(length: int, prompt: int = 3, index: int = 0) -> TrainSequence:
     ids = torch.randint(3, 70, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-    return TrainSequence(token_ids=ids, prompt_length=prompt, index=index, mask=[True] * (length - prompt), columns={})
+    return a_sequence(ids, prompt, index)
 
 
 def alone(lm: torch.nn.Module, item: TrainSequence, temperature: float) -> Tensor:

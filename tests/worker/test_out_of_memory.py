@@ -49,7 +49,7 @@ def test_the_first_update_begins_anew_with_halves(
     tiny: Path, tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch, role: str, dtype: str, backward: bool
 ) -> None:
     """Its first micro-batch fits, and leaves nothing in the second try; the second update is of the same step."""
-    items = [one.with_columns(returns=[0.7] * len(one.mask), values=[0.1] * len(one.mask)) for one in sequences()]
+    items = [one.with_columns(returns=0.7, values=0.1) for one in sequences()]
     short, long = pack(items, 12)[-1:], pack(items, 27)
     updates: list[list[PackedBatch]] = [[*short, *long], long]
     roomy, made = (

@@ -41,7 +41,9 @@ class Engine:
 
         self.behaviour, self.go, self.calls, self.asleep = behaviour, asyncio.Event(), list[int](), False
 
-    async def generate(self, requests: list[Request], deadline: float) -> list[Sample]:
+    async def generate(
+        self, requests: list[Request], deadline: float, place: tuple[int, int] | None = None
+    ) -> list[Sample]:
         self.calls.append(len(requests))
         assert not self.asleep
         if self.behaviour == "fail":
@@ -125,7 +127,7 @@ RemoteFeed: Any = ray.remote(num_cpus=0)(Feed)
 
 
 class Fleet:
-    short = False
+    short, slots = False, 256
 
     def __init__(self, engines: list[Any]) -> None:
         self.serving, self.spare, self.asleep = engines, list[Any](), list[Any]()
@@ -197,12 +199,12 @@ def pumped(rollouts: Rollouts, done: Callable[[], bool]) -> None:
         assert time.monotonic() < end, "nothing happened for a minute"
 
 
-def test_a_step_is_one_call_an_engine_and_keeps_the_order() -> None:
+def test_a_step_is_a_call_a_group_and_keeps_the_order() -> None:
     rollouts, crew = make(["well", "well"])
     taken = rollouts.take()
     assert rows(taken) == [0, 1, 2, 3]
     assert all([item.reward for item in group.samples] == [0.0, 1.0] for group in taken)
-    assert ray.get([engine.asked.remote() for engine in crew.fleet.serving]) == [[4], [4]]
+    assert ray.get([engine.asked.remote() for engine in crew.fleet.serving]) == [[2, 2], [2, 2]]
     rollouts.pump()
     assert rollouts.admission.pending() == []  # the trainer works, and nothing begins
     assert rollouts.finish(1) == ({"position": 4}, [])

@@ -7,9 +7,10 @@ The oracle pads, loops over samples and tokens, and shares no line with the prod
 import math
 import random
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -17,11 +18,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf_api.algorithms import Algorithm, fill
-from rlhf_api.job import AlgorithmSpec
+from rlhf_api.job import AlgorithmSpec, TrainerSpec
 from rlhf_worker.algorithm.losses import policy_loss, value_loss
 from rlhf_worker.algorithm.shape import shape
-from rlhf_worker.experience import PackedBatch, TrainSequence, at_targets, equalise, pack, split
-from tests.worker.samples import sequences
+from rlhf_worker.experience import PackedBatch, TrainSequence, at_targets
+from tests.worker.samples import a_sequence, by_token, dealt, sequences
 from tests.worker.test_invariance import VOCABULARY, Tiny, measured
 
 K, MAX_TOKENS, BETA = 3, 12, 0.3
@@ -59,7 +60,8 @@ class Step:
                 name: [-rng.random() * 3 for _ in s.mask] for name in ("rollout_logprobs", "ref_logprobs", "values")
             }
             columns["old_logprobs"] = [value + rng.uniform(-0.6, 0.6) for value in columns["rollout_logprobs"]]
-            made.append(replace(s, mask=[rng.random() < 0.7 for _ in s.mask], columns=columns))
+            mask = [rng.random() < 0.7 for _ in s.mask]
+            made.append(a_sequence(s.token_ids.tolist(), s.prompt_length, s.index, mask, columns))
         return Step(made, [rng.choice([0.0, 1.0, 0.5]) for _ in made], Tiny(seed))
 
     @property
@@ -75,7 +77,7 @@ class Step:
         return made
 
     def column(self, item: TrainSequence, name: str) -> list[float]:
-        return [value for value, counts in zip(item.columns[name], item.mask, strict=True) if counts]
+        return [value for value, counts in zip(by_token(item, name), item.mask, strict=True) if counts]
 
 
 def product(step: Step, spec: Algorithm, ranks: int, budget: int) -> list[Tensor]:
@@ -86,7 +88,8 @@ def product(step: Step, spec: Algorithm, ranks: int, budget: int) -> list[Tensor
     )
     (part,) = made.updates
     return [
-        _batch_loss(step.model, spec, batch) for batches in equalise([pack(own, budget) for own in split(part, ranks)])
+        _batch_loss(step.model, spec, batch)
+        for batches in dealt(part, ranks, TrainerSpec(steps=1, gpus=ranks, tokens_per_micro_batch=budget))
         for batch in batches
     ]
 
@@ -238,9 +241,7 @@ def test_what_an_observation_carries_in_its_columns_changes_nothing(recipe: dict
     first = measured(step.model, product(step, spec, 1, 60))
     for name in ("rollout_logprobs", "old_logprobs", "ref_logprobs", "values"):
         for item in step.items:
-            item.columns[name][:] = [
-                value if counts else -9.0 for value, counts in zip(item.columns[name], item.mask, strict=True)
-            ]
+            item.columns[name] = np.where(item.mask, item.columns[name], -9.0)
     second = measured(step.model, product(step, spec, 1, 60))
     assert first[0] == second[0]
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))

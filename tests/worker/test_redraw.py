@@ -59,10 +59,10 @@ def test_with_staleness_a_group_that_fails_once_is_trained_when_it_is_finished()
     assert sorted([*rows(taken), *rows(after)]) == list(range(8))
 
 
-def test_without_staleness_failed_groups_are_one_call_after_the_others() -> None:
+def test_without_staleness_failed_groups_are_made_after_all_others() -> None:
     rollouts, crew = with_ill({1: 1, 2: 1})
     rollouts.take()
-    assert ray.get(crew.fleet.serving[0].asked.remote()) == [8, 4]
+    assert ray.get(crew.fleet.serving[0].asked.remote()) == [2] * 6
 
 
 def test_a_prompt_that_fails_again_is_left_out_and_another_stands_in_for_it() -> None:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -36,19 +37,25 @@ def step(count: int = 4) -> list[ScoredSample]:
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     scored = step()
     odd = replace(
-        scored[0].sample, mask=[False], versions=[7], episode_reward=0.5, finish_reason="length",
+        scored[0].sample, mask=np.array([False]), versions=np.array([7], np.int32), episode_reward=0.5,
+        finish_reason="length",
         prompt=replace(scored[0].sample.prompt, uid="3:9"),
     )
     scored[0] = replace(scored[0], sample=odd)
-    replay.write(Store(str(tmp_path)), 5, scored, [[0.25] * len(item.sample.token_ids) for item in scored])
+    replay.write(Store(str(tmp_path)), 5, scored, [np.full(1, 0.25), *[0.25] * 3])
     found = replay.read(tmp_path)
-    assert [
-        replace(f, sample=replace(f.sample, prompt=s.sample.prompt)) for f, s in zip(found, scored, strict=True)
-    ] == scored
+    for f, s in zip(found, scored, strict=True):
+        assert replace(f, sample=s.sample) == s
+        for name in ("token_ids", "logprobs", "mask", "versions"):
+            read, written = getattr(f.sample, name), getattr(s.sample, name)
+            assert read.dtype == written.dtype and read.tolist() == written.tolist()
+        assert (f.sample.text, f.sample.finish_reason, f.sample.episode_reward) == (
+            s.sample.text, s.sample.finish_reason, s.sample.episode_reward
+        )  # fmt: skip
     assert [f.sample.prompt.fields for f in found] == [{"bonus": 10}] * 4
     assert (found[0].sample.prompt.epoch, found[0].sample.prompt.row) == (3, 9)
     table = pq.read_table(tmp_path / "rollouts" / "step-5.parquet")
-    assert table.column("advantages").to_pylist()[2] == [0.25] * 3
+    assert table.column("advantages").to_pylist() == [[0.0], *([0.25] * count for count in (2, 3, 4))]
     assert set(table.column("step").to_pylist()) == {5}
 
 

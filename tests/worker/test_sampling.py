@@ -12,14 +12,14 @@ import torch
 from hack.tiny_model import CHARACTERS, SPECIAL, tokenizer
 from rlhf_api.job import SamplingSpec
 from rlhf_worker.errors import BadSpec
-from rlhf_worker.experience import Prompt, Sample, dealt, pack, to_train_sequences
+from rlhf_worker.experience import Prompt, Sample, pack, to_train_sequences
 from rlhf_worker.rollout.admission import Group
 from rlhf_worker.rollout.episode import Request
 from rlhf_worker.rollout.producer import Rollouts
 from rlhf_worker.rollout.sampling import check_sampling, first_stop, support
 from rlhf_worker.trainer.rank import Trainer
 from tests.worker.configs import run_config
-from tests.worker.samples import a_prompt, evenly, whole
+from tests.worker.samples import a_prompt, dealt, evenly, whole
 
 TEMPERATURE = 0.7
 VOCABULARY = len(SPECIAL) + len(CHARACTERS)
@@ -102,12 +102,13 @@ def expected(
     lm: Any, sample: Sample, spec: SamplingSpec, temperature: float = TEMPERATURE
 ) -> tuple[list[float], list[set[int]]]:
     """Of each token: its log probability, and the set that it was drawn from."""
+    tokens = sample.token_ids.tolist()
     steps = [
-        distribution(lm, sample.prompt.token_ids, sample.token_ids[:i], spec, {2, *spec.stop_token_ids}, temperature)
-        for i in range(len(sample.token_ids))
+        distribution(lm, sample.prompt.token_ids, tokens[:i], spec, {2, *spec.stop_token_ids}, temperature)
+        for i in range(len(tokens))
     ]
     sets = [set(step.isfinite().nonzero().flatten().tolist()) for step in steps]
-    return [float(step[token]) for step, token in zip(steps, sample.token_ids, strict=True)], sets
+    return [float(step[token]) for step, token in zip(steps, tokens, strict=True)], sets
 
 
 def of_trainer(made: Trainer, samples: Sequence[Sample], *, padded: bool = False) -> list[float]:
@@ -127,20 +128,20 @@ def test_trainer_and_engine_agree_under_every_option(tiny: Path, tmp_path: Path,
     assert made.generator is not None
     for sampling in REPLAYED if batching == "packed" else REPLAYED[2:3]:
         samples = whole(made, requests(**sampling))
-        drawn = [value for sample in samples for value in sample.logprobs]
+        drawn = [value for sample in samples for value in sample.logprobs.tolist()]
         assert of_trainer(made, samples, padded=batching == "padded") == pytest.approx(drawn, abs=1e-4), sampling
         spec = SamplingSpec.model_validate(sampling)
         for sample in samples:
             values, sets = expected(made.generator.lm, sample, spec)
-            assert sample.logprobs == pytest.approx(values, abs=1e-4), sampling
+            assert sample.logprobs.tolist() == pytest.approx(values, abs=1e-4), sampling
             if sampling:
-                assert sample.support is not None and (sample.support[:, 0] == sample.token_ids).all()
+                assert sample.support is not None and (sample.support[:, 0] == sample.token_ids.tolist()).all()
                 assert [set(row[row >= 0].tolist()) for row in sample.support] == sets
     restricted = whole(made, requests(topK=5))
     for sample in restricted:
         object.__setattr__(sample, "support", None)
     assert of_trainer(made, restricted) != pytest.approx(
-        [value for sample in restricted for value in sample.logprobs], abs=0.1
+        [value for sample in restricted for value in sample.logprobs.tolist()], abs=0.1
     )
 
 
@@ -153,11 +154,11 @@ def test_a_step_trains_on_the_distribution_that_was_drawn_from(tiny: Path, tmp_p
     before = of_trainer(made, samples)
     sequences = [
         s.with_columns(
-            advantages=[1.0] * len(s.mask), old_logprobs=list(sample.logprobs), **evenly(4, len(s.mask), tokens)
+            advantages=1.0, old_logprobs=sample.logprobs, **evenly(4, len(s.mask), tokens)
         )
         for s, sample in zip(to_train_sequences(samples), samples, strict=True)
     ]
-    metrics = made.train("policy", [dealt(sequences, 1, made.config.trainer, padded=False)[0]])
+    metrics = made.train("policy", [dealt(sequences, 1, made.config.trainer)[0]])
     assert (
         metrics["mismatch/abs"] < 1e-5
         and metrics["mismatch/kl"] < 1e-8
@@ -165,7 +166,7 @@ def test_a_step_trains_on_the_distribution_that_was_drawn_from(tiny: Path, tmp_p
     )
     drawn_from, lm = SamplingSpec(top_k=5, top_p=0.9), made.generator.lm
     steps = [
-        distribution(lm, s.prompt.token_ids, s.token_ids[:i], drawn_from, {2}, TEMPERATURE)
+        distribution(lm, s.prompt.token_ids, s.token_ids[:i].tolist(), drawn_from, {2}, TEMPERATURE)
         for s in samples
         for i in range(len(s.token_ids))
     ]
@@ -181,7 +182,7 @@ def test_turns_with_observations_between_them_keep_their_sets(tiny: Path, tmp_pa
     finally:
         made.generator.close()  # type: ignore[union-attr]
     assert all(not all(sample.mask) for sample in samples)
-    drawn = [value for sample in samples for value, ours in zip(sample.logprobs, sample.mask, strict=True) if ours]
+    drawn = [value for sample in samples for value in sample.logprobs[sample.mask].tolist()]
     assert of_trainer(made, samples) == pytest.approx(drawn, abs=1e-4)
 
 
@@ -198,7 +199,7 @@ def test_penalties_count_the_prompt_and_the_turn_and_no_padding(
     assert made.generator is not None
     spec = SamplingSpec.model_validate({**sampling, "topK": topk})
     for sample in whole(made, requests(topK=topk, **sampling)):
-        assert sample.logprobs == pytest.approx(expected(made.generator.lm, sample, spec)[0], abs=1e-4)
+        assert sample.logprobs.tolist() == pytest.approx(expected(made.generator.lm, sample, spec)[0], abs=1e-4)
 
 
 def test_a_text_ends_a_turn_with_the_token_that_completes_it(tiny: Path, tmp_path: Path, group: None) -> None:
@@ -207,8 +208,9 @@ def test_a_text_ends_a_turn_with_the_token_that_completes_it(tiny: Path, tmp_pat
     free = whole(made, requests(1))[0]
     stop = free.text[6:8]
     cut = whole(made, requests(1, stop=["never so", stop]))[0]
-    end = next(count for count in range(24) if stop in shown(free.token_ids[:count]))
-    assert cut.token_ids == free.token_ids[:end] and cut.logprobs == free.logprobs[:end] and cut.mask == [True] * end
+    end = next(count for count in range(24) if stop in shown(free.token_ids.tolist()[:count]))
+    assert cut.token_ids.tolist() == free.token_ids.tolist()[:end] and all(cut.mask)
+    assert cut.logprobs.tolist() == free.logprobs.tolist()[:end]
     assert (cut.text, cut.finish_reason) == (free.text[: free.text.index(stop)], "stop")
     later = whole(made, requests(1, stop=[stop], minTokens=end, topK=71))[0]
     assert len(later.token_ids) > end and stop in later.text + stop
@@ -219,14 +221,13 @@ def test_a_token_ends_a_turn_and_is_trained_with_its_own_log_probability(
 ) -> None:
     made = trainer(tiny, tmp_path)
     free = whole(made, requests(1))[0]
-    token = free.token_ids[6]
-    end = free.token_ids.index(token) + 1
+    token = free.token_ids.tolist()[6]
+    end = free.token_ids.tolist().index(token) + 1
     cut = whole(made, requests(1, stopTokenIds=[token]))[0]
-    assert cut.token_ids == free.token_ids[:end] and cut.mask == [True] * end
-    assert cut.logprobs == pytest.approx(free.logprobs[:end]) and of_trainer(made, [cut]) == pytest.approx(
-        cut.logprobs, abs=1e-4
-    )
-    assert (cut.text, cut.finish_reason) == (shown(free.token_ids[: end - 1]), "stop")
+    assert cut.token_ids.tolist() == free.token_ids.tolist()[:end] and all(cut.mask)
+    assert cut.logprobs.tolist() == pytest.approx(free.logprobs.tolist()[:end])
+    assert of_trainer(made, [cut]) == pytest.approx(cut.logprobs.tolist(), abs=1e-4)
+    assert (cut.text, cut.finish_reason) == (shown(free.token_ids.tolist()[: end - 1]), "stop")
 
 
 def test_what_was_returned_of_a_set_is_the_set() -> None:

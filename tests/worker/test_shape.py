@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from rlhf_api.job import AlgorithmSpec
 from rlhf_worker.algorithm.control import KLController
 from rlhf_worker.algorithm.shape import Shaped, informative, overlong, passes, shape
 from rlhf_worker.experience import TrainSequence, mini_batches
-from tests.worker.samples import sequences
+from tests.worker.samples import a_sequence, by_token, sequences
 
 LENGTHS = [(2, 4), (1, 2), (3, 0), (1, 6), (2, 3), (2, 1)]
 REWARDS, GROUPS = [1.0, 0.0, 0.5, 2.0, 2.0, 2.0], [0, 0, 0, 1, 1, 1]
@@ -24,8 +25,9 @@ def algorithm(name: str = "grpo", max_tokens: int = 10, **given: Any) -> Algorit
 def items(**columns: float) -> list[TrainSequence]:
     """Six sequences, each with a constant in every column."""
     return [
-        s.with_columns(**{name: [value] * len(s.mask) for name, value in columns.items()}) for s in sequences(LENGTHS)
-    ]
+        s.with_columns(**{name: np.full(len(s.mask), value) for name, value in columns.items()})
+        for s in sequences(LENGTHS)
+    ]  # fmt: skip
 
 
 def shaped(spec: Algorithm, given_: list[TrainSequence] | None = None, updates: int = 1, epochs: int = 1) -> Shaped:
@@ -35,7 +37,7 @@ def shaped(spec: Algorithm, given_: list[TrainSequence] | None = None, updates: 
 
 def sums(made: Shaped, column: str) -> list[float]:
     return [
-        sum(value for s in part for value, counts in zip(s.columns[column], s.mask, strict=True) if counts)
+        sum(value for s in part for value, counts in zip(by_token(s, column), s.mask, strict=True) if counts)
         for part in made.updates
     ]
 
@@ -46,7 +48,7 @@ def test_every_update_has_its_own_normaliser(name: str, updates: int, epochs: in
     made = shaped(algorithm(name), given_, updates, epochs)
     assert sorted(s.index for part in made.updates for s in part) == sorted([s.index for s in given_] * epochs)
     for part in made.updates:
-        assert all(s.columns["advantages"] == made.advantages[s.index] for s in part)
+        assert all(s.columns["advantages"] is made.advantages[s.index] for s in part)
     for part, loss, metric in zip(made.updates, sums(made, "loss_weights"), sums(made, "token_weights"), strict=True):
         tokens, filled = sum(s.targets for s in part), sum(s.targets > 0 for s in part)
         wanted = {"tokens": float(tokens > 0), "sequences": filled / len(part), "constant": tokens / (len(part) * 10)}
@@ -56,28 +58,27 @@ def test_every_update_has_its_own_normaliser(name: str, updates: int, epochs: in
 
 def test_observations_have_no_share_in_the_normaliser() -> None:
     (first, *rest) = items()
-    first = TrainSequence(
-        token_ids=first.token_ids, prompt_length=2, index=0, mask=[True, False, False, True], columns=first.columns,
+    first = a_sequence(
+        first.token_ids.tolist(), 2, mask=[True, False, False, True], columns=first.columns,
     )
     (part,) = shaped(algorithm(), [first, *rest]).updates
-    assert part[0].columns["loss_weights"] == [1 / 12] * 4
-    assert part[0].columns["token_weights"][0] == 1 / 14
-    assert part[0].columns["advantages"][1:3] == [0.0, 0.0]
+    assert by_token(part[0], "loss_weights") == [1 / 12] * 4
+    assert by_token(part[0], "token_weights")[0] == 1 / 14
 
 
 def test_a_kl_in_the_reward_is_taken_from_the_samples_reward() -> None:
     spec = algorithm("dr_grpo", kl={"coefficient": 0.5, "place": "reward"})
     (part,) = shaped(spec, items(old_logprobs=-1.0, ref_logprobs=-1.2)).updates
     rewards = [1.0 - 0.5 * 0.2 * 4, 0.0 - 0.5 * 0.2 * 2, 0.5]
-    assert part[0].columns["advantages"] == pytest.approx([rewards[0] - sum(rewards) / 3] * 4)
+    assert by_token(part[0], "advantages") == pytest.approx([rewards[0] - sum(rewards) / 3] * 4)
     assert "kl_weights" not in part[0].columns
 
 
 def test_a_kl_in_the_reward_falls_on_each_token_of_reinforce() -> None:
     spec = algorithm("reinforce++", advantageNormalization="none", kl={"coefficient": 0.5})
     (part,) = shaped(spec, items(old_logprobs=-1.0, ref_logprobs=-1.2)).updates
-    assert part[0].columns["advantages"] == pytest.approx([0.6, 0.7, 0.8, 0.9])
-    assert part[1].columns["advantages"] == pytest.approx([-0.2, -0.1])
+    assert by_token(part[0], "advantages") == pytest.approx([0.6, 0.7, 0.8, 0.9])
+    assert by_token(part[1], "advantages") == pytest.approx([-0.2, -0.1])
 
 
 def test_a_kl_in_the_loss_has_weights_of_its_own() -> None:
@@ -85,27 +86,27 @@ def test_a_kl_in_the_loss_has_weights_of_its_own() -> None:
     made = shape(spec, 0.25, items(), REWARDS, GROUPS, updates=[range(6)], max_tokens=10)
     assert made.metrics == {"kl/coefficient": 0.25}
     for s in made.updates[0]:
-        assert s.columns["kl_weights"] == pytest.approx([0.25 * w for w in s.columns["loss_weights"]])
+        assert by_token(s, "kl_weights") == pytest.approx([0.25 * w for w in by_token(s, "loss_weights")])
 
 
 def test_ppo_learns_values_before_whitening() -> None:
     (part,) = shaped(algorithm("ppo", gae={"lambda": 1}), items(values=0.25)).updates
-    assert part[0].columns["returns"] == pytest.approx([1.0] * 4)
-    assert part[3].columns["returns"] == pytest.approx([2.0] * 6)
-    counted = [value for s in part for value in s.columns["advantages"]]
+    assert by_token(part[0], "returns") == pytest.approx([1.0] * 4)
+    assert by_token(part[3], "returns") == pytest.approx([2.0] * 6)
+    counted = [value for s in part for value in by_token(s, "advantages")]
     assert sum(counted) == pytest.approx(0, abs=1e-6)
     assert "returns" not in shaped(algorithm()).updates[0][0].columns
 
 
 def test_the_last_reward_is_given_at_the_last_token_that_counts() -> None:
     (first, *rest) = items(values=0.0)
-    first = TrainSequence(
-        token_ids=first.token_ids, prompt_length=2, index=0, mask=[True, True, False, False], columns=first.columns,
+    first = a_sequence(
+        first.token_ids.tolist(), 2, mask=[True, True, False, False], columns=first.columns,
     )
     (part,) = shaped(
         algorithm("ppo", advantageNormalization="none", gae={"gamma": 0.5, "lambda": 1}), [first, *rest],
     ).updates
-    assert part[0].columns["advantages"] == pytest.approx([0.5, 1.0, 0.0, 0.0])
+    assert by_token(part[0], "advantages") == pytest.approx([0.5, 1.0, 0.0, 0.0])
 
 
 @pytest.mark.parametrize(("length", "loss"), [(0, 0), (6, 0), (7, 0.5), (8, 1), (10, 2)])

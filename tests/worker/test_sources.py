@@ -1,6 +1,7 @@
 """Several sources: turns by weight, exact resume, and rewards that judge their own sources only."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rlhf_worker.feed.rows import Origin
 from rlhf_worker.loop import of_sources, source_metrics, step_metrics
 from rlhf_worker.rewards.scorer import Scorer
 from tests.worker.configs import run_config
+from tests.worker.samples import a_sample
 from tests.worker.test_data import Characters, jsonl
 
 LENGTHS = {"code": 5, "chat": 3, "math": 7}
@@ -134,9 +136,7 @@ def judge(name: str, **fields: Any) -> RewardSpec:
 
 
 def sample(prompt: Prompt, text: str = "yes") -> Sample:
-    return Sample(
-        prompt=prompt, token_ids=[5], logprobs=[-1.0], mask=[True], versions=[0], text=text, finish_reason="stop"
-    )
+    return replace(a_sample(tokens=1), prompt=prompt, text=text)
 
 
 def a_prompt(source: str, rewards: tuple[str, ...] | None, text: str = "four") -> Prompt:

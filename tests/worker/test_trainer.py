@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 
 from rlhf_worker.algorithm.shape import shape
 from rlhf_worker.errors import BadSpec, Diverged, RewardFailed
-from rlhf_worker.experience import PackedBatch, TrainSequence, add_column, dealt, empty_batch, mini_batches, pack
+from rlhf_worker.experience import PackedBatch, TrainSequence, add_column, empty_batch, mini_batches, pack
 from rlhf_worker.trainer.rank import Trainer
 from rlhf_worker.trainer.roles import decayed
 from rlhf_worker.weights import mapped
@@ -26,7 +26,7 @@ from rlhf_worker.weights.plan import Extent
 from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
 from tests.worker.rewards import write_reward
-from tests.worker.samples import evenly
+from tests.worker.samples import a_sequence, dealt, evenly
 
 
 def trainer(
@@ -47,8 +47,8 @@ def sequences(advantage: float = 1.0) -> list[TrainSequence]:
     torch.manual_seed(7)
     lengths = (6, 9, 9, 12)
     return [
-        TrainSequence(
-            token_ids=torch.randint(3, 70, (n,)).tolist(), prompt_length=3, index=index, mask=[True] * (n - 3),
+        a_sequence(
+            torch.randint(3, 70, (n,)).tolist(), 3, index,
             columns={
                 "rollout_logprobs": [-4.0] * (n - 3), "advantages": [advantage * (-1) ** n] * (n - 3),
                 **evenly(4, n - 3, sum(lengths) - 12),
@@ -163,10 +163,10 @@ def test_copies_on_nodes_change_nothing_and_are_reduced_once_an_update(
 
 def _sharing(
     rank: int, world: int, tiny: str, root: str, options: dict[str, Any], algorithm: dict[str, Any]
-) -> tuple[dict[int, list[float]], Any]:
+) -> tuple[dict[int, Any], Any]:
     """What this rank finds of its samples, and what training makes of all."""
     made = trainer(Path(tiny), Path(root), rank=rank, world=world, options=options, algorithm=algorithm)
-    items = dealt(sequences(), world, made.config.trainer, padded=False)[rank]
+    items = dealt(sequences(), world, made.config.trainer)[rank]
     found = made.logprobs("policy", items)
     if algorithm["name"] == "ppo":
         torch.nn.init.ones_(made.roles["critic"].module.head.weight)
@@ -328,7 +328,7 @@ PPO: dict[str, Any] = {"algorithm": {"name": "ppo", "valueClip": 0}, "critic": {
 def test_the_critic_learns_a_constant_and_the_policy_stays(tiny: Path, tmp_path: Path, group: None) -> None:
     made = trainer(tiny, tmp_path, **PPO)
     policy = weights(made)
-    items = [s.with_columns(returns=[0.7] * len(s.mask)) for s in sequences()]
+    items = [s.with_columns(returns=0.7) for s in sequences()]
     assert made.values(pack(items, 1000)) == {item.index: [0.0] * len(item.mask) for item in items}
     losses = []
     for _ in range(30):
@@ -343,7 +343,7 @@ def test_the_critic_learns_a_constant_and_the_policy_stays(tiny: Path, tmp_path:
 
 
 def _trained(made: Trainer) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    items = [s.with_columns(returns=[0.7] * len(s.mask)) for s in sequences()]
+    items = [s.with_columns(returns=0.7) for s in sequences()]
     for _ in range(2):
         valued = add_column(
             with_logprobs(made, items, "old_logprobs", "policy"), "values", [made.values(pack(items, 1000))],

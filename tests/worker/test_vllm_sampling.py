@@ -55,7 +55,7 @@ def test_every_option_means_what_it_means_to_hf(tiny: Path, monkeypatch: pytest.
         spec = SamplingSpec.model_validate({name: value for name, value in given.items() if name != "trained"})
         for sample in group:
             values, sets = expected(lm, sample, spec, TEMPERATURE)
-            assert sample.logprobs == pytest.approx(values, abs=1e-3), given
+            assert sample.logprobs.tolist() == pytest.approx(values, abs=1e-3), given
             assert (sample.support is not None) == (spec.top_k > 0 and given.get("trained", True))
             if sample.support is not None:
                 assert [set(row[row >= 0].tolist()) for row in sample.support] == sets, given
@@ -65,9 +65,10 @@ def test_every_option_means_what_it_means_to_hf(tiny: Path, monkeypatch: pytest.
 
 def _ends_right(sample: Sample, spec: SamplingSpec) -> None:
     """What ended it is the last of its tokens, trained, and not in its text; nothing before it would have."""
-    ends, whole, before = {2, *spec.stop_token_ids}, shown(sample.token_ids), shown(sample.token_ids[:-1])
-    by_token, by_text = sample.token_ids[-1] in ends, any(text in whole for text in spec.stop)
+    ends, token_ids = {2, *spec.stop_token_ids}, sample.token_ids.tolist()
+    whole, before = shown(token_ids), shown(token_ids[:-1])
+    by_token, by_text = token_ids[-1] in ends, any(text in whole for text in spec.stop)
     assert sample.finish_reason == ("stop" if by_token or by_text else "length")
-    assert not ends & set(sample.token_ids[:-1]) and not any(text in before for text in spec.stop)
+    assert not ends & set(token_ids[:-1]) and not any(text in before for text in spec.stop)
     assert sample.text == (before if by_token or by_text else whole) and all(sample.mask)
     assert len(sample.token_ids) >= (spec.min_tokens if by_token else 1)

@@ -7,6 +7,7 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput
 from vllm.v1.outputs import LogprobsLists
 
+from rlhf_api.job import SamplingSpec
 from rlhf_worker.engines import scheduler
 from rlhf_worker.engines.engine import Engine, merge_outputs
 from rlhf_worker.engines.scheduler import Window
@@ -186,6 +188,7 @@ def test_many_tokens_a_message_are_the_tokens_one_by_one(tiny: Path, monkeypatch
         await beside_a_sync(made, twins)
         await a_text_that_ends_it(twins)
         await cut_off(made, twins)
+        await carried_over(made, twins)
 
     with_engine(tiny, monkeypatch, work)
 
@@ -222,6 +225,44 @@ async def cut_off(made: Engine, twins: Twins) -> None:
     await made.adopt(2)
     assert [span.version for span in (await beside).weight_versions] == ["1", "2"]
     await twins.both()
+
+
+async def carried_over(made: Engine, twins: Twins) -> None:
+    """What was kept of a completion that is cut off comes out too, with the sets that it was drawn from; and it goes on
+    from there under the next weights.
+    """
+    prompt, drawn = Prompt(uid="0:1", epoch=0, row=1, token_ids=[5, 6, 7, 8], text="", fields={}), SamplingSpec(
+        top_k=5, min_tokens=TOKENS,
+    )
+    asked = Request(prompt=prompt, seed=5, temperature=1.0, max_tokens=TOKENS, sampling=drawn, trained=True)
+    (free,) = await made._completions([asked], 60.0)
+    some = asyncio.Event()
+    work = asyncio.create_task(made._completions([asked], 60.0))
+    beside = asyncio.create_task(twins.one("beside", streams=True, seen=lambda n: some.set() if n > 50 else None))
+    await some.wait()
+    await made.interrupt()
+    (cut,) = await work
+    await beside
+    assert free is not None and cut is not None and not cut.finished and 50 <= len(cut.token_ids) < TOKENS
+    assert not made._live
+    await made.pause()
+    await made.adopt(made.version + 1)
+    (whole,) = await made._completions([replace(asked, begun=cut)], 60.0)
+    assert whole is not None and whole.finished and len(whole.token_ids) == TOKENS
+    for sample in (free, whole):
+        for name in ("token_ids", "logprobs", "support"):
+            first = getattr(sample, name)[: len(cut.token_ids)]
+            assert first == pytest.approx(getattr(cut, name), abs=1e-4), name
+    left = TOKENS - len(cut.token_ids)
+    assert whole.versions.tolist() == [made.version - 1] * len(cut.token_ids) + [made.version] * left
+    assert (whole.support[:, 0] == whole.token_ids).all() and all(whole.mask)  # type: ignore[index]
+    await made._hold()
+    waiting = asyncio.create_task(made._completions([replace(asked, begun=cut)], 60.0))
+    for _ in range(20):  # until it waits in the core
+        await asyncio.sleep(0)
+    await made.interrupt()  # before it has any
+    (same,) = await waiting
+    assert same is not None and not same.finished and same.token_ids.tolist() == cut.token_ids.tolist()
 
 
 PROMPT = Prompt(uid="0:0", epoch=0, row=0, token_ids=[5 + i % 60 for i in range(300)], text="", fields={})

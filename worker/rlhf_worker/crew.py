@@ -126,8 +126,9 @@ def _fleet(
     sync = WeightSync(config, policy, engines, backend)
     reporter.update(detail=f"connecting the weight sync ({backend})")
     sync.connect()
+    slots = max(call_all(engines, "slots", deadline_seconds=work_seconds(config), what="slots of the engines"))
     return Fleet(
-        engines, sync, spawn, reporter.engines, least=config.rollout.min_engines,
+        engines, sync, spawn, reporter.engines, least=config.rollout.min_engines, slots=slots,
         start_seconds=work_seconds(config), sleep_seconds=sleep_seconds(config),
     )  # fmt: skip
 

@@ -1,11 +1,14 @@
 """What one step's data is, from prompt to packed micro-batch, and the pure steps between.
 
-prompts -> samples -> scored samples -> train sequences -> parts (one a rank) -> packed micro-batches (equal in number
-on all ranks). Every step is deterministic in its input. Padding does not exist here; it is the oracle of the tests. """
+prompts -> samples -> scored samples -> train sequences -> micro-batches of their numbers (as many on every rank; the
+driver's) -> packed batches (the ranks'). What has an entry a token is an array, which no process walks through in
+python; and what travels by the thousand has no slots, which python pickles far more slowly. Every step is
+deterministic in its input. Padding does not exist here; it is the oracle of the tests. """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain, pairwise
+from heapq import heappop, heappush
+from itertools import pairwise
 from random import Random
 from typing import Any, TypeVar
 
@@ -17,12 +20,15 @@ from torch import Tensor
 from rlhf_api.job import TOKENS_PER_MICRO_BATCH, TrainerSpec
 
 T = TypeVar("T")
+Ints = NDArray[np.int32]
+Floats = NDArray[np.float32]
+Bools = NDArray[np.bool_]
 
 # Tokens of a sequence whose attention costs as much as all else: 12 times the hidden size of most models, of 3,000.
 ATTENTION_EVEN = 32768
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One prompt of one epoch, rendered and tokenised."""
 
@@ -39,28 +45,48 @@ class Prompt:
         return self.rewards is None or reward in self.rewards
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
-    """One completion, as the engine and the environment made it. The lists have one entry a completion token.
+    """One completion, as the engine and the environment made it. The arrays have one entry a completion token.
 
     `logprobs` are the engine's, of the distribution that it drew from: at the temperature, over `support`; 0 where
     `mask` is False.
     """
 
     prompt: Prompt
-    token_ids: list[int]
-    logprobs: list[float]
-    mask: list[bool]  # False: an observation, put there by the environment; no loss
-    versions: list[int]  # of the weights that made the token
+    token_ids: Ints
+    logprobs: Floats
+    mask: Bools  # False: an observation, put there by the environment; no loss
+    versions: Ints  # of the weights that made the token
     text: str
-    finish_reason: str  # "stop" | "length"
+    finish_reason: str  # "stop" | "length" | "abort": what there is of one that is to be gone on with
     episode_reward: float | None = None  # the sum of what the environment gave for its turns; None without one
     failure: str = ""  # why the environment or a reward has no value for it: such a sample is never trained
     # (tokens, 1 + topK): the tokens that each was drawn from, itself first, -1 where there are fewer. None: from all.
-    support: NDArray[np.int32] | None = field(default=None, compare=False)
+    support: Ints | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason != "abort"
+
+    @property
+    def targets(self) -> int:
+        """Tokens that count in a loss."""
+        return int(np.count_nonzero(self.mask))
+
+    def without_tokens(self, prompt: Prompt) -> "Sample":
+        """What rewards read. `prompt`: its own without tokens, one object for a group."""
+        return replace(self, prompt=prompt, support=None, **NO_TOKENS)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Of a sample that has none.
+NO_TOKENS: dict[str, Any] = {
+    "token_ids": np.empty(0, np.int32), "logprobs": np.empty(0, np.float32), "mask": np.empty(0, np.bool_),
+    "versions": np.empty(0, np.int32),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScoredSample:
     """`reward` is the weighted sum of `parts`, the unweighted value of each reward by its name.
 
@@ -88,16 +114,21 @@ def means(samples: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(each) / len(each) for name, each in values.items()}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainSequence:
-    """What a trainer rank gets of one sample. `mask` and each of `columns` have one entry a completion token."""
+Column = NDArray[np.floating[Any]] | float
 
-    token_ids: list[int]  # prompt + completion
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainSequence:
+    """What a trainer rank gets of one sample. `mask` has one entry a completion token; each of `columns` too, or is one
+    number for all of them.
+    """
+
+    token_ids: Ints  # prompt + completion
     prompt_length: int
     index: int  # of the sample in its step; -1: a filler
-    mask: list[bool]
-    columns: dict[str, list[float]]
-    support: NDArray[np.int32] | None = field(default=None, compare=False)  # as the sample's
+    mask: Bools
+    columns: dict[str, Column]
+    support: Ints | None = None  # as the sample's
 
     @property
     def length(self) -> int:
@@ -106,9 +137,15 @@ class TrainSequence:
     @property
     def targets(self) -> int:
         """Tokens that count in a loss."""
-        return sum(self.mask)
+        return int(np.count_nonzero(self.mask))
 
-    def with_columns(self, **columns: list[float]) -> "TrainSequence":
+    @classmethod
+    def plain(cls, token_ids: Sequence[int], index: int = -1) -> "TrainSequence":
+        """All of it prompt."""
+        ids = np.array(token_ids, np.int32)
+        return cls(token_ids=ids, prompt_length=len(ids), index=index, mask=NO_TOKENS["mask"], columns={})
+
+    def with_columns(self, **columns: Column) -> "TrainSequence":
         return replace(self, columns={**self.columns, **columns})
 
 
@@ -144,8 +181,8 @@ class Batching:
 
 
 def to_train_sequences(samples: Sequence[Sample]) -> list[TrainSequence]:
-    """Numbered in order, with the one column that every sample brings: rollout_logprobs. Raises ValueError for lists of
-    unlike length.
+    """Numbered in order, with the one column that every sample brings: rollout_logprobs. Raises ValueError for arrays
+    of unlike length.
     """
     return [_train_sequence(index, sample) for index, sample in enumerate(samples)]
 
@@ -160,14 +197,14 @@ def _train_sequence(index: int, sample: Sample) -> TrainSequence:
     if not sample.prompt.token_ids:
         raise ValueError(f"prompt {uid} has no tokens, so nothing predicts its completion's first")
     return TrainSequence(
-        token_ids=[*sample.prompt.token_ids, *sample.token_ids], prompt_length=len(sample.prompt.token_ids),
-        index=index, mask=list(sample.mask), columns={"rollout_logprobs": list(sample.logprobs)},
-        support=sample.support,
-    )
+        token_ids=np.concatenate([np.array(sample.prompt.token_ids, np.int32), sample.token_ids]),
+        prompt_length=len(sample.prompt.token_ids), index=index, mask=sample.mask,
+        columns={"rollout_logprobs": sample.logprobs}, support=sample.support,
+    )  # fmt: skip
 
 
 def add_column(
-    sequences: Sequence[TrainSequence], name: str, found: Iterable[Mapping[int, list[float]]],
+    sequences: Sequence[TrainSequence], name: str, found: Iterable[Mapping[int, Floats]],
 ) -> list[TrainSequence]:
     """What the ranks answered by sample (`by_sample`), as a column. Raises KeyError for a sample that no rank answered
     for.
@@ -199,48 +236,58 @@ def cost(length: int) -> float:
     return length * (1 + length / ATTENTION_EVEN)
 
 
-def split(sequences: Sequence[TrainSequence], parts: int) -> list[list[TrainSequence]]:
-    """One part a rank, balanced by cost (longest first to the least loaded); none is empty if there are enough
-    sequences.
+def split(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """The numbers of the sequences of each part, balanced by cost (longest first to the least loaded); none is empty if
+    there are enough sequences. `lengths`: of all, in tokens.
     """
     loads = [0.0] * parts
     chosen: list[list[int]] = [[] for _ in range(parts)]
-    for index in sorted(range(len(sequences)), key=lambda i: -sequences[i].length):
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         part = loads.index(min(loads))
         chosen[part].append(index)
-        loads[part] += cost(sequences[index].length)
-    return [[sequences[i] for i in sorted(indices)] for indices in chosen]
+        loads[part] += cost(lengths[index])
+    return [sorted(indices) for indices in chosen]
 
 
-def pack(
-    sequences: Sequence[TrainSequence], token_budget: int, *, padded: bool = False, count: int = 1
-) -> list[PackedBatch]:  # fmt: skip
-    """Every sequence whole, in exactly one micro-batch of at most `token_budget` tokens; a longer sequence is alone in
-    its own. Micro-batches are as few as first-fit finds, or `count`, and cost nearly the same, the dearest first.
+def micro_batches(
+    lengths: Sequence[int], token_budget: int, *, padded: bool = False, count: int = 1
+) -> list[list[int]]:  # fmt: skip
+    """Every sequence, by its number, whole in exactly one micro-batch of at most `token_budget` tokens; a longer
+    sequence is alone in its own. They are as few as first-fit finds, or `count`, and cost nearly the same, the dearest
+    first.
 
     padded: each counts as many tokens as the longest of its micro-batch, as it will when they are laid out one a row.
     They are filled one after the other then, for like lengths belong together.
     """
-    lengths = [s.length for s in sequences]
     bins = _bins(lengths, token_budget, padded=padded)
     if not padded:
         bins = _even(lengths, token_budget, min(max(len(bins), count), len(lengths))) or bins
-    dear = sorted(bins, key=lambda indices: -sum(cost(lengths[i]) for i in indices))
-    return [_packed([sequences[i] for i in indices]) for indices in dear]
+    return sorted(bins, key=lambda indices: -sum(cost(lengths[i]) for i in indices))
+
+
+def pack(sequences: Sequence[TrainSequence], token_budget: int, *, padded: bool = False) -> list[PackedBatch]:
+    """All of them on one rank, in its `micro_batches`."""
+    return [
+        packed([sequences[i] for i in numbers])
+        for numbers in micro_batches([s.length for s in sequences], token_budget, padded=padded)
+    ]
 
 
 def _even(lengths: Sequence[int], budget: int, count: int) -> list[list[int]]:
     """`count` bins, each item, dearest first, to the cheapest bin that has room. Empty where one has no room."""
     bins: list[list[int]] = [[] for _ in range(count)]
-    tokens, costs = [0] * count, [0.0] * count
+    tokens, cheapest = [0] * count, [(0.0, number) for number in range(count)]  # a heap
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        open_ = [b for b in range(count) if not bins[b] or tokens[b] + lengths[index] <= budget]
-        if not open_:
+        full = []
+        while cheapest and bins[cheapest[0][1]] and tokens[cheapest[0][1]] + lengths[index] > budget:
+            full.append(heappop(cheapest))
+        if not cheapest:
             return []
-        place = min(open_, key=lambda b: costs[b])
+        spent, place = heappop(cheapest)
         bins[place].append(index)
         tokens[place] += lengths[index]
-        costs[place] += cost(lengths[index])
+        for one in (*full, (spent + cost(lengths[index]), place)):
+            heappush(cheapest, one)
     return [sorted(indices) for indices in bins]
 
 
@@ -261,25 +308,27 @@ def _bins(lengths: Sequence[int], budget: int, *, padded: bool) -> list[list[int
     return [sorted(bin_) for bin_ in bins]
 
 
-def _packed(sequences: Sequence[TrainSequence]) -> PackedBatch:
+def packed(sequences: Sequence[TrainSequence]) -> PackedBatch:
     lengths = [s.length for s in sequences]
-    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    ends = np.cumsum(lengths)
+    total, starts = int(ends[-1]), ends - lengths
+    mask, targets = np.zeros(total, np.bool_), np.zeros(total, np.int64)
+    columns = {name: np.zeros(total, np.float32) for name in sequences[0].columns}
+    for s, start in zip(sequences, starts.tolist(), strict=True):
+        # of the completion's tokens, each at the position that predicts it: one before its own
+        own = slice(start + s.prompt_length - 1, start + s.length - 1)
+        mask[own], targets[own] = s.mask, s.token_ids[s.prompt_length :]
+        for name, column in columns.items():
+            column[own] = s.columns[name]
     return PackedBatch(
-        token_ids=_cat((s.token_ids for s in sequences), np.int64),
-        position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        cu_seqlens=cu_seqlens,
-        max_length=max(lengths),
-        target_mask=_cat((_aligned(s, s.mask, False) for s in sequences), np.bool),
-        targets=_cat((_aligned(s, s.token_ids[s.prompt_length :], 0) for s in sequences), np.int64),
-        indices=[s.index for s in sequences],
-        prompt_lengths=[s.prompt_length for s in sequences],
+        token_ids=torch.from_numpy(np.concatenate([s.token_ids for s in sequences]).astype(np.int64)),
+        position_ids=torch.from_numpy(np.arange(total) - np.repeat(starts, lengths)),
+        cu_seqlens=torch.tensor([0, *ends.tolist()], dtype=torch.int32),
+        max_length=max(lengths), target_mask=torch.from_numpy(mask), targets=torch.from_numpy(targets),
+        indices=[s.index for s in sequences], prompt_lengths=[s.prompt_length for s in sequences],
         sequence=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
-        columns={
-            name: _cat((_aligned(s, s.columns[name], 0.0) for s in sequences), np.float32)
-            for name in sequences[0].columns
-        },
-        support=_support(sequences),
-    )
+        columns={name: torch.from_numpy(column) for name, column in columns.items()}, support=_support(sequences),
+    )  # fmt: skip
 
 
 def _support(sequences: Sequence[TrainSequence]) -> Tensor | None:
@@ -288,29 +337,33 @@ def _support(sequences: Sequence[TrainSequence]) -> Tensor | None:
     return torch.from_numpy(np.concatenate(rows)) if rows else None
 
 
-def _cat(rows: Iterable[Sequence[T]], dtype: type[np.generic]) -> Tensor:
-    # torch.tensor of a list takes three times as long
-    return torch.from_numpy(np.fromiter(chain.from_iterable(rows), dtype))
+def dealt(lengths: Sequence[int], ranks: int, spec: TrainerSpec, *, padded: bool) -> list[list[list[int]]]:
+    """Each rank's micro-batches of the sequences' numbers, as many on every rank, empty ones where it has no more:
+    FSDP's collectives run once a micro-batch on every rank. Neighbours in context parallelism share theirs.
 
-
-def _aligned(sequence: TrainSequence, completion: Sequence[T], fill: T) -> list[T]:
-    """Values of the completion's tokens, each at the position that predicts it: one before its own."""
-    return [fill] * (sequence.prompt_length - 1) + list(completion) + [fill]
-
-
-def dealt(
-    sequences: Sequence[TrainSequence], ranks: int, spec: TrainerSpec, *, padded: bool
-) -> list[list[PackedBatch]]:  # fmt: skip
-    """Each rank's micro-batches, as many on every rank; ranks that are neighbours in context parallelism share theirs.
-
-    padded: whether a model that they are for lays them out one sequence a row.
+    lengths: of all sequences, in tokens; padded: whether a model that they are for lays them out one sequence a row.
     """
     cp = spec.context_parallel
-    parts = split(sequences, ranks // cp)
-    budget = (spec.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH) * cp
-    count = max(len(_bins([s.length for s in own], budget, padded=padded)) for own in parts)
-    shares = equalise([pack(own, budget, padded=padded, count=count) for own in parts], cp)
-    return [share for share in shares for _ in range(cp)]
+    parts, budget = split(lengths, ranks // cp), (spec.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH) * cp
+    count = max(len(_bins([lengths[i] for i in own], budget, padded=padded)) for own in parts)
+    shares = [
+        [[own[i] for i in numbers] for numbers in micro_batches([lengths[i] for i in own], budget, padded=padded,
+            count=count)]
+        for own in parts
+    ]
+    fullest = max(map(len, shares))
+    return [share + [[]] * (fullest - len(share)) for share in shares for _ in range(cp)]
+
+
+def taken(
+    sequences: Sequence[TrainSequence], batches: Sequence[Sequence[int]], spec: TrainerSpec
+) -> list[PackedBatch]:
+    """A rank's micro-batches, as `dealt` numbers their sequences."""
+    return [
+        packed([sequences[number] for number in numbers]) if numbers
+        else empty_batch(sequences[0].columns, spec.context_parallel)
+        for numbers in batches
+    ]
 
 
 def within(batches: Sequence[PackedBatch], tokens: int) -> list[PackedBatch]:
@@ -339,22 +392,11 @@ def _part(batch: PackedBatch, first: int, end: int) -> PackedBatch:
     )
 
 
-def equalise(ranks: Sequence[Sequence[PackedBatch]], sharing: int = 1) -> list[list[PackedBatch]]:
-    """As many micro-batches on each rank as on the fullest one: FSDP's collectives run once a micro-batch on every
-    rank. sharing: ranks that compute one micro-batch together.
-    """
-    fullest = max(ranks, key=len)
-    filler = empty_batch(fullest[0].columns if fullest else (), sharing)
-    return [[*batches, *[filler] * (len(fullest) - len(batches))] for batches in ranks]
-
-
 def empty_batch(columns: Iterable[str] = (), sharing: int = 1) -> PackedBatch:
     """Two tokens a rank without a target: it takes part in the collectives and adds exactly 0 to the loss. One token
     would be compiled anew, for sizes of 1 are known to a graph.
     """
-    nothing: dict[str, list[float]] = {name: [] for name in columns}
-    tokens = [0] * (2 * sharing)
-    return _packed([TrainSequence(token_ids=tokens, prompt_length=len(tokens), index=-1, mask=[], columns=nothing)])
+    return packed([TrainSequence.plain([0] * (2 * sharing)).with_columns(**dict.fromkeys(columns, 0.0))])
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -374,7 +416,7 @@ def at_targets(batch: PackedBatch, device: torch.device) -> tuple[dict[str, Tens
     return columns, sent(batch.sequence[where], device)
 
 
-def by_sample(batch: PackedBatch, values: Tensor) -> dict[int, list[float]]:
+def by_sample(batch: PackedBatch, values: Tensor) -> dict[int, Floats]:
     """One value a target, (N,), back to the samples: for each, one value a completion token, 0 where the mask is False.
     Fillers are left out.
     """
@@ -383,6 +425,6 @@ def by_sample(batch: PackedBatch, values: Tensor) -> dict[int, list[float]]:
         dense[batch.target_mask] = values.detach().cpu()
     rows = torch.split(dense, batch.cu_seqlens.diff().tolist())
     return {
-        index: row[prompt - 1 : -1].tolist() for index, prompt,
-        row in zip(batch.indices, batch.prompt_lengths, rows, strict=True) if index >= 0
+        index: row[prompt - 1 : -1].numpy()
+        for index, prompt, row in zip(batch.indices, batch.prompt_lengths, rows, strict=True) if index >= 0
     }

@@ -13,6 +13,7 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
+import ray
 import torch
 from ray.exceptions import RayError
 
@@ -28,7 +29,6 @@ from rlhf_worker.crew import Crew
 from rlhf_worker.deadlines import silent_seconds, work_seconds
 from rlhf_worker.errors import DeadlineExceeded, EnginesLost, Fenced, LinkBroken, SaveFailed
 from rlhf_worker.experience import (
-    PackedBatch,
     ScoredSample,
     TrainSequence,
     add_column,
@@ -67,6 +67,7 @@ class Loop:
         self._deadline = work_seconds(config)
         self._trained_in_part = False  # from a step's first update to its last: the ranks hold no step's weights
         self._step_seconds = 0.0
+        self._telling: list[Any] = []
         self._productive = 0.0  # seconds in steps that count: those of the checkpoint resumed from, and those after it
 
     def begin(self, step: int, memory: dict[str, Any]) -> None:
@@ -158,7 +159,7 @@ class Loop:
         self._finished(number, time.monotonic() - start)  # 6. The step is finished.
         self._report(scored, trained | shaped.metrics | self.rollouts.metrics, synced, timer, time.monotonic() - start)
         if self.config.telemetry.keeps_rollouts(number):
-            self._feed("record", number, scored, shaped.advantages)
+            self._told("record", number, scored, shaped.advantages)
         with self.stop.abandonable():
             self._evaluate()
 
@@ -186,7 +187,7 @@ class Loop:
         with self.reporter.bounded():
             values = evaluate(self.config, self.step, self.rollouts.evaluate, self._feed)
         if values:
-            self._feed("log", self.step, values)
+            self._told("log", self.step, values)
             self.best.observe(values)
         return values
 
@@ -205,14 +206,17 @@ class Loop:
 
         Packed as the first epoch will be trained, so that the first ratio is exactly 1.
         """
-        first = [[sequences[i] for i in update] for update in updates[: self.config.trainer.updates_per_step]]
+        first = updates[: self.config.trainer.updates_per_step]
         roles, asked = passes(self.config.algorithm, len(updates)), {}
-        packed = self._batches(roles.values(), first)
+        dealings = self._dealt(roles.values(), [[sequences[i].length for i in update] for update in first])
+        given = ray.put(sequences) if roles else None
         for column, role in roles.items():
-            batches = [[batch for update in rank for batch in update] for rank in packed[role]]
-            asked[column] = ask(
-                self.crew.ranks[role], *(("values",) if role == "critic" else ("logprobs", role)), arguments=batches,
-            )
+            batches = [
+                [[numbers[i] for i in batch] for numbers, update in zip(first, rank, strict=True) for batch in update]
+                for rank in dealings[role]
+            ]
+            what = ("values",) if role == "critic" else ("logprobs", role)
+            asked[column] = ask(self.crew.ranks[role], *what, given, arguments=batches)
         for column, found in self._answers("forward passes", asked).items():
             sequences = add_column(sequences, column, found)
         return sequences
@@ -234,8 +238,8 @@ class Loop:
         roles = [
             *(["critic"] if critic else []), *(["policy"] if critic is None or number > critic.warmup_steps else [])
         ]
-        packed = self._batches(roles, shaped.updates)
-        asked = {role: ask(self.crew.ranks[role], "train", role, arguments=packed[role]) for role in roles}
+        dealings, given = self._dealt(roles, [[s.length for s in u] for u in shaped.updates]), ray.put(shaped.updates)
+        asked = {role: ask(self.crew.ranks[role], "train", role, given, arguments=dealings[role]) for role in roles}
         made = {role: answers[0] for role, answers in self._answers("training", asked).items()}
         found = {f"critic/{name}": value for name, value in made.get("critic", {}).items()}
         if "policy" in made:
@@ -246,15 +250,15 @@ class Loop:
                 print(f"step {number}: {words}", file=sys.stderr, flush=True)
         return found
 
-    def _batches(
-        self, roles: Iterable[str], updates: Sequence[Sequence[TrainSequence]],
-    ) -> dict[str, list[list[list[PackedBatch]]]]:
-        """[rank][update][micro-batch] for each role's ranks; as many micro-batches on every rank. Roles of as many
-        ranks share theirs.
+    def _dealt(
+        self, roles: Iterable[str], updates: Sequence[Sequence[int]],
+    ) -> dict[str, list[list[list[list[int]]]]]:
+        """[rank][update][micro-batch][number of a sequence in its update] for each role's ranks; as many micro-batches
+        on every rank. Roles of as many ranks share theirs. `updates`: lengths of sequences, in tokens.
         """
         ranks = {role: len(self.crew.ranks[role]) for role in roles}
         deal = partial(dealt, spec=self.trainer, padded=self.crew.padded)
-        dealings = {count: [deal(part, count) for part in updates] for count in set(ranks.values())}
+        dealings = {count: [deal(lengths, count) for lengths in updates] for count in set(ranks.values())}
         return {
             role: [[update[rank] for update in dealings[count]] for rank in range(count)]
             for role, count in ranks.items()
@@ -277,10 +281,13 @@ class Loop:
         self._trained_in_part = False
 
     def save(self) -> None:
-        """A whole checkpoint of the last finished step is there when this returns. Raises SaveFailed."""
+        """A whole checkpoint of the last finished step is there when this returns, and what the feed was told of it.
+        Raises SaveFailed.
+        """
         self._begin_save()
         if error := self._told_of_saves(wait=True):
             raise SaveFailed(error)
+        gather(self._telling, self._deadline, "telemetry")
 
     def _begin_save(self) -> None:
         """Unless it is there already, or being written. Training goes on while it is written, and when that fails: the
@@ -326,7 +333,7 @@ class Loop:
             values["train/tokens_per_micro_batch"] = float(self.trainer.tokens_per_micro_batch)
         if self.config.data.overlong_prompts == "drop":
             values["data/dropped_prompts"] = float(self.sampler["dropped"])
-        self._feed("log", self.step, values)
+        self._told("log", self.step, values)
         self.best.observe(values)
         critic = self.config.critic
         if self.step == 1 + (critic.warmup_steps if critic else 0):  # the first with all of its metrics
@@ -338,12 +345,17 @@ class Loop:
     def _feed(self, method: str, *args: Any) -> Any:
         return call(self.crew.feed, method, *args, deadline_seconds=self._deadline, what=f"{method} of the feed")
 
+    def _told(self, method: str, *args: Any) -> None:
+        """The feed, which is not waited for but with the next thing that it is told."""
+        gather(self._telling, self._deadline, "telemetry")
+        self._telling = [getattr(self.crew.feed, method).remote(*args)]
+
 
 def step_metrics(scored: list[ScoredSample], phases: dict[str, float], seconds: float) -> dict[str, float]:
     """What telemetry gets of a step's samples, and the status a part of. Lengths in tokens, times in seconds."""
     count = len(scored)
     rewards = torch.tensor([item.reward for item in scored])
-    tokens = sum(sum(item.sample.mask) for item in scored)
+    tokens = sum(item.sample.targets for item in scored)
     cut = sum(item.sample.finish_reason == "length" for item in scored)
     return {
         "reward/mean": rewards.mean().item(), "reward/std": rewards.std(correction=0).item(),
@@ -377,6 +389,6 @@ def source_metrics(scored: Sequence[ScoredSample]) -> dict[str, float]:
 def _of_source(items: Sequence[ScoredSample], samples: int) -> dict[str, float]:
     return {
         **means(item.judged for item in items),
-        "mean": fmean(item.reward for item in items), "mean_length": fmean(sum(item.sample.mask) for item in items),
+        "mean": fmean(item.reward for item in items), "mean_length": fmean(item.sample.targets for item in items),
         "sample_share": len(items) / samples,
     }  # fmt: skip

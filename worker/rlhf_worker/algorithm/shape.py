@@ -6,20 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_api.algorithms import UNGROUPED, Algorithm
 from rlhf_worker.algorithm import advantage
 from rlhf_worker.algorithm.divergence import kl
-from rlhf_worker.experience import TrainSequence
+from rlhf_worker.experience import Column, TrainSequence
 
 
 @dataclass(frozen=True, slots=True)
 class Shaped:
     updates: list[list[TrainSequence]]  # each the samples of one optimizer update, over all ranks
-    advantages: list[list[float]]  # of each sample's tokens
+    advantages: list[Column]  # of each sample: of all its tokens, or of each
     metrics: dict[str, float]
 
 
@@ -56,12 +56,12 @@ def shape(
     `rewards` and `groups` have one entry a sample; samples of one prompt have one group number. `max_tokens`: of one
     completion. `custom`: in place of the algorithm's advantages, with `parts`, each reward's own values.
     Columns added: advantages, loss_weights, token_weights (1 / targets of the update: what metrics are weighted with);
-    with a critic returns; with the KL in the loss kl_weights.
+    with a critic returns; with the KL in the loss kl_weights. What all tokens of a sample have alike is one number.
     """
     punished = overlong(spec, [len(s.mask) for s in sequences], max_tokens)
-    mask = pad_sequence([torch.tensor(s.mask, dtype=torch.bool) for s in sequences], batch_first=True)
+    mask = _padded([s.mask for s in sequences]) > 0
     penalty = kl_coefficient * _reference_kl(spec, sequences) * mask if _penalises(spec) else torch.zeros(
-        mask.shape, dtype=torch.float64,
+        (len(sequences), 1), dtype=torch.float64,
     )
     outcome, numbers = torch.tensor(rewards, dtype=torch.float64) - punished, torch.tensor(groups)
     advantages, returns = _advantages(spec, outcome, penalty, numbers, mask, sequences)
@@ -72,11 +72,12 @@ def shape(
         estimate, told = custom(
             rewards=outcome - penalty.sum(1), groups=numbers, mask=mask, columns=tables, parts=values
         )
-        advantages = (estimate if estimate.dim() == 2 else estimate[:, None]) * mask
+        advantages = estimate * mask if estimate.dim() == 2 else estimate
         metrics |= {name: float(value) for name, value in told.items()}
     columns = {"advantages": advantages} | ({"returns": returns} if spec.name == "ppo" else {})
+    rows = {name: values.detach().float().numpy() for name, values in columns.items()}
     shaped = [
-        s.with_columns(**{name: values[i, : len(s.mask)].tolist() for name, values in columns.items()})
+        s.with_columns(**{name: _own(values[i], len(s.mask)) for name, values in rows.items()})
         for i, s in enumerate(sequences)
     ]
     if spec.overlong.buffer_tokens:
@@ -94,13 +95,26 @@ def overlong(spec: Algorithm, lengths: Sequence[int], max_tokens: int) -> Tensor
     return spec.overlong.penalty * (over / buffer).clamp(0, 1) if buffer else torch.zeros_like(over)
 
 
+def _own(values: Any, tokens: int) -> Column:
+    """A sample's number, or those of its tokens."""
+    return values[:tokens] if values.ndim else float(values)
+
+
 def _penalises(spec: Algorithm) -> bool:
     return spec.kl.coefficient > 0 and spec.kl.place == "reward"
 
 
 def _table(sequences: Sequence[TrainSequence], column: str) -> Tensor:
+    """(B, T)"""
+    return _padded([s.columns[column] for s in sequences])
+
+
+def _padded(rows: Sequence[Any]) -> Tensor:
     """(B, T) float64, padded with 0."""
-    return pad_sequence([torch.tensor(s.columns[column], dtype=torch.float64) for s in sequences], batch_first=True)
+    table = np.zeros((len(rows), max(map(len, rows))))
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return torch.from_numpy(table)
 
 
 def _reference_kl(spec: Algorithm, sequences: Sequence[TrainSequence]) -> Tensor:
@@ -111,12 +125,13 @@ def _reference_kl(spec: Algorithm, sequences: Sequence[TrainSequence]) -> Tensor
 def _advantages(
     spec: Algorithm, rewards: Tensor, penalty: Tensor, groups: Tensor, mask: Tensor, sequences: Sequence[TrainSequence]
 ) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, (B, T). `penalty` (B, T) is each token's, `rewards` (B,) each sample's, given at its last
-    token that counts.
+    """Advantages, (B, T), or (B,) where all tokens of a sample have the same; and returns, (B, T).
+
+    `penalty` (B, T or 1) is each token's, `rewards` (B,) each sample's, given at its last token that counts.
     """
     if spec.name in UNGROUPED:
         ppo = spec.name == "ppo"
-        values = _table(sequences, "values") if ppo else torch.zeros_like(penalty)
+        values = _table(sequences, "values") if ppo else torch.zeros(mask.shape, dtype=torch.float64)
         last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
         advantages, returns = advantage.gae(
             last * rewards[:, None] - penalty, values, mask, spec.gae.gamma if ppo else 1.0,
@@ -126,8 +141,11 @@ def _advantages(
         estimate = advantage.leave_one_out if spec.name == "rloo" else advantage.centred
         outcome = estimate(rewards - penalty.sum(1), groups)
         outcome = advantage.by_deviation(outcome, groups) if spec.advantage_normalization == "group" else outcome
-        advantages, returns = outcome[:, None] * mask, torch.zeros_like(penalty)
-    return (advantage.whiten(advantages, mask) if spec.advantage_normalization == "batch" else advantages), returns
+        advantages, returns = outcome, penalty
+    if spec.advantage_normalization == "batch":
+        each = advantages if advantages.dim() == 2 else advantages[:, None] * mask
+        advantages = advantage.whiten(each, mask)
+    return advantages, returns
 
 
 def _weighted(
@@ -142,5 +160,5 @@ def _weighted(
         columns = {"loss_weights": weight, "token_weights": 1 / total}
         if spec.kl.coefficient > 0 and spec.kl.place == "loss":
             columns["kl_weights"] = kl_coefficient * weight
-        made.append(s.with_columns(**{name: [value] * len(s.mask) for name, value in columns.items()}))
+        made.append(s.with_columns(**columns))
     return made

@@ -8,6 +8,7 @@ import gc
 import os
 import pickle
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
@@ -31,7 +32,7 @@ from rlhf_worker.engines.arguments import (
     refused,
 )
 from rlhf_worker.engines.pulse import Pulse, stopped
-from rlhf_worker.errors import BadSpec, Call, EngineFailed, Problems, Verdict, said, verdict
+from rlhf_worker.errors import BadSpec, Call, DeadlineExceeded, EngineFailed, Problems, Verdict, said, verdict
 from rlhf_worker.hub import ensure
 from rlhf_worker.placement import Seat, ray_share
 from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, location
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     Checked = tuple[AsyncEngineArgs, UsageContext, VllmConfig]
 
 CPU_KV_CACHE_BYTES = 256 << 20
+Place = tuple[int, int]  # of how many calls which one
+ORDER_SECONDS = 0.02  # outputs that left the core before its answer are read after it, by another task
 ANSWER_SECONDS = 30.0  # for a core that is past a deadline: it answers between its steps
 # Calls of `generate` at a time; Ray keeps what is beyond. All other calls are of the default group, on a thread of
 # their own, and wait for none of them.
@@ -82,7 +85,10 @@ class Engine(Member):
         self.llm: AsyncLLM | None = None
         self.adapters: Adapters | None = None  # with model.lora
         self.adapter_args: dict[str, Any] = {}
-        self._requests = 0
+        self._requests = self._ended = 0  # requests that were made; those that came to their end
+        self._live: set[str] = set()  # requests under way
+        self._wave: dict[int, Callable[[], None]] = {}  # calls that wait for the others that are to begin with them
+        self._begun: asyncio.Future[None] | None = None  # the wave
         self._gate = asyncio.Lock()  # from a batch's hold to its resume no sync begins
         self._pulse = Pulse(lambda: self._running().is_paused())
 
@@ -232,6 +238,11 @@ class Engine(Member):
             raise RuntimeError(f"engine {self.index} was used before start()")
         return self.llm
 
+    def slots(self) -> int:
+        """Completions that it computes at once."""
+        assert self.checked is not None
+        return int(self.checked[2].scheduler_config.max_num_seqs)
+
     async def seats(self) -> list[Seat]:
         """Where each tensor-parallel rank runs."""
         if self.device == "cpu" and len(self.bundles) == 1:
@@ -240,29 +251,39 @@ class Engine(Member):
         return found
 
     @ray.method(concurrency_group="work")  # type: ignore[untyped-decorator]
-    async def generate(self, requests: "list[Request]", deadline_seconds: float) -> "list[Sample | None]":
-        """One completion a request, in order; None for each that the deadline cut off.
+    async def generate(
+        self, requests: "list[Request]", deadline_seconds: float, place: Place | None = None
+    ) -> "list[Sample | None]":
+        """One completion a request, in order; None for each that the deadline cut off, and what there is of each that
+        `interrupt` did.
 
-        Raises EnvironmentFailed; EngineFailed once vLLM's core is gone, or answers nothing at the deadline;
-        RuntimeError between a sync that failed and the next one that does not.
+        Raises EnvironmentFailed; DeadlineExceeded where the engine finished nothing at all meanwhile; EngineFailed once
+        vLLM's core is gone, or answers nothing at the deadline; RuntimeError between a sync that failed and the next
+        one that does not.
 
-        Without staleness all requests wait in the queue before the first is scheduled, so that the same requests make
-        the same batches, and on one machine the same bits, whatever the timing. With it they join those that run, also
-        over a sync. """
+        place: among calls that begin together: all their requests wait in the queue, in the calls' order, before the
+        first is scheduled, so that the same requests make the same batches, and on one machine the same bits, whatever
+        the timing. None: they join those that run, with staleness also over a sync. """
         self._running()
-        work = asyncio.run_coroutine_threadsafe(self._completions(requests, deadline_seconds), self._loop)  # vLLM's
-        return await asyncio.wrap_future(work)
+        work = self._completions(requests, deadline_seconds, place)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))  # vLLM's
 
-    async def _completions(self, requests: "list[Request]", deadline_seconds: float) -> "list[Sample | None]":
+    async def _completions(
+        self, requests: "list[Request]", deadline_seconds: float, place: Place | None = None
+    ) -> "list[Sample | None]":
         tasks: list[asyncio.Task[Sample]] = []
         try:
-            await self._begin(requests, tasks)
+            await self._begin(requests, tasks, place)
+            ended = self._ended
             done, late = await asyncio.wait(tasks, timeout=deadline_seconds, return_when=asyncio.FIRST_EXCEPTION)
             if failed := next((error for task in done if (error := task.exception())), None):
                 raise failed
+            words = f"of {len(tasks)} completions it finished {len(done)} in {deadline_seconds:g} s"
             if late and not self.stale:
-                words = f"of {len(tasks)} completions it finished {len(done)} in {deadline_seconds:g} s"
                 await self._answer(words)
+                if not done and self._ended == ended:
+                    raise DeadlineExceeded(f"engine {self.index}: {words} (spec.rollout.deadlineSeconds): raise it, or "
+                        "lower rollout.maxTokens")
             return [task.result() if task in done else None for task in tasks]
         except Exception as error:
             if self._running().errored:  # whatever it is that a request found first
@@ -272,18 +293,46 @@ class Engine(Member):
             for task in tasks:
                 task.cancel()
 
-    async def _begin(self, requests: "list[Request]", tasks: "list[asyncio.Task[Sample]]") -> None:
-        llm = self._running()
-        if self.config.rollout.staleness:
-            await self._whole(self.config.weight_sync.deadline_seconds)
-            tasks += [asyncio.create_task(self._sample(request)) for request in requests]
+    async def _begin(
+        self, requests: "list[Request]", tasks: "list[asyncio.Task[Sample]]", place: Place | None
+    ) -> None:
+        def begin() -> None:
+            tasks.extend(asyncio.create_task(self._sample(request)) for request in requests)
+
+        if place is None:
+            await self._whole(self.config.weight_sync.deadline_seconds if self.config.rollout.staleness else 0.0)
+            begin()
             return
+        index, count = place
+        begun = self._begun = self._begun or asyncio.get_running_loop().create_future()
+        self._wave[index] = begin
+        if len(self._wave) == count:
+            wave, self._wave, self._begun = self._wave, {}, None
+            try:
+                await self._together([wave[number] for number in sorted(wave)])
+                begun.set_result(None)
+            except Exception as error:
+                begun.set_exception(error)
+        await begun
+
+    async def _together(self, wave: "list[Callable[[], None]]") -> None:
+        llm = self._running()
         async with self._gate:
             await self._whole(0.0)
             await llm.get_supported_tasks()  # which the first requests would ask for, and be overtaken by the resume
             await self._hold()
-            tasks += [asyncio.create_task(self._sample(request)) for request in requests]
+            for begin in wave:
+                begin()
             await asyncio.sleep(0)  # let every task hand its request over
+            await llm.resume_generation()
+
+    async def interrupt(self) -> None:
+        """Cut off every completion where it stands; what there is of it is `generate`'s answer."""
+        llm = self._running()
+        async with self._gate:
+            await self._hold()  # what the core keeps comes out
+            await asyncio.sleep(ORDER_SECONDS)
+            await llm.abort(list(self._live))
             await llm.resume_generation()
 
     async def _answer(self, words: str) -> None:
@@ -317,7 +366,10 @@ class Engine(Member):
 
         found = await self._final(episode.context, self._params(episode))
         output = found.outputs[0]
-        if output.finish_reason not in ("stop", "length") or output.logprobs is None or output.weight_versions is None:
+        if not output.token_ids and output.finish_reason == "abort":  # it had not begun
+            return Turn([], [], [], "abort")
+        ends = ("stop", "length", "abort")
+        if output.finish_reason not in ends or output.logprobs is None or output.weight_versions is None:
             raise RuntimeError(f"engine {self.index}: a completion ended as {output.finish_reason!r}")
         versions = [int(span.version) for span in output.weight_versions for _ in range(span.end - span.start)]
         if found.lora_request is not None:  # a request keeps its adapter, whatever is loaded meanwhile
@@ -354,14 +406,19 @@ class Engine(Member):
         from vllm.inputs.engine import tokens_input
 
         self._requests += 1
-        with self.adapters.lent() if self.adapters else nullcontext() as adapter:
-            outputs = self._running().generate(
-                tokens_input(token_ids, cache_salt=self._salt), params, f"{self.index}-{self._requests}",
-                lora_request=adapter,
-            )
-            found = [output async for output in outputs if output.finished]
+        name = f"{self.index}-{self._requests}"
+        self._live.add(name)
+        try:
+            with self.adapters.lent() if self.adapters else nullcontext() as adapter:
+                outputs = self._running().generate(
+                    tokens_input(token_ids, cache_salt=self._salt), params, name, lora_request=adapter,
+                )
+                found = [output async for output in outputs if output.finished]
+        finally:
+            self._live.discard(name)
         if not found:
             raise RuntimeError(f"engine {self.index}: a request came back without output")
+        self._ended += 1
         self._pulse.beat()
         return found[0]
 

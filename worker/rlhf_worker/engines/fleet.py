@@ -33,12 +33,14 @@ Spawn = Callable[[int], tuple[ActorHandle, Any]]  # engine's number -> its new a
 class Fleet:
     def __init__(
         self, actors: Sequence[ActorHandle], sync: WeightSync, spawn: Spawn, tell: Callable[[str | None], None],
-        *, least: int, start_seconds: float, sleep_seconds: float,
+        *, least: int, slots: int, start_seconds: float, sleep_seconds: float,
     ) -> None:  # fmt: skip
-        """actors: started, by number; sync: connected to all; tell: takes what is amiss, None when nothing is."""
+        """actors: started, by number; sync: connected to all; tell: takes what is amiss, None when nothing is; slots:
+        completions that an engine computes at once.
+        """
         self.actors = list(actors)
         self.serving: list[ActorHandle] = []
-        self.weights = sync
+        self.weights, self.slots = sync, slots
         self._spawn, self._tell = spawn, tell
         self._limits, self._start_seconds, self._sleep_seconds = Limits(least=least), start_seconds, sleep_seconds
         self._engines = [EngineRecord() for _ in actors]

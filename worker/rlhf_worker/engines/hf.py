@@ -65,13 +65,19 @@ class Generator:
             for episode, turn in zip(batch, self._turns(batch, end), strict=True):
                 if turn:
                     episode.add(turn)
+        if episodes and not any(episode.turns for episode in episodes):
+            raise DeadlineExceeded(self._late(f"of {len(episodes)} completions it finished none"))
         return [episode.sample(self.speech) if episode.turns else None for episode in episodes]
+
+    def _late(self, words: str) -> str:
+        return (f"trainer rank {self.rank}: {words} in spec.rollout.deadlineSeconds "
+            f"({self.config.rollout.deadline_seconds:g}): raise it, or lower rollout.maxTokens")
 
     async def _play(self, environments: Environments, requests: list[Request], end: float) -> list[Sample | None]:
         async def turn(episode: Episode) -> Turn:
             if made := self._turns([episode], end)[0]:
                 return made
-            raise DeadlineExceeded(f"trainer rank {self.rank}: a turn was cut off by spec.rollout.deadlineSeconds")
+            raise DeadlineExceeded(self._late("a turn was cut off"))
 
         tasks = [asyncio.create_task(environments.play(request, turn)) for request in requests]
         try:

@@ -2,6 +2,7 @@
 little.
 """
 
+import sys
 import time
 from collections.abc import Sequence
 
@@ -24,7 +25,7 @@ class Hosts:
         version = call_all(self.serving, "refresh", deadline_seconds=self._deadline, what="copy of the weights")[0]
         return Synced(version, time.monotonic() - start, "copy", None)
 
-    short = False
+    short, slots = False, sys.maxsize
 
     def lost(self, actor: ActorHandle) -> None:
         if actor in self.serving:

@@ -16,7 +16,7 @@ from rlhf_worker.pretrained import embedding_rows, load_tokenizer
 from rlhf_worker.roll import Member
 
 if TYPE_CHECKING:
-    from rlhf_worker.experience import Prompt, Sample, ScoredSample
+    from rlhf_worker.experience import Column, Prompt, Sample, ScoredSample
     from rlhf_worker.feed.rows import Origin
     from rlhf_worker.rewards.scorer import Scorer
 
@@ -108,12 +108,13 @@ class Feed(Member):
 
         Raises RewardFailed, BadData, BadSpec.
         """
-        from rlhf_worker.experience import Sample
-
-        empty: dict[str, Any] = {"token_ids": [], "logprobs": [], "mask": [], "versions": [], "finish_reason": "stop"}
+        from rlhf_worker.experience import NO_TOKENS, Sample
 
         def groups(prompts: "Sequence[Prompt]", size: int) -> "list[list[Sample]]":
-            return [[Sample(prompt=prompt, text=prompt.text, **empty)] * size for prompt in prompts]
+            return [
+                [Sample(prompt=prompt, text=prompt.text, finish_reason="stop", **NO_TOKENS)] * size
+                for prompt in prompts
+            ]
 
         self.scorer.try_out(groups(self.sampler.first(1), self.config.rollout.samples_per_prompt))
         for spec in self.config.evaluation:
@@ -124,7 +125,8 @@ class Feed(Member):
     def score(
         self, samples: "list[Sample]", models: Mapping[str, Sequence[float]] | None = None, judge: str = ""
     ) -> "list[ScoredSample]":
-        """`models`: what rewards of type model gave, by name; `judge`: a set, by name, with rewards of its own.
+        """Of samples without their tokens. `models`: what rewards of type model gave, by name; `judge`: a set, by name,
+        with rewards of its own.
 
         Raises RewardFailed.
         """
@@ -135,9 +137,9 @@ class Feed(Member):
         self.telemetry.log(step, values)
 
     def record(
-        self, step: int, scored: "list[ScoredSample]", advantages: Sequence[Sequence[float]] | None = None,
+        self, step: int, scored: "list[ScoredSample]", advantages: "Sequence[Column] | None" = None,
     ) -> None:
-        """Keep the samples of a step, with the advantage of each completion token."""
+        """Keep the samples of a step, with the advantage of each completion token, or of all of a sample's."""
         self.telemetry.record(step, scored, advantages)
 
     def keep_log(self, attempt: int, text: str) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlhf_api.job import RewardSpec
 from rlhf_api.parse import InvalidJob, load_job
 from rlhf_worker.errors import BadData, BadSpec
-from rlhf_worker.experience import Prompt, Sample, ScoredSample
+from rlhf_worker.experience import NO_TOKENS, Column, Prompt, Sample, ScoredSample
 from rlhf_worker.rewards.scorer import Scorer
 from rlhf_worker.storage import Store
 
@@ -38,20 +39,22 @@ LATER = ("source", "rewards")  # columns that older files lack
 
 
 def write(
-    store: Store, step: int, scored: Sequence[ScoredSample], advantages: Sequence[Sequence[float]] | None = None,
+    store: Store, step: int, scored: Sequence[ScoredSample], advantages: Sequence[Column] | None = None,
 ) -> None:
-    """rollouts/step-<step>.parquet, whole or not at all. `advantages`: of each sample, one a completion token. Raises
-    OSError.
+    """rollouts/step-<step>.parquet, whole or not at all. `advantages`: of each sample, one a completion token, or one
+    for all of them. Raises OSError.
     """
-    given: Sequence[Sequence[float] | None] = advantages or [None] * len(scored)
+    given: Sequence[Column | None] = advantages or [None] * len(scored)
     rows = [_row(step, i, item, own) for i, (item, own) in enumerate(zip(scored, given, strict=True))]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows, SCHEMA), buffer, compression="zstd")
     store.write(f"rollouts/step-{step}.parquet", buffer.getvalue())
 
 
-def _row(step: int, index: int, item: ScoredSample, advantages: Sequence[float] | None) -> Row:
+def _row(step: int, index: int, item: ScoredSample, advantages: Column | None) -> Row:
     sample, prompt = item.sample, item.sample.prompt
+    if advantages is not None:
+        advantages = np.where(sample.mask, advantages, np.float32(0))
     return {
         "step": step, "sample": index, "uid": prompt.uid, "prompt": prompt.text, "prompt_token_ids": prompt.token_ids,
         "fields": json.dumps(prompt.fields, default=str), "completion": sample.text, "token_ids": sample.token_ids,
@@ -95,8 +98,11 @@ def _scored(row: Row) -> ScoredSample:
         fields=json.loads(row["fields"]), source=row.get("source") or "",
         rewards=tuple(row["rewards"]) if row.get("rewards") else None,
     )  # fmt: skip
-    names = ("token_ids", "logprobs", "mask", "versions", "finish_reason", "episode_reward")
-    sample = Sample(prompt=prompt, text=row["completion"], **{name: row[name] for name in names})
+    arrays: dict[str, Any] = {name: np.array(row[name], empty.dtype) for name, empty in NO_TOKENS.items()}
+    sample = Sample(
+        prompt=prompt, text=row["completion"], finish_reason=row["finish_reason"],
+        episode_reward=row["episode_reward"], **arrays,
+    )  # fmt: skip
     return ScoredSample(sample=sample, reward=row["reward"], parts=dict(row["parts"]))
 
 

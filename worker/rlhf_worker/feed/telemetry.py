@@ -20,7 +20,7 @@ from typing import Protocol
 from rlhf_api.job import MlflowSpec, TelemetrySpec, WandbSpec
 from rlhf_api.run import RunConfig
 from rlhf_worker.errors import BadSpec
-from rlhf_worker.experience import ScoredSample
+from rlhf_worker.experience import Column, ScoredSample
 from rlhf_worker.storage import Store
 
 BACKLOG = 256  # calls that a slow backend may lag behind; further ones are dropped and counted
@@ -220,7 +220,7 @@ class Telemetry:
         for lane in self._lanes:
             lane.put((step, {**values, "telemetry/failures": float(self.failures.counts.total())}))
 
-    def record(self, step: int, scored: Sequence[ScoredSample], advantages: Sequence[Sequence[float]] | None) -> None:
+    def record(self, step: int, scored: Sequence[ScoredSample], advantages: Sequence[Column] | None) -> None:
         """The samples of a step into a file; a full disk costs the file only."""
         from rlhf_worker.feed import replay
 

@@ -6,10 +6,14 @@ A group is `samplesPerPrompt` completions of one prompt. With B groups a step an
 
 and a step takes every group that could not wait for the next one. Both together mean that no group is trained more than
 `staleness` steps after its first token, and that none is thrown away for its age.
+
+With over-sampling `ahead` more may be in flight, of which a step takes those that finish first, whatever their age:
+what is left goes on in the next step (partial rollouts: Kimi k1.5, arXiv 2501.12599; APRIL, arXiv 2509.18521).
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from rlhf_api.job import EvaluationSpec
 from rlhf_worker.experience import Prompt, Sample, ScoredSample
@@ -20,7 +24,7 @@ class Group:
     """One prompt on its way from the data to a step, or to an evaluation.
 
     `born`: steps that were finished when its generation began; `failed`: how often a sample of it had no value;
-    `drawn`: its completions, None where one is missing.
+    `drawn`: its completions, None or what there is of it where one is missing; `tried`: engines that failed it.
     """
 
     prompt: Prompt
@@ -29,11 +33,12 @@ class Group:
     drawn: list[Sample | None] = field(default_factory=list)
     samples: list[ScoredSample] = field(default_factory=list)
     failed: int = 0
+    tried: set[Any] = field(default_factory=set)
 
     @property
     def missing(self) -> list[int]:
-        """Numbers of the completions that are still to be drawn."""
-        return [index for index, sample in enumerate(self.drawn) if sample is None]
+        """Numbers of the completions that are still to be drawn, from the start or on."""
+        return [index for index, sample in enumerate(self.drawn) if sample is None or not sample.finished]
 
 
 class Admission:
@@ -42,8 +47,10 @@ class Admission:
     `steps`: of the whole run, past which no group is needed. `rounds`: with dynamic sampling a step may cost at most
     rounds * batch groups; past that, uninformative ones are kept. """
 
-    def __init__(self, batch: int, staleness: int, steps: int, *, rounds: int = 1, step: int = 0) -> None:
-        self.batch, self.staleness, self.steps, self.rounds = batch, staleness, steps, rounds
+    def __init__(
+        self, batch: int, staleness: int, steps: int, *, rounds: int = 1, step: int = 0, ahead: int = 0
+    ) -> None:
+        self.batch, self.staleness, self.steps, self.rounds, self.ahead = batch, staleness, steps, rounds, ahead
         self.version = step
         self.consumed = step * batch
         self.dropped = 0  # since the last step was taken
@@ -53,7 +60,13 @@ class Admission:
     @property
     def room(self) -> int:
         """Groups that may begin now."""
-        return min(self.version + self.staleness + 1, self.steps) * self.batch - self.consumed - len(self._under_way)
+        most = min((self.version + self.staleness + 1) * self.batch + self.ahead, self.steps * self.batch)
+        return most - self.consumed - len(self._under_way)
+
+    @property
+    def open(self) -> list[Group]:
+        """Groups that are not finished, in the order of their begin."""
+        return [group for group in self._under_way if group not in self._ready]
 
     @property
     def idle(self) -> bool:
@@ -86,9 +99,8 @@ class Admission:
     def complete(self) -> bool:
         """Whether a step can be taken: enough groups are finished, and it would leave none behind for too long."""
         taken = set(self._next())
-        return len(taken) == self.batch and not self._too_late(
-            [group for group in self._under_way if group not in taken]
-        )
+        left = [group for group in self._under_way if group not in taken]
+        return len(taken) == self.batch and (self.ahead > 0 or not self._too_late(left))
 
     def take(self) -> list[Group]:
         """The groups of the next step, the oldest finished first. Only when `complete`."""

@@ -14,7 +14,7 @@ from typing import Any
 from rlhf_api.job import EnvironmentSpec, PromptsSpec
 from rlhf_api.run import RunConfig
 from rlhf_worker.errors import BadSpec, EnvironmentFailed
-from rlhf_worker.experience import Sample
+from rlhf_worker.experience import NO_TOKENS, Sample
 from rlhf_worker.rewards.attempt import Failure, finite, tried
 from rlhf_worker.rewards.pool import Child
 from rlhf_worker.rollout.episode import Episode, Request, Speech, Turn
@@ -84,8 +84,7 @@ class Environments:
             words = f"{self.field} failed {self.spec.retries + 1} times on prompt {request.prompt.uid}: {reason}"
         if self.spec.on_failure == "stop":
             raise EnvironmentFailed(words)
-        nothing: dict[str, Any] = {"token_ids": [], "logprobs": [], "mask": [], "versions": [], "text": ""}
-        return Sample(prompt=request.prompt, finish_reason="stop", failure=words, **nothing)
+        return Sample(prompt=request.prompt, text="", finish_reason="stop", failure=words, **NO_TOKENS)
 
     async def _episode(self, request: Request, turn: Callable[[Episode], Awaitable[Turn]]) -> Sample:
         process = min(self._processes, key=lambda process: process.episodes)

@@ -23,7 +23,7 @@ TURN = "What the assistant said."  # stands for a turn when the template is aske
 BEFORE = 8  # tokens before a text that a decoder may need to see: some put a space only between words
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One completion that is wanted."""
 
@@ -34,6 +34,7 @@ class Request:
     sampling: SamplingSpec = field(default_factory=SamplingSpec)
     trained: bool = False  # then with `Sample.support`
     evaluation: str = ""  # the set that wants it, by name
+    begun: Sample | None = None  # what an earlier step left unfinished of it, to go on from
 
     @property
     def wants_support(self) -> bool:
@@ -53,7 +54,7 @@ class Turn:
     token_ids: list[int]
     logprobs: list[float]
     versions: list[int]
-    finish_reason: str  # "stop" | "length"
+    finish_reason: str  # "stop" | "length" | "abort": it was cut off where it stood
     stop: str = ""  # the text that ended it, if it was one
     support: NDArray[np.int32] | None = None  # (tokens, 1 + topK), as `Sample.support`
 
@@ -103,19 +104,19 @@ class Speech:
 
 
 class Episode:
-    """A completion that grows until `finish_reason` is set."""
+    """A completion that grows until `finish_reason` is set. One that was begun goes on in the turn that it was in."""
 
     def __init__(self, request: Request) -> None:
-        self.request = request
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.mask: list[bool] = []
-        self.versions: list[int] = []
-        self.turns = 0
+        self.request, begun = request, request.begun
+        self.token_ids: list[int] = begun.token_ids.tolist() if begun else []
+        self.logprobs: list[float] = begun.logprobs.tolist() if begun else []
+        self.mask: list[bool] = begun.mask.tolist() if begun else []
+        self.versions: list[int] = begun.versions.tolist() if begun else []
+        self.turns, self._begun = 0, len(self.token_ids)
         self.reward: float | None = None
         self.finish_reason = ""
         self.stop = ""
-        self._support: list[NDArray[np.int32]] = []
+        self._support: list[NDArray[np.int32]] = [] if begun is None or begun.support is None else [begun.support]
         self._turn = 0  # where the last turn begins
 
     @property
@@ -131,11 +132,13 @@ class Episode:
     @property
     def least(self) -> int:
         """Tokens that the next turn has at least."""
-        return min(self.request.sampling.min_tokens, self.left)
+        made = 0 if self.turns else self._begun
+        return min(max(0, self.request.sampling.min_tokens - made), self.left)
 
     @property
     def seed(self) -> int | None:
-        return None if self.request.seed is None else self.request.seed + self.turns
+        """What goes on draws other random numbers than those that made what there is."""
+        return None if self.request.seed is None else self.request.seed + self.turns + self._begun
 
     def add(self, turn: Turn) -> None:
         """A turn of the policy. Raises ValueError if it is longer than what was left, or its lists are of unlike
@@ -184,10 +187,12 @@ class Episode:
         return whole if end < 0 else whole[:end]
 
     def sample(self, speech: Speech) -> Sample:
-        """The finished completion; its text holds all turns and observations."""
+        """The completion; its text holds all turns and observations. One that is to be gone on with has none yet."""
+        whole = self.finish_reason != "abort"
         return Sample(
-            prompt=self.request.prompt, token_ids=self.token_ids, logprobs=self.logprobs, mask=self.mask,
-            versions=self.versions,
-            text=self._text(speech, self.request.prompt.token_ids, self.token_ids), finish_reason=self.finish_reason,
+            prompt=self.request.prompt, token_ids=np.array(self.token_ids, np.int32),
+            logprobs=np.array(self.logprobs, np.float32), mask=np.array(self.mask, np.bool_),
+            versions=np.array(self.versions, np.int32), finish_reason=self.finish_reason,
+            text=self._text(speech, self.request.prompt.token_ids, self.token_ids) if whole else "",
             episode_reward=self.reward, support=np.concatenate(self._support) if self._support else None,
         )  # fmt: skip

@@ -2,16 +2,19 @@
 
     draw prompts -> engines: samples -> reward models, rewards -> dynamic sampling -> finished groups
 
-With staleness 0 a step's groups are made as one batch while the trainer waits; with more, every group is a call of its
-own and they go on while the trainer works. There is no thread: `pump` moves them on whenever the loop waits for
+Groups wait in one queue, from which each engine gets as many as keep it full; a finished one is scored while others are
+made. With staleness 0 the engines then rest while the trainer works, and with over-sampling what they had not finished
+goes on in the next step; with more they work on. There is no thread: `pump` moves all on whenever the loop waits for
 something else, so that calls of the trainer's ranks have one order. What may be under way is `admission`'s; every call
 has a deadline. """
 
+import math
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -32,6 +35,7 @@ from rlhf_worker.rollout.episode import Request, request_seed
 from rlhf_worker.stop import interrupt_if_asked
 
 REDRAWS = 1  # of one prompt: what fails again is left out
+AHEAD = 2  # of what an engine computes at once: so much it is given, that no round trip starves it
 LATE_SECONDS = 60.0  # beyond the engine's own deadline, whose error says more
 
 
@@ -50,8 +54,12 @@ class _Call:
         failed: Callable[[Exception], None] | None = None,
     ) -> None:
         self.refs, self.what, self.then, self.failed = refs, what, then, failed
-        self.waiting = list(refs)
+        self.results: dict[Any, Any] = {}
         self.end = time.monotonic() + seconds
+
+    @property
+    def waiting(self) -> list[Any]:
+        return [ref for ref in self.refs if ref not in self.results]
 
 
 class Rollouts:
@@ -63,15 +71,20 @@ class Rollouts:
         self.admission = Admission(
             rollout.prompts_per_step, rollout.staleness, config.trainer.steps,
             rounds=dynamic.max_rounds if dynamic.enabled else 1, step=step,
+            ahead=math.ceil((rollout.over_sampling - 1) * rollout.prompts_per_step),
         )
+        # Groups begin whenever there is room; else all at once, so that batches do not depend on timing.
+        self._free = bool(rollout.staleness or self.admission.ahead)
         self.metrics: dict[str, float] = {}  # of the groups that were taken last
         self._pending = list(pending)
         self._calls: list[_Call] = []
         self._unscored: list[tuple[Group, list[Sample]]] = []
-        self._homeless: list[Group] = []  # no engine is left for them
+        self._queue: list[Group] = []  # wait for an engine
+        self._resting = False  # the trainer works, and the engines do not
         self._redrawn: list[Group] = []  # a sample of them failed: they are sampled once more
+        self._informative: dict[Group, bool] = {}  # of groups that are scored
         self._scoring = 0.0  # when it began; 0: nothing is scored now
-        self._load: Counter[ActorHandle] = Counter()  # groups in flight
+        self._load: Counter[ActorHandle] = Counter()  # completions in flight
         self._counts: Counter[str] = Counter()
         self._error: Exception | None = None
         self._evaluating = False
@@ -79,6 +92,7 @@ class Rollouts:
     def take(self) -> list[Group]:
         """The groups of the next step, as soon as they are finished. Raises what kept one from it."""
         self._until(lambda: self.admission.complete)
+        self._rest()
         dropped, taken = self.admission.dropped, self.admission.take()
         ages = [self.admission.version - group.born for group in taken]
         self.metrics = {
@@ -96,8 +110,9 @@ class Rollouts:
         state and `pending`.
         """
         self.admission.advance(step)
+        self._resting = False
         state = self._feed("sampler_state"), [*self.admission.pending(), *self._pending]
-        if self.config.rollout.staleness:
+        if self._free:
             self.pump()
         return state
 
@@ -112,7 +127,7 @@ class Rollouts:
     def evaluate(self, spec: EvaluationSpec, prompts: Sequence[Prompt]) -> list[list[ScoredSample]]:
         """Scored samples of each prompt that is not left out; no step trains them. Raises what kept it from them."""
         groups = [Group(prompt, self.admission.version, spec) for prompt in prompts]
-        self._dispatch(groups)
+        self._queue += groups
         self._evaluating = True
         self._until(lambda: all(group.samples or group.failed > REDRAWS for group in groups))
         self._evaluating = False
@@ -123,29 +138,43 @@ class Rollouts:
             if self._error is not None:
                 raise self._error
             interrupt_if_asked()
-            if self._homeless or self.crew.fleet.short:
+            if (stranded := self._stranded()) or self.crew.fleet.short:
                 self.crew.fleet.ensure()
-                groups, self._homeless = self._homeless, []
-                self._dispatch(groups)
+                for group in stranded:
+                    group.tried.clear()
             self._work(SLICE_SECONDS)
-            if not self._calls and not self._homeless and not done():
+            if not self._calls and not self._queue and not done():
                 raise RuntimeError("rollouts: nothing is generated or scored, and the step has too few groups: a bug "
                     "of the admission")
+
+    def _stranded(self) -> list[Group]:
+        """Groups that no engine is left for."""
+        return [group for group in self._queue if group.tried.issuperset(self.crew.fleet.serving)]
+
+    def _rest(self) -> None:
+        """Without staleness: no engine is at work any more. What over-sampling began waits for the next step."""
+        self._resting = not self.config.rollout.staleness
+        while self._resting and (busy := [engine for engine, load in self._load.items() if load]):
+            # Until nothing is left: a call may have been on its way.
+            asked = [engine.interrupt.remote() for engine in busy]
+            self._calls.append(cut := _Call(asked, self._deadline, "interrupt", lambda _: None, _told))
+            self._until(partial(lambda cut: cut not in self._calls or not self._load.total(), cut))
 
     def _work(self, seconds: float) -> None:
         self._admit()
         calls = {ref: one for one in self._calls for ref in one.waiting}
         ray.wait(list(calls), num_returns=1, timeout=seconds)
         done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=0)
-        late = [one for one in self._calls if time.monotonic() > one.end]
-        for one in dict.fromkeys([*(calls[ref] for ref in done), *late]):
-            self._look_at(one)
+        found: dict[_Call, list[Any]] = {one: [] for one in self._calls if time.monotonic() > one.end}
+        for ref in done:
+            found.setdefault(calls[ref], []).append(ref)
+        for one, refs in found.items():
+            self._look_at(one, refs)
         self._admit()
 
-    def _look_at(self, one: _Call) -> None:
-        done, one.waiting = ray.wait(one.waiting, num_returns=len(one.waiting), timeout=0)
+    def _look_at(self, one: _Call, done: list[Any]) -> None:
         try:
-            ray.get(done)
+            one.results |= {ref: ray.get(ref) for ref in done}
             if one.waiting and time.monotonic() > one.end:
                 raise NoAnswer(f"{one.what}: {len(one.waiting)} of {len(one.refs)} calls did not come back in time")
         except (BadSpec, BadData):
@@ -158,76 +187,75 @@ class Rollouts:
             return
         if not one.waiting:
             self._calls.remove(one)
-            one.then(ray.get(one.refs))
+            one.then([one.results[ref] for ref in one.refs])
 
     def _admit(self) -> None:
-        """Begin as many groups as there is room for; without staleness only when all before them are finished, so that
-        batches do not depend on timing.
+        """Begin as many groups as there is room for, if none rests; where timing must not matter, only when all before
+        them are finished. Then hand out.
         """
-        if self._redrawn and (self.config.rollout.staleness or not (self._calls or self._unscored or self._homeless)):
-            groups, self._redrawn = sorted(self._redrawn, key=lambda group: group.prompt.uid), []
-            self._dispatch(groups)
+        if self._resting:
+            return
+        if self._redrawn and (self._free or not (self._calls or self._unscored or self._queue)):
+            self._queue += sorted(self._redrawn, key=lambda group: group.prompt.uid)
+            self._redrawn = []
         room = self.admission.room
-        if room <= 0 or not (self.config.rollout.staleness or (self.admission.idle and not self._evaluating)):
-            return
-        first, self._pending = self._pending[:room], self._pending[room:]
-        self._dispatch(self.admission.admit(self._feed("draw", first, room - len(first))))
+        if room > 0 and (self._free or (self.admission.idle and not self._evaluating)):
+            first, self._pending = self._pending[:room], self._pending[room:]
+            self._queue += self.admission.admit(self._feed("draw", first, room - len(first)))
+        self._hand_out()
 
-    def _dispatch(
-        self, groups: list[Group], tried: frozenset[ActorHandle] = frozenset(), error: Exception | None = None,
-    ) -> None:
-        """To the engines with the least to do; a group stays on one, for its prefix cache. Raises `error` when every
-        living engine was tried.
+    def _hand_out(self) -> None:
+        """To the engines with the least to do, as long as they want more; a group stays on one, for its prefix cache.
+
+        Where timing must not matter, what an idle engine gets begins together.
         """
-        engines = [engine for engine in self.crew.fleet.serving if engine not in tried]
-        if not engines:
-            if error is not None and not isinstance(error, LOST) and self.crew.fleet.serving:
-                raise error
-            self._homeless += groups
-            return
         shares: dict[ActorHandle, list[Group]] = {}
-        for group in groups:
-            engine = min(engines, key=self._load.__getitem__)
-            self._load[engine] += 1
+        left, serving = list[Group](), self.crew.fleet.serving
+        most = AHEAD * self.crew.fleet.slots if len(serving) > 1 else math.inf
+        idle = [engine for engine in serving if not self._load[engine]]
+        for group in self._queue:
+            open_ = [engine for engine in serving if engine not in group.tried and self._load[engine] < most]
+            if not open_:
+                left.append(group)
+                continue
+            engine = min(open_, key=self._load.__getitem__)
+            self._load[engine] += self._size(group)
             shares.setdefault(engine, []).append(group)
+        self._queue = left
+        hf = self.config.rollout.engine == "hf"
         for engine, share in shares.items():
-            for part in [share] if not self.config.rollout.staleness else [[group] for group in share]:
-                self._generate(engine, part, tried)
+            for place, part in enumerate([share] if hf else [[group] for group in share]):
+                together = (place, len(share)) if engine in idle and not self._free and not hf else None
+                self._generate(engine, part, together)
 
-    def _generate(self, engine: ActorHandle, groups: list[Group], tried: frozenset[ActorHandle]) -> None:
+    def _generate(self, engine: ActorHandle, groups: list[Group], place: tuple[int, int] | None) -> None:
         requests = [request for group in groups for request in self._requests(group)]
-        deadline = self.config.rollout.deadline_seconds
+        load, deadline = sum(map(self._size, groups)), self.config.rollout.deadline_seconds
 
         def then(results: list[Any]) -> None:
-            self._load[engine] -= len(groups)
+            self._load[engine] -= load
             self._generated(groups, results[0])
-            if left := [group for group in groups if group.missing]:
-                self._late(engine, left, tried, len(requests), sum(sample is not None for sample in results[0]))
 
         def failed(error: Exception) -> None:
-            self._load[engine] -= len(groups)
+            self._load[engine] -= load
             if isinstance(error, LOST):
                 self.crew.fleet.lost(engine)
-            self._counts["retried"] += len(groups)
-            print(f"generation: {len(groups)} groups are tried on another engine: {type(error).__name__}: "
-                f"{str(error)[-500:]}", flush=True)
-            self._dispatch(groups, tried | {engine}, error)
+            self._again(groups, f"on another engine: {type(error).__name__}: {str(error)[-500:]}")
+            for group in groups:
+                group.tried.add(engine)
+            serving = self.crew.fleet.serving
+            if serving and not isinstance(error, LOST) and any(group.tried.issuperset(serving) for group in groups):
+                raise error
 
+        given = (requests, deadline, place) if place else (requests, deadline)
         self._calls.append(
-            _Call([engine.generate.remote(requests, deadline)], deadline + LATE_SECONDS, "generation", then, failed)
+            _Call([engine.generate.remote(*given)], deadline + LATE_SECONDS, "generation", then, failed)
         )
 
-    def _late(
-        self, engine: ActorHandle, groups: list[Group], tried: frozenset[ActorHandle], asked: int, done: int
-    ) -> None:
-        """What a deadline cut off is drawn again, what was finished is kept. Who finished nothing was tried."""
-        error = DeadlineExceeded(
-            f"an engine finished {done} of {asked} completions in spec.rollout.deadlineSeconds "
-            f"({self.config.rollout.deadline_seconds:g} s): raise it, or lower rollout.maxTokens"
-        )
+    def _again(self, groups: list[Group], how: str) -> None:
         self._counts["retried"] += len(groups)
-        print(f"generation: {len(groups)} groups are drawn again in part: {error}", flush=True)
-        self._dispatch(groups, frozenset() if done else tried | {engine}, error)
+        print(f"generation: {len(groups)} groups are drawn again {how}", flush=True)
+        self._queue = [*groups, *self._queue]
 
     def _size(self, group: Group) -> int:
         """Samples of its prompt."""
@@ -247,15 +275,21 @@ class Rollouts:
             prompt=prompt, seed=None, temperature=given.temperature, max_tokens=tokens, sampling=given.sampling,
             trained=of is None, evaluation=of.name if of else "",
         )
-        return [replace(alike, seed=seed) for seed in seeds]
+        begun = [group.drawn[index] for index in group.missing]
+        return [replace(alike, seed=seed, begun=sample) for seed, sample in zip(seeds, begun, strict=True)]
 
     def _generated(self, groups: list[Group], samples: list[Sample | None]) -> None:
         each = iter(samples)
         for group in groups:
-            for index in group.missing:
-                group.drawn[index] = next(each)
-        whole = [group for group in groups if not group.missing]
-        self._unscored += [(group, [sample for sample in group.drawn if sample is not None]) for group in whole]
+            for index in group.missing:  # what the deadline cut off may have been begun in an earlier step
+                group.drawn[index] = next(each) or group.drawn[index]
+        self._unscored += [(group, [one for one in group.drawn if one]) for group in groups if not group.missing]
+        left = [group for group in groups if group.missing]
+        if None in samples:
+            self._again(left, "in part: spec.rollout.deadlineSeconds "
+                f"({self.config.rollout.deadline_seconds:g}) cut them off: raise it, or lower rollout.maxTokens")
+        else:  # interrupted
+            self._queue = [*left, *self._queue]
         self._score()
 
     def _score(self) -> None:
@@ -265,7 +299,8 @@ class Rollouts:
         alone = self.config.engines_sleep and any(
             self.crew.ranks[f"reward:{name}"] == self.crew.policy for name in names
         )
-        if self._scoring or not self._unscored or (alone and (self._load.total() or self._homeless)):
+        whole = names and not self._free  # so that their batches do not depend on timing
+        if self._scoring or not self._unscored or (whole and (self._load.total() or self._queue)):
             return
         if alone:  # on the engines' GPUs, in the memory that they lend
             self.crew.fleet.sleep()
@@ -279,7 +314,9 @@ class Rollouts:
 
         def then(results: list[Any]) -> None:
             values = {name: results[start] for name, start in zip(names, starts, strict=True)}
-            ref = self.crew.feed.score.remote(samples, values, judge)
+            read = [replace(group.prompt, token_ids=[]) for group, _ in groups]
+            texts = [sample.without_tokens(p) for p, (_, made) in zip(read, groups, strict=True) for sample in made]
+            ref = self.crew.feed.score.remote(texts, values, judge)
             self._calls.append(
                 _Call([ref], self._deadline, "rewards", lambda results: self._scored(groups, results[0]))
             )
@@ -301,14 +338,19 @@ class Rollouts:
         self._counts["score"] += round(1000 * (time.monotonic() - self._scoring))
         self._scoring = 0.0
         for group, made in groups:
-            items = [self._with_episode(next(each), group.evaluation) for _ in made]
+            items = [self._with_episode(_whole(next(each), sample), group.evaluation) for sample in made]
             if failure := next((item.sample.failure for item in items if item.sample.failure), ""):
                 self._failed(group, failure)
                 continue
             group.samples = items
             if group.evaluation is None:
-                rewards = training_rewards(self.config, items, [0] * len(items))
-                self.admission.finish(group, informative=informative(rewards))
+                self._informative[group] = informative(training_rewards(self.config, items, [0] * len(items)))
+        # Where timing must not matter, in the order of their begin: after the last round the later ones are kept.
+        for group in self.admission.open:
+            if group in self._informative:
+                self.admission.finish(group, informative=self._informative.pop(group))
+            elif not self._free:
+                break
         self._score()
 
     def _failed(self, group: Group, failure: str) -> None:
@@ -336,6 +378,15 @@ class Rollouts:
 
     def _feed(self, method: str, *args: Any) -> Any:
         return call(self.crew.feed, method, *args, deadline_seconds=self._deadline, what=f"{method} of the feed")
+
+
+def _whole(item: ScoredSample, sample: Sample) -> ScoredSample:
+    """What was scored without its tokens, with them."""
+    return replace(item, sample=replace(sample, failure=item.sample.failure))
+
+
+def _told(error: Exception) -> None:
+    print(f"generation: no interrupt: {type(error).__name__}: {str(error)[-500:]}", file=sys.stderr, flush=True)
 
 
 def _judge(group: Group) -> str:

@@ -14,7 +14,7 @@ from rlhf_worker.placement import Seat
 from rlhf_worker.roll import Member
 
 if TYPE_CHECKING:
-    from rlhf_worker.experience import Batching, PackedBatch, Sample
+    from rlhf_worker.experience import Batching, Floats, PackedBatch, Sample, TrainSequence
     from rlhf_worker.rollout.episode import Request
     from rlhf_worker.trainer.checkpoint import Outcome, Restored
     from rlhf_worker.trainer.roles import Text
@@ -52,11 +52,20 @@ class Policy(Member):
     def load(self) -> "dict[str, Batching]":
         return self.trainer.load()
 
-    def logprobs(self, role: str, batches: "list[PackedBatch]") -> dict[int, list[float]]:
-        return self.trainer.logprobs(role, batches)
+    def _taken(self, sequences: "list[TrainSequence]", batches: list[list[int]]) -> "list[PackedBatch]":
+        """This rank's micro-batches: all ranks get all sequences, one object on a node, and the numbers of their own.
+        """
+        from rlhf_worker.experience import taken
 
-    def values(self, batches: "list[PackedBatch]") -> dict[int, list[float]]:
-        return self.trainer.values(batches)
+        return taken(sequences, batches, self.given[0].trainer)
+
+    def logprobs(
+        self, role: str, sequences: "list[TrainSequence]", batches: list[list[int]]
+    ) -> "dict[int, Floats]":
+        return self.trainer.logprobs(role, self._taken(sequences, batches))
+
+    def values(self, sequences: "list[TrainSequence]", batches: list[list[int]]) -> "dict[int, Floats]":
+        return self.trainer.values(self._taken(sequences, batches))
 
     def scores(self, role: str, prompts: "list[Text]", completions: list[str]) -> list[float]:
         return self.trainer.scores(role, prompts, completions)
@@ -64,8 +73,10 @@ class Policy(Member):
     def token_budget(self) -> int:
         return self.trainer.token_budget()
 
-    def train(self, role: str, updates: "list[list[PackedBatch]]") -> dict[str, float]:
-        return self.trainer.train(role, updates)
+    def train(
+        self, role: str, updates: "list[list[TrainSequence]]", dealing: list[list[list[int]]]
+    ) -> dict[str, float]:
+        return self.trainer.train(role, list(map(self._taken, updates, dealing)))
 
     def refresh(self) -> int:
         return self.trainer.refresh()

@@ -11,9 +11,11 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 import torch.distributed as dist
@@ -33,13 +35,15 @@ from rlhf_worker.engines.hf import Generator
 from rlhf_worker.errors import Diverged, RewardFailed
 from rlhf_worker.experience import (
     Batching,
+    Floats,
     PackedBatch,
     Sample,
     TrainSequence,
     at_targets,
     by_sample,
     dealt,
-    pack,
+    packed,
+    taken,
     within,
 )
 from rlhf_worker.memory import GIB, room_tokens, shape_of
@@ -162,7 +166,7 @@ class Trainer:
     # Forward passes.
 
     @torch.no_grad()
-    def logprobs(self, name: str, batches: list[PackedBatch]) -> dict[int, list[float]]:
+    def logprobs(self, name: str, batches: list[PackedBatch]) -> dict[int, Floats]:
         """Of the policy or the reference: the log probability of each completion token of each sample, by the sample's
         number.
         """
@@ -178,7 +182,7 @@ class Trainer:
         return found
 
     @torch.no_grad()
-    def values(self, batches: list[PackedBatch]) -> dict[int, list[float]]:
+    def values(self, batches: list[PackedBatch]) -> dict[int, Floats]:
         """Of the critic: the value of the state before each completion token of each sample, by the sample's number."""
         module = self._use("critic").module
         found = {
@@ -196,7 +200,9 @@ class Trainer:
         sequences = [
             self.roles[name].read(index, *pair) for index, pair in enumerate(zip(prompts, completions, strict=True))
         ]
-        batches = dealt(sequences, self.world, self.config.trainer, padded=self.roles[name].batching.padded)[self.rank]
+        lengths, padded = [sequence.length for sequence in sequences], self.roles[name].batching.padded
+        own_batches = dealt(lengths, self.world, self.config.trainer, padded=padded)[self.rank]
+        batches = taken(sequences, own_batches, self.config.trainer)
         with self._briefly(name) as role:
             own = {
                 index: value
@@ -385,14 +391,13 @@ class Trainer:
 
     def probe(self, token_ids: list[int]) -> list[float]:
         """Log probability of each token after the first, at temperature 1."""
-        length = len(token_ids) - 1
-        sequence = TrainSequence(token_ids=token_ids, prompt_length=1, index=0, mask=[True] * length, columns={})
+        sequence = replace(TrainSequence.plain(token_ids), prompt_length=1, mask=np.ones(len(token_ids) - 1, np.bool_))
         with self._briefly("policy") as role, torch.no_grad():
             temperature, role.module.temperature = role.module.temperature, 1.0
             try:
                 return [
                     float(x)
-                    for x in policy_pass(role.module, pack([sequence], len(token_ids))[0], self.device)[0].tolist()
+                    for x in policy_pass(role.module, packed([sequence]), self.device)[0].tolist()
                 ]
             finally:
                 role.module.temperature = temperature

@@ -91,7 +91,7 @@ class Role:
                 f"{self.name}: the tokenizer of {self.path} gives token {token}, its model has {size}: "
                 "use a tokenizer of that model"
             )
-        return TrainSequence(token_ids=tokens, prompt_length=len(tokens), index=index, mask=[], columns={})
+        return TrainSequence.plain(tokens, index)
 
     def each(self, batches: Sequence[PackedBatch]) -> Iterator[PackedBatch]:
         """The micro-batches of one update, for a pass with a gradient each. Copies are reduced with the last one; their

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf_worker.errors import BadSpec
-from rlhf_worker.experience import Batching, TrainSequence, pack
+from rlhf_worker.experience import Batching, TrainSequence, packed
 from rlhf_worker.trainer.attention import PACKED_ATTENTION
 from rlhf_worker.trainer.model import PolicyModule, RoleModule, inputs_of
 
@@ -69,8 +69,7 @@ def _apart(
 
 def _together(module: RoleModule, rows: list[list[int]], targets: Tensor) -> Tensor:
     """(..., N): as each of `rows` alone, end to end."""
-    items = [TrainSequence(token_ids=row, prompt_length=len(row), index=-1, mask=[], columns={}) for row in rows]
-    (batch,) = pack(items, sum(map(len, rows)))
+    batch = packed([TrainSequence.plain(row) for row in rows])
     where = torch.arange(len(targets), device=targets.device)
     if isinstance(module, PolicyModule):
         logprobs: Tensor = module(*inputs_of(batch, targets.device), where, targets)[0]
