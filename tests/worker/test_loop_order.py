@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError
 
+from rlhf_api.progress import Speed
 from rlhf_api.run import RunConfig
 from rlhf_worker import loop as module
 from rlhf_worker.errors import DeadlineExceeded, EnginesLost, LinkBroken, SyncMismatch
@@ -42,6 +43,9 @@ class Stand:
 
     def sleep(self) -> None:
         self.asked.append("sleep")
+
+    def loads(self) -> list[dict[int, float]]:
+        return []
 
     def sync(self, *, prove: bool) -> Synced:
         self.asked.append("sync")
@@ -76,7 +80,9 @@ class Told:
     def active(self) -> None:
         self.further += 1
 
-    def stepped(self, step: int, values: dict[str, float], *, eta_seconds: int, synced: Synced | None) -> None:
+    def stepped(
+        self, step: int, values: dict[str, float], speed: Speed, *, eta_seconds: int, synced: Synced | None,
+    ) -> None:
         self.steps.append((step, synced))
 
 

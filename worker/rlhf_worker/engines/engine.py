@@ -29,6 +29,7 @@ from rlhf_worker.engines.arguments import (
     needed_context,
     refused,
 )
+from rlhf_worker.engines.load import Load
 from rlhf_worker.engines.pulse import Pulse, stopped
 from rlhf_worker.errors import BadSpec, Call, EngineFailed, Problems, Verdict, said, verdict
 from rlhf_worker.hub import ensure
@@ -82,6 +83,7 @@ class Engine(Member):
         self.adapters: Adapters | None = None  # with model.lora
         self.adapter_args: dict[str, Any] = {}
         self._requests = 0
+        self._load = Load()
         self._gate = asyncio.Lock()  # from a batch's hold to its resume no sync begins
         self._pulse = Pulse(lambda: self._running().is_paused())
 
@@ -350,7 +352,7 @@ class Engine(Member):
         from vllm.inputs.engine import tokens_input
 
         self._requests += 1
-        with self.adapters.lent() if self.adapters else nullcontext() as adapter:
+        with self._load.one(), self.adapters.lent() if self.adapters else nullcontext() as adapter:
             outputs = self._running().generate(
                 tokens_input(token_ids, cache_salt=self._salt), params, f"{self.index}-{self._requests}",
                 lora_request=adapter,
@@ -390,6 +392,10 @@ class Engine(Member):
         elif (silent := self._pulse.silent_seconds()) > silent_seconds(self.config):
             words = f"for {silent:.0f} s it finished nothing and did not answer"
             raise EngineFailed(f"engine {self.index} hangs: {words}; its log ends: {printed()}")
+
+    async def load(self) -> dict[int, float]:
+        """Seconds by the number of requests under way, since it was last asked."""
+        return self._load.taken()
 
     async def alive(self) -> None:
         """Returns if the engine's workers answer."""
