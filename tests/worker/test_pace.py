@@ -44,7 +44,7 @@ HELD: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, str]] = [
     (long("train"), {"micro_batches": 80.0}, {"trainer": {"steps": 1, "tokensPerMicroBatch": 4096}}, "train",
         "80% of a step: 8% MFU at 2,500 tokens a micro-batch: raise trainer.tokensPerMicroBatch"),
     (long("train"), {"micro_batches": 80.0, "peak": math.nan}, {}, "train",
-        "80% of a step: 2,500 tokens a micro-batch, which has room: raise rollout.promptsPerStep, or lower"),
+        "80% of a step: 2,500 tokens a micro-batch, which has room: raise rollout.promptsPerStep"),
     (long("train"), {}, {}, "train", "10,000 tokens a micro-batch: unset trainer.gradientCheckpointing"),
     (long("train"), {}, {"trainer": {"steps": 1, "gradientCheckpointing": False}}, "train", "raise trainer.gpus"),
     (long("train"), {}, {"trainer": {"steps": 1, "gradientCheckpointing": False, "compile": False}}, "train",
