@@ -37,7 +37,7 @@ from rlhf_worker.experience import (
     to_train_sequences,
 )
 from rlhf_worker.feed.telemetry import PhaseTimer
-from rlhf_worker.pace import DONE, measured, metrics, speed
+from rlhf_worker.pace import measured, metrics, of_ranks, speed
 from rlhf_worker.progress import Reporter, drained
 from rlhf_worker.rewards.normalization import training_rewards
 from rlhf_worker.rollout.evaluation import evaluate
@@ -311,7 +311,7 @@ class Loop:
     ) -> None:
         values = values | step_metrics(scored, timer.seconds, seconds) | {"seconds/productive": self._productive}
         pace = measured(self.config, values, self.crew.fleet.loads())
-        values = {name: value for name, value in values.items() if DONE not in name} | metrics(pace)
+        values = {name: value for name, value in values.items() if not of_ranks(name)} | metrics(pace)
         values |= {"sync/seconds": synced.seconds} if synced else {}
         if self.config.data.overlong_prompts == "drop":
             values["data/dropped_prompts"] = float(self.sampler["dropped"])

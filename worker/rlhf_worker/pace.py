@@ -14,7 +14,7 @@ from rlhf_api.progress import Speed
 from rlhf_api.run import RunConfig
 
 SECONDS = "seconds/"
-DONE = "done/"  # before the names of what ranks tell of their work, which become others here
+DONE = "done/"  # before the names of what ranks tell of their work
 FEW = 0.25  # of an engine's most sequences: with fewer its GPU is idle
 TAIL = 1 / 3  # of the time in which an engine generates
 WAITS = 0.1  # of a step: a trainer that waits for more than this is held back by its samples
@@ -61,6 +61,11 @@ class Pace:
     def mfu(self) -> float:
         """Of the training phase; NaN where no peak is known."""
         return self.flops / (self.of("train") * self.peak) if self.of("train") else math.nan
+
+
+def of_ranks(name: str) -> bool:
+    """Whether a metric is what ranks tell of their work, which is none of telemetry's."""
+    return name.removeprefix("critic/").startswith(DONE)
 
 
 def measured(config: RunConfig, values: Mapping[str, float], loads: Sequence[Mapping[int, float]]) -> Pace:
@@ -196,7 +201,7 @@ def _train(pace: Pace, config: RunConfig) -> str:
     spec, each = config.trainer, pace.trained / pace.micro_batches if pace.micro_batches else 0.0
     had = f"{pace.mfu:.0%} MFU at " if math.isfinite(pace.mfu) else ""
     had += f"{each:,.0f} tokens a micro-batch"
-    if each < FULL_BATCH and 2 * each < spec.tokens_per_micro_batch * spec.context_parallel:
+    if each < FULL_BATCH and 2 * each < (spec.tokens_per_micro_batch or each) * spec.context_parallel:
         fewer = ", or lower trainer.gpus" if spec.gpus > 1 else ""
         return f"{had}, which has room: raise rollout.promptsPerStep{fewer}"
     if each < FULL_BATCH:
