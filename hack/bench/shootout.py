@@ -54,7 +54,8 @@ def trl(given: argparse.Namespace, work: Path) -> Seconds:
         min(ROWS_OF_A_MICRO_BATCH, given.prompts * given.samples), "--utilisation", utilisation(given), "--device",
         given.device, *(["--sleep"] if given.trl_sleep else []),
     ]  # fmt: skip
-    finished(command, given.trl_path, work / "trl.log")
+    inherited = os.environ.get("PYTHONPATH", "") if given.trl_python == sys.executable else ""
+    finished(command, os.pathsep.join(filter(None, [given.trl_path, inherited])), work / "trl.log")
     found = json.loads(out.read_text())
     return found.pop("seconds"), found
 
