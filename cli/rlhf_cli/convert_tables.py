@@ -48,7 +48,7 @@ TRL: dict[str, To] = {
     "vllm_tensor_parallel_size": To("rollout.tensorParallelSize"),
     "vllm_gpu_memory_utilization": To("rollout.engineArgs.gpu_memory_utilization"),
     "vllm_max_model_length": To("rollout.engineArgs.max_model_len"),
-    "vllm_enable_sleep_mode": To("rollout.engineArgs.enable_sleep_mode"),
+    "vllm_enable_sleep_mode": To("rollout.sleep"),
 }  # fmt: skip
 TRL_SPECIAL = (
     "epsilon", "loss_type", "importance_sampling_level", "per_device_train_batch_size", "use_peft", "use_vllm",
@@ -116,7 +116,7 @@ OPENRLHF: dict[str, To] = {
     "entropy_loss_coef": To("algorithm.entropyCoefficient"), "dual_clip": To("algorithm.dualClip"),
     "vllm_num_engines": To("rollout.engines"), "vllm_tensor_parallel_size": To("rollout.tensorParallelSize"),
     "vllm_gpu_memory_utilization": To("rollout.engineArgs.gpu_memory_utilization"),
-    "vllm_enable_sleep": To("rollout.engineArgs.enable_sleep_mode"),
+    "vllm_enable_sleep": To("rollout.sleep"),
     "enforce_eager": To("rollout.engineArgs.enforce_eager"),
     "gradient_checkpointing": To("trainer.gradientCheckpointing"),
     "adam_offload": To("trainer.offload"), "lora_alpha": To("model.lora.alpha"),

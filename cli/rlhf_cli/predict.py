@@ -1,8 +1,8 @@
 """What a spec will take, before it runs: memory of a GPU, seconds of a step, and the numbers to change. Pure.
 
-Memory is the trainer's own arithmetic (16 bytes a trained parameter, `rlhf_worker.trainer.checks.needed_bytes`) with
-activations added; time is a roofline with the efficiencies that docs/benchmarks.md measured on an H200. Both are held
-against its tables by a test: memory within 15 %, a trainer's update and generation within 25 %.
+Memory is the trainer's own arithmetic (16 bytes a trained parameter, `rlhf_worker.memory`) with activations added;
+time is a roofline with the efficiencies that docs/benchmarks.md measured on an H200. Both are held against its tables
+by a test: memory within 15 %, a trainer's update and generation within 25 %.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,8 @@ from rlhf_cli.model_shape import Shape
 
 GIB = 2**30
 TRAINED_BYTES, SAVED_BYTES, LOADED_BYTES, HALF_BYTES = 16, 12, 4, 2
+ALONE = 0.9  # of its GPU's memory, that an engine takes which shares it with nobody
+USABLE, ROUND_TOKENS = 0.9, 1024  # of the room for a micro-batch whose tokens the spec leaves open, and their step
 RESERVE_BYTES = 2 * GIB  # CUDA's own, the allocator's gaps and NCCL's buffers
 # Measured on an H200 (docs/benchmarks.md): an update at 1.7B used 47.6 % of the GPU's products, at 4B 40.5 %; without
 # trainer.compile 31.4 %. 512 sequences at 0.6B took 15.9 ms a token, 13.6 of them the host's.
@@ -76,18 +78,39 @@ def moments(spec: RLHFJobSpec, shape: Shape, gpu: Gpu) -> Iterator[Moment]:
     """Of a trainer's GPU while it trains and while engines generate; of an engine's own GPU where it has one."""
     colocated = spec.placement.mode is PlacementMode.COLOCATED
     engine = int(engine_share(spec) * gpu.bytes) if spec.rollout.engine == "vllm" else 0
-    sleeps = bool(spec.rollout.engine_args.get("enable_sleep_mode"))
-    offload, ranks = spec.trainer.offload, spec.trainer.gpus
-    tokens = max(spec.trainer.tokens_per_micro_batch, longest(spec) // spec.trainer.context_parallel)
-    activations = shape.activation_bytes(tokens, spec.trainer.gradient_checkpointing)
-    trained = _shards(spec, shape, TRAINED_BYTES, HALF_BYTES if ranks == 1 else 0)
+    beside, awake = (engine if colocated else 0), 0 if sleeps(spec) else engine
+    roles = trained_bytes(spec, shape)
+    activations = shape.activation_bytes(micro_batch(spec, shape, gpu), spec.trainer.gradient_checkpointing)
+    yield Moment("training", roles, activations, min(beside, awake))
+    offload = spec.trainer.offload
     idle = _shards(spec, shape, LOADED_BYTES if offload else SAVED_BYTES, 0)
-    gather = max(trained) if offload else sum(trained)
-    yield Moment("training", gather, activations, engine if colocated and not sleeps else 0)
-    beside = engine if colocated else 0
     yield Moment("loading", max(idle), 0, beside) if offload else Moment("generating", sum(idle), 0, beside)
     if not colocated:
         yield Moment("an engine", 0, 0, engine)
+
+
+def sleeps(spec: RLHFJobSpec) -> bool:
+    """Whether an engine gives its memory to the trainer while that works."""
+    shared = spec.placement.mode is PlacementMode.COLOCATED and spec.rollout.engine == "vllm"
+    return shared and spec.rollout.sleep is not False
+
+
+def trained_bytes(spec: RLHFJobSpec, shape: Shape) -> int:
+    """Of the roles of a rank while it trains."""
+    each = _shards(spec, shape, TRAINED_BYTES, HALF_BYTES if spec.trainer.gpus == 1 else 0)
+    return max(each) if spec.trainer.offload else sum(each)
+
+
+def micro_batch(spec: RLHFJobSpec, shape: Shape, gpu: Gpu) -> int:
+    """Tokens of the largest on one rank: the spec's, or those for which there is room; at least the longest sample."""
+    trainer, least = spec.trainer, longest(spec) // spec.trainer.context_parallel
+    if trainer.tokens_per_micro_batch is not None:
+        return max(trainer.tokens_per_micro_batch, least)
+    share = spec.placement.fractions.trainer if spec.placement.mode is PlacementMode.COLOCATED else 1.0
+    room = share * gpu.bytes - trained_bytes(spec, shape) - RESERVE_BYTES
+    tokens = int(USABLE * max(0.0, room)) // shape.activation_bytes(1, trainer.gradient_checkpointing)
+    samples = spec.rollout.prompts_per_step * spec.rollout.samples_per_prompt
+    return max(least, min(tokens // ROUND_TOKENS * ROUND_TOKENS, -(-samples // trainer.gpus) * least))
 
 
 def _shards(spec: RLHFJobSpec, shape: Shape, trained: int, copies: int) -> list[int]:
@@ -106,8 +129,8 @@ def _shards(spec: RLHFJobSpec, shape: Shape, trained: int, copies: int) -> list[
 
 def engine_share(spec: RLHFJobSpec) -> float:
     """Of a GPU's memory, that an engine takes."""
-    fraction = spec.placement.fractions.rollout if spec.placement.mode is PlacementMode.COLOCATED else 1.0
-    return float(spec.rollout.engine_args.get("gpu_memory_utilization", 0.9 * fraction))
+    share = spec.placement.fractions.rollout if spec.placement.mode is PlacementMode.COLOCATED else ALONE
+    return float(spec.rollout.engine_args.get("gpu_memory_utilization", share))
 
 
 def longest(spec: RLHFJobSpec) -> int:
@@ -203,16 +226,15 @@ def _changes(spec: RLHFJobSpec) -> Iterator[tuple[str, RLHFJobSpec]]:
     if not trainer.gradient_checkpointing:
         yield "set trainer.gradientCheckpointing", _with(spec, trainer={"gradient_checkpointing": True})
     tokens = trainer.tokens_per_micro_batch
-    while (tokens := tokens // 2) >= longest(spec):
+    while tokens is not None and (tokens := tokens // 2) >= longest(spec):
         yield f"lower trainer.tokensPerMicroBatch to {tokens}", _with(spec, trainer={"tokens_per_micro_batch": tokens})
     if spec.placement.mode is PlacementMode.COLOCATED and "gpu_memory_utilization" not in spec.rollout.engine_args:
         for share in (0.3, 0.2, 0.6, 0.8):
             fractions = spec.placement.fractions.model_copy(update={"rollout": share})
-            if share + fractions.trainer <= 1:
+            if sleeps(spec) or share + fractions.trainer <= 1:
                 yield f"set placement.fractions.rollout to {share}", _with(spec, placement={"fractions": fractions})
-    if not spec.rollout.engine_args.get("enable_sleep_mode") and spec.placement.mode is PlacementMode.COLOCATED:
-        args = {**spec.rollout.engine_args, "enable_sleep_mode": True}
-        yield "set rollout.engineArgs.enable_sleep_mode", _with(spec, rollout={"engine_args": args})
+    if spec.rollout.sleep is False:
+        yield "remove rollout.sleep", _with(spec, rollout={"sleep": None})
     if not trainer.offload:
         yield "set trainer.offload", _with(spec, trainer={"offload": True})
     for times in (2, 4, 8):

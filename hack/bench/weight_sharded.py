@@ -12,7 +12,6 @@ memory. The weights change before each sync. After the last one checksums of eve
 is 1 where any differs. Prints one line of JSON: the seconds of each sync, their median and worst after two. """
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hack.bench.gpu_placement import REWARD, tokenizer, write_prompts
 from hack.bench.local_run import config as run_config
+from hack.bench.row import printed
 from hack.bench.weight_base import ENVIRONMENT, ROOT, SHAPES, elements, site, write_model
 from rlhf_worker import crew as crews
 from rlhf_worker.calls import call_all, gather
@@ -160,12 +160,13 @@ def measure(given: argparse.Namespace, work: Path) -> dict[str, Any]:
         seconds += [] if last else [synced.seconds]
     compared = weights._compare()
     size, timed = elements(given.shape) * getattr(torch, given.dtype).itemsize, seconds[WARM:]
-    return {
-        "shape": given.shape, "ranks": given.ranks, "engines": given.engines, "nodes": given.nodes,
-        "sharding": given.sharding, "backend": weights.backend, "gigabytes": size / 1e9, "start_seconds": started,
-        "seconds": seconds, "median": statistics.median(timed), "worst": max(timed), "equal": compared.equal,
-        "indirect": compared.indirect, "wrong": sorted({name for names in compared.wrong.values() for name in names}),
-    }
+    names = ("shape", "dtype", "ranks", "engines", "nodes", "sharding")
+    return printed(
+        "weight_sharded", {name: getattr(given, name) for name in names},
+        lower={"median": statistics.median(timed), "worst": max(timed)}, backend=weights.backend, gigabytes=size / 1e9,
+        start_seconds=started, seconds=seconds, equal=compared.equal, indirect=compared.indirect,
+        wrong=sorted({name for names in compared.wrong.values() for name in names}),
+    )
 
 
 def main() -> int:
@@ -186,8 +187,7 @@ def main() -> int:
     write_prompts(work / "prompts.jsonl")
     with nodes(given.nodes, given.ranks):
         found = measure(given, work)
-    print(json.dumps(found), flush=True)
-    return 1 if found["wrong"] else 0
+    return 1 if found["more"]["wrong"] else 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlhf_worker.experience import Prompt, Sample, ScoredSample
 from rlhf_worker.feed import replay
 from rlhf_worker.feed.logs import DriverLog
@@ -33,9 +35,9 @@ def scored(step: int, prompts: int = 4, size: int = 4, tokens: int = 8) -> list[
     for at in range(prompts * size):
         text = f"what is {at // size} </script> & 2?"
         prompt = Prompt(uid=f"0:{at // size}", epoch=0, row=at // size, token_ids=[1, 2], text=text, fields={})
-        sample = Sample(prompt=prompt, text=f"answer {at} of step {step} 🦊", token_ids=[*range(tokens)],
-            logprobs=[-0.1 * one for one in range(tokens)], mask=[True] * tokens, versions=[step - 1] * tokens,
-            finish_reason="stop")  # fmt: skip
+        sample = Sample(prompt=prompt, text=f"answer {at} of step {step} 🦊", finish_reason="stop",
+            token_ids=np.arange(tokens, dtype=np.int32), logprobs=-0.1 * np.arange(tokens, dtype=np.float32),
+            mask=np.ones(tokens, np.bool_), versions=np.full(tokens, step - 1, np.int32))  # fmt: skip
         reward = float(at % size) / size
         found.append(ScoredSample(sample=sample, reward=reward, parts={"exact": reward}))
     return found
@@ -55,7 +57,7 @@ def make(root: Path, steps: int = 40, every: int = 10) -> Path:
             log.add(f"step {step}/{steps}  reward {step / steps:.3f}  1000 tok/s  version {step}  4.00 s (x)\n")
             if step % every == 0:
                 items = scored(step)
-                replay.write(store, step, items, [[0.5] * len(item.sample.token_ids) for item in items])
+                replay.write(store, step, items, [0.5 for _ in items])
             if step in (half, steps):
                 checkpoint(root, f"step-{step}.{writer.mark}", step)
         board.close()

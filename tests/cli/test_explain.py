@@ -109,7 +109,8 @@ def test_what_costs_memory_and_time_does_so() -> None:
         "trainer": 0.4, "rollout": 0.1})
     assert need(algorithm={"name": "ppo"}) > need(algorithm={"kl": {"coefficient": 0.1}}) > need()
     assert need(model__lora={}) < need()
-    assert need(rollout__engineArgs={"enable_sleep_mode": True}) < need()
+    shared = {"trainer": 0.4, "rollout": 0.5}
+    assert need(placement__fractions=shared) < need(placement__fractions=shared, rollout__sleep=False)
     assert took(rollout__maxTokens=4096) == took()
     assert took(trainer__gradientCheckpointing=False) < took() < took(trainer__compile=False)
     assert took(trainer__epochs=2) > took()

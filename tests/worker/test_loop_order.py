@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from ray.exceptions import ActorDiedError
 
+from rlhf_api.progress import Speed
 from rlhf_api.run import RunConfig
 from rlhf_worker import loop as module
 from rlhf_worker.errors import DeadlineExceeded, EnginesLost, LinkBroken, SyncMismatch
@@ -48,6 +49,9 @@ class Stand:
 
     def sleep(self) -> None:
         self.asked.append("sleep")
+
+    def loads(self) -> list[dict[int, float]]:
+        return []
 
     def sync(self, *, prove: bool) -> Synced:
         self.asked.append("sync")
@@ -89,7 +93,9 @@ class Told:
     def active(self) -> None:
         self.further += 1
 
-    def stepped(self, step: int, values: dict[str, float], *, eta_seconds: int, synced: Synced | None) -> None:
+    def stepped(
+        self, step: int, values: dict[str, float], speed: Speed, *, eta_seconds: int, synced: Synced | None,
+    ) -> None:
         self.steps.append((step, synced))
 
 

@@ -38,6 +38,7 @@ from rlhf_worker.experience import (
     to_train_sequences,
 )
 from rlhf_worker.feed.telemetry import PhaseTimer
+from rlhf_worker.pace import measured, metrics, of_ranks, speed
 from rlhf_worker.progress import Reporter, drained
 from rlhf_worker.rewards.normalization import training_rewards
 from rlhf_worker.rollout.evaluation import evaluate
@@ -133,6 +134,7 @@ class Loop:
 
     def _step(self) -> None:
         start, timer, number = time.monotonic(), PhaseTimer(), self.step + 1
+        self.crew.fleet.loads()  # those of an evaluation are not the step's
         # Until the policy changes, a stop may drop the step: its prompts are drawn again after the restart.
         with self.stop.abandonable():
             # 1. Groups of completions, with their rewards; shared GPUs are the trainer's from here to the sync.
@@ -328,6 +330,8 @@ class Loop:
         seconds: float,
     ) -> None:
         values = values | step_metrics(scored, timer.seconds, seconds) | {"seconds/productive": self._productive}
+        pace = measured(self.config, values, self.crew.fleet.loads())
+        values = {name: value for name, value in values.items() if not of_ranks(name)} | metrics(pace)
         values |= {"sync/seconds": synced.seconds} if synced else {}
         if self.trainer.tokens_per_micro_batch:
             values["train/tokens_per_micro_batch"] = float(self.trainer.tokens_per_micro_batch)
@@ -340,7 +344,7 @@ class Loop:
             self.best.require({**dict.fromkeys(of_sources(self.config), math.nan), **values}, evaluated=False)
         self._step_seconds = seconds if not self._step_seconds else 0.8 * self._step_seconds + 0.2 * seconds
         left = int(self._step_seconds * (self.config.trainer.steps - self.step))
-        self.reporter.stepped(self.step, values, eta_seconds=left, synced=synced)
+        self.reporter.stepped(self.step, values, speed(pace, self.config), eta_seconds=left, synced=synced)
 
     def _feed(self, method: str, *args: Any) -> Any:
         return call(self.crew.feed, method, *args, deadline_seconds=self._deadline, what=f"{method} of the feed")

@@ -31,6 +31,7 @@ from rlhf_worker.engines.arguments import (
     needed_context,
     refused,
 )
+from rlhf_worker.engines.load import Load
 from rlhf_worker.engines.pulse import Pulse, stopped
 from rlhf_worker.errors import BadSpec, Call, DeadlineExceeded, EngineFailed, Problems, Verdict, said, verdict
 from rlhf_worker.hub import ensure
@@ -89,6 +90,7 @@ class Engine(Member):
         self._live: set[str] = set()  # requests under way
         self._wave: dict[int, Callable[[], None]] = {}  # calls that wait for the others that are to begin with them
         self._begun: asyncio.Future[None] | None = None  # the wave
+        self._load = Load()
         self._gate = asyncio.Lock()  # from a batch's hold to its resume no sync begins
         self._pulse = Pulse(lambda: self._running().is_paused())
 
@@ -409,7 +411,7 @@ class Engine(Member):
         name = f"{self.index}-{self._requests}"
         self._live.add(name)
         try:
-            with self.adapters.lent() if self.adapters else nullcontext() as adapter:
+            with self._load.one(), self.adapters.lent() if self.adapters else nullcontext() as adapter:
                 outputs = self._running().generate(
                     tokens_input(token_ids, cache_salt=self._salt), params, name, lora_request=adapter,
                 )
@@ -451,6 +453,10 @@ class Engine(Member):
         elif (silent := self._pulse.silent_seconds()) > silent_seconds(self.config):
             words = f"for {silent:.0f} s it finished nothing and did not answer"
             raise EngineFailed(f"engine {self.index} hangs: {words}; its log ends: {printed()}")
+
+    async def load(self) -> dict[int, float]:
+        """Seconds by the number of requests under way, since it was last asked."""
+        return self._load.taken()
 
     async def alive(self) -> None:
         """Returns if the engine's workers answer."""

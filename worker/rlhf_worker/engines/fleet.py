@@ -16,7 +16,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from rlhf_worker.calls import SLICE_SECONDS, answering, gather, root_cause
+from rlhf_worker.calls import SLICE_SECONDS, answering, ended_badly, gather, root_cause
 from rlhf_worker.engines.ledger import EngineRecord, Event, Health, Limits, Outlook, after, amiss, can_restart, outlook
 from rlhf_worker.errors import DeadlineExceeded, EnginesLost, LinkBroken
 from rlhf_worker.stop import interrupt_if_asked
@@ -24,6 +24,7 @@ from rlhf_worker.weights.sync import Synced, WeightSync
 
 PROBE_SECONDS = 2.0  # between two probes
 ANSWER_SECONDS = 10.0  # for one: the engine's event loop is busy at times
+LOAD_SECONDS = 2.0  # for what is of no use to the run itself
 AFTER_FAILED_SYNC_SECONDS = 30.0  # for an answer of the engine's workers
 RUNNING = (Health.HEALTHY, Health.SUSPECT, Health.STALE)
 
@@ -80,6 +81,12 @@ class Fleet:
         if errors and not self._found_dead(running):
             raise errors[0]
         self.serving = []
+
+    def loads(self) -> list[dict[int, float]]:
+        """Of each engine that answers, seconds by the number of its sequences, since it was last asked."""
+        asked = [actor.load.remote() for actor in self._running()]
+        done, _ = ray.wait(asked, num_returns=len(asked), timeout=LOAD_SECONDS) if asked else ([], [])
+        return [ray.get(one) for one in done if not ended_badly(one)]
 
     def sync(self, *, prove: bool) -> Synced:
         """Started engines come back, those asleep wake, and all that serve afterwards hold the policy's weights, whole.

@@ -54,6 +54,11 @@ class RoleModule(nn.Module):
         return decoder_layers(self.lm)
 
     @property
+    def output(self) -> nn.Module:
+        """What `read` multiplies hidden states with."""
+        raise NotImplementedError
+
+    @property
     def attention(self) -> str:
         """By transformers' name."""
         return str(self.lm.config._attn_implementation)
@@ -116,12 +121,17 @@ class PolicyModule(RoleModule):
         self.temperature = temperature
         self.entropy_gradient = False
 
+    @property
+    def output(self) -> nn.Module:
+        layer: nn.Module = self.lm.get_output_embeddings()
+        return layer
+
     def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
         """targets (N,): the tokens that follow; and (N, 1 + topK) what they were drawn from, where not from all.
 
         -> (2, N) float32: their log probabilities, and entropies, of the distribution drawn from.
         """
-        layer, size = self.lm.get_output_embeddings(), self.lm.get_input_embeddings().num_embeddings
+        layer, size = self.output, self.lm.get_input_embeddings().num_embeddings
         head = Head(layer, change_of(self.lm.config, self.temperature), size, self.compiled)
         return logprobs_of(head, hidden, *targets, entropy_gradient=self.entropy_gradient)
 
@@ -140,6 +150,10 @@ class ScalarModule(RoleModule):
     def __init__(self, lm: PreTrainedModel, head: nn.Linear) -> None:
         super().__init__(lm)
         self.head = head
+
+    @property
+    def output(self) -> nn.Module:
+        return self.head
 
     def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
         """-> (N,) float32. No targets."""

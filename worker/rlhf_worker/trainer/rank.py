@@ -47,10 +47,12 @@ from rlhf_worker.experience import (
     within,
 )
 from rlhf_worker.memory import GIB, room_tokens, shape_of
+from rlhf_worker.pace import DONE
 from rlhf_worker.pretrained import export, export_tokenizer, identity, load_config, make_readable
 from rlhf_worker.rollout.episode import Request
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer.checkpoint import Outcome, Restored, RunState, Saver
+from rlhf_worker.trainer.flops import device_peak
 from rlhf_worker.trainer.model import PREFIX, mesh_of, policy_pass, scores_of, values_of
 from rlhf_worker.trainer.roles import Role, Text
 from rlhf_worker.weights.backends import Sender
@@ -79,6 +81,7 @@ class Trainer:
         self.rank = rank
         self.world = world
         self.device = torch.device(device)
+        self.peak = device_peak(self.device)
         self.store = Store(config.checkpoint.path)
         self.version = 0
         self.budget = 0  # tokens of a micro-batch, where they are this rank's to find
@@ -253,7 +256,16 @@ class Trainer:
             for key, value in self._update(role, batches, learning_rate(spec, base, number, total)).items():
                 sums[key] = sums.get(key, torch.zeros((), device=self.device)) + value / len(updates)
         self._rest(parameters=False)  # the policy's are wanted by the sync next
-        return self._reduced(sums)
+        return self._reduced(sums | self._done(role, [batch for batches in updates for batch in batches]))
+
+    def _done(self, role: Role, batches: list[PackedBatch]) -> dict[str, Tensor]:
+        """This rank's share of what the step computed, and what its device could in a second. Fillers count nothing."""
+        own = [batch for batch in batches if batch.indices != [-1]]
+        tokens = sum(len(batch.token_ids) for batch in own)
+        counts = {"flops": role.flops.of_batches(own), "tokens": tokens, "micro_batches": len(own)}
+        shared = {name: count / self.config.trainer.context_parallel for name, count in counts.items()}
+        found = shared | {"peak": self.peak}
+        return {f"{DONE}{name}": torch.tensor(count, device=self.device) for name, count in found.items()}
 
     def _update(self, role: Role, batches: list[PackedBatch], rate: float) -> dict[str, Tensor]:
         """One optimizer update; this rank's share of its metrics. Raises Diverged, with the weights as they were."""

@@ -17,6 +17,7 @@ from rlhf_worker.errors import BadSpec, RewardFailed
 from rlhf_worker.experience import Batching, PackedBatch, TrainSequence
 from rlhf_worker.pretrained import context_length, load_tokenizer, model_field
 from rlhf_worker.trainer.context import check_rope
+from rlhf_worker.trainer.flops import Flops
 from rlhf_worker.trainer.model import (
     RoleModule,
     abandoned,
@@ -49,6 +50,7 @@ class Role:
             self.module.requires_grad_(False)
         shard(self.module, mesh, cp_mesh, config.roles[name].dtype)
         self.module.to(device)
+        self.flops = Flops.of(self.module.lm, self.module.output)
         self.batching = _tried(config, name, self.module, device)
         wrap_layers(self.module, config.trainer)
         # With adapters most of the weights lie in their products' type already: a second copy would gain nothing.
