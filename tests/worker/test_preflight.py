@@ -31,7 +31,7 @@ from rlhf_worker.trainer.checks import (
     host_memory,
     parameters,
 )
-from tests.worker.configs import run_config
+from tests.worker.configs import resolved, run_config
 from tests.worker.ranks import over_ranks
 from tests.worker.waiting import until
 
@@ -117,6 +117,33 @@ def test_jobs_that_fit_80_gib_cards_are_let_through_and_others_are_not(
         return
     with pytest.raises(BadSpec, match=r"GPU x has 79\.6 GiB, but while \w+ the trainer's roles need at least"):
         check_memory(need, total, total, "GPU x")
+
+
+def on_a_card(monkeypatch: pytest.MonkeyPatch, free: int, total: int) -> None:
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(
+        get_device_properties=lambda index: SimpleNamespace(uuid="u"), mem_get_info=lambda: (free, total),
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(("rollout", "told"), [
+    ({}, "each GPU: an engine gets 62.4 of 80.0 GiB, about "), ({"engine": "hf"}, ""),
+])  # fmt: skip
+def test_a_rank_says_what_its_gpu_holds_and_asks_for_no_room_of_an_engine_that_is_not_there(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rollout: dict[str, Any], told: str
+) -> None:
+    config = resolved(model={"path": str(tiny), "dtype": "float32"}, rollout={"maxTokens": 16, **rollout}).on("cuda")
+    held: Any = SimpleNamespace(config=config, rank=0, world=1, device=torch.device("cuda"), names=["policy"])
+    on_a_card(monkeypatch, 80 * GIB, 80 * GIB)
+    CHECKS["Memory"](held)
+    out = capsys.readouterr().out
+    assert out.startswith(told) and bool(out) == bool(told)
+    monkeypatch.setattr(checks, "MEMORY_WAIT_SECONDS", 0.0)
+    on_a_card(monkeypatch, 40 * GIB, 80 * GIB)
+    if told:
+        with pytest.raises(PreflightFailed, match=r"GPU u has 40\.0 GiB free of 80\.0, but while generating"):
+            CHECKS["Memory"](held)
+    else:
+        CHECKS["Memory"](held)
 
 
 def need(roles: int, engine: int) -> Need:
