@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from hack.cluster import binaries, settings
+from hack.dashboards import dashboards, printed
 from hack.reference import reference
 from rlhf_api.crd import crd, crd_yaml
 from rlhf_operator.kinds import CRDS, LEASES
@@ -104,6 +105,8 @@ def manifests(objects: list[Object]) -> dict[Path, str]:
         MANIFESTS / "default/namespace.yaml": NOTE + dump(namespace),
     }
     for one in objects:
+        if "helm.sh/hook" in one["metadata"].get("annotations", {}):
+            continue  # Helm's alone, such as its test
         files[MANIFESTS / folder_of(one) / file_name(one)] = NOTE + dump(without_helm(one))
     for folder in ("crd", "rbac", "operator"):
         names = [path.name for path in files if path.parent.name == folder]
@@ -121,9 +124,10 @@ def write(files: dict[Path, str]) -> None:
 
 
 def chart_copies() -> dict[Path, str]:
-    """What the chart takes from the code: the CRD and the operator's rules."""
+    """What the chart takes from the code: the CRD, the operator's rules, Grafana's dashboards."""
     files = {"crd": chart_crd(), **{f"{scope}-rules": found for scope, found in rules_by_scope().items()}}
-    return {CHART / f"files/{name}.yaml": NOTE + dump(content) for name, content in files.items()}
+    drawn = {CHART / f"files/dashboards/{name}.json": printed(content) for name, content in dashboards().items()}
+    return {CHART / f"files/{name}.yaml": NOTE + dump(content) for name, content in files.items()} | drawn
 
 
 def main() -> None:

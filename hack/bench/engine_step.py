@@ -1,5 +1,5 @@
-"""What a step of vLLM's engine costs beside the model: in the core `Scheduler.update_from_output` and the message, in
-the engine's process reading it and `OutputProcessor.process_outputs`.
+"""What a step of vLLM's engine costs beside the model: in the core `Scheduler.schedule`, `update_from_output` and the
+message, in the engine's process reading it and `OutputProcessor.process_outputs`.
 
 usage: python hack/bench/engine_step.py [--sequences 512] [--tokens 128] [--columns 0]
 
@@ -79,6 +79,7 @@ def measure(given: argparse.Namespace, model: Path, logprobs: bool, scheduler: s
     )  # fmt: skip
     engine, clock = llm.llm_engine, Clock()
     core = engine.engine_core.engine_core
+    core.scheduler.schedule = clock.around("schedule", core.scheduler.schedule)
     core.scheduler.update_from_output = clock.around("update_from_output", core.scheduler.update_from_output)
     engine.output_processor.process_outputs = clock.around("process_outputs", engine.output_processor.process_outputs)
     wire = Wire(clock, engine.engine_core.get_output)
@@ -89,8 +90,9 @@ def measure(given: argparse.Namespace, model: Path, logprobs: bool, scheduler: s
     )  # fmt: skip
     llm.generate([TokensPrompt(prompt_token_ids=[5, 6, 7])] * given.sequences, params, use_tqdm=False)
     milliseconds = {part: round(1e3 * seconds / wire.steps, 3) for part, seconds in clock.seconds.items()}
+    core_ms = sum(milliseconds[part] for part in ("schedule", "update_from_output", "encode"))
     return {
-        **milliseconds, "core": round(milliseconds["update_from_output"] + milliseconds["encode"], 2),
+        **milliseconds, "core": round(core_ms, 2),
         "front end": round(milliseconds["decode"] + milliseconds["process_outputs"], 2),
         "kilobytes": round(wire.bytes / wire.steps / 1e3, 1), "outputs": round(wire.outputs / wire.steps, 1),
     }  # fmt: skip

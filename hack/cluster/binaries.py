@@ -24,6 +24,7 @@ from hack.cluster.steps import ClusterError, output, say, step, stream
 KUBERNETES_PROGRAMS = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy")
 CONTAINERD_PROGRAMS = ("containerd", "ctr", "containerd-shim-runc-v2")
 DEBIAN_PACKAGES = ("etcd-server", "runc", "containernetworking-plugins", "nftables")
+PROMETHEUS_PACKAGES = ("prometheus",)
 _OFFLINE = "check that this machine reaches its Go module and Debian package mirrors, then run it again"
 
 
@@ -33,7 +34,7 @@ def ensure(cfg: s.Settings) -> Path:
     with _lock(cfg.cache / "lock"):
         for interrupted in cfg.cache.glob("tmp*"):
             shutil.rmtree(interrupted, ignore_errors=True)
-        debian = _debian(cfg)
+        debian = _debian(cfg, DEBIAN_PACKAGES)
         _kubernetes(cfg, KUBERNETES_PROGRAMS)
         _modules(
             cfg, "github.com/containerd/containerd/v2", s.CONTAINERD, CONTAINERD_PROGRAMS,
@@ -76,6 +77,17 @@ def helm(cfg: s.Settings) -> Path:
     with _lock(cfg.cache / "lock"):
         _helm(cfg)
     return cached(cfg, "helm", s.HELM)
+
+
+def promtool(cfg: s.Settings) -> Path:
+    """Prometheus's checker of rules, for those who need no cluster: this machine's own, else the one of its Debian
+    package.
+    """
+    if own := shutil.which("promtool"):
+        return Path(own)
+    (cfg.cache / "bin").mkdir(parents=True, exist_ok=True)
+    with _lock(cfg.cache / "lock"):
+        return _debian(cfg, PROMETHEUS_PACKAGES) / "usr/bin/promtool"
 
 
 def _helm(cfg: s.Settings) -> None:
@@ -213,13 +225,13 @@ def _keep(cfg: s.Settings, scratch: Path, names: Sequence[str], version: str) ->
 # --- Debian -----------------------------------------------------------------------------------------------------
 
 
-def _debian(cfg: s.Settings) -> Path:
+def _debian(cfg: s.Settings, packages: Sequence[str]) -> Path:
     """The Debian packages and those of their dependencies that this machine lacks, unpacked into one directory."""
-    key = hashlib.sha256(" ".join((*DEBIAN_PACKAGES, _release())).encode()).hexdigest()[:8]
+    key = hashlib.sha256(" ".join((*packages, _release())).encode()).hexdigest()[:8]
     root = cfg.cache / f"debian-{key}"
     if not root.exists():
-        with step(f"unpacking {', '.join(DEBIAN_PACKAGES)}"):
-            _atomic_directory(root, _unpack)
+        with step(f"unpacking {', '.join(packages)}"):
+            _atomic_directory(root, lambda target: _unpack(target, packages))
     return root
 
 
@@ -228,9 +240,10 @@ def _release() -> str:
     return ",".join(sorted(line for line in lines if line.startswith(("ID=", "VERSION_ID="))))
 
 
-def _unpack(target: Path) -> None:
+def _unpack(target: Path, packages: Sequence[str]) -> None:
     if not shutil.which("apt-get"):
-        needed = [name for name in ("etcd", "runc", "nft") if not shutil.which(name)]
+        programs = {"etcd-server": "etcd", "runc": "runc", "nftables": "nft", "prometheus": "promtool"}
+        needed = [name for package, name in programs.items() if package in packages and not shutil.which(name)]
         if needed:
             raise ClusterError(f"no apt-get here, and {', '.join(needed)} missing", "install them with your "
                 "distribution's tools")
@@ -241,7 +254,7 @@ def _unpack(target: Path) -> None:
         options = ["-o", f"Dir::Cache::archives={archives}", "-o", "APT::Sandbox::User=root", "-qq"]
         fetch = [
             "apt-get", "install", "-y", "--no-install-recommends", "--reinstall", "--download-only", *options,
-            *DEBIAN_PACKAGES
+            *packages
         ]
         if subprocess.run(fetch, capture_output=True, check=False).returncode != 0:
             output(["apt-get", "update", "-qq"], _OFFLINE)  # a fresh machine has no package lists

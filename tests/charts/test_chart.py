@@ -9,6 +9,7 @@ from hack import generate
 from hack.generate import render
 from rlhf_api.crd import crd
 from rlhf_operator.names import OPERATOR_LABELS
+from rlhf_operator.plan.pods import METRICS_PORT
 from rlhf_operator.rbac import rules
 from rlhf_operator.settings import Settings, parse
 
@@ -60,6 +61,10 @@ def container(pod: Object) -> Object:
         ("watchNamespace=Team_A", ["watchNamespace"]),
         ("verbose=yes", ["verbose", "boolean"]),
         ("metrics.serviceMonitor.interval=soon", ["interval"]),
+        ("metrics.podMonitor.interval=soon", ["interval"]),
+        ("metrics.alerts.enabled=yes", ["enabled", "boolean"]),
+        ("metrics.dashboards.label.a=b", ["label"]),
+        ("networkPolicy.metricsFrom=all", ["metricsFrom", "array"]),
         ("env[0].value=x", ["env", "name"]),
         ("podLabels.a.b=c", ["podLabels", "string"]),
         ("serviceAccount.name=team-driver", ["team-driver", "serviceAccount.name"]),
@@ -230,3 +235,31 @@ def test_a_monitor_selects_the_service() -> None:
     assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
     assert monitor["spec"]["endpoints"][0]["port"] == service["spec"]["ports"][0]["name"]
     assert monitor["metadata"]["labels"]["release"] == "prometheus"
+
+def test_a_monitor_of_runs_asks_for_the_port_that_a_run_names() -> None:
+    monitor = one(render(*sets("metrics.podMonitor.enabled=true")), "PodMonitor")["spec"]
+    assert monitor["namespaceSelector"] == {"any": True}
+    assert [endpoint["port"] for endpoint in monitor["podMetricsEndpoints"]] == [METRICS_PORT]
+    named = one(render(*sets("metrics.podMonitor.enabled=true", "watchNamespace=team-a")), "PodMonitor")["spec"]
+    assert named["namespaceSelector"] == {"matchNames": ["team-a"]}
+
+
+def test_nothing_but_the_port_of_metrics_reaches_the_operator(objects: list[Object], container: Object) -> None:
+    policy = one(objects, "NetworkPolicy")["spec"]
+    labels = one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert policy["podSelector"]["matchLabels"].items() <= labels.items()
+    assert policy["policyTypes"] == ["Ingress"]
+    assert policy["ingress"] == [{"ports": [{"port": container["ports"][0]["name"]}]}]
+    some = sets("networkPolicy.metricsFrom[0].namespaceSelector.matchLabels.name=monitoring")
+    (rule,) = one(render(*some), "NetworkPolicy")["spec"]["ingress"]
+    assert rule["from"] == [{"podSelector": {}}, {"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}]
+    assert "NetworkPolicy" not in {o["kind"] for o in render(*sets("networkPolicy.enabled=false"))}
+
+
+def test_helms_test_asks_the_service_and_stays_out_of_kustomize(objects: list[Object]) -> None:
+    pod, service = one(objects, "Pod"), one(objects, "Service")
+    assert pod["metadata"]["annotations"]["helm.sh/hook"] == "test"
+    (container,) = pod["spec"]["containers"]
+    variable = service["metadata"]["name"].upper().replace("-", "_") + "_SERVICE"
+    assert container["command"][-2:] == ["rlhf_operator.smoke", f"http://$({variable}_HOST):$({variable}_PORT)"]
+    assert not [path for path in generate.manifests(objects) if "test" in path.name]

@@ -381,3 +381,18 @@ def test_merging_changes_nothing_in_place() -> None:
 def test_nothing_is_planned_for_nothing() -> None:
     found = plan(read_job(a_job()), Want(), "rlhf-system")
     assert (found.ensure, found.create, found.delete) == ((), (), ())
+
+
+@pytest.mark.parametrize("mode", ["Colocated", "Separated"])
+def test_a_run_that_serves_metrics_names_its_port_where_it_serves_them(mode: str) -> None:
+    options = SEPARATED if mode == "Separated" else {}
+    spec = planned(a_job(**options, telemetry__prometheusPort=9090))["RayCluster"]["spec"]
+    ports = {
+        group["groupName"]: [(port["name"], port["containerPort"]) for port in container.get("ports", [])]
+        for group in spec["workerGroupSpecs"]
+        for container in group["template"]["spec"]["containers"]
+    }
+    assert ports.pop("trainer") == [("run-metrics", 9090)]
+    assert not any(ports.values())
+    without = planned(a_job(**options))["RayCluster"]["spec"]["workerGroupSpecs"]
+    assert all("ports" not in group["template"]["spec"]["containers"][0] for group in without)

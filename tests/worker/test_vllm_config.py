@@ -4,6 +4,7 @@ import asyncio
 import json
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import StableLmConfig
 
 from hack.tiny_model import tokenizer, write
 from rlhf_worker.engines.arguments import check_known
-from rlhf_worker.engines.engine import Engine
+from rlhf_worker.engines.engine import Engine, captures_more
 from rlhf_worker.errors import BadSpec
 from tests.worker.configs import run_config
 
@@ -115,3 +116,29 @@ def test_arguments_are_held_against_vllms_own_types(tmp_path: Path, monkeypatch:
         if isinstance(value, bool | int | float | str | None)
     }
     check_known(given, known, "")
+
+
+@pytest.mark.parametrize(
+    ("given", "at_a_time", "graphs", "wanted"),
+    [
+        ({}, 1024, 512, 1024),
+        ({}, 256, 512, None),
+        ({}, 1024, 0, None),  # eager: there are none
+        ({"max_cudagraph_capture_size": 64}, 1024, 64, 64),
+        ({"cudagraph_capture_sizes": [1, 8]}, 1024, 8, None),
+        ({"compilation_config": {"max_cudagraph_capture_size": 64}}, 1024, 64, None),
+        ({"compilation_config": {"cudagraph_capture_sizes": [1, 8]}}, 1024, 8, None),
+    ],
+)
+def test_cuda_graphs_for_all_that_run_at_a_time_unless_the_user_says_for_how_many(
+    given: dict[str, Any], at_a_time: int, graphs: int, wanted: int | None
+) -> None:
+    from vllm import AsyncEngineArgs
+
+    args = AsyncEngineArgs(model="none", **given)
+    made: Any = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=at_a_time),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=graphs),
+    )
+    assert captures_more(args, made) is (wanted == at_a_time)
+    assert args.max_cudagraph_capture_size == wanted

@@ -35,6 +35,7 @@ HEAD_PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "metrics":
 HEAD_REQUESTS = {"cpu": "500m", "memory": "1Gi"}
 DRIVER_REQUESTS = {"cpu": "100m", "memory": "512Mi"}
 CPUS_PER_GPU = 4
+METRICS_PORT = "run-metrics"
 # A GCS keeps nothing: when it died, every raylet has to start anew with the next one. Ray finds that out when none
 # answered for gcs_rpc_server_reconnect_timeout_s; or, when the next one is up by then, by asking it: once in 60 s,
 # unless told otherwise.
@@ -67,7 +68,7 @@ def worker_template(job: RLHFJob, cluster: str, group: PodGroup) -> Raw:
     grace = (user.model_extra or {}).get("terminationGracePeriodSeconds", GRACE_SECONDS)
     ray = _ray_container(job, cluster, user, worker_pre_stop(group.name, grace)) | {
         "resources": deep_merge(user.resources, {"requests": gpus, "limits": gpus}),
-        "volumeMounts": merge_named(mounts, user.volume_mounts, "mountPath"),
+        "volumeMounts": merge_named(mounts, user.volume_mounts, "mountPath"), **_metrics_port(job, group),
     }
     spec = {
         "automountServiceAccountToken": False,
@@ -159,6 +160,12 @@ def _checkpoint_volume(job: RLHFJob, group: PodGroup, user: PodOverrides) -> tup
         return [], []
     source = {"persistentVolumeClaim": {"claimName": claim_name(job.metadata.name)}} if claim else {"emptyDir": {}}
     return [{"name": "rlhf-checkpoints", **source}], [_mount("rlhf-checkpoints", path)]
+
+
+def _metrics_port(job: RLHFJob, group: PodGroup) -> Raw:
+    """Named, so that a PodMonitor finds it. The feed serves it, in the first of the trainer's pods."""
+    port = job.spec.telemetry.prometheus_port
+    return {"ports": [{"name": METRICS_PORT, "containerPort": port}]} if port and group.name == TRAINER else {}
 
 
 def _cores(resources: Raw) -> int | None:

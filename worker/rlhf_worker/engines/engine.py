@@ -143,6 +143,8 @@ class Engine(Member):
             # sequences.
             use, args = UsageContext.LLM_CLASS, vllm.AsyncEngineArgs(**self._engine_args(backend))
             made = args.create_engine_config(use)
+            if captures_more(args, made):
+                made = args.create_engine_config(use)
             check_attention(self.config, made.model_config)
         except BadSpec:
             raise
@@ -478,6 +480,20 @@ class Engine(Member):
         if self.llm is not None:
             self.llm.shutdown(timeout=0)
             self.llm = None
+
+
+def captures_more(args: "AsyncEngineArgs", made: "VllmConfig") -> bool:
+    """Has vLLM capture CUDA graphs for as many sequences as run at a time, unless the user says for how many.
+
+    By itself it stops at 512, also where it runs 1,024: a step of more is then launched kernel by kernel. Returns
+    whether `args` changed, of which `made` is the configuration. """
+    most, graphs = made.scheduler_config.max_num_seqs, made.compilation_config.max_cudagraph_capture_size
+    options = [(each.max_cudagraph_capture_size, each.cudagraph_capture_sizes) for each in (args,
+        args.compilation_config)]
+    if not graphs or graphs >= most or any(size or sizes for size, sizes in options):  # no graphs at all: eager, CPUs
+        return False
+    args.max_cudagraph_capture_size = most
+    return True
 
 
 def merge_outputs(config: "VllmConfig") -> str:

@@ -17,6 +17,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.outputs import LogprobsLists
 
+from rlhf_worker.engines.slots import ask_at_borders
+
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
@@ -139,6 +141,7 @@ class Merging(Scheduler):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        ask_at_borders(self.kv_cache_manager)
         self._kept: dict[str, Kept] = {}  # of each request that waits
         self._window = Window()
         self._steps = 0  # since all that was kept went out; 0 too where nothing waits
