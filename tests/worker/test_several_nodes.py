@@ -26,7 +26,8 @@ from tests.worker.test_weight_sync import FUSED, PLANNED, write_model
 from tests.worker.waiting import kill
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
-NODES, DEADLINE = 2, 60.0
+NODES = 2
+START, DEADLINE = 300.0, 60.0  # seconds
 
 
 def config(path: Path, sharding: str) -> RunConfig:
@@ -117,8 +118,8 @@ def test_an_engine_is_fed_from_the_copy_on_its_node_alone(crew: Crew, model: Pat
         kill(rank)
     hybrid = config(model, "Hybrid")
     policy = crews._roles(hybrid, crew.stage)["policy"]
-    gather(crews._join(policy, DEADLINE), DEADLINE, "join")
-    call_all(policy, "load", deadline_seconds=DEADLINE, what="load")
+    gather(crews._join(policy, START), START, "join")
+    call_all(policy, "load", deadline_seconds=START, what="load")
     weights = WeightSync(hybrid, policy, crew.fleet.weights.engines, "shm")
     weights._connect(frozenset())  # the engines hold what they got last
     assert synced(weights).equal == NODES * PLANNED
