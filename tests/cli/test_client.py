@@ -48,6 +48,17 @@ async def test_a_typed_job_is_submitted_as_the_user_set_it(cluster: Cluster) -> 
         assert [one.name for one in await client.jobs()] == ["maths"]
 
 
+def test_things_have_the_names_that_the_operator_gives() -> None:
+    from rlhf_client import names as ours
+    from rlhf_operator import names as theirs
+
+    assert (ours.JOB_LABEL, ours.ROLE_LABEL) == (theirs.JOB_LABEL, theirs.ROLE_LABEL)
+    assert (ours.HEAD, ours.TRAINER) == (theirs.HEAD, theirs.TRAINER)
+    assert (ours.DRIVER, ours.RAY) == (theirs.DRIVER_CONTAINER, theirs.RAY_CONTAINER)
+    assert ours.run_config("a") == theirs.run_config_name("a")
+    assert ours.claim("a") == theirs.claim_name("a")
+
+
 async def test_watching_sees_each_change_through_cuts_to_the_end(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
