@@ -1,9 +1,14 @@
 """The client against an API server over real HTTP, and each error that it tells apart."""
 
 import asyncio
+import copy
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlhf_api.job import ObjectMeta, RLHFJob, RLHFJobSpec
 from rlhf_api.parse import InvalidJob
@@ -311,6 +316,30 @@ def test_a_status_of_a_newer_operator_is_read_as_far_as_it_can_be() -> None:
     assert set(job.not_understood) == {
         "status.phase", "status.conditions.0", "status.conditions.3", "status.failures.0",
     }
+
+
+def paths(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """To everything inside."""
+    members = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [path, *(one for key, child in members for one in paths(child, (*path, key)))]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+)
+
+
+@given(st.sampled_from(paths(RUNNING)), JSON)
+def test_whatever_a_status_holds_the_rest_is_read(path: tuple[Any, ...], other: Any) -> None:
+    status: Any = copy.deepcopy({"": RUNNING})
+    *parents, last = ("", *path)
+    reduce(lambda node, key: node[key], parents, status)[last] = other
+    job = Job.of({"metadata": {"name": "maths"}, "status": status[""]})
+    if path and path[0] != "progress":
+        assert job.progress.step == 3
+    assert isinstance(job.phase, str)
+    list(job.troubles())
 
 
 @pytest.mark.parametrize("status", [None, {}, [], "text", {"progress": 3}, {"conditions": {"a": 1}}])
