@@ -15,6 +15,7 @@ from rlhf_api import GROUP
 from rlhf_cli import redact
 from rlhf_cli.exits import Wrong
 from rlhf_cli.options import Target
+from rlhf_client import names
 from rlhf_client.errors import ClientError
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _questions(client: "Client", name: str, cluster: str | None) -> dict[str, Ca
         "events.json": lambda: client.events(name),
         "version.json": lambda: client.read("/version"),
         "crd.json": lambda: client.read(f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/rlhfjobs.{GROUP}"),
-        "run-config.json": lambda: client.read(f"/api/v1{own}/configmaps/{name}-run"),
+        "run-config.json": lambda: client.read(f"/api/v1{own}/configmaps/{names.run_config(name)}"),
         "operator.json": lambda: client.read(f"/apis/apps/v1/namespaces/{OPERATOR}/deployments"),
     }
     if cluster:

@@ -13,6 +13,7 @@ from rlhf_cli.options import Output, Target, console
 from rlhf_cli.text import age, table, utc
 from rlhf_client.errors import AlreadyThere, NotAllowed, NotFound
 from rlhf_client.job import Job
+from rlhf_client.names import RAY
 
 if TYPE_CHECKING:
     from rlhf_client.client import Client
@@ -210,7 +211,7 @@ async def logs(
     async with target.client() as client:
         if pod:
             await _known_pod(client, name, pod)
-            lines = client.logs(name, pod=pod, container="ray", follow=follow, previous=previous, tail=tail)
+            lines = client.logs(name, pod=pod, container=RAY, follow=follow, previous=previous, tail=tail)
             async for line in lines:
                 print(line, flush=follow)
             return

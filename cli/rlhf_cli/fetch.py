@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlhf_api import GROUP
 from rlhf_cli.exits import NoFiles
 from rlhf_cli.options import Target
+from rlhf_client import names
 from rlhf_client.job import Job
 
 # What a run leaves beside its weights (docs/checkpoints.md).
@@ -50,7 +50,7 @@ def _of_job(target: Target, name: str, parts: Sequence[str], folder: Path) -> Jo
         async with target.client() as client:
             job = await client.get(name)
             trainers = [one for one in await client.pods(name)
-                if one["metadata"]["labels"].get(f"{GROUP}/role") == "trainer"
+                if one["metadata"]["labels"].get(names.ROLE_LABEL) == names.TRAINER
                 and (one.get("status") or {}).get("phase") == "Running"]
             return job, str(trainers[0]["metadata"]["name"]) if trainers else "", client.namespace
 
@@ -68,13 +68,13 @@ def _of_job(target: Target, name: str, parts: Sequence[str], folder: Path) -> Jo
 
 def _claim(job: Job) -> str:
     made = (job.spec.get("checkpoint") or {}).get("claim")
-    return f" (PersistentVolumeClaim {job.name}-checkpoints in {job.namespace})" if made else ""
+    return f" (PersistentVolumeClaim {names.claim(job.name)} in {job.namespace})" if made else ""
 
 
 def _copy(target: Target, namespace: str, pod: str, path: str, parts: Sequence[str], folder: Path) -> None:
-    names = " ".join(map(shlex.quote, parts))
-    script = f"cd {shlex.quote(path)} && tar cf - $(ls -d {names} step-*/{RUN} 2>/dev/null)"
-    command = ["kubectl", *target.kubectl(), "exec", pod, "-c", "ray", "--", "sh", "-c", script]
+    wanted = " ".join(map(shlex.quote, parts))
+    script = f"cd {shlex.quote(path)} && tar cf - $(ls -d {wanted} step-*/{RUN} 2>/dev/null)"
+    command = ["kubectl", *target.kubectl(), "exec", pod, "-c", names.RAY, "--", "sh", "-c", script]
     if target.namespace is None:
         command[1:1] = ["--namespace", namespace]
     with tempfile.TemporaryFile() as packed:  # samples of a long run are no thing to hold in memory
@@ -101,11 +101,11 @@ def _download(url: str, parts: Sequence[str], folder: Path) -> None:
         raise NoFiles(NEEDS) from None
     try:
         fs, root = url_to_fs(url.rstrip("/"))
-        names = {found.rstrip("/").rpartition("/")[2] for found in fs.ls(root, detail=False)}
+        there = {found.rstrip("/").rpartition("/")[2] for found in fs.ls(root, detail=False)}
         for name in filter(lambda part: fs.exists(f"{root}/{part}"), parts):
             (folder / name).parent.mkdir(exist_ok=True)
             fs.get(f"{root}/{name}", str(folder / name), recursive=True)
-        for name in (one for one in names if one.startswith("step-") and fs.exists(f"{root}/{one}/{RUN}")):
+        for name in (one for one in there if one.startswith("step-") and fs.exists(f"{root}/{one}/{RUN}")):
             (folder / name).mkdir()
             fs.get(f"{root}/{name}/{RUN}", str(folder / name / RUN))
     except ImportError as error:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
 from rlhf_api import API_VERSION, GROUP, KIND, PLURAL, VERSION
+from rlhf_client import names
 from rlhf_client.errors import (
     AlreadyThere,
     ClientError,
@@ -40,7 +41,6 @@ WATCH_SECONDS = 300  # after which the API server ends a watch, and it begins an
 AGAIN_SECONDS = 1.0
 PATIENCE_SECONDS = 60.0  # in which a watch outlives an API server that is away
 MERGE = "application/merge-patch+json"
-DRIVER, RAY = "driver", "ray"  # containers
 
 
 class Client:
@@ -189,10 +189,11 @@ class Client:
 
     async def pods(self, name: str) -> list[Raw]:
         """Of the job, as they are."""
-        return await self._all(f"/api/v1/namespaces/{self.namespace}/pods", {"labelSelector": f"{GROUP}/job={name}"})
+        own = {"labelSelector": f"{names.JOB_LABEL}={name}"}
+        return await self._all(f"/api/v1/namespaces/{self.namespace}/pods", own)
 
     async def logs(
-        self, name: str, *, pod: str = "", container: str = DRIVER, follow: bool = False, previous: bool = False,
+        self, name: str, *, pod: str = "", container: str = names.DRIVER, follow: bool = False, previous: bool = False,
         tail: int | None = None,
     ) -> AsyncIterator[str]:
         """Lines of one container; of the newest head pod by default. `previous`: of the container before the present
@@ -208,7 +209,7 @@ class Client:
     async def head(self, name: str) -> str:
         """Name of the newest head pod. Raises NotFound."""
         await self.get(name)
-        heads = [one for one in await self.pods(name) if one["metadata"]["labels"].get(f"{GROUP}/role") == "head"]
+        heads = [one for one in await self.pods(name) if one["metadata"]["labels"].get(names.ROLE_LABEL) == names.HEAD]
         if not heads:
             raise NotFound(f"{name} has no head pod now, so there is no log in the cluster: the driver's output is "
                 "kept in checkpoint.path/logs")

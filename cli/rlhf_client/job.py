@@ -92,7 +92,7 @@ def _place(loc: Loc, raw: Any) -> Loc:
     """What to leave out: an element of a list goes as a whole, and so does a part that lacks something."""
     node, place = raw, list[int | str]()
     for part in loc:
-        if isinstance(node, dict) and part not in node:
+        if not isinstance(node, dict | list) or (isinstance(node, dict) and part not in node):
             break
         place.append(part)
         if isinstance(node, list):

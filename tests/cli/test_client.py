@@ -1,9 +1,14 @@
 """The client against an API server over real HTTP, and each error that it tells apart."""
 
 import asyncio
+import copy
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlhf_api.job import ObjectMeta, RLHFJob, RLHFJobSpec
 from rlhf_api.parse import InvalidJob
@@ -46,6 +51,17 @@ async def test_a_typed_job_is_submitted_as_the_user_set_it(cluster: Cluster) -> 
         with pytest.raises(InvalidJob, match=r"spec.trainer.steps"):
             await client.submit(a_job("other", trainer__steps=0))
         assert [one.name for one in await client.jobs()] == ["maths"]
+
+
+def test_things_have_the_names_that_the_operator_gives() -> None:
+    from rlhf_client import names as ours
+    from rlhf_operator import names as theirs
+
+    assert (ours.JOB_LABEL, ours.ROLE_LABEL) == (theirs.JOB_LABEL, theirs.ROLE_LABEL)
+    assert (ours.HEAD, ours.TRAINER) == (theirs.HEAD, theirs.TRAINER)
+    assert (ours.DRIVER, ours.RAY) == (theirs.DRIVER_CONTAINER, theirs.RAY_CONTAINER)
+    assert ours.run_config("a") == theirs.run_config_name("a")
+    assert ours.claim("a") == theirs.claim_name("a")
 
 
 async def test_watching_sees_each_change_through_cuts_to_the_end(
@@ -300,6 +316,30 @@ def test_a_status_of_a_newer_operator_is_read_as_far_as_it_can_be() -> None:
     assert set(job.not_understood) == {
         "status.phase", "status.conditions.0", "status.conditions.3", "status.failures.0",
     }
+
+
+def paths(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """To everything inside."""
+    members = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [path, *(one for key, child in members for one in paths(child, (*path, key)))]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+)
+
+
+@given(st.sampled_from(paths(RUNNING)), JSON)
+def test_whatever_a_status_holds_the_rest_is_read(path: tuple[Any, ...], other: Any) -> None:
+    status: Any = copy.deepcopy({"": RUNNING})
+    *parents, last = ("", *path)
+    reduce(lambda node, key: node[key], parents, status)[last] = other
+    job = Job.of({"metadata": {"name": "maths"}, "status": status[""]})
+    if path and path[0] != "progress":
+        assert job.progress.step == 3
+    assert isinstance(job.phase, str)
+    list(job.troubles())
 
 
 @pytest.mark.parametrize("status", [None, {}, [], "text", {"progress": 3}, {"conditions": {"a": 1}}])

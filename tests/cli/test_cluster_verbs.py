@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from rlhf_cli.advice import ADVICE
 from rlhf_cli.app import app
-from rlhf_cli.exits import Exit
+from rlhf_cli.exits import CODES, Exit
 from rlhf_cli.history import Step, of_source, steps
 from rlhf_cli.placement import bar, drawn
 from rlhf_cli.text import age, in_words, short, sparkline, table
@@ -306,6 +306,14 @@ def test_nothing_heavy_is_imported_to_list(cluster: Cluster) -> None:
     heavy = {"kubernetes", "torch", "ray", "numpy", "pyarrow", "tensorboard", "fsspec", "rlhf_worker", "rlhf_operator",
         "rlhf_api.job"}
     assert not heavy & set(done.stdout.split())
+
+
+def test_the_page_of_docs_has_every_verb_exit_code_and_error() -> None:
+    page = Path("docs/cli.md").read_text()
+    verbs = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
+    assert [verb for verb in verbs if f"`{verb}" not in page] == []
+    assert [int(code) for code in Exit if f"| {int(code)} | " not in page] == []
+    assert [kind.__name__ for kind in CODES if f"`{kind.__name__}`" not in page] == []
 
 
 def test_help_has_an_example_for_each_verb() -> None:
