@@ -99,7 +99,8 @@ def test_what_costs_memory_and_time_does_so() -> None:
     large, base = shape("8B"), spec(trainer__gpus=8, rollout__engines=8)
 
     def need(**changes: Any) -> int:
-        asked = spec(**{"trainer__gpus": 8, "rollout__engines": 8, **changes})
+        given = {"trainer__gpus": 8, "rollout__engines": 8, "trainer__tokensPerMicroBatch": 32768}
+        asked = spec(**given | changes)
         return max(one.bytes for one in moments(asked, large, H200))
 
     def took(**changes: Any) -> float:
@@ -149,7 +150,7 @@ def test_a_manifest_is_explained(tmp_path: Path) -> None:
     runner = CliRunner()
     bare = runner.invoke(app, ["explain", "-f", str(manifest)])
     assert bare.exit_code == 0, bare.output
-    for part in ("maths: grpo, Colocated, 2 GPUs", "trainer: 1 pod of 2 GPUs", "trainer 1 0.40  engine 1 0.40",
+    for part in ("maths: grpo, Colocated, 2 GPUs", "trainer: 1 pod of 2 GPUs", "trainer 1 0.90  engine 1 0.78",
         "2 x {GPU: 1, rlhf-trainer: 1}", "give its config.json"):  # fmt: skip
         assert part in bare.stdout, part
     whole = runner.invoke(app, ["explain", "-f", str(manifest), "--config", str(config_of(tmp_path, "0.6B"))])
