@@ -6,7 +6,8 @@ PYTHON] and the options of `step.py`
 128 prompts x 8 samples of up to 512 tokens, Qwen3-1.7B's shape with a vocabulary of 49,152, random weights, float32
 weights and bfloat16 products, one update a step, nothing recomputed, no reference model. Ours is `step.py`'s. TRL
 1.16.0 and verl 0.9.1 run in environments of their own: the python that an option names, with --trl-path before its
-path; micro-batches of 16 sequences for both, and the engine's share of memory is ours. Prints a row (`row.py`) each:
+path; micro-batches of 16 sequences for both. Our engine and trainer take turns on the GPU's memory and verl's do; TRL's
+engine keeps its half, unless --trl-sleep has it take ours. Prints a row (`row.py`) each:
 seconds of every step, weight sync and generation among them, the median after two and the slowest of those over it; a
 row that fails says why. The exit code is then 1. """
 
@@ -29,7 +30,7 @@ from hack.bench.row import ROOT, printed
 
 ROWS_OF_A_MICRO_BATCH = 16
 CONTEXT = 2 * step.PROMPT
-SHARE_OF_MEMORY = 0.9  # of an engine's fraction: what an engine of ours takes
+AWAKE = 0.5  # of the GPU's memory, for an engine that keeps it: all sequences fit, and the training beside them
 DEADLINE_SECONDS = 1800.0
 # verl reads chats, and its reward functions have another signature.
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -51,8 +52,9 @@ def trl(given: argparse.Namespace, work: Path) -> Seconds:
         given.trl_python, "hack/bench/shootout_trl.py", "--model", work / "model", "--prompts-file",
         work / "prompts.jsonl", "--out", out, "--steps", given.steps, "--prompts", given.prompts, "--samples",
         given.samples, "--tokens", given.tokens, "--context", CONTEXT + given.tokens, "--rows",
-        min(ROWS_OF_A_MICRO_BATCH, given.prompts * given.samples), "--utilisation", utilisation(given), "--device",
-        given.device, *(["--sleep"] if given.trl_sleep else []),
+        min(ROWS_OF_A_MICRO_BATCH, given.prompts * given.samples), "--utilisation",
+        given.fractions[1] if given.trl_sleep else AWAKE, "--device", given.device,
+        *(["--sleep"] if given.trl_sleep else []),
     ]  # fmt: skip
     inherited = os.environ.get("PYTHONPATH", "") if given.trl_python == sys.executable else ""
     finished(command, os.pathsep.join(filter(None, [given.trl_path, inherited])), work / "trl.log")
@@ -96,16 +98,12 @@ def verl_settings(given: argparse.Namespace, work: Path) -> dict[str, Any]:
         f"{actor}.ppo_mini_batch_size": given.prompts, f"{actor}.ppo_micro_batch_size_per_gpu": rows,
         f"{actor}.use_kl_loss": False, f"{actor}.entropy_coeff": 0, f"{rollout}.name": "vllm",
         f"{rollout}.n": given.samples, f"{rollout}.temperature": 1.0,
-        f"{rollout}.gpu_memory_utilization": utilisation(given), f"{rollout}.log_prob_micro_batch_size_per_gpu": rows,
+        f"{rollout}.gpu_memory_utilization": given.fractions[1], f"{rollout}.log_prob_micro_batch_size_per_gpu": rows,
         "reward.custom_reward_function.path": work / "verl_reward.py", "reward.custom_reward_function.name": "reward",
         "trainer.logger": "[console]", "trainer.nnodes": 1, "trainer.n_gpus_per_node": 1, "trainer.save_freq": -1,
         "trainer.test_freq": -1, "trainer.val_before_train": False, "trainer.total_training_steps": given.steps,
         "trainer.total_epochs": given.steps, "trainer.default_local_dir": work / "verl",
     }  # fmt: skip
-
-
-def utilisation(given: argparse.Namespace) -> float:
-    return round(SHARE_OF_MEMORY * float(given.fractions[1]), 3)
 
 
 def finished(command: list[Any], path: str, log: Path) -> str:

@@ -1,7 +1,8 @@
-"""Seconds of a whole step, by phase: GRPO, Colocated, one GPU, one update a step, by `rlhf_worker local`'s own driver.
+"""Seconds of a whole step, by phase: GRPO, one update a step, by `rlhf_worker local`'s own driver, on one GPU or two.
 
 usage: python hack/bench/step.py [--shape 1.7B] [--vocabulary 49152] [--prompts 128] [--samples 8] [--tokens 512]
-  [--steps 6] [--micro-batch 10240] [--fractions 0.9 0.78] [--device cuda|cpu] [--out DIR]
+  [--steps 6] [--micro-batch 10240] [--fractions 0.9 0.78] [--mode Colocated|Separated] [--staleness 0]
+  [--device cuda|cpu] [--out DIR]
 
 A random model, so that nearly all completions have --tokens tokens and each run does the same work. Prints a row
 (`row.py`): of each phase the seconds a step, the median after two steps, and the slowest of those over it. """
@@ -42,20 +43,22 @@ def write_prompts(path: Path, given: argparse.Namespace) -> None:
 
 def manifest(given: argparse.Namespace, work: Path) -> dict[str, Any]:
     cuda = given.device == "cuda"
-    share, engine = given.fractions, {} if cuda else {"kv_cache_memory_bytes": 1 << 28}
+    engine = {} if cuda else {"kv_cache_memory_bytes": 1 << 28}
+    shares = dict(zip(("trainer", "rollout"), given.fractions, strict=True))
+    shared = {"fractions": shares} if given.mode == "Colocated" else {}
     return job(
         "step", model={"path": str(work / "model"), "dtype": given.dtype},
         data={"jsonl": {"path": str(work / "prompts.jsonl")}, "maxPromptTokens": 2 * PROMPT},
         rewards=[{"name": "words", "type": "python", "code": REWARD}],
         rollout={
             "promptsPerStep": given.prompts, "samplesPerPrompt": given.samples, "maxTokens": given.tokens,
-            "engineArgs": engine,
+            "engineArgs": engine, "staleness": given.staleness,
         },
         trainer={
             "steps": given.steps, "learningRate": 1e-6, "tokensPerMicroBatch": given.micro_batch,
             "gradientCheckpointing": False,
         },
-        placement={"mode": "Colocated", "gpusPerNode": 1, "fractions": {"trainer": share[0], "rollout": share[1]}},
+        placement={"mode": given.mode, "gpusPerNode": 1, **shared},
         checkpoint={"path": str(work / "checkpoints"), "everySteps": 1000, "export": False},
     )  # fmt: skip
 
@@ -73,7 +76,8 @@ def measured(steps: list[dict[str, Any]], given: argparse.Namespace) -> dict[str
 
 
 def configuration(given: argparse.Namespace) -> dict[str, Any]:
-    names = ("shape", "vocabulary", "prompts", "samples", "tokens", "micro_batch", "fractions", "dtype")
+    names = ("shape", "vocabulary", "prompts", "samples", "tokens", "micro_batch", "dtype", "mode", "fractions",
+        "staleness")
     return {name: getattr(given, name) for name in names}
 
 
@@ -88,6 +92,8 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     found.add_argument("--micro-batch", type=int, default=10240, help="tokens")
     found.add_argument("--fractions", type=float, nargs=2, default=[0.9, 0.78], help="of a GPU's memory, for "
         "trainer and engine, which take turns")
+    found.add_argument("--mode", default="Colocated", choices=["Colocated", "Separated"], help="the latter on two GPUs")
+    found.add_argument("--staleness", type=int, default=0, help="of a Separated run")
     found.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     found.add_argument("--dtype", default="bfloat16")
     found.add_argument("--out", type=Path, help="keep results here")
