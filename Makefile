@@ -20,7 +20,7 @@ lint: setup ## ruff
 	$(PY) -m ruff check .
 
 types: setup ## mypy strict
-	$(PY) -m mypy api/rlhf_api operator/rlhf_operator worker/rlhf_worker hack tests
+	$(PY) -m mypy api/rlhf_api operator/rlhf_operator worker/rlhf_worker cli/rlhf_client cli/rlhf_cli hack tests
 
 contracts: setup ## import contracts (who may import whom)
 	.venv/bin/lint-imports --no-cache
@@ -32,7 +32,7 @@ verify: lint types contracts generate ## everything that needs no test run; fail
 	git diff --exit-code
 
 test-fast: setup ## pure tests: seconds
-	$(PY) -m pytest -q tests/api tests/control tests/charts tests/worker -m "not ray and not vllm and not cluster"
+	$(PY) -m pytest -q tests/api tests/control tests/charts tests/cli tests/worker -m "not ray and not vllm and not cluster"
 
 test-cluster: setup ## the real API server and kubelet, tiny jobs to Succeeded
 	$(PY) -m pytest -q tests/cluster

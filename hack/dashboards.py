@@ -79,6 +79,15 @@ RUNS = {
             for phase in ("step", "generate", "score", "train", "sync")
         }),
         Panel("Tokens a second", "short", {f"rlhf_rollout_tokens_per_second{{{RUN}}}": "{{rlhfjob}}"}),
+        Panel("MFU of the training, idle GPUs", "percentunit", {
+            f"rlhf_train_mfu{{{RUN}}}": "{{rlhfjob}} MFU",
+            f"rlhf_idle_trainer{{{RUN}}}": "{{rlhfjob}} trainer idle",
+            f"rlhf_idle_engines{{{RUN}}}": "{{rlhfjob}} engines idle",
+        }),
+        Panel("Tokens a second and GPU", "short", {
+            f"rlhf_{phase}_tokens_per_second_per_gpu{{{RUN}}}": f"{{{{rlhfjob}}}} {phase}"
+            for phase in ("rollout", "train")
+        }),
         Panel("Weight sync", "s", {f"rlhf_sync_seconds{{{RUN}}}": "{{rlhfjob}}"}),
     ],
     "Health": [

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make .venv: a CPython >= 3.11 with the hashed requirements and the three distributions from this tree. Quick when nothing changed.
+# Make .venv: a CPython >= 3.11 with the hashed requirements and the four distributions from this tree. Quick when nothing changed.
 # usage: hack/setup.sh        (make setup)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -32,6 +32,6 @@ start=$SECONDS
 say "installing the requirements (about 2 GB the first time)"
 "$uv" venv -q --clear --python "$python" .venv
 "$uv" pip install -q --python .venv/bin/python --compile-bytecode --no-deps --require-hashes -r requirements/dev.txt
-"$uv" pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e api -e operator -e worker
+"$uv" pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e api -e operator -e worker -e cli
 echo "$key" > .venv/.key
 say "done in $((SECONDS - start)) s"

@@ -20,6 +20,7 @@ Count = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Seed = Annotated[int, Field(ge=0, le=2**53 - 1)]  # the largest that every JSON reader keeps
 Seconds = Annotated[int, Field(ge=1, le=315_360_000)]
 STALL_TIMEOUT_SECONDS = 3600
+TOKENS_PER_MICRO_BATCH = 8192  # of trainer.tokensPerMicroBatch, where nothing is known of the memory
 Deadline = Annotated[float, Field(gt=0, le=315_360_000)]
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e9)]
 PositiveFloat = Annotated[float, Field(gt=0, le=1e9)]
@@ -481,6 +482,8 @@ class RolloutSpec(Model):
     min_engines: Gpus = Field(1, description="Engines that must serve. While fewer do, the run waits for those that "
         "are started again; more than these may fail meanwhile.")
     tensor_parallel_size: TensorParallel = Field(1, description="GPUs of one engine.")
+    sleep: bool | None = Field(None, description="Colocated: whether engines give their GPU's memory to the trainer "
+        "from a step's last completion to its weight sync. Default: true on GPUs, false on CPUs, where engines cannot.")
     prompts_per_step: PositiveInt = Field(64, description="Prompts drawn for one step.")
     samples_per_prompt: PositiveInt = Field(8, description="Completions of one prompt: the group that most algorithms "
         "compare within.")
@@ -547,8 +550,15 @@ class TrainerSpec(Model):
     )
     context_parallel: Gpus = Field(1, description="FSDP ranks that share each sequence, for sequences whose "
         "activations one GPU cannot hold; a divisor of gpus and of the model's attention heads.")
-    tokens_per_micro_batch: PositiveInt = Field(8192, description="Token budget of one packed micro-batch on one "
-        "rank; one sequence may take more.")
+    sharding: Literal["Full", "Hybrid"] = Field(
+        "Full",
+        description="Full: a role's weights, gradients and optimizer state are divided over all of its ranks. Hybrid: "
+            "over the ranks of a node, and each node holds a copy; gradients cross nodes once an update, weights "
+            "never.",
+    )
+    tokens_per_micro_batch: PositiveInt | None = Field(None, description="Token budget of one packed micro-batch on "
+        "one rank; one sequence may take more. Default: what fits into the GPU's memory beside the models; 8192 on CPUs"
+        " and for padded batches.")
     gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass.")
     batching: Literal["packed", "padded"] = Field(
         "packed",
@@ -558,22 +568,24 @@ class TrainerSpec(Model):
     )
     compile: bool | None = Field(None, description="torch.compile of decoder layers and of the head's sums: a slower "
         "first step, faster later ones. Default: true on GPUs, false on CPUs.")
-    offload: bool = Field(False, description="Parameters and optimizer state of a role lie in the host's memory while "
-        "the role is not used.")
+    offload: bool = Field(False, description="Parameters and optimizer state of a role lie in the host's memory, "
+        "pinned, while the role is not used.")
     seed: Seed = Field(0, description="Seed of the job.")
 
 
 class Fractions(Model):
-    trainer: Annotated[float, Field(gt=0, le=1)] = Field(0.4, description="Share of each GPU for a trainer rank.")
-    rollout: Annotated[float, Field(gt=0, le=1)] = Field(0.4, description="Share of each GPU for an engine rank; also "
-        "its share of the GPU's memory.")
+    trainer: Annotated[float, Field(gt=0, le=1)] = Field(0.9, description="Share of a GPU's memory that a trainer rank "
+        "may fill while it trains: the bound of trainer.tokensPerMicroBatch's default.")
+    rollout: Annotated[float, Field(gt=0, le=1)] = Field(0.78, description="Share of a GPU's memory that an engine "
+        "rank has while it generates: weights, activations and KV cache.")
 
 
 class PlacementSpec(Model):
     mode: PlacementMode = Field(PlacementMode.COLOCATED, description="Colocated: trainer and engines share every GPU. "
         "Separated: each has its own.")
     gpus_per_node: Gpus = Field(8, description="GPUs of one node: the most that one pod asks for.")
-    fractions: Fractions = Field(default_factory=Fractions, description="Shares of a GPU when Colocated.")
+    fractions: Fractions = Field(default_factory=Fractions, description="Shares of a GPU's memory when Colocated. "
+        "Engines that sleep and the trainer take turns; without rollout.sleep the two must sum to at most 1.")
     resource_name: str = Field("nvidia.com/gpu", min_length=1, max_length=253, description="Extended resource that "
         "stands for one GPU.")
 
@@ -582,7 +594,7 @@ class WeightSyncSpec(Model):
     backend: Literal["auto", "nccl", "ipc", "shm", "gloo", "vllm-nccl", "vllm-ipc", "sharded_rdt"] = Field(
         "auto",
         description="auto: with model.lora adapter; else on GPU ipc when Colocated and nccl when Separated; on CPU "
-            "shm on one node and gloo on several. vllm-nccl, vllm-ipc and sharded_rdt are vLLM's own.",
+            "shm. ipc and shm reach other nodes by nccl and gloo. vllm-nccl, vllm-ipc and sharded_rdt are vLLM's own.",
     )
     verify: bool = Field(True, description="Prove after the first sync, and every verifyEverySteps, that the engines "
         "hold the trainer's weights.")

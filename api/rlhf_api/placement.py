@@ -37,12 +37,18 @@ class Placement(Model):
     resource_name: str
     groups: list[PodGroup]
     trainer_slots: list[int] = Field(description="Slot of each FSDP rank.")
-    trainer_fraction: float
+    trainer_fraction: float = Field(description="Of a GPU's memory, that a rank may fill while it trains.")
     role_slots: dict[str, list[int]] = Field(description="Slots of the ranks of each role that has GPUs of its own: "
         "they follow the trainer's, in its pods.")
     engine_slots: list[list[int]] = Field(description="Slots of each engine's tensor-parallel ranks; none for "
         "rollout.engine hf.")
-    engine_fraction: float
+    engine_fraction: float = Field(description="Of a GPU's memory, that an engine's rank has while it generates.")
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether trainer and engines are promised more of a GPU together than there is."""
+        shared = self.mode is PlacementMode.COLOCATED and bool(self.engine_slots)
+        return shared and self.trainer_fraction + self.engine_fraction > 1
 
     @property
     def gpus(self) -> int:

@@ -49,6 +49,23 @@ class Preflight(Model):
     seconds: str = Field(description="Time that all checks took.")
 
 
+class Speed(Model):
+    """Of the last step; what a device or an engine does not tell is absent."""
+
+    mfu: str | None = Field(None, description="Model FLOPs of the training phase, as a share of its GPUs' dense "
+        "bfloat16 peak; absent for GPUs that are not known.")
+    generate_tokens_per_gpu: str | None = Field(None, description="Generated tokens a second and GPU of the engines, "
+        "while they generate.")
+    train_tokens_per_gpu: str | None = Field(None, description="Trained tokens, prompts too, a second and GPU of the "
+        "trainer, in the training phase.")
+    idle_trainer: str = Field(description="Share of the step in which the trainer's GPUs do nothing.")
+    idle_engines: str = Field(description="Share of the step in which the engines' GPUs do nothing, or have few of "
+        "their sequences.")
+    bottleneck: Literal["generate", "score", "forward", "train", "sync", "data"] = Field(description="The phase that "
+        "holds the run back.")
+    advice: str = Field(max_length=256, description="The same with its figures, and what to change.")
+
+
 class Progress(Model):
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="ignore", frozen=True)
 
@@ -81,6 +98,7 @@ class Progress(Model):
     mismatch: str | None = Field(None, description="Mean |log pi_trainer - log pi_engine| per token.")
     tokens_per_second: str | None = Field(None, description="Generated tokens of the last step over the whole step's "
         "time.")
+    speed: Speed | None = Field(None, description="How fast the last step was; docs/telemetry.md tells what is normal.")
     dropped_prompts: int | None = Field(
         None, ge=0, description="Prompts left out so far for their length (data.overlongPrompts), once in each epoch."
     )

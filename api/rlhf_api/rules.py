@@ -134,9 +134,16 @@ def _evaluation_length(job: RLHFJob) -> Iterator[str]:
 
 
 def _fractions(job: RLHFJob) -> Iterator[str]:
-    shares = job.spec.placement.fractions
-    if job.spec.placement.mode is PlacementMode.COLOCATED and shares.trainer + shares.rollout > 1:
+    shares, rollout = job.spec.placement.fractions, job.spec.rollout
+    awake = job.spec.placement.mode is PlacementMode.COLOCATED and rollout.engine == "vllm" and rollout.sleep is False
+    if awake and shares.trainer + shares.rollout > 1:
         yield f"{shares.trainer} + {shares.rollout} > 1"
+
+
+def _sleep(job: RLHFJob) -> Iterator[str]:
+    rollout, mode = job.spec.rollout, job.spec.placement.mode
+    if rollout.sleep and (mode is PlacementMode.SEPARATED or rollout.engine == "hf"):
+        yield f"mode is {mode}, engine is {rollout.engine}"
 
 
 def _tensor_parallel(job: RLHFJob) -> Iterator[str]:
@@ -150,6 +157,13 @@ def _whole_nodes(job: RLHFJob) -> Iterator[str]:
     if gpus > node and gpus % node:
         each = ", ".join(f"{name} {count}" for name, count in {"trainer": job.spec.trainer.gpus, **own}.items())
         yield f"they are {gpus} GPUs ({each}), placement.gpusPerNode is {node}"
+
+
+def _hybrid(job: RLHFJob) -> Iterator[str]:
+    groups, node = {"trainer": job.spec.trainer.gpus, **own_gpus(job.spec)}, job.spec.placement.gpus_per_node
+    odd = [f"{name} {gpus}" for name, gpus in groups.items() if gpus % node]
+    if job.spec.trainer.sharding == "Hybrid" and sum(groups.values()) > node and odd:
+        yield f"gpus: {', '.join(odd)}, placement.gpusPerNode is {node}"
 
 
 def _critic(job: RLHFJob) -> Iterator[str]:
@@ -554,9 +568,14 @@ RULES = (
          " || self.sampling.minTokens <= self.maxTokens",
          "a completion has at most maxTokens: lower sampling.minTokens or raise maxTokens",
          "rollout.sampling", _turn_length),
-    Rule("spec", COLOCATED + "self.placement.fractions.trainer + self.placement.fractions.rollout <= 1.0",
-         "the fractions of one GPU must sum to at most 1: lower fractions.trainer or fractions.rollout",
-         "placement.fractions", _fractions),
+    Rule("spec", COLOCATED + "self.rollout.engine == 'hf' || !has(self.rollout.sleep) || self.rollout.sleep"
+         " || self.placement.fractions.trainer + self.placement.fractions.rollout <= 1.0",
+         "with rollout.sleep false the fractions of one GPU must sum to at most 1: lower fractions.trainer or"
+         " fractions.rollout, or remove rollout.sleep", "placement.fractions", _fractions),
+    Rule("spec", "!has(self.rollout.sleep) || !self.rollout.sleep || self.placement.mode == 'Colocated' &&"
+         " self.rollout.engine == 'vllm'",
+         "only engines that share the trainer's GPUs have memory to give it: remove rollout.sleep, or set"
+         " placement.mode to Colocated and rollout.engine to vllm", "rollout.sleep", _sleep),
     Rule("spec", "self.rollout.minEngines <= self.rollout.engines", "there are fewer engines: lower "
         "rollout.minEngines or raise rollout.engines", "rollout.minEngines", _min_engines),
     Rule("spec", "self.rollout.tensorParallelSize <= self.placement.gpusPerNode",
@@ -567,6 +586,11 @@ RULES = (
          "a trainer of more than one node must fill whole nodes: make trainer.gpus and the gpus of critic, "
              "reference and rewards a multiple of placement.gpusPerNode together",
          "trainer.gpus", _whole_nodes),
+    Rule("spec", f"self.trainer.sharding != 'Hybrid' || [{TRAINER_GPUS}].all(gpus, gpus <= "
+        f"self.placement.gpusPerNode) || [{EACH_TRAINER_GPUS}].all(gpus, gpus % self.placement.gpusPerNode == 0) && "
+        "self.rewards.all(r, !has(r.gpus) || r.gpus % self.placement.gpusPerNode == 0)",
+         "Hybrid divides each role over whole nodes: make trainer.gpus and the gpus of critic, reference and rewards "
+             "each a multiple of placement.gpusPerNode, or set trainer.sharding to Full", "trainer.sharding", _hybrid),
     Rule("spec", "!has(self.critic) || self.algorithm.name == 'ppo'", "only ppo has a critic: remove it, or set "
         "algorithm.name to ppo", "critic", _critic),
     Rule("spec", "!has(self.reference) || self.algorithm.kl.coefficient > 0.0",

@@ -16,6 +16,7 @@ from rlhf_api.algorithms import Algorithm, fill
 from rlhf_api.base import Model
 from rlhf_api.job import (
     STALL_TIMEOUT_SECONDS,
+    TOKENS_PER_MICRO_BATCH,
     CheckpointSpec,
     CriticSpec,
     DataSpec,
@@ -36,7 +37,7 @@ from rlhf_api.job import (
 from rlhf_api.placement import Placement, plan_placement
 
 # What this code can read. A config is of a higher one only where a field that older code knows means something else.
-VERSION = 1
+VERSION = 2  # 2: engines and trainer take turns on a GPU; older code would ask Ray for both shares at once
 TRAINED = ("policy", "critic")  # roles with an optimizer; the others are frozen
 
 
@@ -86,12 +87,29 @@ class RunConfig(Model):
             and self.reference.model == self.model.base
         )
 
+    def shards(self, ranks: int) -> int:
+        """Into how many parts a role of so many ranks is divided; every `ranks / shards`-th rank holds the same one."""
+        node = self.placement.groups[0].gpus_per_pod
+        return min(ranks, node) if self.trainer.sharding == "Hybrid" else ranks
+
     @property
     def engines_sleep(self) -> bool:
-        """Whether engines lend their memory to the trainer, whose GPUs they share, while it works."""
-        return self.placement.mode is PlacementMode.COLOCATED and bool(
-            self.rollout.engine_args.get("enable_sleep_mode")
-        )
+        """Whether engines lend their memory to the trainer, whose GPUs they share, while it works. False while it is
+        open (`on`).
+        """
+        return self.rollout.sleep is True
+
+    def on(self, device: str) -> "RunConfig":
+        """With what follows from the device where the spec leaves it open: rollout.sleep, and on CPUs
+        trainer.tokensPerMicroBatch, which on GPUs follows from their memory. device: "cuda" or "cpu".
+        """
+        rollout, trainer = self.rollout, self.trainer
+        if rollout.sleep is None:
+            shared = self.placement.mode is PlacementMode.COLOCATED and rollout.engine == "vllm"
+            rollout = rollout.model_copy(update={"sleep": shared and device == "cuda"})
+        if trainer.tokens_per_micro_batch is None and device == "cpu":
+            trainer = trainer.model_copy(update={"tokens_per_micro_batch": TOKENS_PER_MICRO_BATCH})
+        return self.model_copy(update={"rollout": rollout, "trainer": trainer})
 
     @property
     def sampling_seed(self) -> int:
@@ -133,12 +151,13 @@ def _newer(version: object, unknown: list[str]) -> str:
 
 def resolve(job: RLHFJob) -> RunConfig:
     """The one way from a job to its run. The job must have passed `rules.violations`."""
-    spec = job.spec
+    spec, placement = job.spec, plan_placement(job.spec)
     return RunConfig(
+        version=VERSION if placement.takes_turns else 1,
         job=JobRef(name=job.metadata.name, namespace=job.metadata.namespace, uid=job.metadata.uid),
         model=spec.model, algorithm=fill(spec.algorithm, spec.rollout.max_tokens), data=spec.data, rewards=spec.rewards,
         critic=_critic(spec), reference=_reference(spec), rollout=spec.rollout,
-        trainer=spec.trainer, placement=plan_placement(spec), weight_sync=spec.weight_sync,
+        trainer=spec.trainer, placement=placement, weight_sync=spec.weight_sync,
         checkpoint=_checkpoint(spec),
         evaluation=spec.evaluation, telemetry=spec.telemetry,
         stall_timeout_seconds=spec.run_policy.stall_timeout_seconds,

@@ -9,7 +9,6 @@ they do does not count. CPU time of the driver, all of its threads, so that anot
 it. Prints one line of JSON: of each phase the median over the steps after the first. """
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
@@ -27,6 +26,7 @@ import ray
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hack.bench.local_run import config
+from hack.bench.row import printed
 from rlhf_worker import loop as loops
 from rlhf_worker.experience import Floats, Prompt, Sample, ScoredSample, TrainSequence, taken
 from rlhf_worker.loop import Loop
@@ -179,10 +179,8 @@ def main() -> int:
         _temp_dir=directory,
     )
     steps = measured(given)
-    print(json.dumps({
-        "tokens": given.prompts * given.samples * given.tokens, "sequences": given.prompts * given.samples,
-        "us_a_token": {name: round(statistics.median(step[name] for step in steps), 4) for name in steps[0]},
-    }), flush=True)  # fmt: skip
+    found = {name: round(statistics.median(step[name] for step in steps), 4) for name in steps[0]}
+    printed("driver", {name: value for name, value in vars(given).items() if name != "steps"}, lower=found)
     ray.shutdown()
     shutil.rmtree(directory, ignore_errors=True)
     return 0

@@ -3,11 +3,10 @@ message, in the engine's process reading it and `OutputProcessor.process_outputs
 
 usage: python hack/bench/engine_step.py [--sequences 512] [--tokens 128] [--columns 0]
 
-Core and front end in one process, a process a way, with a tiny model whose own time is not counted. A JSON line for
-each way: milliseconds of the processor a step, kilobytes and outputs a step. """
+Core and front end in one process, a process a way, with a tiny model whose own time is not counted. A row
+(`row.py`) for each way: milliseconds of the processor a step, kilobytes and outputs a step. """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from hack.bench.row import printed
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1",
@@ -111,7 +112,9 @@ def main() -> int:
     write(model)
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         for way, *options in WAYS:
-            print(json.dumps({"way": way, **pool.submit(measure, given, model, *options).result()}), flush=True)
+            found = pool.submit(measure, given, model, *options).result()
+            asked = {name: getattr(given, name) for name in ("sequences", "tokens", "columns")}
+            printed("engine_step", {"way": way, **asked}, lower=found)
     return 0
 
 

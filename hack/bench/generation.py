@@ -5,10 +5,10 @@ usage: python hack/bench/generation.py [--shapes 0.6B 1.7B] [--prompts 64] [--sa
 
 A random model of a Qwen3 shape, so that completions do not end early: every row makes prompts x samples x tokens. The
 engine's completions come back to the caller's process with their log probabilities, versions and text, as the loop gets
-them; offline is measured without and with the log probabilities that training needs, and makes no text. A JSON line a
-row, as it comes: tokens a second of each round after the first, their median, and its share of offline's without log
-probabilities. With `--args '{"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"}'` the engine sends a
-token a message, as vLLM does by itself. """
+them; offline is measured without and with the log probabilities that training needs, and makes no text. A row
+(`row.py`) each, as it comes: tokens a second of each round after the first, their median, and its share of offline's
+without log probabilities. With `--args '{"scheduler_cls": "vllm.v1.core.sched.async_scheduler.AsyncScheduler"}'` the
+engine sends a token a message, as vLLM does by itself. """
 
 import argparse
 import json
@@ -25,8 +25,9 @@ import ray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hack.bench.gpu_placement import tokenizer
+from hack.bench.gpu_placement import VOCABULARY, tokenizer
 from hack.bench.local_run import config
+from hack.bench.row import printed
 from hack.bench.weight_base import SHAPES, local_ray, write_model
 
 # of each: room for all samples at once. Two engines that start side by side cannot measure what is free
@@ -75,7 +76,7 @@ class Pair:
         from rlhf_worker.engines.engine import Engine, RemoteEngine
 
         write_model(work, shape, given.dtype)
-        tokenizer().save_pretrained(work)
+        tokenizer(VOCABULARY).save_pretrained(work)
         cpu = given.device == "cpu"
         args = {"load_format": "dummy", "kv_cache_memory_bytes": 1 << 30 if cpu else KV_CACHE_BYTES, **given.args}
         rollout = {"maxTokens": given.tokens, "engineArgs": args}
@@ -136,8 +137,11 @@ def measure(given: argparse.Namespace, shape: str) -> None:
             speeds = [round(tokens / seconds) for seconds, tokens in (once() for _ in range(1 + given.rounds))][1:]
             base = base or statistics.median(speeds)
             share = round(statistics.median(speeds) / base, 3)
-            found = {"tokens_per_second": statistics.median(speeds), "of_offline": share, "rounds": speeds}
-            print(json.dumps({"shape": shape, "row": row, **found}), flush=True)
+            asked = {name: getattr(given, name) for name in ("prompts", "samples", "tokens", "args", "dtype")}
+            printed(
+                "generation", {"shape": shape, "row": row, **asked},
+                higher={"tokens_per_second": statistics.median(speeds)}, of_offline=share, rounds=speeds,
+            )
     finally:
         pair.close()
 

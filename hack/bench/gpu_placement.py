@@ -4,8 +4,8 @@ each phase.
 usage: python hack/bench/gpu_placement.py [--modes MODE ...] [--out DIR] [--steps N] [--layers N] [--share 0.4]
 
 Makes a random model of Qwen3-0.6B's shape (`experts`: of Qwen3 MoE, 8 layers of 32 experts) with a word for every
-token, runs `rlhf_worker`'s own local driver on it, and prints a JSON line and a Markdown table. A mode needs one GPU,
-or two where it says so below. """
+token, runs `rlhf_worker`'s own local driver on it, and prints a row (`row.py`) a mode and a Markdown table. A mode
+needs one GPU, or two where it says so below. Colocated engines sleep while the trainer works, but in `awake`. """
 
 import argparse
 import json
@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hack.bench.local_run import job, run
+from hack.bench.row import printed
 
 VOCABULARY = 151936
 REWARD = '''
@@ -34,7 +35,8 @@ MODES: dict[str, dict[str, Any]] = {
     "tensor-parallel": {"rollout": {"engines": 1, "tensorParallelSize": 2}, "trainer": {"gpus": 2}, "placement": TWO},
     "context-parallel": {"rollout": {"engines": 2}, "trainer": {"gpus": 2, "contextParallel": 2}, "placement": TWO},
     "separated": {"placement": {"mode": "Separated", "gpusPerNode": 1}},  # two GPUs
-    "sleeping": {"rollout": {"engineArgs": ENGINE | {"enable_sleep_mode": True}}, "placement": ONE},
+    "one": {"placement": ONE},
+    "awake": {"rollout": {"sleep": False}, "placement": ONE},  # the engine keeps its memory while the trainer works
     "offload": {
         "algorithm": {"name": "ppo", "kl": {"coefficient": 0.001}}, "critic": {},
         "trainer": {"gpus": 2, "offload": True}, "rollout": {"engines": 2}, "placement": TWO,
@@ -68,11 +70,11 @@ def write_model(directory: Path, layers: int, *, experts: bool) -> int:
     config = AutoConfig.for_model("qwen3_moe" if experts else "qwen3", **shape)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained(directory)
-    tokenizer().save_pretrained(directory)
+    tokenizer(VOCABULARY).save_pretrained(directory)
     return sum(p.numel() for p in model.parameters())
 
 
-def tokenizer(vocabulary: int = VOCABULARY) -> Any:
+def tokenizer(vocabulary: int) -> Any:
     """A word for every token id, so that random weights write text that a reward can tell apart."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -127,6 +129,15 @@ def _row(step: dict[str, Any]) -> str:
     ) + f" | {step['equal']} | {step['indirect']} |"
 
 
+def measured(mode: str, steps: list[dict[str, Any]], given: argparse.Namespace) -> None:
+    """Prints the row: of the last step, by when all is warm."""
+    phases = {name: steps[-1][f"seconds/{name}"] for name in ("generate", "train", "step")}
+    printed(
+        "gpu_placement", {"mode": mode, "layers": given.layers, "share": given.share},
+        lower=phases | {"sync": steps[-1]["sync/seconds"]}, equal=[step["equal"] for step in steps], steps=steps,
+    )  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="keep model, checkpoints and results here")
@@ -147,8 +158,9 @@ def main() -> int:
     found = {mode: run(manifest(mode, work, given.steps, given.share), work) for mode in given.modes}
     (work / "gpu_placement.json").write_text(json.dumps({"parameters": parameters, "runs": found}))
     (work / "gpu_placement.md").write_text(markdown(found))
-    print(json.dumps({"parameters": parameters, "runs": found}))
     print(markdown(found))
+    for mode, made in found.items():
+        measured(mode, made["steps"], given)
     return 0
 
 

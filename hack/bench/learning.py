@@ -4,8 +4,8 @@ usage: python hack/bench/learning.py --model DIR [--runs colocated lora separate
   DIR]
 
 colocated and lora need one GPU, the others two: separated (1 + 1) with staleness 0 and 1, and PPO with a critic,
-colocated on two. Prints a Markdown table a run: the reward at every fourth step, and the mean seconds of a step and its
-phases, the first three left out. """
+colocated on two. Prints a row (`row.py`) and a Markdown table a run: the reward at every fourth step, and the mean
+seconds of a step and its phases, the first three left out. """
 
 import argparse
 import json
@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hack.bench.local_run import job, run
+from hack.bench.row import printed
 
 WARM = 3
 FRACTIONS = {"trainer": 0.2, "rollout": 0.2}
@@ -80,6 +81,16 @@ def markdown(name: str, steps: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def measured(name: str, steps: list[dict[str, Any]], given: argparse.Namespace) -> None:
+    """Prints the row."""
+    late = [step["reward/mean"] for step in steps[-WARM:]]
+    printed(
+        "learning", {"run": name, "model": given.model.name, "steps": given.steps},
+        lower={"step": statistics.median(step["seconds/step"] for step in steps[WARM:] or steps)},
+        higher={"reward": statistics.mean(late)}, rewards=[step["reward/mean"] for step in steps],
+    )  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -93,6 +104,7 @@ def main() -> int:
         steps = run(manifest(name, given.model.absolute(), work, given.steps), work)["steps"]
         (work / f"{name}.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
         print(markdown(name, steps), flush=True)
+        measured(name, steps, given)
     return 0
 
 

@@ -55,8 +55,8 @@ def _child(path: Path, out: Path) -> int:
     class Recorder(ConsoleReporter):
         steps: list[dict[str, Any]]
 
-        def stepped(self, step: int, values: Any, *, eta_seconds: int, synced: Any) -> None:
-            super().stepped(step, values, eta_seconds=eta_seconds, synced=synced)
+        def stepped(self, step: int, values: Any, speed: Any, *, eta_seconds: int, synced: Any) -> None:
+            super().stepped(step, values, speed, eta_seconds=eta_seconds, synced=synced)
             proof = {
                 "equal": synced.proof.equal, "indirect": synced.proof.indirect, "proof/seconds": synced.proof.seconds,
             } if synced.proof else {}

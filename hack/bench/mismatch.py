@@ -3,7 +3,7 @@
 usage: python hack/bench/mismatch.py --model DIR [--runs plain nucleus lora] [--steps N] [--device cuda|cpu] [--out DIR]
 
 GRPO on sums of two numbers, Colocated, engines in the model's dtype, and the trainer's weights in float32 with products
-in that. Prints a line of JSON a run: the mean over the steps of `mismatch/abs` (mean absolute difference of a sampled
+in that. Prints a row (`row.py`) a run: the mean over the steps of `mismatch/abs` (mean absolute difference of a sampled
 token's two log probabilities) and `mismatch/kl`, and the largest of a step. The exit code is 1 where a run is above
 --most. """
 
@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hack.bench.local_run import job, run
+from hack.bench.row import printed
 
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -55,13 +56,18 @@ def manifest(name: str, given: argparse.Namespace, work: Path) -> dict[str, Any]
     return job(f"mismatch-{name}", **spec)
 
 
-def summary(name: str, steps: list[dict[str, Any]]) -> dict[str, Any]:
+def measured(name: str, steps: list[dict[str, Any]], given: argparse.Namespace) -> dict[str, Any]:
+    """Prints and returns the row."""
     differences = [step["mismatch/abs"] for step in steps]
-    return {
-        "run": name, "steps": len(steps), "abs": statistics.mean(differences), "abs_most": max(differences),
-        "kl": statistics.mean(step["mismatch/kl"] for step in steps), "reward": [step["reward/mean"] for step in steps],
-        "seconds": statistics.median(step["seconds/step"] for step in steps),
-    }
+    return printed(
+        "mismatch", {"run": name, "model": given.model.name, "prompts": given.prompts, "dtype": given.dtype},
+        lower={
+            "abs": statistics.mean(differences), "abs_most": max(differences),
+            "kl": statistics.mean(step["mismatch/kl"] for step in steps),
+        },
+        steps=len(steps), reward=[step["reward/mean"] for step in steps],
+        seconds=statistics.median(step["seconds/step"] for step in steps),
+    )  # fmt: skip
 
 
 def main() -> int:
@@ -82,9 +88,7 @@ def main() -> int:
     for name in given.runs:
         steps = run(manifest(name, given, work), work)["steps"]
         (work / f"{name}.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-        found = summary(name, steps)
-        worst = max(worst, found["abs"])
-        print(json.dumps(found), flush=True)
+        worst = max(worst, measured(name, steps, given)["lower"]["abs"])
     return 0 if worst <= given.most else 1
 
 

@@ -129,6 +129,16 @@ def trained(step: int) -> Object:
         "mismatch": "0.0012",
         "kl": "0.011",
         "tokensPerSecond": "2134",
+        "speed": {
+            "mfu": "0.41",
+            "generateTokensPerGpu": "3412",
+            "trainTokensPerGpu": "16394",
+            "idleTrainer": "0.12",
+            "idleEngines": "0.12",
+            "bottleneck": "generate",
+            "advice": "generate: 60% of a step: for a third of that time engines had 10 of 256 sequences: raise "
+            "rollout.promptsPerStep, or rollout.staleness (Separated), or lower rollout.maxTokens",
+        },
         "etaSeconds": 3600,
         "eta": "1h00m",
         "preflight": {"message": "model, data and rewards were tried", "seconds": "12.3"},

@@ -7,14 +7,13 @@ usage: python hack/bench/training.py [--shape 4B] [--vocabulary V] [--tokens 819
 With --micro-batches each update has so many micro-batches of sequences of 1,024 tokens, a quarter of each the prompt.
 With --sequences it has so many of 32 tokens of prompt and 1 to --longest of completion, other ones in each update, in
 micro-batches as a run packs them. Says of each update as it ends how long it took, and what may have held it up; then
-prints one line of JSON: the median after two updates, and the slowest of those over it.
+prints a row (`row.py`): the median after two updates, and the slowest of those over it.
 
-Utilisation is model FLOPs over time over the GPU's dense bfloat16 peak (--peak, 989e12 for an H200): 6 a token and
-parameter of the matrix products (embedding left out; head: a target), and 6 a token, layer and attended element of
-queries and keys, values and weights (causal: half). What is recomputed does not count. """
+Utilisation is model FLOPs over time over the GPU's dense bfloat16 peak, both by `rlhf_worker.trainer.flops`; null where
+no peak is known. """
 
 import argparse
-import json
+import math
 import os
 import random
 import statistics
@@ -22,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hack.bench.local_run import config
-from hack.bench.weight_base import SHAPES, free_ports, model_config, parameters
+from hack.bench.row import printed
+from hack.bench.weight_base import SHAPES, free_ports, model_config
+from rlhf_worker.pace import DONE
 
 WARM = 2  # updates
 PROMPT = 32  # tokens, of sequences of varying length
@@ -91,19 +91,6 @@ def batches(run: Any, sizes: Sequence[tuple[int, int]], number: int) -> list[Any
     return taken(shaped.updates[0], dealing, run.trainer)
 
 
-def flops(given: argparse.Namespace, sizes: Sequence[tuple[int, int]]) -> float:
-    """Of forward and backward over these sequences."""
-    values: dict[str, int] = SHAPES[given.shape][1]
-    matrices = {name: prod(size) for name, size in parameters(given.shape).items() if len(size) == 2}
-    products = sum(size for name, size in matrices.items() if "embed_tokens" not in name and "lm_head" not in name)
-    head = (given.vocabulary or values["vocab_size"]) * values["hidden_size"]
-    heads = values["num_hidden_layers"] * values["num_attention_heads"] * values["head_dim"]
-    return sum(
-        6.0 * (products * (prompt + tokens) + head * tokens + heads * (prompt + tokens) ** 2)
-        for prompt, tokens in sizes
-    )
-
-
 def held_up() -> tuple[int, int]:
     """Graphs compiled so far, and times that the allocator had to give memory back and ask anew."""
     from torch._dynamo.utils import counters
@@ -132,6 +119,27 @@ def profiled(trainer: Any, work: list[Any]) -> None:
     print(profile.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=80), file=sys.stderr)
 
 
+def report(
+    given: argparse.Namespace, micro_batches: list[int], seconds: list[float], made: list[dict[str, float]]
+) -> None:
+    """The row. made: the metrics of each update."""
+    median, took = statistics.median(seconds[WARM:]), sum(seconds[WARM:])
+    flops, tokens = ([each[f"{DONE}{name}"] for each in made] for name in ("flops", "tokens"))
+    speeds = [each / second for each, second in zip(flops[WARM:], seconds[WARM:], strict=True)]
+    utilisation = statistics.median(speeds) / made[-1][f"{DONE}peak"]
+    names = ("shape", "vocabulary", "tokens", "micro_batches", "sequences", "longest", "compile", "dtype",
+        "gradient_checkpointing")  # fmt: skip
+    known = {"utilisation": utilisation} if math.isfinite(utilisation) else {}
+    printed(
+        "training", {name: getattr(given, name) for name in names},
+        lower={"median": median} | ({"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+            if given.device == "cuda" else {}),
+        higher={"tokens_per_second": sum(tokens[WARM:]) / took, "tflops": statistics.median(speeds) / 1e12, **known},
+        micro_batches=micro_batches, seconds=seconds, worst_over_median=max(seconds[WARM:]) / median,
+        loss=made[-1]["loss"], grad_norm=made[-1]["grad_norm"],
+    )  # fmt: skip
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="4B", choices=list(SHAPES))
@@ -146,7 +154,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="one more update, and its kernels")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--peak", type=float, default=989e12)
     parser.add_argument("--model", type=Path, help="the checkpoint, made where it is not there")
     given = parser.parse_args()
     if given.updates <= WARM:
@@ -166,28 +173,11 @@ def main() -> int:
     trainer = Trainer(run, ["policy"], 0, 1, given.device, os.cpu_count() or 1)
     trainer.join(("127.0.0.1", free_ports(1)[0]))
     trainer.load()
-    plans = [lengths(given, number) for number in range(given.updates)]
-    packed = [batches(run, sizes, number) for number, sizes in enumerate(plans)]
+    packed = [batches(run, lengths(given, number), number) for number in range(given.updates)]
     found = [update(trainer, work, number) for number, work in enumerate(packed, 1)]
     if given.profile:
         profiled(trainer, packed[-1])
-    seconds = [took for took, _ in found]
-    tokens, work = (
-        [measure(sizes) for sizes in plans]
-        for measure in (lambda sizes: sum(map(sum, sizes)), lambda sizes: flops(given, sizes))
-    )
-    median = statistics.median(seconds[WARM:])
-    print(json.dumps({
-        "shape": given.shape, "compile": given.compile, "gradient_checkpointing": given.gradient_checkpointing,
-        "tokens": statistics.mean(tokens), "micro_batches": [len(each) for each in packed], "seconds": seconds,
-        "median": median, "worst_over_median": max(seconds[WARM:]) / median,
-        "tokens_per_second": sum(tokens[WARM:]) / sum(seconds[WARM:]),
-        "utilisation": statistics.median(
-            flop / took / given.peak for flop, took in zip(work[WARM:], seconds[WARM:], strict=True)
-        ),
-        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if given.device == "cuda" else None,
-        "loss": found[-1][1]["loss"], "grad_norm": found[-1][1]["grad_norm"],
-    }), flush=True)  # fmt: skip
+    report(given, [len(each) for each in packed], [took for took, _ in found], [made for _, made in found])
     trainer.close()
     return 0
 

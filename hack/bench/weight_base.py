@@ -42,6 +42,16 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
         "tie_word_embeddings": False,
     }),
+    "30B-A3B": ("Qwen3Moe", QWEN3 | {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        "norm_topk_prob": True, "tie_word_embeddings": False,
+    }),
+    "tiny-moe": ("Qwen3Moe", QWEN3 | {
+        "vocab_size": 256, "head_dim": 32, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64, "norm_topk_prob": True, "tie_word_embeddings": False,
+    }),
     "tiny": ("Llama", SMOLLM2 | {  # a smoke test of the benchmark itself
         "vocab_size": 2048, "hidden_size": 192, "intermediate_size": 256, "num_hidden_layers": 2,
         "num_attention_heads": 3,

@@ -1,12 +1,12 @@
 """Weight sync on GPUs when it does not go well: a receiver that is killed, and a thousand syncs in a row.
 
-usage: python hack/bench/weight_faults.py [--syncs 1000] [--deadline 5]
+usage: python hack/bench/weight_faults.py [--syncs 1000] [--deadline 5] [--modes MODE ...] [--shape 0.6B]
 
-Two GPUs, Qwen3-0.6B's shape. Prints, as JSON: memory and open files of both ends before and after the syncs, for each
-link; and how long the trainer took to give up on an engine that was killed, by what error. """
+Modes colocated and separated are of two GPUs, cpu of none. Prints rows (`row.py`): memory and open files of both ends
+before and after the syncs, for each link; and how long the trainer took to give up on an engine that was killed, by
+what error. """
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -19,13 +19,14 @@ import ray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hack.bench.weight_base import local_ray
+from hack.bench.row import printed
+from hack.bench.weight_base import SHAPES, local_ray
 from hack.bench.weight_sync import Fleet
 from hack.bench.weight_sync_actors import memory, open_files
 
-SHAPE = "0.6B"
 KILL_AFTER_SECONDS = 0.5
-WAYS = {"colocated": "ours, IPC", "separated": "ours, NCCL"}
+WAYS = {"colocated": "ours, IPC", "separated": "ours, NCCL", "cpu": "ours, shared memory"}
+LINKED = {"separated": "ours, NCCL", "cpu": "ours, gloo"}  # where both ends wait for each other
 
 
 def hang_and_die(worker: Any) -> None:
@@ -43,20 +44,22 @@ def held(trainer: Any, engine: Any) -> dict[str, Any]:
     }
 
 
-def soak(fleet: Fleet, mode: str, count: int) -> dict[str, Any]:
-    trainer, engine = fleet.ends(mode, SHAPE, "planned")
+def soak(fleet: Fleet, mode: str, shape: str, count: int) -> None:
+    trainer, engine = fleet.ends(mode, shape, "planned")
     ray.get(trainer.connect.remote(WAYS[mode], engine))
     ray.get(trainer.send.remote(10))
     before = held(trainer, engine)
     seconds = ray.get(trainer.send.remote(count))
-    found = {"mode": mode, "syncs": count, "seconds": seconds, "before": before, "after": held(trainer, engine)}
+    printed(
+        "weight_faults", {"mode": mode, "shape": shape, "syncs": count}, lower={"seconds": seconds}, before=before,
+        after=held(trainer, engine),
+    )  # fmt: skip
     ray.get(trainer.close.remote())
-    return found
 
 
-def killed(fleet: Fleet, deadline: float) -> dict[str, Any]:
-    trainer, engine = fleet.ends("separated", SHAPE, "planned")
-    ray.get(trainer.connect.remote(WAYS["separated"], engine, deadline))
+def killed(fleet: Fleet, mode: str, shape: str, deadline: float) -> None:
+    trainer, engine = fleet.ends(mode, shape, "planned")
+    ray.get(trainer.connect.remote(LINKED[mode], engine, deadline))
     ray.get(trainer.send.remote(1))
     ray.get(engine.collective.remote(hang_and_die))
     began = time.perf_counter()
@@ -65,23 +68,26 @@ def killed(fleet: Fleet, deadline: float) -> dict[str, Any]:
         error = "none"
     except Exception as raised:
         error = " ".join(str(raised).split())[-300:]
-    return {
-        "killed_after": KILL_AFTER_SECONDS, "deadline": deadline, "seconds": time.perf_counter() - began,
-        "error": error,
-    }
+    printed(
+        "weight_faults", {"mode": mode, "shape": shape, "killed_after": KILL_AFTER_SECONDS, "deadline": deadline},
+        lower={"seconds": time.perf_counter() - began}, raised=error,
+    )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--syncs", type=int, default=1000)
     parser.add_argument("--deadline", type=float, default=5.0)
+    parser.add_argument("--modes", nargs="+", default=["colocated", "separated"], choices=list(WAYS))
+    parser.add_argument("--shape", default="0.6B", choices=list(SHAPES))
     given = parser.parse_args()
     with local_ray():
         fleet = Fleet()
-        fleet.start([(mode, SHAPE, "planned") for mode in WAYS])
-        for mode in WAYS:
-            print(json.dumps(soak(fleet, mode, given.syncs)), flush=True)
-        print(json.dumps(killed(fleet, given.deadline)), flush=True)
+        fleet.start([(mode, given.shape, "planned") for mode in given.modes])
+        for mode in given.modes:
+            soak(fleet, mode, given.shape, given.syncs)
+        for mode in LINKED.keys() & set(given.modes):
+            killed(fleet, mode, given.shape, given.deadline)
 
 
 if __name__ == "__main__":

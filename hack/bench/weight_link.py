@@ -2,17 +2,16 @@
 written.
 
 usage: python hack/bench/weight_link.py [--shapes 0.6B 8B] [--parts nccl ipc local colocated] [--nccl-env A=1,B=2 ...]
-  [--only TEXT] [--out FILE]
+  [--only TEXT]
 
 No engine: two processes with the same tensors, separately allocated as a model's are, and one buffer of as many bytes.
-Every variant prints a Markdown row as soon as it is measured: minimum and median of 10 after 2 warm-ups. `link` is the
-smaller of both sides' CUDA event times (the other side's includes waiting for its peer), `wall` the sender's (opener's)
-clock from an idle device to an idle device, `host` the part of it until everything was enqueued. A variant that fails
-or hangs is reported and passed over. """
+Every variant prints a row of Markdown and one of `row.py` as soon as it is measured: minimum and median of 10 after 2
+warm-ups. `link` is the smaller of both sides' CUDA event times (the other side's includes waiting for its peer), `wall`
+the sender's (opener's) clock from an idle device to an idle device, `host` the part of it until everything was
+enqueued. A variant that fails or hangs is reported and passed over. """
 
 import argparse
 import ctypes
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -26,13 +25,13 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from hack.bench.row import printed
 from hack.bench.weight_base import SHAPES, Sample, elements, free_ports, local_ray, on, parameters, timed
 
 WARMUP, REPEAT = 2, 10
 COMMUNICATORS = 4
 START_SECONDS, DEADLINE_SECONDS = 200.0, 60.0
 MIB = 1 << 20
-DEVICE = "cuda"
 Work = Callable[[], object]
 
 
@@ -62,22 +61,24 @@ STREAMS: list[torch.cuda.Stream] = []  # filled in the actors
 class Side:
     """One process; its GPU is the first that it sees. Rank 0 has the trainer's values, rank 1 zeros."""
 
-    def __init__(self, shape: str, rank: int) -> None:
-        torch.cuda.set_device(0)
-        self.rank = rank
-        self.tensors = [torch.zeros(size, dtype=torch.bfloat16, device=DEVICE) for size in parameters(shape).values()]
-        self.flat = torch.zeros(sum(t.numel() for t in self.tensors), dtype=torch.bfloat16, device=DEVICE)
+    def __init__(self, shape: str, rank: int, device: str) -> None:
+        self.rank, self.device = rank, device
+        self.tensors = [torch.zeros(size, dtype=torch.bfloat16, device=device) for size in parameters(shape).values()]
+        self.flat = torch.zeros(sum(t.numel() for t in self.tensors), dtype=torch.bfloat16, device=device)
         self.comms: list[Any] = []
         self.views: list[Tensor] = []
         self.flat_view = self.flat
-        STREAMS.extend(torch.cuda.Stream() for _ in range(COMMUNICATORS))  # type: ignore[no-untyped-call]
+        if device == "cuda":
+            torch.cuda.set_device(0)
+            STREAMS.extend(torch.cuda.Stream() for _ in range(COMMUNICATORS))  # type: ignore[no-untyped-call]
         self.reset()
 
     def reset(self) -> None:
         """New values on rank 0, zeros on rank 1."""
         for tensor in [*self.tensors, self.flat]:
             tensor.normal_() if self.rank == 0 else tensor.zero_()
-        torch.cuda.synchronize()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
     def digest(self, flat: bool) -> list[int]:
         found = self.flat.split(16 * MIB) if flat else self.tensors  # type: ignore[no-untyped-call]
@@ -85,7 +86,9 @@ class Side:
         return sums
 
     def memory(self) -> dict[str, float]:
-        """MiB: what torch holds, and what the whole device has in use."""
+        """MiB: what torch holds, and what the whole device has in use; nothing of a CPU."""
+        if self.device == "cpu":
+            return {}
         free, total = torch.cuda.mem_get_info()
         return {"reserved": torch.cuda.memory_reserved() / MIB, "device": (total - free) / MIB}
 
@@ -128,13 +131,13 @@ class Side:
         return self._copy(name, self.views, self.tensors, self.flat_view, self.flat)
 
     def local(self, name: str, device: str) -> list[Sample]:
-        """Into a second set in this process, on this GPU ("cuda:0") or on the other ("cuda:1")."""
+        """Into a second set in this process, on this GPU ("cuda:0"), on the other ("cuda:1") or on the CPU."""
         others = [torch.empty_like(t, device=device) for t in self.tensors]
         return self._copy(name, others, self.tensors, torch.empty_like(self.flat, device=device), self.flat)
 
     def _copy(self, name: str, to: list[Tensor], of: list[Tensor], flat_to: Tensor, flat_of: Tensor) -> list[Sample]:
         work = COPY[name]([flat_to], [flat_of]) if is_flat(name) else COPY[name](to, of)
-        return [timed(work) for _ in range(WARMUP + REPEAT)][WARMUP:]
+        return [timed(work, self.device) for _ in range(WARMUP + REPEAT)][WARMUP:]
 
 
 def is_flat(name: str) -> bool:
@@ -290,8 +293,10 @@ COPY: dict[str, Callable[[list[Tensor], list[Tensor]], Work]] = {
 class Pair:
     """Both processes, started again after a failure: a variant that failed on one side leaves the other waiting."""
 
-    def __init__(self, shape: str, gpus: tuple[str, str], environment: dict[str, str]) -> None:
-        self.shape, self.gpus, self.environment = shape, gpus, environment
+    def __init__(
+        self, shape: str, gpus: tuple[str, str], environment: dict[str, str], device: str = "cuda",
+    ) -> None:
+        self.shape, self.gpus, self.environment, self.device = shape, gpus, environment, device
         self.sides: list[Any] = []
         self.connected = self.opened = False
 
@@ -305,7 +310,8 @@ class Pair:
     def start(self) -> None:
         actor = ray.remote(Side)
         self.sides = [
-            actor.options(**on(gpu, self.environment)).remote(self.shape, rank) for rank, gpu in enumerate(self.gpus)
+            actor.options(**on(gpu, self.environment)).remote(self.shape, rank, self.device)
+            for rank, gpu in enumerate(self.gpus)
         ]
         self.both("memory", seconds=START_SECONDS)
 
@@ -382,10 +388,10 @@ COLOCATED = [
 
 
 class Report:
-    """Rows as they come: to the terminal, and to a file of JSON lines."""
+    """Rows as they come."""
 
-    def __init__(self, out: Path | None, only: str) -> None:
-        self.out, self.only = out, only
+    def __init__(self, only: str) -> None:
+        self.only = only
 
     def heading(self, title: str) -> None:
         print(f"\n### {title}\n\n| variant | link ms, min | median | GB/s at min | wall ms, min | median | host "
@@ -400,23 +406,15 @@ class Report:
             1e3 * statistics.median(wall), 1e3 * host
         ]
         print(f"| {name} | " + " | ".join(f"{figure:.2f}" for figure in figures) + f" | {equal} |", flush=True)
-        self.keep(
-            where
-            | {
-                "variant": name, "bytes": size, "equal": equal,
-                "samples": [[asdict(s) for s in side] for side in samples]
-            }
-        )
+        printed(
+            "weight_link", where | {"variant": name}, lower={"link_ms": figures[0], "wall_ms": figures[3]}, bytes=size,
+            equal=equal, samples=[[asdict(s) for s in side] for side in samples],
+        )  # fmt: skip
 
     def failed(self, where: dict[str, Any], name: str, error: Exception) -> None:
         text = " ".join(str(error).split()) or repr(error)
         print(f"| {name} | failed: {type(error).__name__}: {text[-300:]} |", flush=True)
-        self.keep(where | {"variant": name, "error": str(error)})
-
-    def keep(self, values: dict[str, Any]) -> None:
-        if self.out:
-            with self.out.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+        printed("weight_link", where | {"variant": name}, error=str(error))
 
 
 def sweep(report: Report, pair: Pair, plan: Plan, size: int) -> None:
@@ -451,6 +449,19 @@ def explore(shape: str, parts: list[str], environments: list[dict[str, str]], re
         pair.close()
 
 
+def alone_on_a_cpu(shape: str, report: Report) -> None:
+    """Copies inside one process: whether this still runs where there is no GPU."""
+    pair = Pair(shape, ("", ""), {}, "cpu")
+
+    def copied(pair: Pair, name: str) -> list[list[Sample]]:
+        return pair.alone(0, "local", name, "cpu")
+
+    names = [name for name in COPY if "stream" not in name and "graph" not in name]
+    plan = Plan("local", "one process, no GPU", names, lambda _: None, copied)
+    sweep(report, pair, plan, 2 * elements(shape))
+    pair.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["0.6B", "8B"])
@@ -458,13 +469,16 @@ def main() -> None:
     parser.add_argument("--nccl-env", action="append", default=[], metavar="A=1,B=2", help="one more pass of the nccl "
         "part with these variables")
     parser.add_argument("--only", default="", help="only variants whose name contains this")
-    parser.add_argument("--out", type=Path, help="JSON lines are added to this file")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: one process alone")
     given = parser.parse_args()
     environments = [dict(pair.split("=", 1) for pair in text.split(",")) for text in given.nccl_env]
-    report = Report(given.out, given.only)
+    report = Report(given.only)
     with local_ray():
         for shape in given.shapes:
-            explore(shape, given.parts, environments, report)
+            if given.device == "cpu":
+                alone_on_a_cpu(shape, report)
+            else:
+                explore(shape, given.parts, environments, report)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ device idle before and after; `times` is the median over that of the mode's floo
 bare NCCL send, one _foreach_copy_, a memcpy and the packing. Extra memory is what the device has in use after the syncs
 over what it had before connecting, without what torch only keeps for later; `record s` is what the engine needs, once,
 to plan; `equal` counts the timed syncs after which every parameter's checksum was the trainer's (on a CPU after sending
-once more, since what is packed is summed up as it comes). Rows are printed, and written to DIR, as they come. """
+once more, since what is packed is summed up as it comes). Rows are printed (as Markdown,
+and by `row.py`), and written to DIR, as they come. """
 
 import argparse
 import json
@@ -27,6 +28,7 @@ import ray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from hack.bench.row import printed
 from hack.bench.weight_base import SHAPES, local_ray, on, write_model
 from hack.bench.weight_sync_actors import REPEAT, BenchEngine, BenchTrainer, memory, settle
 from rlhf_worker.engines.engine import GROUPS
@@ -198,6 +200,12 @@ class Report:
         (self.out / "weight_sync.json").write_text(json.dumps(self.rows))
         (self.out / "weight_sync.md").write_text(markdown(self.rows) + "\n")
         print(markdown(self.rows).splitlines()[-1], flush=True)
+        where = {key: row[key] for key in ("mode", "shape", "way")}
+        if "error" in row:
+            printed("weight_sync", where, error=row["error"])
+            return
+        walls = [1e3 * sample["wall"] for sample in row["samples"]]
+        printed("weight_sync", where, lower={"median_ms": statistics.median(walls), "min_ms": min(walls)})
 
 
 def attempt(fleet: Fleet, name: str, shape: str, backend: str, way: str) -> dict[str, Any]:

@@ -339,7 +339,7 @@ def planned(link: str) -> Callable[[BenchTrainer, ActorHandle], Connected]:
             "record_seconds": time.perf_counter() - began, "moves": [len(plan.moves) for plan in plans],
             "fallbacks": describe(plans)
         }
-        info = PlannedTrainerInitInfo(link, (HOST, free_ports(1)[0]), rank=0, deadline_seconds=trainer.deadline_seconds)
+        info = PlannedTrainerInitInfo(link, HOST, rank=0, deadline_seconds=trainer.deadline_seconds)
         transfer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 
         def equal() -> bool:

@@ -109,18 +109,29 @@ BROKEN: list[tuple[str, Object]] = [
          {**JUDGE, "judge": {**JUDGE["judge"], "prompt": "rate {prompt}"}},
      ]}])),
     ("self.rollout.minEngines", a_job(rollout__minEngines=2)),
-    ("fractions", a_job(placement__fractions={"trainer": 0.6, "rollout": 0.5})),
+    ("self.placement.fractions.trainer", a_job(rollout__sleep=False)),
+    ("self.placement.fractions.trainer",
+     a_job(rollout__sleep=False, placement__fractions={"trainer": 0.6, "rollout": 0.5})),
+    ("!self.rollout.sleep ||", a_job(rollout__sleep=True, placement__mode="Separated")),
+    ("!self.rollout.sleep ||", a_job(rollout__sleep=True, rollout__engine="hf")),
     (
         "self.rollout.tensorParallelSize <=",
         a_job(placement__gpusPerNode=2, rollout__tensorParallelSize=4, trainer__gpus=4),
     ),
     (
-        "gpus % self.placement.gpusPerNode",
+        "gpusPerNode || gpus %",
         a_job(placement__mode="Separated", placement__gpusPerNode=4, trainer__gpus=6),
     ),
     (
-        "gpus % self.placement.gpusPerNode",
+        "gpusPerNode || gpus %",
         a_job(placement__gpusPerNode=4, trainer__gpus=4, rollout__engines=4, rewards=[{**MODEL, "gpus": 2}]),
+    ),
+    (
+        "self.trainer.sharding",
+        a_job(
+            placement__gpusPerNode=4, trainer__gpus=6, rollout__engines=6, rewards=[{**MODEL, "gpus": 2}],
+            trainer__sharding="Hybrid",
+        ),
     ),
     ("self.rollout.engines <=", a_job(placement__mode="Separated", placement__gpusPerNode=4, rollout__engines=5)),
     (

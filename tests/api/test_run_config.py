@@ -17,7 +17,7 @@ Raw = dict[str, Any]
 OLD = yaml.safe_load((Path(__file__).parent / "run_config_e56ccc6.yaml").read_text())
 FREE = ("data.reasoningGym.config", "rollout.engineArgs", "placement.roleSlots")
 JOBS: dict[str, Raw] = {
-    "minimal": a_job(),
+    "minimal": a_job(placement__fractions={"trainer": 0.4, "rollout": 0.4}),  # the operator's default at that time
     "much": a_job(
         model={"path": "/m", "dtype": "float32", "lora": {"rank": 8, "targetModules": ["q_proj"]}},
         algorithm={"name": "ppo", "kl": {"coefficient": 0.1, "target": 0.2}, "clipLow": 0.1},
@@ -69,7 +69,8 @@ def test_an_older_operators_config_means_what_it_meant(name: str) -> None:
     old = RunConfig.model_validate(OLD["dumps"][name])
     assert old.trainer.compile is False, "written out, it is obeyed"
     wanted = resolve(parse_job(JOBS[name]))
-    assert old == wanted.model_copy(update={"trainer": wanted.trainer.model_copy(update={"compile": False})})
+    speed = {"compile": False, "tokens_per_micro_batch": 8192}
+    assert old == wanted.model_copy(update={"trainer": wanted.trainer.model_copy(update=speed)})
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -94,8 +95,34 @@ def test_options_of_the_operator_alone_are_not_told_to_the_image() -> None:
 def test_defaults_are_left_out_and_what_has_none_is_whole() -> None:
     config = dumped(a_job(trainer__seed=0, algorithm__clipLow=0.2))
     assert (config["trainer"], config["weightSync"], config["telemetry"]) == ({"steps": 10}, {}, {})
-    assert (config["algorithm"]["clipLow"], config["placement"]["engineFraction"]) == (0.2, 0.4)
-    assert "version" not in config
+    assert (config["algorithm"]["clipLow"], config["placement"]["engineFraction"]) == (0.2, 0.78)
+
+
+@pytest.mark.parametrize(("changes", "version"), [
+    ({}, 2), ({"placement__fractions": {"trainer": 0.6, "rollout": 0.5}}, 2),
+    ({"placement__fractions": {"trainer": 0.5, "rollout": 0.5}}, 1), ({"rollout__engine": "hf"}, 1),
+    ({"placement__mode": "Separated"}, 1),
+])  # fmt: skip
+def test_shares_that_only_take_turns_are_told_to_no_image_that_would_ask_for_both_at_once(
+    changes: Raw, version: int
+) -> None:
+    config = dumped(a_job(**changes))
+    assert config.get("version", 1) == version
+    assert unreadable(config) == (["version"] if version > 1 else []), "which every older image refuses"
+    assert RunConfig.model_validate(config).version == version
+
+
+@pytest.mark.parametrize(("changes", "device", "sleep", "budget"), [
+    ({}, "cuda", True, None), ({}, "cpu", False, 8192), ({"placement__mode": "Separated"}, "cuda", False, None),
+    ({"rollout__engine": "hf"}, "cuda", False, None), ({"trainer__tokensPerMicroBatch": 7}, "cuda", True, 7),
+    ({"trainer__tokensPerMicroBatch": 7, "rollout__sleep": True}, "cpu", True, 7),  # the worker refuses it
+    ({"rollout__sleep": False, "placement__fractions": {"trainer": 0.5, "rollout": 0.4}}, "cuda", False, None),
+])  # fmt: skip
+def test_what_is_left_open_follows_from_the_device(changes: Raw, device: str, sleep: bool, budget: int | None) -> None:
+    open_ = resolve(parse_job(a_job(**changes)))
+    config = open_.on(device)
+    assert (config.engines_sleep, config.trainer.tokens_per_micro_batch) == (sleep, budget)
+    assert config.on("cpu" if device == "cuda" else "cuda").engines_sleep == sleep, "once"
 
 
 @pytest.mark.parametrize(
@@ -104,7 +131,7 @@ def test_defaults_are_left_out_and_what_has_none_is_whole() -> None:
         ({"version": VERSION + 1}, f"newer operator (version {VERSION + 1}, the image knows {VERSION}): use a newer "
             "spec.image"),
         ({"version": 9, "fleet": {}}, f"newer operator (it sets fleet; version 9, the image knows {VERSION})"),
-        ({"trainer": {"steps": 1, "zeal": 1}}, "newer operator (it sets trainer.zeal; version 1, the image knows "
+        ({"trainer": {"steps": 1, "zeal": 1}}, "newer operator (it sets trainer.zeal; version 2, the image knows "
             f"{VERSION})"),
     ],
 )

@@ -89,7 +89,7 @@ def test_defaults_are_visible_and_overrides_keep_unknown_fields(operator: Kube, 
         "mode": "Colocated",
         "gpusPerNode": 8,
         "resourceName": "nvidia.com/gpu",
-        "fractions": {"trainer": 0.4, "rollout": 0.4},
+        "fractions": {"trainer": 0.9, "rollout": 0.78},
     }
     assert spec["runPolicy"]["cleanup"] == {"onSuccess": "Delete", "onFailure": "Delete"}
     assert spec["pods"]["trainer"]["nodeSelector"] == {"pool": "a"}

@@ -21,6 +21,7 @@ def test_colocated_learns_and_outlives_its_operator(operator: Kube, undisturbed:
     assert curve[1] < 0.1
     assert curve[max(curve)] > 0.9
     assert ended["progress"]["sync"]["verifiedVersion"] is not None
+    assert ended["progress"]["speed"]["advice"].startswith(ended["progress"]["speed"]["bottleneck"])
     assert condition(operator, namespace, "tiny", "CheckpointAvailable")["status"] == "True"
     assert condition(operator, namespace, "tiny", "WeightsInSync")["status"] == "True"
     wait_for(lambda: released(operator, namespace, "tiny"), 60, "pods and RayCluster gone")

@@ -39,6 +39,7 @@ class ApiServer:
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     watches: Counter[str] = field(default_factory=Counter)
     url: str = ""
+    logs: dict[tuple[str, str], str] = field(default_factory=dict)  # of a pod's container
     _cuts: list[asyncio.Queue[Raw]] = field(default_factory=list)
 
     # what tests do
@@ -177,6 +178,9 @@ class ApiServer:
         plural, name = request.match_info["plural"], request.match_info.get("name")
         if plural in self.absent or plural not in OF_PLURAL:
             return web.Response(status=404, text="404 page not found")
+        if request.match_info.get("sub") == "log":
+            text = self.logs.get((request.match_info["name"], request.query["container"]))
+            return web.Response(text=text) if text is not None else _status(404, "NotFound")
         if name is None and request.method == "GET":
             return await self._watch(request, plural) if "watch" in request.query else self._list(request, plural)
         body = json.loads(await request.read() or "{}")
@@ -283,10 +287,11 @@ def _status(code: int, reason: str, headers: dict[str, str] | None = None) -> we
 
 
 def _selected(request: web.Request, raw: Raw) -> bool:
-    """Of label selectors only `key`, of field selectors only `type`."""
+    """Of label selectors only `key` and `key=value`, of field selectors only `type` and `metadata.name`."""
     label, fields = request.query.get("labelSelector", ""), request.query.get("fieldSelector", "")
     labels = raw["metadata"].get("labels") or {}
-    return label in ("", *labels) and fields in ("", f"type={raw.get('type')}")
+    selected = ("", *labels, *(f"{key}={value}" for key, value in labels.items()))
+    return label in selected and fields in ("", f"type={raw.get('type')}", f"metadata.name={raw['metadata']['name']}")
 
 
 def _merge(there: Raw, patch: Raw) -> None:

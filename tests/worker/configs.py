@@ -7,7 +7,12 @@ from rlhf_api.run import RunConfig, resolve
 
 
 def run_config(steps: int = 4, **changes: Any) -> RunConfig:
-    """A tiny colocated run; `changes` replace whole sections of the spec."""
+    """A tiny colocated run, on a CPU; `changes` replace whole sections of the spec."""
+    return resolved(steps, **changes).on("cpu")
+
+
+def resolved(steps: int = 4, **changes: Any) -> RunConfig:
+    """As the operator writes it, with what follows from the device open."""
     spec: dict[str, Any] = {
         "image": "rlhf-worker:dev", "model": {"path": "/models/tiny", "dtype": "float32"},
         "data": {"jsonl": {"path": "/data.jsonl"}, "maxPromptTokens": 16},

@@ -20,7 +20,8 @@ SEPARATED = {"placement": {"mode": "Separated"}}
 
 CASES: list[tuple[str, dict[str, Any], list[str]]] = [
     (TORCH, {}, ["in the trainer; first things first: lower spec.trainer.tokensPerMicroBatch (8192; the longest "
-        "sample has 32 tokens)", "spec.placement.fractions.rollout (0.4)", "set spec.trainer.offload"]),
+        "sample has 32 tokens)", "spec.placement.fractions.rollout (0.78)", "set spec.trainer.offload"]),
+    (TORCH, {"rollout": {"maxTokens": 16, "sleep": False}}, ["remove spec.rollout.sleep"]),
     (TORCH, {"trainer": {"steps": 1, "gradientCheckpointing": False}}, ["first things first: set "
         "spec.trainer.gradientCheckpointing"]),
     (TORCH, {"trainer": {"steps": 1, "tokensPerMicroBatch": 16}}, ["raise spec.trainer.contextParallel (1) with "
@@ -33,10 +34,11 @@ CASES: list[tuple[str, dict[str, Any], list[str]]] = [
         },
         ["lower spec.trainer.tokensPerMicroBatch (20; the"],
     ),
+    (TORCH, {"trainer": {"steps": 1, "sharding": "Hybrid"}}, ["set spec.trainer.sharding to Full"]),
     (
         VLLM, {},
         [
-            "in an engine; first things first: lower spec.placement.fractions.rollout (0.4)",
+            "in an engine; first things first: lower spec.placement.fractions.rollout (0.78)",
             "set spec.rollout.engineArgs.max_num_seqs"
         ],
     ),

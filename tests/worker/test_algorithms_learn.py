@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from rlhf_api.algorithms import OWN
+from rlhf_api.progress import Speed
 from rlhf_api.run import RunConfig
 from rlhf_worker.local import local_ray
 from rlhf_worker.progress import ConsoleReporter
@@ -40,8 +41,10 @@ class Recorder(ConsoleReporter):
         super().__init__(config)
         self.rewards: list[float] = []
 
-    def stepped(self, step: int, values: Mapping[str, float], *, eta_seconds: int, synced: Synced | None) -> None:
-        super().stepped(step, values, eta_seconds=eta_seconds, synced=synced)
+    def stepped(
+        self, step: int, values: Mapping[str, float], speed: Speed, *, eta_seconds: int, synced: Synced | None,
+    ) -> None:
+        super().stepped(step, values, speed, eta_seconds=eta_seconds, synced=synced)
         self.rewards.append(values["reward/mean"])
 
 

@@ -14,37 +14,31 @@ def config(mode: str, backend: str = "auto") -> Any:
     return run_config(placement={"mode": mode}, weightSync={"backend": backend})
 
 
-@pytest.mark.parametrize(("mode", "device", "one_node", "backend"), [
-    ("Colocated", "cuda", True, "ipc"), ("Colocated", "cuda", False, "vllm-ipc"), ("Separated", "cuda", True, "nccl"),
-    ("Separated", "cuda", False, "nccl"),
-    ("Colocated", "cpu", True, "shm"), ("Separated", "cpu", True, "shm"), ("Separated", "cpu", False, "gloo"),
-    ("Colocated", "cpu", False, "gloo"),
+@pytest.mark.parametrize(("mode", "device", "backend"), [
+    ("Colocated", "cuda", "ipc"), ("Separated", "cuda", "nccl"), ("Colocated", "cpu", "shm"),
+    ("Separated", "cpu", "shm"),
 ])
-def test_auto(mode: str, device: str, one_node: bool, backend: str) -> None:
-    assert choose(config(mode), device, one_node=one_node) == backend
+def test_auto(mode: str, device: str, backend: str) -> None:
+    assert choose(config(mode), device) == backend
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_adapters_have_a_way_of_their_own(device: str) -> None:
-    assert choose(run_config(model={"path": "/m", "lora": {}}), device, one_node=False) == "adapter"
+    assert choose(run_config(model={"path": "/m", "lora": {}}), device) == "adapter"
 
 
 def test_a_wish_that_can_be_met_is_met() -> None:
-    assert choose(config("Colocated", "gloo"), "cpu", one_node=True) == "gloo"
-    assert choose(config("Separated", "vllm-nccl"), "cuda", one_node=False) == "vllm-nccl"
+    assert choose(config("Colocated", "gloo"), "cpu") == "gloo"
+    assert choose(config("Separated", "vllm-nccl"), "cuda") == "vllm-nccl"
 
 
-@pytest.mark.parametrize(("mode", "wish", "device", "one_node", "said"), [
-    ("Separated", "nccl", "cpu", True, "is nccl, but the run is Separated on cpu, one node: use auto, or one of shm, "
-        "gloo"),
-    ("Colocated", "shm", "cpu", False, "is shm, but the run is Colocated on cpu, several nodes: use auto, or one of "
-        "gloo"),
-    ("Colocated", "ipc", "cuda", False, "is ipc, but the run is Colocated on cuda, several nodes: use auto, or one of "
-        "vllm-ipc"),
+@pytest.mark.parametrize(("mode", "wish", "device", "said"), [
+    ("Separated", "nccl", "cpu", "is nccl, but the run is Separated on cpu: use auto, or one of shm, gloo"),
+    ("Colocated", "gloo", "cuda", "is gloo, but the run is Colocated on cuda: use auto, or one of ipc, vllm-ipc"),
 ])
-def test_a_wish_that_cannot_be_met_names_what_can(mode: str, wish: str, device: str, one_node: bool, said: str) -> None:
+def test_a_wish_that_cannot_be_met_names_what_can(mode: str, wish: str, device: str, said: str) -> None:
     with pytest.raises(BadSpec, match=said):
-        choose(config(mode, wish), device, one_node=one_node)
+        choose(config(mode, wish), device)
 
 
 def test_vllm_knows_ours_by_one_name_and_its_own_by_theirs() -> None:

@@ -4,43 +4,69 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hack.bench import compare, gpu_placement, learning, row, step
 from hack.generate import ROOT as CLONE
 from hack.tiny_model import write
+from rlhf_worker.local import configure
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
 
 
-def printed(module: str, *arguments: str) -> str:
-    """What it prints. It ends well only if no row of it failed."""
+def printed(module: str, *arguments: str) -> list[dict[str, Any]]:
+    """Its rows. It ends well only if none of them failed."""
     command = [sys.executable, f"hack/bench/{module}.py", *arguments]
     done = subprocess.run(command, cwd=CLONE, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout
+    rows = list(compare.rows(done.stdout.splitlines()))
+    assert {(one["benchmark"], one["card"], one["versions"]["torch"]) for one in rows} == {
+        (module, row.card(), row.versions()["torch"])
+    }
+    return rows
 
 
 def test_every_way_of_the_weight_sync_is_timed_and_proven(tmp_path: Path) -> None:
-    printed("weight_sync", "--modes", "cpu", "--shapes", "tiny", "--out", str(tmp_path))
+    made = printed("weight_sync", "--modes", "cpu", "--shapes", "tiny", "--out", str(tmp_path))
     rows = {row["way"]: row for row in json.loads((tmp_path / "weight_sync.json").read_text())}
     assert set(rows) == {"memcpy of the bytes", "packing alone", "ours, shared memory", "ours, gloo"}
+    assert [one["configuration"]["way"] for one in made] == list(rows)
     assert all(row["samples"] for row in rows.values())
     assert all(all(rows[way]["equal"]) for way in ("ours, shared memory", "ours, gloo"))
 
 
+def test_weight_syncs_in_a_row_and_one_whose_engine_is_killed() -> None:
+    soaked, killed = printed("weight_faults", "--modes", "cpu", "--shape", "tiny", "--syncs", "3")
+    assert soaked["more"]["after"]["engine"] == soaked["more"]["before"]["engine"]
+    assert "LinkBroken" in killed["more"]["raised"]
+
+
+def test_copies_of_a_model_are_timed() -> None:
+    rows = printed("weight_link", "--device", "cpu", "--shapes", "tiny")
+    assert {one["configuration"]["variant"] for one in rows} >= {"_foreach_copy_", "loop of copy_"}
+    assert all(one["lower"]["link_ms"] > 0 for one in rows)
+
+
+def test_a_sharded_models_whole_sync_is_timed_and_proven() -> None:
+    """Of experts, by two trainer ranks, into an engine of two."""
+    (found,) = printed("weight_sharded", "--shape", "tiny-moe", "--dtype", "float32", "--syncs", "2")
+    told, lower = found["more"], found["lower"]
+    assert told["backend"] == "shm" and len(told["seconds"]) == 4 and lower["worst"] >= lower["median"] > 0
+    assert told["equal"] > 0 and told["wrong"] == []
+
+
 def test_generation_is_timed_beside_vllm_s_own() -> None:
     small = ("--prompts", "2", "--samples", "2", "--tokens", "8", "--rounds", "1", "--device", "cpu")
-    lines = printed("generation", "--shapes", "tiny", "--dtype", "float32", *small).splitlines()
-    rows = [json.loads(line) for line in lines if line.startswith("{")]
-    assert [row["row"] for row in rows] == ["vLLM offline", "vLLM offline, log probabilities", "ours"]
-    assert all(row["of_offline"] > 0 and len(row["rounds"]) == 1 for row in rows)
+    rows = printed("generation", "--shapes", "tiny", "--dtype", "float32", *small)
+    assert [one["configuration"]["row"] for one in rows] == ["vLLM offline", "vLLM offline, log probabilities", "ours"]
+    assert all(one["more"]["of_offline"] > 0 and len(one["more"]["rounds"]) == 1 for one in rows)
 
 
 def test_a_step_of_an_engine_is_timed() -> None:
     """And many tokens go in one message, which no clock is needed for."""
-    lines = printed("engine_step", "--sequences", "4", "--tokens", "66").splitlines()
-    none, single, merged = (json.loads(line) for line in lines if line.startswith("{"))
+    none, single, merged = (one["lower"] for one in printed("engine_step", "--sequences", "4", "--tokens", "66"))
     assert none["outputs"] == single["outputs"] == 4
     assert merged["outputs"] < 0.5
 
@@ -50,32 +76,70 @@ def test_training_steps_are_timed() -> None:
     even = ("--tokens", "1024", "--micro-batches", "2")
     varied = ("--tokens", "256", "--sequences", "16", "--longest", "48", "--vocabulary", "2048", "--profile")
     for arguments in (even, varied):
-        found = json.loads(printed("training", *small, *arguments).splitlines()[-1])
-        assert found["tokens_per_second"] > 0 and found["grad_norm"] > 0 and found["utilisation"] > 0
-        assert len(found["seconds"]) == 3 and found["worst_over_median"] == 1.0
-        assert min(found["micro_batches"]) >= 2
+        (found,) = printed("training", *small, *arguments)
+        more, higher = found["more"], found["higher"]
+        assert higher["tokens_per_second"] > 0 and more["grad_norm"] > 0 and higher["tflops"] > 0
+        assert len(more["seconds"]) == 3 and more["worst_over_median"] == 1.0
+        assert min(more["micro_batches"]) >= 2
 
 
 def test_engine_and_trainer_agree_on_a_token_s_log_probability(tmp_path: Path) -> None:
     """Also where the engine draws from a part of the vocabulary."""
     write(tmp_path / "model")
     small = ("--steps", "1", "--prompts", "2", "--device", "cpu", "--dtype", "float32", "--most", "1e-4")
-    lines = printed("mismatch", "--model", str(tmp_path / "model"), "--runs", "plain", "nucleus", *small).splitlines()
-    rows = [json.loads(line) for line in lines if line.startswith("{")]
-    assert [(row["run"], row["steps"]) for row in rows] == [("plain", 1), ("nucleus", 1)]
+    rows = printed("mismatch", "--model", str(tmp_path / "model"), "--runs", "plain", "nucleus", *small)
+    assert [(one["configuration"]["run"], one["more"]["steps"]) for one in rows] == [("plain", 1), ("nucleus", 1)]
 
 
-def test_a_whole_step_is_timed_by_phase(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The row of this project in a shoot-out, and what its run told."""
+    work = tmp_path_factory.mktemp("shootout")
     sizes = ("--vocabulary", "256", "--prompts", "2", "--samples", "2", "--tokens", "8", "--steps", "3")
-    small = (*sizes, "--micro-batch", "512", "--device", "cpu", "--dtype", "float32", "--out", str(tmp_path))
-    found = json.loads(printed("step", "--shape", "tiny", *small).splitlines()[-1])
-    assert [len(values) for values in found["seconds"].values()] == [3] * 5
-    assert found["worst_over_median"] == 1.0, "one step after two"
-    assert found["median"]["step"] >= found["median"]["generate"] > 0
+    small = (*sizes, "--micro-batch", "512", "--device", "cpu", "--dtype", "float32", "--out", str(work))
+    (found,) = printed("shootout", "--rows", "ours", "--shape", "tiny", *small)
+    told: dict[str, Any] = json.loads((work / "step.json").read_text())
+    return found, told
+
+
+def test_a_shoot_out_times_whole_steps(stepped: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    found, told = stepped
+    assert found["more"]["seconds"] == [one["seconds/step"] for one in told["steps"]]
+    assert found["lower"]["median"] > 0 and found["more"]["worst_over_median"] == 1.0, "one step after two"
+    assert "train/tflops_per_gpu" in found["more"]["told"]
+
+
+@pytest.mark.parametrize(("module", "rows"), [
+    (step, 1), (learning, len(learning.RUNS)), (gpu_placement, len(gpu_placement.MODES)),
+])  # fmt: skip
+def test_whole_runs_are_told_of_by_phase(
+    module: Any, rows: int, stepped: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each manifest is one that this project takes. In place of its run, another one's record, with a proof a step."""
+    proof = {"equal": 1, "indirect": 0, "proof/seconds": 0.1}
+    told = {**stepped[1], "steps": [proof | one for one in stepped[1]["steps"]]}
+
+    def run(manifest: dict[str, Any], work: Path) -> dict[str, Any]:
+        (tmp_path / "job.yaml").write_text(json.dumps(manifest))
+        configure(tmp_path / "job.yaml", {})
+        return told
+
+    monkeypatch.setattr(module, "run", run)
+    monkeypatch.setattr(gpu_placement, "VOCABULARY", 256)
+    write(tmp_path / "model")
+    given = {
+        step: ["--shape", "tiny", "--vocabulary", "256", "--device", "cpu", "--steps", "3"], gpu_placement:
+        ["--layers", "1"], learning: ["--model", str(tmp_path / "model")],
+    }[module]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *given, "--out", str(tmp_path / "out")])
+    assert module.main() == 0
+    found = list(compare.rows(capsys.readouterr().out.splitlines()))
+    assert len(found) == rows and all(one["lower"]["step"] > 0 for one in found)
 
 
 def test_the_driver_s_work_a_token_is_measured_by_phase() -> None:
     small = ("--prompts", "2", "--samples", "2", "--tokens", "8", "--prompt-tokens", "4", "--steps", "1")
-    found = json.loads(printed("driver", *small, "--engines", "1", "--ranks", "1").splitlines()[-1])
-    assert found["tokens"] == 32 and found["us_a_token"]["step"] > 0
-    assert set(found["us_a_token"]) == {"generate", "forward", "shape", "train", "sync", "rest", "step"}
+    (found,) = printed("driver", *small, "--engines", "1", "--ranks", "1")
+    assert found["lower"]["step"] > 0
+    assert set(found["lower"]) == {"generate", "forward", "shape", "train", "sync", "rest", "step"}

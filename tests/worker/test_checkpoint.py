@@ -31,6 +31,7 @@ from rlhf_worker.trainer import checkpoint
 from rlhf_worker.trainer.checkpoint import Restored, RunState, Saver, SummingFiles, whole
 from rlhf_worker.trainer.fence import Writer
 from rlhf_worker.trainer.rank import Trainer
+from tests.worker import checkpoints
 from tests.worker.buckets import Bucket
 from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
@@ -74,8 +75,11 @@ def state(step: int) -> RunState:
 
 def saver(
     root: str | Path, keep: int = 2, expected: tuple[str, ...] = ("policy",), driver: str = "a", leads: bool = True,
+    best: BestSpec | None = None,
 ) -> Saver:
-    return Saver(str(root), keep, expected, driver, leads=leads, seconds=60.0)
+    its = Saver(str(root), keep, expected, driver, leads=leads, seconds=60.0, best=best)
+    its.fence("", 0)
+    return its
 
 
 def named(step: int, driver: str = "a", job: str = "", attempt: int = 0) -> str:
@@ -130,7 +134,7 @@ def test_only_the_newest_are_kept_and_a_half_written_one_does_not_count(root: st
 
 def scores(root: str | Path, values: dict[int, float | None], best: BestSpec | None, driver: str = "a") -> Saver:
     """A save of each step with the score that the loop remembers of it; only the newest is kept, besides the best."""
-    its = Saver(str(root), 1, ("policy",), driver, leads=True, seconds=60, best=best)
+    its = saver(root, 1, driver=driver, best=best)
     for step, value in values.items():
         memory = {} if value is None else {"score": {"eval/a/mean_reward": value}}
         its.begin(replace(state(step), loop=memory), {"policy": made(step)})
@@ -146,7 +150,7 @@ def test_the_best_is_kept_beside_the_newest_and_read_back(root: str, mode: Any, 
     module, _ = held = made(99)
     assert its.load_best(module) == (named(kept[0]) if mode else "")
     assert same(weights(held), weights(made(kept[0] if mode else 99)))
-    resumed = Saver(root, 1, ("policy",), "a", leads=True, seconds=60, best=best).restore(MODEL, {"policy": made(1)})
+    resumed = saver(root, 1, best=best).restore(MODEL, {"policy": made(1)})
     assert resumed.state is not None and resumed.state.step == 12
 
 
@@ -154,7 +158,7 @@ def test_another_metric_a_damaged_and_a_void_checkpoint_are_not_the_best(root: s
     best = BestSpec(metric="eval/a/mean_reward")
     early = scores(root, {2: 0.1, 3: 0.2}, None, "a")
     early.keep = 9
-    late = Saver(root, 9, ("policy",), "b", leads=True, seconds=60, best=best)
+    late = saver(root, 9, driver="b", best=best)
     late.restore(MODEL, {"policy": made(0)})
     Store(root).write(f"{named(4)}/run.json", Store(root).read(f"{named(3)}/run.json").replace(b"0.2", b"0.9"))
     assert Saver(root, 9, ("policy",), "c", leads=True, seconds=60, best=BestSpec(metric="reward/mean"))._ranked() == []
@@ -396,18 +400,18 @@ def test_two_ranks_save_and_one_or_two_load(tmp_path: Path) -> None:
     assert same(weights(alone), before)
 
 
-def _life(rank: int, world: int, model: str, root: str, last: int) -> list[torch.Tensor]:
+def _life(rank: int, world: int, model: str, root: str, last: int, node: int) -> list[torch.Tensor]:
     """Policy and critic of the real trainer, from the newest checkpoint to step `last`; every step is saved while the
-    next one changes what is saved.
+    next one changes what is saved. node: its ranks hold a copy; 0: all do.
     """
     given = {
         "steps": 4, "learningRate": 0.01, "gradientCheckpointing": False, "epochs": 2, "updatesPerStep": 2,
         "warmupSteps": 3, "learningRateSchedule": "cosine", "learningRateFloor": 0.1, "weightDecay": 0.1,
-        "adamBeta2": 0.99,
+        "adamBeta2": 0.99, "gpus": world, "sharding": "Hybrid" if node else "Full",
     }  # fmt: skip
     config = run_config(
         model={"path": model, "dtype": "float32"}, algorithm={"name": "ppo", "entropyCoefficient": 0.01},
-        checkpoint={"path": root, "keep": 9}, trainer=given,
+        checkpoint={"path": root, "keep": 9}, trainer=given, placement={"gpusPerNode": node or 8},
     )  # fmt: skip
     trainer = Trainer(config, list(config.roles), rank, world, "cpu", 1)
     trainer.load()
@@ -429,20 +433,30 @@ def _life(rank: int, world: int, model: str, root: str, last: int) -> list[torch
 
 def test_the_real_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
     """2N steps == N + resume + N, bit for bit, with epochs of mini-batches and a schedule; with another number of
-    ranks within float tolerance.
+    ranks, or of copies, within float tolerance.
     """
     write(tmp_path / "model")
 
-    def life(root: str, last: int, world: int = 1) -> list[torch.Tensor]:
-        made: list[torch.Tensor] = over_ranks(world, _life, str(tmp_path / "model"), str(tmp_path / root), last)[0]
+    def life(root: str, last: int, world: int = 1, node: int = 0) -> list[torch.Tensor]:
+        arguments = str(tmp_path / "model"), str(tmp_path / root), last, node
+        made: list[torch.Tensor] = over_ranks(world, _life, *arguments)[0]
         return made
+
+    def size(root: str, step: int) -> int:
+        return sum(file.stat().st_size for file in checkpoints.checkpoint(tmp_path / root, step).rglob("*.distcp"))
 
     through, half = life("through", 4), life("resumed", 2)
     assert not same(through, half)
-    shutil.copytree(tmp_path / "resumed", tmp_path / "resharded")
+    for root in ("resharded", "copied"):
+        shutil.copytree(tmp_path / "resumed", tmp_path / root)
     assert same(life("resumed", 4), through)
-    for a, b in zip(life("resharded", 4, world=2), through, strict=True):
-        torch.testing.assert_close(a, b, atol=5e-4, rtol=1e-3)
+    life("copied", 3, world=4, node=2)
+    assert size("copied", 3) < 1.2 * size("through", 3), "a copy alone is saved"
+    copied = life("copied", 4, world=2, node=1)
+    assert same(copied, life("copied", 4)), "and read by one rank"
+    for made in (life("resharded", 4, world=2), copied):
+        for a, b in zip(made, through, strict=True):
+            torch.testing.assert_close(a, b, atol=5e-4, rtol=1e-3)
 
 
 def _changed_life(

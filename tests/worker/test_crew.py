@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_api.run import RunConfig
 from rlhf_worker import calls, run
 from rlhf_worker import crew as module
 from rlhf_worker import loop as loops
@@ -12,7 +13,7 @@ from rlhf_worker.crew import Crew
 from rlhf_worker.experience import Batching
 from rlhf_worker.roll import Roll
 from rlhf_worker.stop import Stop
-from tests.worker.configs import run_config
+from tests.worker.configs import resolved, run_config
 from tests.worker.ray_world import NEVER, Actor, World
 from tests.worker.test_loop_order import Told
 
@@ -40,7 +41,7 @@ def test_who_shares_no_gpu_starts_side_by_side(
     index = iter(engines)
     stand = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda config: feed))
     for name, value in {
-        "RemoteFeed": stand, "choose": lambda *args, **more: "shm", "_roles": lambda *args: {"policy": [rank]},
+        "RemoteFeed": stand, "choose": lambda *args: "shm", "_roles": lambda *args: {"policy": [rank]},
         "_engine": lambda *args: next(index), "preflight": lambda *args: None, "_prove_seats": lambda *args: {},
         "_fleet": lambda *args: None,
     }.items():  # fmt: skip
@@ -51,6 +52,26 @@ def test_who_shares_no_gpu_starts_side_by_side(
     began = world.now
     module.start(config, stage, Told(), Roll(Stop()))  # type: ignore[arg-type]
     assert seconds <= world.now - began < seconds + 2.0
+
+
+def test_the_driver_imports_torch_while_engines_start_and_models_load(
+    world: World, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rank = Actor(world, "rank", address=("h", 1), load={"policy": Batching(padded=True, words="padded")})
+    engine, under_way = Actor(world, "engine"), list[bool]()
+    rank.takes["load"] = engine.takes["start"] = 10.0
+    for name, value in {
+        "RemoteFeed": SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda config: Actor(world, "feed"))),
+        "choose": lambda *args: "shm", "_roles": lambda *args: {"policy": [rank]}, "_engine": lambda *args: engine,
+        "preflight": lambda *args: None, "_prove_seats": lambda *args: {}, "_fleet": lambda *args: None,
+        "importlib": SimpleNamespace(import_module=lambda name: under_way.extend(
+            not ref.done for actor in (rank, engine) for method, _, ref in actor.calls if method in ("load", "start")
+        )),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(module, name, value)
+    stage: Any = SimpleNamespace(device="cuda", bundles={}, options=lambda *args: {})
+    module.start(run_config(placement={"mode": "Separated"}), stage, Told(), Roll(Stop()))  # type: ignore[arg-type]
+    assert under_way == [True, True]
 
 
 def failing() -> None:
@@ -79,14 +100,22 @@ def test_a_finished_run_is_done_whatever_its_actors_do_on_the_way_out(
 ) -> None:
     ending = Ending(world, engine, fleet, stage)
     stands: dict[str, Any] = {
-        "_reserve": lambda *args: None, "start": lambda *args: (ending.crew, {}), "_restore": lambda *args: (0, {}),
+        "_reserve": lambda *args: SimpleNamespace(device="cuda"), "start": lambda *args: (ending.crew, {}),
+        "_restore": lambda *args: (0, {}),
         "_export": lambda *args: "/out/export", "fetch": lambda *args: None,
     }  # fmt: skip
     for name, value in stands.items():
         monkeypatch.setattr(run, name, value)
     stub = SimpleNamespace(begin=lambda *args: None, run=lambda: None, step=4)
-    monkeypatch.setattr(loops, "Loop", lambda *args: stub)
+    settled = list[RunConfig]()
+
+    def loop(config: RunConfig, *_: Any) -> Any:
+        settled.append(config)
+        return stub
+
+    monkeypatch.setattr(loops, "Loop", loop)
     told = Told()
-    result = run.drive(run_config(), told, Stop())  # type: ignore[arg-type]
+    result = run.drive(resolved(), told, Stop())  # type: ignore[arg-type]
+    assert [config.engines_sleep for config in settled] == [True], "which follows from the device"
     assert (result.steps, result.export, told.fields["state"]) == (4, "/out/export", "Done")
     assert ending.feed.asked("close") == ending.rank.asked("close") == ending.engine.asked("close") == 1

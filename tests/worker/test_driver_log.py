@@ -1,6 +1,5 @@
 """The driver's output on the checkpoint path: whole, in order, bounded, and never in the run's way."""
 
-import threading
 from pathlib import Path
 
 import pytest
@@ -64,22 +63,13 @@ def test_a_storage_that_fails_costs_one_warning_and_what_waits_is_written_later(
     assert kept("bucket://models/run", 1) == "abcd"
 
 
-def test_a_storage_that_does_not_answer_holds_one_call_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, answers, write = threading.Event(), threading.Event(), Store.write
-
-    def slow(self: Store, name: str, data: bytes) -> tuple[int, int]:
-        asked.set()
-        assert answers.wait(30)
-        return write(self, name, data)
-
-    monkeypatch.setattr(Store, "write", slow)
+def test_what_waits_for_storage_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    Bucket.empty()
     monkeypatch.setattr(logs, "ROOM_BYTES", 6)
-    log = DriverLog(str(tmp_path), 1)
-    first = threading.Thread(target=log.add, args=("a",))
-    first.start()
-    assert asked.wait(30)
-    for letter in "bcdefgh":  # more than there is room for
+    log = DriverLog("bucket://models/run", 1)
+    monkeypatch.setattr(Bucket, "broken", True)
+    for letter in "abcdefg":
         log.add(letter)
-    answers.set()
-    first.join()
-    assert kept(str(tmp_path), 1) == "cdefgh"
+    monkeypatch.setattr(Bucket, "broken", False)
+    log.add("h")
+    assert kept("bucket://models/run", 1) == "cdefgh"

@@ -6,9 +6,17 @@ from typing import Any, Literal
 
 import pytest
 
-from rlhf_worker.engines.arguments import check_attention, check_context, check_engine_args, check_known, refused
+from rlhf_worker.engines.arguments import (
+    check_attention,
+    check_context,
+    check_engine_args,
+    check_known,
+    refused,
+    settled,
+)
+from rlhf_worker.engines.engine import Engine
 from rlhf_worker.errors import BadSpec
-from tests.worker.configs import run_config
+from tests.worker.configs import resolved, run_config
 
 
 def test_a_context_that_cannot_hold_a_sample_names_the_numbers() -> None:
@@ -66,6 +74,16 @@ def test_a_model_class_that_vllm_does_not_know_is_named() -> None:
 def test_arguments_of_the_workers_own_are_refused(name: str) -> None:
     with pytest.raises(BadSpec, match=rf"engineArgs\.{name}: the worker sets it itself"):
         check_engine_args(run_config(rollout={"engineArgs": {name: "x"}}))
+
+
+def test_sleep_is_on_where_engines_share_gpus_and_refused_where_they_cannot() -> None:
+    for device, sleeps in (("cuda", True), ("cpu", False)):
+        config = settled(resolved(), device)
+        assert config.engines_sleep == sleeps
+        args = Engine(config, 0, device, [0], ["0"], 1)._engine_args("ipc")
+        assert (args["enable_sleep_mode"], args["gpu_memory_utilization"]) == (sleeps, 0.78)
+    with pytest.raises(BadSpec, match=r"spec\.rollout\.sleep is true, but engines on CPUs cannot sleep: remove it"):
+        settled(run_config(rollout={"maxTokens": 16, "sleep": True}), "cpu")
 
 
 def test_an_unknown_argument_is_named_with_its_neighbours() -> None:

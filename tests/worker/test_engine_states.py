@@ -108,6 +108,20 @@ def bring(engines: Engines, state: Health) -> Actor:
     return actor
 
 
+def test_the_loads_are_of_the_engines_that_answer(world: World) -> None:
+    """One that hangs costs a moment, and no step waits for it."""
+    engines = Engines(world, 4)
+    for actor, answer in zip(engines.actors, ({0: 1.0, 8: 2.0}, NEVER, EngineFailed("hangs"), {}), strict=True):
+        actor.does["load"] = answer
+    before = world.now
+    assert engines.fleet.loads() == [{0: 1.0, 8: 2.0}, {}]
+    assert world.now - before <= fleets.LOAD_SECONDS
+    for actor in engines.actors:
+        engines.world.kill(actor)
+        engines.fleet.lost(actor)
+    assert engines.fleet.loads() == []
+
+
 def told() -> Iterator[tuple[str, list[str]]]:
     """The rows of the first table in the docs."""
     text = DOCS.read_text().partition("| State of an engine |")[2].partition("\n\n")[0]

@@ -282,7 +282,8 @@ async def test_a_sets_observations_are_rendered_as_its_own_data_says(monkeypatch
     )
     found = opened(config, tokenizer())
     try:
-        assert found["plain"]._seats is found[""]._seats is found["other"]._seats is not found["own"]._seats
+        shared = found[""]._processes
+        assert found["plain"]._processes is shared is found["other"]._processes is not found["own"]._processes
         policy: Any = says("4", "5")
         texts = {name: (await table.play(request(answer=5), policy)).text for name, table in found.items()}
     finally:

@@ -23,10 +23,10 @@ from rlhf_worker.errors import (
     BadData,
     BadSpec,
     Call,
+    Meaning,
     Passing,
     PreflightFailed,
     Problems,
-    Row,
     Verdict,
     combined,
     explained,
@@ -81,7 +81,7 @@ def _strict() -> None:
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row.error} {row.verdict.name}")
-def test_every_row_of_the_table(row: Row) -> None:
+def test_every_row_of_the_table(row: Meaning) -> None:
     error = of_class(row.error)
     assert {verdict(call, error) for call in row.calls} == {row.verdict}
     kinds: dict[Verdict, type[Exception]] = {Verdict.SPEC: BadSpec, Verdict.DATA: BadData, Verdict.AGAIN: Passing}

@@ -6,7 +6,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,8 @@ from torch.optim import SGD
 
 from rlhf_worker.errors import BadData, Fenced
 from rlhf_worker.storage import Store
-from rlhf_worker.trainer import fence as fences
 from rlhf_worker.trainer.checkpoint import RunState, Saver, whole
-from rlhf_worker.trainer.fence import Fence, Turn, Writer, standing
+from rlhf_worker.trainer.fence import Fence, TakeOver, Writer, standing
 from tests.worker.buckets import Bucket
 
 
@@ -103,7 +102,7 @@ def test_where_storage_lets_two_create_one_file_the_higher_attempt_takes_it_back
     low, high = fence(root, 3), fence(root, 4)
     high.take()
     high.resume("step-20")
-    low._write(Turn(number=1, mark=low.writer.mark, job="a", attempt=3, host="h", time="t"))
+    low._write(TakeOver(number=1, mark=low.writer.mark, job="a", attempt=3, host="h", time="t"))
     low.check()
     high.check()
     with pytest.raises(Fenced):
@@ -134,18 +133,10 @@ def take_over(root: str, count: int, job: str = "a", first: int = 1) -> list[Fen
     return made
 
 
-def told(line: list[Turn]) -> list[Turn]:
-    return [replace(turn, time="") for turn in line]
-
-
-def test_many_take_overs_are_few_files_and_none_is_forgotten(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = f"{root}-2"
-    monkeypatch.setattr(fences, "MOST_FILES", 10_000)
-    take_over(other, 60)
-    monkeypatch.undo()
+def test_of_many_take_overs_none_is_forgotten(root: str) -> None:
     early = take_over(root, 60)
-    assert len(Store(root).names("fence")) <= fences.MOST_FILES + 2 < len(Store(other).names("fence"))
-    assert told(fence(root, 99).line()) == told(fence(other, 99).line()) == told(early[0].line())
+    assert [turn.attempt for turn in fence(root, 99).line()] == [*range(1, 61)]
+    assert fence(root, 99).line() == early[0].line()
     for driver in early[:-1]:
         with pytest.raises(Fenced, match="attempt 60 of this job"):
             driver.check()
@@ -165,76 +156,9 @@ def test_a_job_that_another_took_the_path_from_stays_out_however_long_ago(root: 
         first.check()
 
 
-def test_a_number_that_was_removed_and_is_made_anew_by_a_late_writer_is_no_take_over(
-    root: str, monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Between its look and its claim others take over, and the number that it meant to take is theirs, and gone into
-    one file.
-    """
-    take_over(root, 2)
-    late, before = fence(root, 3, driver="late"), list[Turn]()
-    create = Store.create
-
-    def delayed(self: Store, name: str, data: bytes) -> None:
-        monkeypatch.setattr(Store, "create", create)
-        take_over(root, 40, first=4)
-        before.extend(fence(root, 99).line())
-        create(self, name, data)
-
-    monkeypatch.setattr(Store, "create", delayed)
-    with pytest.raises(Fenced):
-        late.take()
-    assert "00000003.json" in Store(root).names("fence")  # it was made
-    assert fence(root, 99).line() == before
-    take_over(root, 40, first=44)
-    assert "00000003.json" not in Store(root).names("fence")
-
-
-def test_a_look_between_the_one_file_and_the_end_of_the_others_sees_all(
-    root: str, monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Whoever lists, and then reads what is gone, looks again; a driver that ends half-way leaves nothing amiss."""
-    monkeypatch.setattr(fences, "MOST_FILES", 3)
-    monkeypatch.setattr(fences, "POLL_SECONDS", 0.0)
-    take_over(root, 4)
-    reader, last, seen = fence(root, 99), fence(root, 5), list[list[str]]()
-    names, remove = Store.names, Store.remove
-
-    def listed(self: Store, directory: str = "") -> list[str]:
-        found = names(self, directory)
-        if self is reader.store and not seen:
-            seen.append(found)
-            last.take()
-            last.resume("step-5")
-        return found
-
-    def watched(self: Store, name: str) -> None:
-        assert [turn.number for turn in fence(root, 99).line()] == [1, 2, 3, 4, 5]
-        remove(self, name)
-
-    monkeypatch.setattr(Store, "names", listed)
-    monkeypatch.setattr(Store, "remove", watched)
-    assert [turn.number for turn in reader.line()] == [1, 2, 3, 4, 5]
-    assert seen[0] == [
-        f"0000000{number}.json" for number in range(1, 5)
-    ] and names(Store(root), "fence") == ["00000005.json", "until-00000004.json"]
-
-
-def test_storage_that_removes_nothing_costs_no_run(
-    root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
-) -> None:
-    def refused(self: Store, name: str) -> None:
-        raise PermissionError(name)
-
-    monkeypatch.setattr(Store, "remove", refused)
-    take_over(root, 20)
-    assert [turn.attempt for turn in fence(root, 99).line()] == [*range(1, 21)]
-    assert "earlier take-overs stay as they are" in capsys.readouterr().out
-
-
-def line(*resumed: str | None) -> list[Turn]:
+def line(*resumed: str | None) -> list[TakeOver]:
     return [
-        Turn(number=i, mark=f"m{i}", job="a", attempt=i, host="h", time="t", resumed=name)
+        TakeOver(number=i, mark=f"m{i}", job="a", attempt=i, host="h", time="t", resumed=name)
         for i, name in enumerate(resumed, 1)
     ]
 
@@ -258,7 +182,7 @@ def line(*resumed: str | None) -> list[Turn]:
     ],
 )  # fmt: skip
 def test_which_checkpoints_count(
-    found: list[tuple[str, int, str | None]], turns: list[Turn], counting: list[str],
+    found: list[tuple[str, int, str | None]], turns: list[TakeOver], counting: list[str],
 ) -> None:
     assert standing(found, turns) == counting
 
@@ -486,7 +410,6 @@ def test_no_interleaving_of_drivers_mixes_them_or_goes_back(
     store = Store(root)
     for name in store.names():
         store.remove(name)
-    monkeypatch.setattr(fences, "MOST_FILES", data.draw(st.sampled_from([0, 16])))
     with standing_still(root, keep, attempts, saves=2) as (drivers, _):
         for _ in range(12):
             if not (living := [driver for driver in drivers if not driver.over]):

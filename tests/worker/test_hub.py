@@ -142,7 +142,7 @@ def test_what_is_refused_and_cut_is_tried_again_and_gone_on_with(
     with used(monkeypatch, trouble) as handler:
         assert made.whole() is None
         assert made.download(waits.append) == {name: len(data) for name, data in FILES.items()}
-    assert is_whole(tmp_path / "model") and made.whole() and made.told().startswith("0.0 of 0.0 GiB of some/model")
+    assert is_whole(tmp_path / "model") and made.whole() and made.status().startswith("0.0 of 0.0 GiB of some/model")
     assert handler.sent["model.safetensors"] == len(FILES["model.safetensors"])  # not a byte twice
     assert waits and waits[0] >= 7.0  # as the hub asked
 
@@ -261,7 +261,7 @@ def test_the_hub_is_waited_for_where_a_path_is_its_id(tmp_path: Path, monkeypatc
 
     def wait(seconds: float) -> None:
         waits.append(seconds)
-        told.append(asker.told())
+        told.append(asker.status())
 
     answers = iter(["drop", "drop", "503", "", "drop", "404"])
     with used(monkeypatch, lambda *_: next(answers)):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_worker.engines.ledger import Engine, Event, Health, Limits, Verdict, after, can_restart, told, verdict
+from rlhf_worker.engines.ledger import EngineRecord, Event, Health, Limits, Outlook, after, amiss, can_restart, outlook
 
 LIMITS = Limits(least=1, misses=3, restarts=2, forgiven_after=4)
 H, E = Health, Event
@@ -26,11 +26,11 @@ ROWS = [
 
 @pytest.mark.parametrize(("state", "event", "end"), ROWS)
 def test_every_state_with_every_event(state: Health, event: Event, end: Health) -> None:
-    assert after(Engine(state), event, LIMITS).health is end
+    assert after(EngineRecord(state), event, LIMITS).health is end
 
 
-def run(*events: Event, engine: Engine | None = None) -> Engine:
-    engine = engine or Engine()
+def run(*events: Event, engine: EngineRecord | None = None) -> EngineRecord:
+    engine = engine or EngineRecord()
     for event in events:
         engine = after(engine, event, LIMITS)
     return engine
@@ -59,29 +59,29 @@ def test_restarts_are_counted_until_syncs_have_gone_well() -> None:
 @pytest.mark.parametrize(
     ("engines", "least", "expected"),
     [
-        ([Engine(H.HEALTHY), Engine(H.DEAD)], 1, Verdict.GO),
-        ([Engine(H.SUSPECT)], 1, Verdict.GO),
-        ([Engine(H.HEALTHY), Engine(H.DEAD)], 2, Verdict.WAIT),
-        ([Engine(H.STALE)], 1, Verdict.WAIT),
-        ([Engine(H.RESTARTING)], 1, Verdict.WAIT),
-        ([Engine(H.DEAD, restarts=2)], 1, Verdict.STOP),
-        ([Engine(H.HEALTHY), Engine(H.DEAD, restarts=2)], 2, Verdict.STOP),
+        ([EngineRecord(H.HEALTHY), EngineRecord(H.DEAD)], 1, Outlook.GO),
+        ([EngineRecord(H.SUSPECT)], 1, Outlook.GO),
+        ([EngineRecord(H.HEALTHY), EngineRecord(H.DEAD)], 2, Outlook.WAIT),
+        ([EngineRecord(H.STALE)], 1, Outlook.WAIT),
+        ([EngineRecord(H.RESTARTING)], 1, Outlook.WAIT),
+        ([EngineRecord(H.DEAD, restarts=2)], 1, Outlook.STOP),
+        ([EngineRecord(H.HEALTHY), EngineRecord(H.DEAD, restarts=2)], 2, Outlook.STOP),
     ],
 )
-def test_whether_to_go_on(engines: list[Engine], least: int, expected: Verdict) -> None:
-    assert verdict(engines, Limits(least=least, restarts=2)) is expected
+def test_whether_to_go_on(engines: list[EngineRecord], least: int, expected: Outlook) -> None:
+    assert outlook(engines, Limits(least=least, restarts=2)) is expected
 
 
 def test_what_is_amiss_in_words() -> None:
-    assert told([Engine(H.HEALTHY), Engine()]) is None
-    assert told(
-        [Engine(H.HEALTHY), Engine(H.DEAD), Engine(H.STALE, restarts=1)]
+    assert amiss([EngineRecord(H.HEALTHY), EngineRecord()]) is None
+    assert amiss(
+        [EngineRecord(H.HEALTHY), EngineRecord(H.DEAD), EngineRecord(H.STALE, restarts=1)]
     ) == "engine 1 is dead, engine 2 is stale"
 
 
 @given(st.lists(st.sampled_from(list(Event)), max_size=60))
 def test_no_story_serves_without_a_sync_or_restarts_past_the_budget(events: list[Event]) -> None:
-    engine, synced = Engine(), False
+    engine, synced = EngineRecord(), False
     for event in events:
         before, engine = engine, after(engine, event, LIMITS)
         synced = (

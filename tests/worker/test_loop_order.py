@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from ray.exceptions import ActorDiedError
 
+from rlhf_api.progress import Speed
 from rlhf_api.run import RunConfig
 from rlhf_worker import loop as module
 from rlhf_worker.errors import DeadlineExceeded, EnginesLost, LinkBroken, SyncMismatch
@@ -19,7 +20,7 @@ from rlhf_worker.experience import ScoredSample, TrainSequence
 from rlhf_worker.loop import Loop
 from rlhf_worker.stop import Stop, Terminated
 from rlhf_worker.weights.sync import Synced
-from tests.worker.configs import run_config
+from tests.worker.configs import resolved, run_config
 from tests.worker.samples import a_prompt, a_sample, scored
 
 
@@ -30,6 +31,7 @@ class Stand:
         self.asked: list[str] = []
         self.metrics: dict[str, float] = {}  # of the samples taken last
         self.updates: list[list[list[list[int]]]] = []  # of each call to train: samples of micro-batches of updates
+        self.most = 0  # tokens of the largest micro-batch of the last call
 
     def __getattr__(self, method: str) -> Any:
         return SimpleNamespace(remote=lambda *args: self.answer(method, *args))
@@ -38,13 +40,18 @@ class Stand:
         self.asked.append(" ".join([method, *(arg for arg in args if isinstance(arg, str))]))
         if method == "train":
             pairs = zip(*args[-2:], strict=True)
-            self.updates.append([[[items[i].index for i in batch] for batch in own] for items, own in pairs])
+            taken = [[[items[i] for i in batch] for batch in own] for items, own in pairs]
+            self.updates.append([[[one.index for one in batch] for batch in own] for own in taken])
+            self.most = max(sum(one.length for one in batch) for own in taken for batch in own)
         return zeros(*args[-2:]) if method in ("logprobs", "values") else {}
 
     # The fleet, and where samples come from.
 
     def sleep(self) -> None:
         self.asked.append("sleep")
+
+    def loads(self) -> list[dict[int, float]]:
+        return []
 
     def sync(self, *, prove: bool) -> Synced:
         self.asked.append("sync")
@@ -86,7 +93,9 @@ class Told:
     def active(self) -> None:
         self.further += 1
 
-    def stepped(self, step: int, values: dict[str, float], *, eta_seconds: int, synced: Synced | None) -> None:
+    def stepped(
+        self, step: int, values: dict[str, float], speed: Speed, *, eta_seconds: int, synced: Synced | None,
+    ) -> None:
         self.steps.append((step, synced))
 
 
@@ -104,24 +113,48 @@ def looping(config: RunConfig, stand: Stand, stop: Stop, *, padded: bool = False
     return loop, told
 
 
-@pytest.mark.parametrize(("args", "mode", "sleep"), [
-    ({}, "Colocated", []), ({"enable_sleep_mode": True}, "Colocated", ["sleep"]),
-    ({"enable_sleep_mode": True}, "Separated", []),
-])  # fmt: skip
+@pytest.mark.parametrize("sleep", [False, True])
 def test_engines_that_share_gpus_sleep_from_the_last_completion_to_the_sync(
-    monkeypatch: pytest.MonkeyPatch, args: dict[str, Any], mode: str, sleep: list[str],
+    monkeypatch: pytest.MonkeyPatch, sleep: bool
 ) -> None:
     stand = Stand()
     direct(monkeypatch)
     config = run_config(
-        algorithm={"name": "ppo", "kl": {"coefficient": 0.1}}, rollout={"maxTokens": 16, "engineArgs": args},
-        placement={"mode": mode},
+        algorithm={"name": "ppo", "kl": {"coefficient": 0.1}}, rollout={"maxTokens": 16, "sleep": sleep},
     )
     loop, told = looping(config, stand, Stop())
     loop._step()
     forward, train = ["logprobs policy", "logprobs reference", "values"], ["train critic", "train policy"]
-    assert stand.asked == ["take", *sleep, *forward, *train, "sync", "log"]
+    assert stand.asked == ["take", *(["sleep"] if sleep else []), *forward, *train, "sync", "log"]
     assert told.further == 5  # a phase each
+
+
+@pytest.mark.parametrize(("padded", "budgets"), [(False, [20, 40]), (True, [])])
+def test_an_open_budget_is_asked_of_every_rank_while_the_engines_sleep(
+    monkeypatch: pytest.MonkeyPatch, padded: bool, budgets: list[int]
+) -> None:
+    """Every step anew: a rank that ran out of memory has another one then. The tightest decides."""
+    answers = iter(budgets)
+
+    class Asked(Stand):
+        def answer(self, method: str, *args: Any) -> Any:
+            if method != "token_budget":
+                return super().answer(method, *args)
+            self.asked.append(method)
+            return next(answers)
+
+    def call_all(actors: list[Any], method: str, **more: Any) -> list[int]:
+        return [getattr(actor, method).remote() for actor in actors]
+
+    stand, other = Asked(), Asked()
+    direct(monkeypatch)
+    monkeypatch.setattr(module, "call_all", call_all)
+    config = resolved(rollout={"maxTokens": 16}).on("cuda")
+    loop, _ = looping(config, stand, Stop(), padded=padded)
+    loop.crew.ranks["reward:x"] = [other]
+    loop._step()
+    assert stand.asked[:3] == ["take", "sleep", "train policy" if padded else "token_budget"]
+    assert stand.most > 100 if padded else stand.most <= 20
 
 
 def test_a_step_has_epochs_of_mini_batches_after_one_pass_for_the_old_log_probabilities(

@@ -9,7 +9,19 @@ from rlhf_api.job import RLHFJobSpec
 from rlhf_api.placement import Placement, plan_placement
 from rlhf_worker import placement as module
 from rlhf_worker.errors import PlacementFailed
-from rlhf_worker.placement import Bundle, Patience, Seat, Stage, check_seats, reserve, shortage, tie, wanted_bundles
+from rlhf_worker.placement import (
+    Bundle,
+    Patience,
+    Seat,
+    Stage,
+    check_seats,
+    ray_share,
+    reserve,
+    shortage,
+    tie,
+    wanted_bundles,
+)
+from tests.worker.configs import run_config
 
 
 def plan(mode: str, gpus: int, engines: int, size: int, node: int) -> Placement:
@@ -30,6 +42,17 @@ def test_one_bundle_a_gpu_with_its_groups_resource() -> None:
     assert wanted_bundles(plan("Separated", 1, 1, 1, 8)) == [
         {"GPU": 1, "rlhf-trainer": 1}, {"GPU": 1, "rlhf-rollout": 1}
     ]
+
+
+@pytest.mark.parametrize(("rollout", "mode", "share"), [
+    ({}, "Colocated", 0.5), ({"engine": "hf"}, "Colocated", 1.0), ({}, "Separated", 1.0),
+])  # fmt: skip
+def test_ray_finds_room_for_all_that_share_a_gpu_whatever_their_memory(
+    rollout: dict[str, Any], mode: str, share: float
+) -> None:
+    fractions = {"trainer": 1.0, "rollout": 1.0}
+    config = run_config(rollout={"maxTokens": 16, **rollout}, placement={"mode": mode, "fractions": fractions})
+    assert ray_share(config.placement) == share
 
 
 def test_an_engines_slots_are_tied_to_one_node_whatever_ray_chose() -> None:

@@ -18,6 +18,7 @@ from rlhf_worker.weights.plan import (
     View,
     fills_once,
     joined,
+    legs,
     pieces,
     unused,
     waves,
@@ -265,6 +266,39 @@ def test_a_slice_leaves_the_trainer_once_whatever_the_number_of_engines() -> Non
         hops = [hop for wave in waves(needs, 0, Group(1, engines, 1), 16) for hop in wave]
         assert sum(hop.piece.move.put.numel for hop in hops if hop.sender == 0) == 64
         assert len(hops) == 8 * engines
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=8), st.lists(st.sampled_from("abcd"), min_size=1))
+def test_legs_join_pairs_of_nodes_once_and_nobody_waits_in_a_circle(trainers: list[str], engines: list[str]) -> None:
+    """Every member runs its own, in their order; one is run when all of its members have come to it."""
+    found = legs(trainers, engines)
+    pairs = [(sender, engine) for leg in found for sender in leg.senders for engine in leg.engines]
+    assert sorted(pairs) == [(i, j) for i, a in enumerate(trainers) for j, b in enumerate(engines) if a != b]
+    left = {("t", i): [leg for leg in found if i in leg.senders] for i in range(len(trainers))}
+    left |= {("e", j): [leg for leg in found if j in leg.engines] for j in range(len(engines))}
+    while any(left.values()):
+        members = {leg: [*(("t", i) for i in leg.senders), *(("e", j) for j in leg.engines)] for leg in found}
+        ready = [leg for leg in found if all(left[one][:1] == [leg] for one in members[leg])]
+        assert ready
+        for leg in ready:
+            for one in members[leg]:
+                left[one].pop(0)
+
+
+def test_among_nodes_every_way_out_and_in_is_used_at_once() -> None:
+    places = [node for node in "abc" for _ in range(2)]
+    rounds = [[(places[leg.senders[0]], places[leg.engines[0]]) for leg in legs(places, places)[i : i + 3]]
+              for i in (0, 3)]  # fmt: skip
+    assert rounds == [[("a", "b"), ("b", "c"), ("c", "a")], [("a", "c"), ("b", "a"), ("c", "b")]]
+
+
+def test_a_near_holder_gives_and_equal_ones_share() -> None:
+    many = RankPlan(tuple(Move(f"s{i}", View(0, (8,), (1,)), f"t{i}", View(0, (8,), (1,))) for i in range(4)),
+                    {f"t{i}": "float32" for i in range(4)}, {}, ())  # fmt: skip
+    dtypes, shards = {f"s{i}": "float32" for i in range(4)}, [{f"s{i}": (0, 8) for i in range(4)}] * 3
+    assert [p.rank for p in pieces(many, shards, dtypes, 0, [2])] == [2] * 4
+    assert [p.rank for p in pieces(many, shards, dtypes)] == [0, 1, 2, 0]
 
 
 def test_a_tensor_that_reaches_nothing_is_named() -> None:

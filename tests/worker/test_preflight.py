@@ -17,22 +17,21 @@ from rlhf_api.job import LoRASpec, ModelSpec, PolicySpec
 from rlhf_api.run import RunConfig
 from rlhf_worker import preflight
 from rlhf_worker.calls import root_cause
+from rlhf_worker.engines.arguments import engine_share
 from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded, PreflightFailed, Problems, RewardFailed
+from rlhf_worker.memory import GIB, Need, Shape, needed_bytes
 from rlhf_worker.rewards.attempt import BACKOFF_LIMIT
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer import checks
 from rlhf_worker.trainer.checks import (
     CHECKS,
-    GIB,
-    Need,
     check_memory,
     check_shared_memory,
-    engine_share,
+    engine_memory,
     host_memory,
-    needed_bytes,
     parameters,
 )
-from tests.worker.configs import run_config
+from tests.worker.configs import resolved, run_config
 from tests.worker.ranks import over_ranks
 from tests.worker.waiting import until
 
@@ -56,6 +55,15 @@ def test_what_roles_need_at_least(counts: dict[str, int], world: int, offload: b
     assert (need.moment, need.bytes) == ("training", expected)
 
 
+def test_a_node_s_ranks_hold_a_copy_between_them() -> None:
+    spec = {"steps": 1, "gpus": 8, "sharding": "Hybrid"}
+    config = run_config(trainer=spec, rollout={"maxTokens": 16, "engines": 8}, placement={"gpusPerNode": 4})
+    need = needed_bytes(config, {"policy": BILLION}, 8, 0)
+    assert need.bytes == 4 * BILLION
+    with pytest.raises(BadSpec, match=r": set spec\.trainer\.sharding to Full, set spec\.trainer\.offload, or lower"):
+        check_memory(need, GIB, GIB, "GPU x")
+
+
 def test_frozen_weights_are_counted_in_their_own_type() -> None:
     config = run_config(model={"path": "/m", "lora": {}}, algorithm={"name": "ppo"})
     assert needed_bytes(config, {"policy": BILLION, "critic": BILLION}, 2, 0).bytes == 9 * BILLION
@@ -63,18 +71,18 @@ def test_frozen_weights_are_counted_in_their_own_type() -> None:
     assert needed_bytes(float32, {"policy": BILLION, "critic": BILLION}, 2, 0).bytes == 10 * BILLION
 
 
+SHAPE = Shape(layers=36, hidden=4096, heads=32, kv_heads=8, head_dim=128, inner=12288, vocabulary=151936)  # Qwen3-8B
 QWEN_8B, QWEN_32B, LLAMA_70B = 8_190_735_360, 32_762_123_264, 70_553_706_496
-SLEEP = {"enable_sleep_mode": True}
 
 
 def job(
     gpus: int, share: float, *, sleep: bool, offload: bool, lora: bool = False, dtype: str = "bfloat16"
 ) -> RunConfig:
-    args = {"gpu_memory_utilization": share} | (SLEEP if sleep else {})
     return run_config(
         model={"path": "/m", "dtype": dtype} | ({"lora": {}} if lora else {}),
         algorithm={"name": "grpo", "kl": {"coefficient": 0.1}},
-        rollout={"maxTokens": 16, "engines": gpus, "engineArgs": args},
+        rollout={"maxTokens": 16, "engines": gpus, "sleep": sleep},
+        placement={"fractions": {"trainer": 0.1, "rollout": share}},
         trainer={"steps": 1, "gpus": gpus, "offload": offload},
     )
 
@@ -111,8 +119,35 @@ def test_jobs_that_fit_80_gib_cards_are_let_through_and_others_are_not(
         check_memory(need, total, total, "GPU x")
 
 
+def on_a_card(monkeypatch: pytest.MonkeyPatch, free: int, total: int) -> None:
+    monkeypatch.setattr(torch, "cuda", SimpleNamespace(
+        get_device_properties=lambda index: SimpleNamespace(uuid="u"), mem_get_info=lambda: (free, total),
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(("rollout", "told"), [
+    ({}, "each GPU: an engine gets 62.4 of 80.0 GiB, about "), ({"engine": "hf"}, ""),
+])  # fmt: skip
+def test_a_rank_says_what_its_gpu_holds_and_asks_for_no_room_of_an_engine_that_is_not_there(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rollout: dict[str, Any], told: str
+) -> None:
+    config = resolved(model={"path": str(tiny), "dtype": "float32"}, rollout={"maxTokens": 16, **rollout}).on("cuda")
+    held: Any = SimpleNamespace(config=config, rank=0, world=1, device=torch.device("cuda"), names=["policy"])
+    on_a_card(monkeypatch, 80 * GIB, 80 * GIB)
+    CHECKS["Memory"](held)
+    out = capsys.readouterr().out
+    assert out.startswith(told) and bool(out) == bool(told)
+    monkeypatch.setattr(checks, "MEMORY_WAIT_SECONDS", 0.0)
+    on_a_card(monkeypatch, 40 * GIB, 80 * GIB)
+    if told:
+        with pytest.raises(PreflightFailed, match=r"GPU u has 40\.0 GiB free of 80\.0, but while generating"):
+            CHECKS["Memory"](held)
+    else:
+        CHECKS["Memory"](held)
+
+
 def need(roles: int, engine: int) -> Need:
-    return Need("training", roles * GIB, engine * GIB)
+    return Need("training", roles * GIB, engine * GIB, "lower spec.x")
 
 
 def test_memory_that_is_there_is_enough() -> None:
@@ -129,12 +164,56 @@ def test_memory_that_something_else_holds_may_come_back() -> None:
 
 
 def test_what_can_never_fit_is_a_wrong_spec() -> None:
-    words = (
-        r"has 140\.0 GiB, but .* need at least 100\.0 GiB.*raise spec\.trainer\.gpus, set spec\.trainer\.offload, or "
-        r"lower spec\.placement\.fractions\.rollout"
-    )
-    with pytest.raises(BadSpec, match=words):
+    with pytest.raises(BadSpec, match=r"has 140\.0 GiB, but .* need at least 100\.0 GiB.*: lower spec\.x"):
         check_memory(need(100, 50), 140 * GIB, 140 * GIB, "GPU x")
+
+
+@pytest.mark.parametrize(("config", "moment", "fix"), [
+    (job(8, 0.9, sleep=True, offload=False), "generating", "raise spec.trainer.gpus, set spec.trainer.offload, or "
+        "lower spec.placement.fractions.rollout"),
+    (job(2, 0.1, sleep=True, offload=True), "training", "raise spec.trainer.gpus, or lower the size of the model"),
+    (job(8, 0.9, sleep=False, offload=True), "training", "raise spec.trainer.gpus, remove spec.rollout.sleep, or lower "
+        "spec.placement.fractions.rollout"),
+    (run_config(rollout={"maxTokens": 16, "sleep": True, "engineArgs": {"gpu_memory_utilization": 0.99}}),
+     "generating", "raise spec.trainer.gpus, set spec.trainer.offload, or lower "
+        "spec.rollout.engineArgs.gpu_memory_utilization"),
+])  # fmt: skip
+def test_the_fields_to_change_are_those_of_the_worst_moment(config: RunConfig, moment: str, fix: str) -> None:
+    total = int(79.6 * GIB)
+    found = needed_bytes(config, {"policy": QWEN_8B}, config.trainer.gpus, int(engine_share(config) * total))
+    assert (found.moment, found.fix) == (moment, fix)
+
+
+def test_the_job_of_the_defaults_fits_80_gib_cards() -> None:
+    config = run_config(
+        algorithm={"name": "grpo", "kl": {"coefficient": 0.1}}, trainer={"steps": 1, "gpus": 8},
+        rollout={"maxTokens": 16, "engines": 8, "sleep": True},
+    )
+    total = int(79.1 * GIB)
+    for roles in ({"policy": QWEN_8B}, {"policy": QWEN_8B, "reference": QWEN_8B}):
+        check_memory(needed_bytes(config, roles, 8, int(engine_share(config) * total)), total, total, "GPU x")
+
+
+@pytest.mark.parametrize(("changes", "share"), [
+    ({}, 0.78), ({"placement": {"mode": "Separated"}}, 0.9),
+    ({"rollout": {"maxTokens": 16, "engineArgs": {"gpu_memory_utilization": 0.3}}}, 0.3),
+])  # fmt: skip
+def test_an_engine_has_its_fraction_of_the_memory_and_alone_what_vllm_takes(
+    changes: dict[str, Any], share: float
+) -> None:
+    assert engine_share(run_config(**changes)) == share
+
+
+def test_an_engine_s_memory_in_words_and_one_that_its_weights_exceed() -> None:
+    assert engine_memory(job(8, 0.8, sleep=True, offload=False), QWEN_8B, SHAPE, int(79.1 * GIB)) == (
+        "an engine gets 63.3 of 79.1 GiB, about 316,000 tokens of KV cache"
+    )
+    own = run_config(rollout={"maxTokens": 16, "engineArgs": {"quantization": "fp8", "gpu_memory_utilization": 0.1}})
+    assert engine_memory(own, QWEN_8B, SHAPE, 80 * GIB) == "an engine gets 8.0 of 80.0 GiB"
+    words = (r"spec\.placement\.fractions\.rollout is 0\.1, 8\.0 of 80\.0 GiB, but of an engine the weights alone take "
+             r"15\.3: raise it, or spec\.rollout\.tensorParallelSize")
+    with pytest.raises(BadSpec, match=words):
+        engine_memory(job(8, 0.1, sleep=True, offload=False), QWEN_8B, SHAPE, 80 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +296,7 @@ class Actor:
 
     def __init__(self, *ailing: str) -> None:
         self.ailing = ailing
+        self.asked: list[str] = []
 
     def _fail(self, name: str, error: Exception) -> None:
         if f"{name} hangs" in self.ailing:
@@ -234,6 +314,7 @@ class Actor:
         self._fail("Join", RuntimeError("no rendezvous"))
 
     def preflight(self, check: str) -> None:
+        self.asked.append(check)
         kind = BadSpec if check in ("Model", "Memory") else PreflightFailed
         self._fail(check, kind(f"{check} is wrong"))
 
@@ -412,6 +493,19 @@ def test_what_hangs_is_named_and_does_not_keep_back_what_is_wrong(
     with pytest.raises(kind, match=words):
         tried(by, Told(), Problems(), *ailing)
     assert near.now - 100.0 == pytest.approx(seconds, abs=1.0)
+
+
+def test_ranks_are_tried_while_engines_and_feed_still_open(near: NearRay) -> None:
+    """What hangs in this world has not ended when anything else does."""
+    made: list[Near] = []
+
+    def make(*ailing: str) -> Near:
+        made.append(by(*ailing))
+        return made[-1]
+
+    with pytest.raises(PreflightFailed, match="2 things are wrong"):
+        tried(make, Told(), Problems(), "EngineArguments hangs", "Data hangs")
+    assert [rank.actor.asked for rank in made[2:]] == [list(CHECKS)] * 2
 
 
 def test_a_rewards_own_deadline_counts_and_not_that_of_all_checks() -> None:

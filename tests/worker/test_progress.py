@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from rlhf_api.progress import Speed
 from rlhf_worker import progress
 from rlhf_worker.pod import job, reports
 from rlhf_worker.pod.job import OwnJob
@@ -24,6 +25,7 @@ STEP = {
     "seconds/step": 2.0, "seconds/productive": 8.7,
     "seconds/generate": 1.0, "seconds/score": 0.1, "seconds/train": 0.5, "seconds/sync": 0.2,
 }
+SPEED = Speed(mfu="0.41", idle_trainer="0.10", idle_engines="0.20", bottleneck="train", advice="train: 60%")
 
 
 Make = Callable[..., StatusReporter]
@@ -87,7 +89,7 @@ def reporter(make: Make) -> StatusReporter:
 
 def test_a_step_is_applied_to_the_jobs_own_status(server: Server, reporter: StatusReporter) -> None:
     synced = Synced(3, 0.123, "gloo", Proof(3, 5, 2, 1e-4, 0.5))
-    reporter.stepped(4, STEP | {"data/dropped_prompts": 3.0}, eta_seconds=75, synced=synced)
+    reporter.stepped(4, STEP | {"data/dropped_prompts": 3.0}, SPEED, eta_seconds=75, synced=synced)
     reporter.close()
     request, body = server.requests[-1], server.applied[-1]
     assert request.url.path == "/apis/rlhf.dev/v1alpha1/namespaces/default/rlhfjobs/tiny/status"
@@ -100,12 +102,15 @@ def test_a_step_is_applied_to_the_jobs_own_status(server: Server, reporter: Stat
     assert told | {"step": 4, "display": "4/10", "reward": "0.512", "eta": "1m15s", "tokensPerSecond": "812"} == told
     assert told | {"mismatch": "0.0012", "productiveSeconds": 8, "droppedPrompts": 3} == told
     assert told["sync"] == {"version": 3, "seconds": "0.123", "backend": "gloo", "verifiedVersion": 3}
+    assert told["speed"] == {
+        "mfu": "0.41", "idleTrainer": "0.10", "idleEngines": "0.20", "bottleneck": "train", "advice": "train: 60%",
+    }  # fmt: skip
     assert "reportTime" in told
 
 
 def test_a_sync_without_proof_keeps_the_last_proven_version(server: Server, reporter: StatusReporter) -> None:
-    reporter.stepped(1, STEP, eta_seconds=1, synced=Synced(1, 0.1, "gloo", Proof(1, 5, 0, None, 0.5)))
-    reporter.stepped(2, STEP, eta_seconds=1, synced=Synced(2, 0.1, "gloo", None))
+    reporter.stepped(1, STEP, SPEED, eta_seconds=1, synced=Synced(1, 0.1, "gloo", Proof(1, 5, 0, None, 0.5)))
+    reporter.stepped(2, STEP, SPEED, eta_seconds=1, synced=Synced(2, 0.1, "gloo", None))
     reporter.close()
     assert server.applied[-1]["status"]["progress"]["sync"]["verifiedVersion"] == 1
 

@@ -303,7 +303,7 @@ def test_a_resumed_run_loses_and_repeats_no_prompt() -> None:
 
 def test_a_reward_model_is_asked_about_the_samples_that_it_judges_only() -> None:
     model = {"name": "model", "type": "model", "model": {"path": "/models/reward"}}
-    rollouts, crew = make(["well"], spec={"rewards": [model]}, engineArgs={"enable_sleep_mode": True})
+    rollouts, crew = make(["well"], spec={"rewards": [model]}, sleep=True)
     spec = EvaluationSpec.model_validate({"name": "e", "data": {"jsonl": {"path": "/x"}}})
     others = [replace(a_prompt(row), rewards=("r",)) for row in (90, 92)]
     rollouts.evaluate(spec, [others[0], a_prompt(91), others[1]])
@@ -315,7 +315,7 @@ def test_a_reward_model_is_asked_about_the_samples_that_it_judges_only() -> None
 def test_reward_models_on_the_engines_gpus_wait_for_all_of_them_to_sleep() -> None:
     """Also when more is generated afterwards: a refill, an evaluation, the next step."""
     model = {"name": "model", "type": "model", "model": {"path": "/models/judge"}}
-    rollouts, crew = make(["well", "held"], dull=[1], spec={"rewards": [model]}, engineArgs={"enable_sleep_mode": True})
+    rollouts, crew = make(["well", "held"], dull=[1], spec={"rewards": [model]}, sleep=True)
     engines, scorer = list(crew.fleet.serving), crew.policy[0]
     pumped(rollouts, lambda: bool(rollouts._unscored))  # the first engine's
     assert ray.get(scorer.called.remote()) == 0 and crew.fleet.serving == engines

@@ -24,7 +24,7 @@ import pytest
 from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import BadData, BadSpec, RewardFailed
 from rlhf_worker.experience import Sample, means
-from rlhf_worker.rewards.attempt import Verdict
+from rlhf_worker.rewards.attempt import Judgement
 from rlhf_worker.rewards.http import HttpReward, proxy
 from rlhf_worker.rewards.judge import JudgeReward
 from rlhf_worker.rewards.pool import PythonReward
@@ -106,8 +106,8 @@ def values(spec: RewardSpec, count: int = 1, **row: Any) -> list[float]:
 MODEL: dict[str, Any] = {"type": "model", "model": {"path": "some/model"}}
 
 
-def numbers(verdicts: list[Verdict]) -> list[float]:
-    return [verdict.value for verdict in verdicts]
+def numbers(judgements: list[Judgement]) -> list[float]:
+    return [verdict.value for verdict in judgements]
 
 
 # Values
@@ -635,7 +635,7 @@ def test_a_service_that_is_not_there_is_named() -> None:
 
 
 def test_a_row_that_is_no_json_is_named() -> None:
-    with pytest.raises(BadData, match=r"prompt 0:0: column 'blob' is no JSON, .*type bytes is not JSON serializable"):
+    with pytest.raises(BadData, match=r"prompt 0:0: column 'blob' is no JSON .*type bytes is not JSON serializable"):
         HttpReward(http("http://127.0.0.1:9/"), backoff=0.001).score([a_sample(blob=b"\x00")])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
@@ -21,6 +22,7 @@ from rlhf_worker.experience import PackedBatch, TrainSequence, add_column, empty
 from rlhf_worker.trainer.rank import Trainer
 from rlhf_worker.trainer.roles import decayed
 from rlhf_worker.weights import mapped
+from rlhf_worker.weights.plan import Extent
 from tests.worker.configs import run_config
 from tests.worker.ranks import over_ranks
 from tests.worker.rewards import write_reward
@@ -73,7 +75,7 @@ def after(made: Trainer, updates: list[list[PackedBatch]]) -> tuple[dict[str, fl
 
 def same(one: tuple[dict[str, float], list[torch.Tensor]], two: tuple[dict[str, float], list[torch.Tensor]]) -> None:
     assert one[0].keys() == two[0].keys()
-    for name in one[0]:
+    for name in one[0].keys() - {"done/micro_batches", "done/peak"}:  # which are what differs, and no CPU has
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-4, abs=1e-6), name
     for a, b in zip(one[1], two[1], strict=True):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
@@ -114,6 +116,49 @@ def test_ranks_change_nothing_and_only_the_first_reads_the_checkpoint(tiny: Path
     first, second = over_ranks(2, _rank, str(tiny), str(tmp_path))
     same(one, first)
     same(first, second)
+
+
+def _copies(
+    rank: int, world: int, tiny: str, root: str, node: int, options: dict[str, Any]
+) -> tuple[list[int], dict[str, Extent], Any]:
+    """Of two updates of three micro-batches: over how many ranks gradients are reduced in the second, each time; what
+    this rank holds, and what is made of all.
+    """
+    if rank:
+        PreTrainedModel.from_pretrained = None
+    given = {"gpus": world, "sharding": "Hybrid", "tokensPerMicroBatch": 5} | options
+    made = trainer(Path(tiny), Path(root), rank=rank, world=world, options=given, placement={"gpusPerNode": node})
+    batches = dealt(sequences(), world, made.config.trainer, padded=False)[rank]
+    spare = [empty_batch(sequences()[0].columns)] * (3 - len(batches))
+    first = after(made, [[*batches, *spare]])
+    reduced, groups = dist.all_reduce, []
+
+    def noted(*args: Any, **more: Any) -> Any:
+        groups.extend([more["group"].size()] if "group" in more else [])
+        return reduced(*args, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", noted)
+        second = after(made, [[*batches, *spare]])
+    extents = {name: held.extent for name, held in made.source.held().items()}
+    return groups, extents, (first, second)
+
+
+@pytest.mark.parametrize(("world", "node", "options"), [
+    (4, 2, {}), (4, 2, {"contextParallel": 2, "gradientCheckpointing": True}), (2, 1, {}),
+], ids=["two nodes of two", "with shared sequences", "a copy a rank"])  # fmt: skip
+def test_copies_on_nodes_change_nothing_and_are_reduced_once_an_update(
+    tiny: Path, tmp_path: Path, group: None, world: int, node: int, options: dict[str, Any]
+) -> None:
+    whole = trainer(tiny, tmp_path)
+    one = [after(whole, [pack(sequences(), 1000)]) for _ in range(2)]
+    units = len(whole.roles["policy"].module.layers) + 1
+    ranks = over_ranks(world, _copies, str(tiny), str(tmp_path), node, options)
+    for number, (reduced, extents, trained) in enumerate(ranks):
+        assert extents == ranks[number % node][1] and (number % node == 0 or extents != ranks[0][1])
+        assert reduced == [world // node] * units
+        for found, wanted in zip(trained, one, strict=True):
+            same(wanted, found)
 
 
 def _sharing(

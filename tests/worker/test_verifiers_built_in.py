@@ -15,11 +15,11 @@ import pytest
 from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.rewards import code_tests
-from rlhf_worker.rewards.code_tests import Limits, Outcome, passes, program, score
+from rlhf_worker.rewards.code_tests import ProgramLimits, ProgramOutcome, passes, program, score
 from rlhf_worker.rewards.scorer import Scorer
 from tests.worker.samples import a_sample
 
-LIMITS = Limits(seconds=20, memory_bytes=512 << 20, file_bytes=1 << 20)
+LIMITS = ProgramLimits(seconds=20, memory_bytes=512 << 20, file_bytes=1 << 20)
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ UNSHARE, PTRACE = {"x86_64": (272, 101), "aarch64": (97, 117)}[__import__('os').
 """
 
 
-def run(text: str, given: str = "", **limits: int) -> Outcome:
+def run(text: str, given: str = "", **limits: int) -> ProgramOutcome:
     from dataclasses import replace
 
     return code_tests.run(text, given, replace(LIMITS, **limits))
@@ -144,7 +144,7 @@ def test_isolation_is_told_as_it_is_and_not_by_the_program(monkeypatch: pytest.M
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
 def test_a_pod_that_is_nobody_itself_runs_programs_as_it_is() -> None:
     program = "import os\nprint(os.getuid())\ntry: os.fork()\nexcept OSError: print('no process')"
-    asked = f"import code_tests as c; print(c.run({program!r}, '', c.Limits()))"
+    asked = f"import code_tests as c; print(c.run({program!r}, '', c.ProgramLimits()))"
     with tempfile.TemporaryDirectory() as folder:
         shutil.copy(code_tests.__file__, folder)
         for path in (Path(folder), Path(folder) / "code_tests.py"):

@@ -78,6 +78,17 @@ def test_the_colocated_sample_learns(learned: Run) -> None:
     assert learned.rewards[-1] > 0.9
 
 
+def test_every_step_tells_its_speed(learned: Run) -> None:
+    """No peak of a CPU is known, so that no step has an MFU."""
+    line = re.compile(r"^step \d+/.*  mfu unknown: .*  idle (\S+) \1  (\w+): \d+% of a step: .+$", re.MULTILINE)
+    phases = [phase for _, phase in line.findall(learned.output)]
+    assert len(phases) == 30 and set(phases) <= {"generate", "score", "train", "sync", "data"}
+    for name in ("rollout/tokens_per_second_per_gpu", "train/tokens_per_second_per_gpu", "train/tflops_per_gpu"):
+        assert all(value > 0 for _, value in tensorboard(learned.checkpoints, name))
+    assert {value for _, value in tensorboard(learned.checkpoints, "rollout/sequences_most")} == {128.0}
+    assert all(0 <= value < 1 for _, value in tensorboard(learned.checkpoints, "idle/engines"))
+
+
 def test_trainer_and_engine_shared_the_logical_gpu(learned: Run) -> None:
     seats = dict(re.findall(r"^(trainer 0|engine 0): (\S+)$", learned.output, re.MULTILINE))
     assert seats["trainer 0"] == seats["engine 0"]

@@ -5,6 +5,7 @@ list.
 import inspect
 import shutil
 from collections import deque
+from itertools import product, zip_longest
 from typing import Any
 
 import pytest
@@ -13,12 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
+from vllm.distributed.weight_transfer.base import ParamMeta
 
 from rlhf_worker.errors import BadSpec, LinkBroken
 from rlhf_worker.weights import mapped
+from rlhf_worker.weights.control import Meeting
 from rlhf_worker.weights.mapped import Unreachable, export, open_all
-from rlhf_worker.weights.plan import Group, Hop, Move, Piece, RankPlan, View, pieces, waves
+from rlhf_worker.weights.plan import Group, Hop, Move, Piece, RankPlan, View, legs, pieces, waves
 from rlhf_worker.weights.sender import PlannedTrainerInitInfo, PlannedTrainerWeightTransferEngine
+from rlhf_worker.weights.terms import Terms
 from rlhf_worker.weights.views import copy_all, placed
 from rlhf_worker.weights.wire import Wave, make_stage, make_wave
 from tests.worker.ranks import over_ranks
@@ -87,6 +91,63 @@ def test_every_engine_rank_ends_with_its_slice(group: Group, rows: int, limit: i
         assert torch.equal(tensors["norm"], whole["norm"])
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 3), st.integers(1, 2), st.integers(1, 2), st.integers(1, 2), st.integers(0, 3),
+    st.sampled_from([16, 1 << 20]),
+)
+def test_engines_read_on_their_own_node_and_get_the_rest_over_links(
+    hosts: int, here: int, ranks: int, copies: int, moved: int, limit: int
+) -> None:
+    """Every host has `here` trainer ranks and engines, but for engines that lie `moved` hosts on, or on one without a
+    trainer.
+    """
+    trainers = [str(host) for host in range(hosts) for _ in range(here)]
+    engines = [str(host + moved) for host in range(hosts) for _ in range(here)]
+    rows, parts = 5, len(trainers) // copies or 1
+    whole = {"big": torch.randn(rows, COLUMNS), "norm": torch.randn(rows)}
+    cut = {name: [part.contiguous() for part in tensor.tensor_split(parts)] for name, tensor in whole.items()}
+    shards = tuple({name: extent(own, rank % parts) for name, own in cut.items()} for rank in range(len(trainers)))
+    metas = tuple(ParamMeta(name, torch.float32, tuple(tensor.shape)) for name, tensor in whole.items())
+    group = Group(len(trainers), len(engines), ranks)
+    terms = Terms(
+        "gloo", metas, {name: (name, 0) for name in whole}, shards, group, tuple(trainers), tuple(engines),
+        False, Meeting("", 0, b""), 1.0,
+    )
+    held = {group.number(e, r): {
+        "big": torch.full((rows, COLUMNS // ranks), torch.nan, dtype=torch.bfloat16), "norm": torch.zeros(rows),
+    } for e in range(len(engines)) for r in range(ranks)}  # fmt: skip
+
+    def take(piece: Piece, rank: int) -> Tensor:
+        return placed(cut[piece.move.source][rank % parts], piece.move.take)
+
+    for engine, rank in product(range(len(engines)), range(ranks)):
+        for piece in terms.read(plan(rank, ranks, rows), engine):
+            assert trainers[piece.rank] == engines[engine]
+            placed(held[group.number(engine, rank)][piece.move.target], piece.move.put).copy_(take(piece, piece.rank))
+    for leg in (leg for leg in legs(trainers, engines) if not terms.alone(leg.engines[0])):
+        assert {trainers[rank] for rank in leg.senders}.isdisjoint(engines[engine] for engine in leg.engines)
+        own = leg.group(ranks)
+        members = [*leg.senders, *(group.number(engine, rank) for engine in leg.engines for rank in range(ranks))]
+
+        def resolve(me: int, piece: Piece, members: list[int] = members, senders: int = own.trainers) -> Tensor:
+            if me < senders:
+                return take(piece, members[me])
+            return placed(held[members[me]][piece.move.target], piece.move.put)
+
+        order = [
+            waves(leg.own(terms.far(terms.sent(plan(rank, ranks, rows)), leg.engines[0])), rank, own, limit)
+            for rank in range(ranks)
+        ]
+        for hops in zip_longest(*order, fillvalue=()):
+            flat = [hop for one in hops for hop in one]
+            carry({me: wave_of(flat, me, resolve) for me in range(own.size)})
+    for number, tensors in held.items():
+        column = (number - group.trainers) % ranks
+        assert torch.equal(tensors["big"], whole["big"].to(torch.bfloat16).chunk(ranks, dim=1)[column])
+        assert torch.equal(tensors["norm"], whole["norm"])
+
+
 def wave_of(hops: list[Hop], rank: int, resolve: object) -> Wave:
     stage = make_stage([hops], rank, torch.device("cpu"))[0]
     return make_wave(
@@ -145,7 +206,7 @@ def test_each_reader_opens_a_handle_of_its_own(monkeypatch: pytest.MonkeyPatch) 
 def refuse(rank: int, world: int) -> str:
     engine = object.__new__(PlannedTrainerWeightTransferEngine)
     engine.is_sender = rank == 0
-    engine.info = PlannedTrainerInitInfo("shm", ("", 0), world, rank=rank)
+    engine.info = PlannedTrainerInitInfo("shm", "", world, rank=rank)
 
     def ask() -> str:
         raise LinkBroken("an engine is gone")

@@ -31,19 +31,23 @@ def advice(text: str, config: RunConfig) -> str | None:
 
 def _trainer(config: RunConfig) -> list[str]:
     trainer, colocated = config.trainer, config.placement.mode is PlacementMode.COLOCATED
+    budget = trainer.tokens_per_micro_batch
     steps = [] if trainer.gradient_checkpointing else ["set spec.trainer.gradientCheckpointing"]
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
-    if trainer.tokens_per_micro_batch * trainer.context_parallel > longest:
-        steps.append(f"lower spec.trainer.tokensPerMicroBatch ({trainer.tokens_per_micro_batch}; the longest sample "
-            f"has {longest} tokens)")
+    if budget is None:
+        steps.append(f"set spec.trainer.tokensPerMicroBatch to less than the log says that there is room for (the "
+            f"longest sample has {longest} tokens)")
+    elif budget * trainer.context_parallel > longest:
+        steps.append(f"lower spec.trainer.tokensPerMicroBatch ({budget}; the longest sample has {longest} tokens)")
     else:
         steps.append(f"raise spec.trainer.contextParallel ({trainer.context_parallel}) with spec.trainer.gpus, or "
             f"lower spec.rollout.maxTokens ({config.rollout.max_tokens}): one sample of {longest} tokens fills a "
             "micro-batch")
     if colocated:
-        steps.append(_share(config))
-    return [*steps, *([] if trainer.offload else ["set spec.trainer.offload"]), "raise spec.trainer.gpus "
-        f"({trainer.gpus})"]
+        steps += [*(["remove spec.rollout.sleep"] if config.rollout.sleep is False else []), _share(config)]
+    more = f"raise spec.trainer.gpus ({trainer.gpus})" if trainer.sharding == "Full" else (
+        "set spec.trainer.sharding to Full")
+    return [*steps, *([] if trainer.offload else ["set spec.trainer.offload"]), more]
 
 
 def _engine(text: str, config: RunConfig) -> list[str]:

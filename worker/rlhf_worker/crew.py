@@ -1,5 +1,6 @@
 """Every actor of a run: started side by side, loaded, connected, and proven to sit where the plan says."""
 
+import importlib
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.engines.hosts import Hosts
 from rlhf_worker.errors import Problems
 from rlhf_worker.feed.feed import RemoteFeed
-from rlhf_worker.placement import Stage, check_seats
+from rlhf_worker.placement import Stage, check_seats, ray_share
 from rlhf_worker.preflight import preflight
 from rlhf_worker.progress import Reporter
 from rlhf_worker.roll import Roll
@@ -54,7 +55,7 @@ def start(config: RunConfig, stage: Stage, reporter: Reporter, roll: Roll) -> tu
     reporter.update(detail="starting feed, trainer and engines")
     problems, backend = Problems(), ""
     with problems:
-        backend = choose(config, stage.device, one_node=len({bundle.node for bundle in stage.bundles.values()}) == 1)
+        backend = choose(config, stage.device)
     with problems:
         check_engine_args(config)
     with problems:
@@ -79,6 +80,7 @@ def start(config: RunConfig, stage: Stage, reporter: Reporter, roll: Roll) -> tu
         gather(started, deadline, "start of engines")
         started = []
     loads = [rank.load.remote() for group in groups for rank in group]
+    importlib.import_module("torch")  # for the loop, while nobody waits for the driver
     answers = gather([*loads, *started], deadline, "start")[: len(loads)]
     batchings = [one for answer in answers for one in answer.items()]
     for words in dict.fromkeys(f"{name}: {batching.words}" for name, batching in batchings):
@@ -135,16 +137,16 @@ def _roles(config: RunConfig, stage: Stage) -> dict[str, list[Any]]:
     """The ranks of each role: the trainer's hold every one that has no GPUs of its own."""
     placement = config.placement
     shared = [name for name in config.roles if name not in placement.role_slots]
-    trainer = _ranks(config, stage, shared, placement.trainer_slots, placement.trainer_fraction)
+    trainer = _ranks(config, stage, shared, placement.trainer_slots, ray_share(placement))
     own = {name: _ranks(config, stage, [name], slots, 1.0) for name, slots in placement.role_slots.items()}
     return dict.fromkeys(shared, trainer) | own
 
 
-def _ranks(config: RunConfig, stage: Stage, names: list[str], slots: list[int], fraction: float) -> list[Any]:
+def _ranks(config: RunConfig, stage: Stage, names: list[str], slots: list[int], share: float) -> list[Any]:
     threads = stage.threads(slots)
     given = [(config, names, rank, len(slots), stage.device, threads[slot]) for rank, slot in enumerate(slots)]
     return [
-        RemotePolicy.options(**stage.options(slot, fraction)).remote(*one)
+        RemotePolicy.options(**stage.options(slot, share)).remote(*one)
         for slot, one in zip(slots, given, strict=True)
     ]
 
@@ -155,7 +157,7 @@ def _engine(config: RunConfig, stage: Stage, index: int) -> ActorHandle:
     placement, slots = config.placement, config.placement.engine_slots[index]
     threads = stage.threads([slot for slots in placement.engine_slots for slot in slots])
     bundles = [stage.bundles[slot].index for slot in slots]
-    options = stage.options(slots[0], placement.engine_fraction if len(slots) == 1 else 0.0)
+    options = stage.options(slots[0], ray_share(placement) if len(slots) == 1 else 0.0)
     return RemoteEngine.options(**options).remote(
         config, index, stage.device, bundles, stage.visible(slots[0]), threads[slots[0]],
     )

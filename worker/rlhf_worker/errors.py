@@ -124,7 +124,7 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Meaning:
     """`error`: of its package, `package.Class`, or a builtin, where a class stands for those that are made of it; by
     its number, `errno.NAME`; by a server's answer, `http.429` or `http.4xx`; or ANY.
     """
@@ -134,7 +134,11 @@ class Row:
     verdict: Verdict
 
 
-ANY = "any"
+def _rows(verdict: Verdict, calls: Iterable[Call], *errors: str) -> list[Meaning]:
+    return [Meaning(error, frozenset(calls), verdict) for error in errors]
+
+
+ANY, OFFLINE = "any", "huggingface_hub.OfflineModeIsEnabled"
 EVERY = frozenset(Call)
 MODEL = frozenset({Call.CONFIG, Call.TOKENIZER, Call.MODEL, Call.WEIGHTS, Call.EXPORT})
 LOADED = MODEL | {Call.ENGINE}
@@ -142,58 +146,44 @@ READ = frozenset({Call.DATASET, Call.CHECKPOINT})  # of storage
 DATA = READ | {Call.ROW}
 # The first row that fits an error is its verdict.
 TABLE = (
-    Row("huggingface_hub.OfflineModeIsEnabled", EVERY - DATA, Verdict.SPEC),  # no waiting mends it
-    Row("huggingface_hub.OfflineModeIsEnabled", DATA, Verdict.DATA),
+    *_rows(Verdict.SPEC, EVERY - DATA, OFFLINE),  # no waiting mends it
+    *_rows(Verdict.DATA, DATA, OFFLINE),
     # A directory that cannot take a download.
-    *(Row(f"errno.{name}", frozenset({Call.HUB}), Verdict.SPEC) for name in ("ENOSPC", "EDQUOT", "EACCES", "EPERM",
-        "EROFS")),
+    *_rows(Verdict.SPEC, [Call.HUB], "errno.ENOSPC", "errno.EDQUOT", "errno.EACCES", "errno.EPERM", "errno.EROFS"),
     # Of what lies behind an error too: libraries wrap these in their own.
-    *(Row(f"http.{code}", EVERY, Verdict.AGAIN) for code in ("408", "425", "429", "5xx")),
-    *(Row(f"errno.{name}", EVERY, Verdict.AGAIN) for name in (
-        "EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "EAGAIN", "EINTR", "EMFILE", "ENFILE", "ENOMEM", "EBUSY",
-        "EREMOTEIO", "ENETUNREACH", "EHOSTUNREACH",
-    )),
-    Row("errno.ENOSPC", EVERY - {Call.HUB}, Verdict.AGAIN),
-    Row("ConnectionError", EVERY, Verdict.AGAIN),
-    Row("TimeoutError", EVERY, Verdict.AGAIN),
-    Row("socket.gaierror", EVERY, Verdict.AGAIN),
-    Row("httpx.TransportError", EVERY, Verdict.AGAIN),
-    Row("requests.ConnectionError", EVERY, Verdict.AGAIN),
-    Row("requests.Timeout", EVERY, Verdict.AGAIN),
-    Row("urllib3.HTTPError", EVERY, Verdict.AGAIN),
-    Row("MemoryError", EVERY, Verdict.AGAIN),
-    Row("torch.OutOfMemoryError", EVERY, Verdict.AGAIN),
+    *_rows(
+        Verdict.AGAIN, EVERY, "http.408", "http.425", "http.429", "http.5xx", "errno.EIO", "errno.ESTALE",
+        "errno.ETIMEDOUT", "errno.ENOTCONN", "errno.EAGAIN", "errno.EINTR", "errno.EMFILE", "errno.ENFILE",
+        "errno.ENOMEM", "errno.EBUSY", "errno.EREMOTEIO", "errno.ENETUNREACH", "errno.EHOSTUNREACH", "ConnectionError",
+        "TimeoutError", "socket.gaierror", "httpx.TransportError", "requests.ConnectionError", "requests.Timeout",
+        "urllib3.HTTPError", "MemoryError", "torch.OutOfMemoryError",
+    ),
+    *_rows(Verdict.AGAIN, EVERY - {Call.HUB}, "errno.ENOSPC"),
     # Of the error itself.
-    Row("OSError", MODEL, Verdict.SPEC),
-    Row("ValueError", LOADED, Verdict.SPEC),
-    Row("KeyError", LOADED, Verdict.SPEC),
-    Row("TypeError", LOADED, Verdict.SPEC),
-    Row("AttributeError", MODEL, Verdict.SPEC),
-    Row("ImportError", LOADED, Verdict.SPEC),
-    Row("AssertionError", LOADED, Verdict.SPEC),
-    Row("NotImplementedError", LOADED, Verdict.SPEC),
-    Row("IndexError", MODEL, Verdict.SPEC),
-    Row("ZeroDivisionError", MODEL, Verdict.SPEC),
-    Row("SyntaxError", MODEL, Verdict.SPEC),  # of code that comes with a checkpoint
-    Row("huggingface_hub.StrictDataclassError", MODEL, Verdict.SPEC),
-    Row("Exception", frozenset({Call.TOKENIZER}), Verdict.SPEC),  # tokenizers raises nothing better; itself alone
-    Row("safetensors.SafetensorError", frozenset({Call.WEIGHTS}), Verdict.SPEC),
-    Row("pickle.UnpicklingError", frozenset({Call.WEIGHTS}), Verdict.SPEC),
-    Row("EOFError", frozenset({Call.WEIGHTS}), Verdict.SPEC),
-    Row("RuntimeError", frozenset({Call.WEIGHTS, Call.MODEL}), Verdict.SPEC),  # of shapes, and torch's of its files
+    *_rows(
+        Verdict.SPEC, LOADED, "ValueError", "KeyError", "TypeError", "ImportError", "AssertionError",
+        "NotImplementedError",
+    ),
+    *_rows(
+        Verdict.SPEC, MODEL, "OSError", "AttributeError", "IndexError", "ZeroDivisionError",
+        "SyntaxError",  # of code that comes with a checkpoint
+        "huggingface_hub.StrictDataclassError",
+    ),
+    *_rows(Verdict.SPEC, [Call.TOKENIZER], "Exception"),  # tokenizers raises nothing better; itself alone
+    *_rows(Verdict.SPEC, [Call.WEIGHTS], "safetensors.SafetensorError", "pickle.UnpicklingError", "EOFError"),
+    *_rows(Verdict.SPEC, [Call.WEIGHTS, Call.MODEL], "RuntimeError"),  # of shapes, and torch's of its files
     # The hub's answer, and what a download meets on the way.
-    Row("http.4xx", frozenset({Call.HUB}), Verdict.SPEC),
-    Row("huggingface_hub.HFValidationError", frozenset({Call.HUB}), Verdict.SPEC),
-    Row("OSError", frozenset({Call.HUB}), Verdict.AGAIN),
-    Row("http.4xx", frozenset({Call.DATASET}), Verdict.DATA),
+    *_rows(Verdict.SPEC, [Call.HUB], "http.4xx", "huggingface_hub.HFValidationError"),
+    *_rows(Verdict.AGAIN, [Call.HUB], "OSError"),
+    *_rows(Verdict.DATA, [Call.DATASET], "http.4xx"),
     # Storage that has a file tells of the file, any other error of storage.
-    *(Row(name, READ, Verdict.DATA) for name in ("FileNotFoundError", "IsADirectoryError", "NotADirectoryError")),
-    Row("PermissionError", frozenset({Call.DATASET}), Verdict.DATA),
-    Row("PermissionError", frozenset({Call.CHECKPOINT}), Verdict.OURS),  # nobody's that a minute mends
-    Row("OSError", READ, Verdict.AGAIN),
-    *(Row(name, frozenset({Call.ROW}), Verdict.DATA) for name in ("ValueError", "TypeError", "LookupError",
-        "ImportError", "RuntimeError")),  # a column that does not decode, or needs a package that the image lacks
-    Row(ANY, READ, Verdict.DATA),  # every reader of every format there is has errors of its own
+    *_rows(Verdict.DATA, READ, "FileNotFoundError", "IsADirectoryError", "NotADirectoryError"),
+    *_rows(Verdict.DATA, [Call.DATASET], "PermissionError"),
+    *_rows(Verdict.OURS, [Call.CHECKPOINT], "PermissionError"),  # nobody's that a minute mends
+    *_rows(Verdict.AGAIN, READ, "OSError"),
+    # A column that does not decode, or needs a package that the image lacks.
+    *_rows(Verdict.DATA, [Call.ROW], "ValueError", "TypeError", "LookupError", "ImportError", "RuntimeError"),
+    *_rows(Verdict.DATA, READ, ANY),  # every reader of every format there is has errors of its own
 )
 AGAIN_WORDS = re.compile(
     r"cannot allocate memory|out of memory|input/output error|stale file handle|CUDA error|NCCL", re.IGNORECASE
@@ -203,7 +193,7 @@ AGAIN_WORDS = re.compile(
 def verdict(call: Call, error: BaseException) -> Verdict:
     """Pure: from the error and what lies behind it."""
     links = list(_chain(error))
-    offline = any(TABLE[0].error in _names(link) for link in links)
+    offline = any(OFFLINE in _names(link) for link in links)
     if not offline and any(_alone(call, link) is Verdict.AGAIN for link in links):
         return Verdict.AGAIN
     return _alone(call, error)

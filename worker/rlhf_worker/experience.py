@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlhf_api.job import TrainerSpec
+from rlhf_api.job import TOKENS_PER_MICRO_BATCH, TrainerSpec
 
 T = TypeVar("T")
 Ints = NDArray[np.int32]
@@ -344,7 +344,7 @@ def dealt(lengths: Sequence[int], ranks: int, spec: TrainerSpec, *, padded: bool
     lengths: of all sequences, in tokens; padded: whether a model that they are for lays them out one sequence a row.
     """
     cp = spec.context_parallel
-    parts, budget = split(lengths, ranks // cp), spec.tokens_per_micro_batch * cp
+    parts, budget = split(lengths, ranks // cp), (spec.tokens_per_micro_batch or TOKENS_PER_MICRO_BATCH) * cp
     count = max(len(_bins([lengths[i] for i in own], budget, padded=padded)) for own in parts)
     shares = [
         [[own[i] for i in numbers] for numbers in micro_batches([lengths[i] for i in own], budget, padded=padded,
@@ -364,6 +364,32 @@ def taken(
         else empty_batch(sequences[0].columns, spec.context_parallel)
         for numbers in batches
     ]
+
+
+def within(batches: Sequence[PackedBatch], tokens: int) -> list[PackedBatch]:
+    """The same sequences, batches of more tokens halved between two of them until each has one or is small enough."""
+    return [part for batch in batches for part in _within(batch, tokens)]
+
+
+def _within(batch: PackedBatch, tokens: int) -> list[PackedBatch]:
+    borders = batch.cu_seqlens.tolist()
+    if borders[-1] <= tokens or len(borders) == 2:
+        return [batch]
+    cut = min(range(1, len(borders) - 1), key=lambda i: abs(2 * borders[i] - borders[-1]))
+    return within([_part(batch, 0, cut), _part(batch, cut, len(borders) - 1)], tokens)
+
+
+def _part(batch: PackedBatch, first: int, end: int) -> PackedBatch:
+    """Of its sequences those from `first` to before `end`."""
+    borders = batch.cu_seqlens[first : end + 1]
+    at = slice(int(borders[0]), int(borders[-1]))
+    return PackedBatch(
+        token_ids=batch.token_ids[at], position_ids=batch.position_ids[at], cu_seqlens=borders - borders[0],
+        max_length=int(borders.diff().max()), target_mask=batch.target_mask[at], targets=batch.targets[at],
+        indices=batch.indices[first:end], prompt_lengths=batch.prompt_lengths[first:end],
+        sequence=batch.sequence[at] - first, columns={name: rows[at] for name, rows in batch.columns.items()},
+        support=None if batch.support is None else batch.support[at],
+    )
 
 
 def empty_batch(columns: Iterable[str] = (), sharing: int = 1) -> PackedBatch:

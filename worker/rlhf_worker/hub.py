@@ -41,15 +41,70 @@ T = TypeVar("T")
 Files = dict[str, int]  # bytes by name, relative to the directory
 
 
-class Keeper:
-    """One node's copy of a model."""
+class Asker:
+    """Of a hub id that every process of the run is about to ask for."""
 
     def __init__(self, field: str, spec: ModelSpec, patience: float) -> None:
         """patience: seconds without a byte more."""
+        self.field, self.spec, self.patience = field, spec, patience
+        self.what, self.directory = f"{field}.path: {spec.path}", Path(spec.path)
+        self.trouble = ""  # why it does not go on, while it does not
+
+    def answer(self, wait: Callable[[float], None] = time.sleep) -> None:
+        """Returns when the hub answers, or need not: what it says is told by who reads the model. Raises
+        DownloadFailed.
+        """
+        if is_directory(self.spec) or _cached(self.spec.path):
+            return
+        from huggingface_hub import HfApi
+
+        with contextlib.suppress(BadSpec):
+            self.persisting(lambda: HfApi().model_info(self.spec.path, timeout=30), wait)
+
+    def status(self) -> str:
+        return f"{self.what}: {self.trouble}" if self.trouble else ""
+
+    def bytes(self) -> int:
+        """So far."""
+        return 0
+
+    def persisting(self, work: Callable[[], T], wait: Callable[[float], None]) -> T:
+        """What `work` gives, which asks the hub, at last.
+
+        Raises BadSpec for what no further try mends, DownloadFailed after `patience` seconds without a byte more, and
+        the error itself where it is neither the hub's nor the network's.
+        """
+        tries, size, moved = 0, -1, time.monotonic()
+        while True:
+            try:
+                return work()
+            except DownloadFailed:
+                raise
+            except Exception as error:
+                match verdict(Call.HUB, error):
+                    case Verdict.SPEC:
+                        raise BadSpec(f"{self.what}: {_refusal(error, self.directory)}") from error
+                    case Verdict.OURS:
+                        raise
+                if (now := self.bytes()) > size:
+                    tries, size, moved = 0, now, time.monotonic()
+                if time.monotonic() - moved > self.patience:
+                    raise DownloadFailed(f"{self.what}: {self.patience:g} s without progress: {error}") from error
+                self.trouble = f"waiting for the hub, try {tries + 2} after: {_words(error)}"
+                print(f"{self.what}: {self.trouble}", file=sys.stderr, flush=True)
+                # Of many clusters that were refused together not all come again together.
+                wait(max(_asked(error), random.uniform(0.5, 1.0) * min(LONGEST_WAIT, FIRST_WAIT * 2**tries)))
+                tries += 1
+
+
+class Keeper(Asker):
+    """One node's copy of a model."""
+
+    def __init__(self, field: str, spec: ModelSpec, patience: float) -> None:
+        super().__init__(field, spec, patience)
         assert spec.source is not None
-        self.field, self.source, self.directory = field, spec.source, Path(spec.path)
-        self.patience = patience
-        self.wanted, self.trouble = 0, ""  # bytes of it all; why it does not go on, while it does not
+        self.source, self.wanted = spec.source, 0  # bytes of it all
+        self.what = f"{field}.source: {self.source.repo} at {self.source.revision}"
 
     def whole(self) -> Files | None:
         """What it consists of, if all of it is here. Raises BadSpec if something else is."""
@@ -61,19 +116,14 @@ class Keeper:
         return None
 
     def _check(self, mark: dict[str, Any]) -> None:
-        there, wanted = HubSource(repo=mark["repo"], revision=mark["revision"]), self.source
-        if there != wanted:
-            words = f"{there.repo} at {there.revision} is there, source is {wanted.repo} at {wanted.revision}"
+        present, wanted = HubSource(repo=mark["repo"], revision=mark["revision"]), self.source
+        if present != wanted:
+            words = f"{present.repo} at {present.revision} is there, source is {wanted.repo} at {wanted.revision}"
             raise BadSpec(f"{self.field}.path: {self.directory}: {words}: use another directory, or remove that one")
 
     def download(self, wait: Callable[[float], None] = time.sleep) -> Files:
         """All of it; goes on with what was begun. Raises BadSpec, DownloadFailed."""
-        what = f"{self.field}.source: {self.source.repo} at {self.source.revision}"
-        return persisting(self._try, what, self.directory, self.patience, self.bytes, self._tell, wait)
-
-    def _tell(self, trouble: str) -> None:
-        self.trouble = trouble
-        print(f"{self.source.repo}: {trouble}", file=sys.stderr, flush=True)
+        return self.persisting(self._try, wait)
 
     def _try(self) -> Files:
         from huggingface_hub import HfApi
@@ -110,12 +160,12 @@ class Keeper:
         partial = target.with_name(f"{target.name}.part")
         for _ in range(2):
             _get(url, partial, size)
-            if not digest or (found := sha256(partial)) == digest:
+            if not digest or (digest_here := sha256(partial)) == digest:
                 partial.replace(target)
                 return
             partial.unlink()
         raise DownloadFailed(
-            f"{self.field}.source: {self.source.repo}: {target.name} came damaged twice: its sha256 is {found}, "
+            f"{self.field}.source: {self.source.repo}: {target.name} came damaged twice: its sha256 is {digest_here}, "
             f"and the hub says {digest}: is a proxy or a mirror between (HF_ENDPOINT, HTTPS_PROXY), or is the volume "
             f"of {self.directory} broken?"
         )
@@ -151,7 +201,7 @@ class Keeper:
         """What is here of it, also of files that are under way."""
         return sum(_size(path) or 0 for path in self.directory.rglob("*"))
 
-    def told(self) -> str:
+    def status(self) -> str:
         gib, trouble = 1 << 30, f", {self.trouble}" if self.trouble else ""
         return (
             f"{min(self.bytes(), self.wanted) / gib:.1f} of {self.wanted / gib:.1f} GiB of {self.source.repo}{trouble}"
@@ -195,38 +245,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def persisting(
-    work: Callable[[], T], what: str, directory: Path | None, patience: float, progress: Callable[[], int],
-    tell: Callable[[str], None], wait: Callable[[float], None] = time.sleep,
-) -> T:
-    """What `work` gives, which asks the hub, at last. progress: bytes so far; tell: why it does not go on.
-
-    Raises BadSpec for what no further try mends, DownloadFailed after `patience` seconds without a byte more, and the
-    error itself where it is neither the hub's nor the network's.
-    """
-    tries, size, moved = 0, -1, time.monotonic()
-    while True:
-        try:
-            return work()
-        except DownloadFailed:
-            raise
-        except Exception as error:
-            match verdict(Call.HUB, error):
-                case Verdict.SPEC:
-                    raise BadSpec(f"{what}: {_refusal(error, directory)}") from error
-                case Verdict.OURS:
-                    raise
-            if (now := progress()) > size:
-                tries, size, moved = 0, now, time.monotonic()
-            if time.monotonic() - moved > patience:
-                raise DownloadFailed(f"{what}: {patience:g} s without progress: {error}") from error
-            tell(f"waiting for the hub, try {tries + 2} after: {_words(error)}")
-            # Of many clusters that were refused together not all come again together.
-            wait(max(_asked(error), random.uniform(0.5, 1.0) * min(LONGEST_WAIT, FIRST_WAIT * 2**tries)))
-            tries += 1
-
-
-def _refusal(error: Exception, directory: Path | None) -> str:
+def _refusal(error: Exception, directory: Path) -> str:
     if (status := getattr(getattr(error, "response", None), "status_code", None)) is not None:
         fix = "correct it; for a repository that needs a token set HF_TOKEN in pods.trainer.env and pods.rollout.env"
         return f"the hub answers {status}: {_words(error)}: {fix}"
@@ -246,9 +265,9 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def ensure(spec: ModelSpec, patience: float, field: str = "spec.model") -> None:
+def ensure(spec: ModelSpec, patience: float) -> None:
     """On a node that came later, for itself. Raises BadSpec, DownloadFailed."""
-    if spec.source is not None and (keeper := Keeper(field, spec, patience)).whole() is None:
+    if spec.source is not None and (keeper := Keeper("spec.model", spec, patience)).whole() is None:
         keeper.download()
 
 
@@ -278,33 +297,6 @@ def fetch(config: RunConfig, stage: Stage, reporter: Reporter) -> None:
             ray.kill(actor)
 
 
-class Asker:
-    """Of a hub id that every process of the run is about to ask for."""
-
-    def __init__(self, field: str, spec: ModelSpec, patience: float) -> None:
-        self.what, self.spec, self.patience, self.trouble = f"{field}.path: {spec.path}", spec, patience, ""
-
-    def answer(self, wait: Callable[[float], None] = time.sleep) -> None:
-        """Returns when the hub answers, or need not: what it says is told by who reads the model. Raises
-        DownloadFailed.
-        """
-        if is_directory(self.spec) or _cached(self.spec.path):
-            return
-        from huggingface_hub import HfApi
-
-        def ask() -> None:
-            HfApi().model_info(self.spec.path, timeout=30)
-
-        with contextlib.suppress(BadSpec):
-            persisting(ask, self.what, None, self.patience, lambda: 0, self._tell, wait)
-
-    def _tell(self, trouble: str) -> None:
-        self.trouble = trouble
-
-    def told(self) -> str:
-        return f"{self.what}: {self.trouble}" if self.trouble else ""
-
-
 def _cached(repo: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
@@ -315,28 +307,27 @@ def _cached(repo: str) -> bool:
 
 def spread(keepers: Sequence[ActorHandle], tell: Callable[[str], None]) -> None:
     """One downloads, unless one has it; the others that do not see it then copy from it. `tell`: how far it is."""
-    held = dict(
-        zip(keepers, call_all(keepers, "whole", deadline_seconds=600.0, what="look for the model"), strict=True)
-    )
-    first = next((keeper for keeper in keepers if held[keeper]), keepers[0])
-    files = (
-        held[first]
-        or gather([first.download.remote()], DEADLINE_SECONDS, "download", _telling(first, "downloading", tell))[0]
-    )
-    others = [keeper for keeper in keepers if keeper is not first and not held[keeper]]
-    seen = call_all(others, "whole", deadline_seconds=600.0, what="look for the model")
-    lacking = [keeper for keeper, there in zip(others, seen, strict=True) if not there]
+    def look(actors: Sequence[ActorHandle]) -> dict[ActorHandle, Files | None]:
+        answers = call_all(actors, "whole", deadline_seconds=600.0, what="look for the model")
+        return dict(zip(actors, answers, strict=True))
+
+    copies_here = look(keepers)
+    first = next((keeper for keeper in keepers if copies_here[keeper]), keepers[0])
+    files = copies_here[first]
+    if files is None:
+        telling = _telling(first, "downloading", tell)
+        files = gather([first.download.remote()], DEADLINE_SECONDS, "download", telling)[0]
+    others = [keeper for keeper in keepers if keeper is not first and not copies_here[keeper]]
+    lacking = [keeper for keeper, seen in look(others).items() if not seen]
     copies = [keeper.copy.remote(first, files) for keeper in lacking]
     if copies:
-        gather(
-            copies, DEADLINE_SECONDS, "copies of the model",
-            _telling(lacking[-1], f"copying to {len(copies)} nodes", tell),
-        )
+        telling = _telling(lacking[-1], f"copying to {len(copies)} nodes", tell)
+        gather(copies, DEADLINE_SECONDS, "copies of the model", telling)
 
 
 def _telling(keeper: ActorHandle, what: str, tell: Callable[[str], None]) -> Callable[[], None]:
     """For `gather`: asks every few seconds, and tells what is new. `what`: before it."""
-    asked, last, due = [keeper.told.remote()], "", 0.0
+    asked, last, due = [keeper.status.remote()], "", 0.0
 
     def look() -> None:
         nonlocal asked, last, due
@@ -345,7 +336,7 @@ def _telling(keeper: ActorHandle, what: str, tell: Callable[[str], None]) -> Cal
             tell(f"{what}: {words}" if what else words)
             last = words
         if not asked and time.monotonic() > due:
-            asked, due = [keeper.told.remote()], time.monotonic() + TELL_SECONDS
+            asked, due = [keeper.status.remote()], time.monotonic() + TELL_SECONDS
 
     return look
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -16,6 +17,7 @@ import ray
 import torch
 from ray.exceptions import RayError
 
+from rlhf_api.job import TrainerSpec
 from rlhf_api.run import RunConfig
 from rlhf_worker.algorithm import custom
 from rlhf_worker.algorithm.control import KLController
@@ -36,6 +38,7 @@ from rlhf_worker.experience import (
     to_train_sequences,
 )
 from rlhf_worker.feed.telemetry import PhaseTimer
+from rlhf_worker.pace import measured, metrics, of_ranks, speed
 from rlhf_worker.progress import Reporter, drained
 from rlhf_worker.rewards.normalization import training_rewards
 from rlhf_worker.rollout.evaluation import evaluate
@@ -61,6 +64,7 @@ class Loop:
         self.kl = KLController(config.algorithm.kl)
         self.advantage = custom.advantage(config)
         self.best = Best(config.checkpoint.best)
+        self.trainer = config.trainer  # with a step's budget of a micro-batch, where that is open
         self._deadline = work_seconds(config)
         self._trained_in_part = False  # from a step's first update to its last: the ranks hold no step's weights
         self._step_seconds = 0.0
@@ -130,6 +134,7 @@ class Loop:
 
     def _step(self) -> None:
         start, timer, number = time.monotonic(), PhaseTimer(), self.step + 1
+        self.crew.fleet.loads()  # those of an evaluation are not the step's
         # Until the policy changes, a stop may drop the step: its prompts are drawn again after the restart.
         with self.stop.abandonable():
             # 1. Groups of completions, with their rewards; shared GPUs are the trainer's from here to the sync.
@@ -137,6 +142,7 @@ class Loop:
                 scored = [item for group in self.rollouts.take() for item in group.samples]
                 if self.config.engines_sleep:
                     self.crew.fleet.sleep()
+            self.trainer = self._with_budget()
             with self._phase(timer, "forward"):  # 2. What the algorithm must know of them before it trains.
                 given = self.config.trainer
                 updates = mini_batches(len(scored), given.updates_per_step, given.epochs, f"{given.seed}/{number}")
@@ -186,6 +192,16 @@ class Loop:
             self._told("log", self.step, values)
             self.best.observe(values)
         return values
+
+    def _with_budget(self) -> TrainerSpec:
+        """What the tightest rank has room for, now that shared GPUs are the trainer's. Padded batches have a fixed one.
+        """
+        given = self.config.trainer
+        if given.tokens_per_micro_batch is not None or self.crew.padded:
+            return given
+        ranks = list(dict.fromkeys(actor for group in self.crew.ranks.values() for actor in group))
+        found = call_all(ranks, "token_budget", deadline_seconds=self._deadline, what="budget of a micro-batch")
+        return given.model_copy(update={"tokens_per_micro_batch": min(found)})
 
     def _forward(self, sequences: list[TrainSequence], updates: list[list[int]]) -> list[TrainSequence]:
         """With a column for each forward pass that the algorithm needs.
@@ -242,11 +258,9 @@ class Loop:
         """[rank][update][micro-batch][number of a sequence in its update] for each role's ranks; as many micro-batches
         on every rank. Roles of as many ranks share theirs. `updates`: lengths of sequences, in tokens.
         """
-        ranks, spec = {role: len(self.crew.ranks[role]) for role in roles}, self.config.trainer
-        dealings = {
-            count: [dealt(lengths, count, spec, padded=self.crew.padded) for lengths in updates]
-            for count in set(ranks.values())
-        }
+        ranks = {role: len(self.crew.ranks[role]) for role in roles}
+        deal = partial(dealt, spec=self.trainer, padded=self.crew.padded)
+        dealings = {count: [deal(lengths, count) for lengths in updates] for count in set(ranks.values())}
         return {
             role: [[update[rank] for update in dealings[count]] for rank in range(count)]
             for role, count in ranks.items()
@@ -316,7 +330,11 @@ class Loop:
         seconds: float,
     ) -> None:
         values = values | step_metrics(scored, timer.seconds, seconds) | {"seconds/productive": self._productive}
+        pace = measured(self.config, values, self.crew.fleet.loads())
+        values = {name: value for name, value in values.items() if not of_ranks(name)} | metrics(pace)
         values |= {"sync/seconds": synced.seconds} if synced else {}
+        if self.trainer.tokens_per_micro_batch:
+            values["train/tokens_per_micro_batch"] = float(self.trainer.tokens_per_micro_batch)
         if self.config.data.overlong_prompts == "drop":
             values["data/dropped_prompts"] = float(self.sampler["dropped"])
         self._told("log", self.step, values)
@@ -326,7 +344,7 @@ class Loop:
             self.best.require({**dict.fromkeys(of_sources(self.config), math.nan), **values}, evaluated=False)
         self._step_seconds = seconds if not self._step_seconds else 0.8 * self._step_seconds + 0.2 * seconds
         left = int(self._step_seconds * (self.config.trainer.steps - self.step))
-        self.reporter.stepped(self.step, values, eta_seconds=left, synced=synced)
+        self.reporter.stepped(self.step, values, speed(pace, self.config), eta_seconds=left, synced=synced)
 
     def _feed(self, method: str, *args: Any) -> Any:
         return call(self.crew.feed, method, *args, deadline_seconds=self._deadline, what=f"{method} of the feed")

@@ -101,6 +101,13 @@ class Stage:
         remove_placement_group(self.group)
 
 
+def ray_share(placement: Placement) -> float:
+    """Of a GPU, as Ray counts it, of each actor on it: so that it finds room for all that share it. Of memory Ray knows
+    nothing: there each role has its own fraction.
+    """
+    return 0.5 if placement.mode is PlacementMode.COLOCATED and placement.engine_slots else 1.0
+
+
 def wanted_bundles(placement: Placement) -> list[dict[str, float]]:
     """One a slot, in the order of the slots."""
     return [{"GPU": 1, group.ray_resource: 1} for group in placement.groups for _ in group.slots]

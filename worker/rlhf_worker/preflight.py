@@ -1,4 +1,4 @@
-"""Before anything heavy is loaded: every check by name, in the actors that will need what it tries.
+"""Before anything heavy is loaded: every check by name, in the actors that will need what it tries, side by side.
 
 What is wrong is collected, so that one start tells it all; it ends soon after the first, and what has not answered by
 then is not waited for. Rewards come last, once all else is right, because a call of them may cost money, and each has a
@@ -7,7 +7,7 @@ deadline of its own.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ class Findings:
     problems: dict[str, list[Exception]] = field(default_factory=dict)  # by the check's name
     passed: list[str] = field(default_factory=list)
     end: float = math.inf  # of all waits, once something is wrong
+    checked: float = math.inf  # of those of CHECKS
 
     def add(self, name: str, error: Exception) -> None:
         self.problems.setdefault(name, []).append(error)
@@ -56,11 +57,16 @@ def preflight(
     for error in known.errors:
         findings.add("Spec", error)
     reporter.update(detail="preflight")
-    together = "Join" not in _settle(findings, opening, deadline_seconds) and "Join" not in findings.problems
-    end = time.monotonic() + DEADLINE_SECONDS
-    for name in CHECKS if together else ():
-        if _settle(findings, {name: [rank.preflight.remote(name) for rank in ranks]}, end - time.monotonic()):
-            break  # a rank is still at it, so that the next would wait for it
+    checks = iter(CHECKS)
+
+    def then(ended: str) -> tuple[Calls, float]:
+        """Ranks that have joined try one check after the other, whatever feed and engines are still at."""
+        if "Join" in findings.problems or ended not in ("Join", *CHECKS) or (name := next(checks, None)) is None:
+            return {}, 0.0
+        findings.checked = min(findings.checked, time.monotonic() + DEADLINE_SECONDS)
+        return {name: [rank.preflight.remote(name) for rank in ranks]}, findings.checked - time.monotonic()
+
+    _settle(findings, opening, deadline_seconds, then)
     if not findings.problems:
         _settle(findings, {"Rewards": [feed.try_rewards.remote()]}, rewards_seconds(config))
     _tell(findings, reporter)
@@ -85,24 +91,41 @@ def reward_seconds(reward: RewardSpec) -> float:
     return (reward.timeout_seconds + BACKOFF_LIMIT) * (reward.retries + 1) + REWARD_SLACK_SECONDS
 
 
-def _settle(findings: Findings, calls: Calls, deadline_seconds: float) -> set[str]:
-    """Waits for the calls, each to its end. Returns the names of those that are given up."""
-    start = time.monotonic()
-    pending = {call: name for name, each in calls.items() for call in each}
+def _settle(
+    findings: Findings, calls: Calls, deadline_seconds: float,
+    then: Callable[[str], tuple[Calls, float]] = lambda ended: ({}, 0.0),
+) -> None:
+    """Waits for the calls, each to its end. then: what begins when all calls of a name have ended, and its deadline;
+    nothing follows one that is given up.
+    """
+    pending: dict[Any, str] = {}
+    counts, begun, ends, took = dict[str, int](), dict[str, float](), dict[str, float](), dict[str, float]()
+
+    def begin(calls: Calls, deadline_seconds: float) -> None:
+        for name, each in calls.items():
+            counts[name], begun[name], took[name] = len(each), time.monotonic(), 0.0
+            ends[name] = begun[name] + deadline_seconds
+            pending.update(dict.fromkeys(each, name))
+
+    begin(calls, deadline_seconds)
     while pending:
-        left = min(findings.end, start + deadline_seconds) - time.monotonic()
-        done, _ = ray.wait(list(pending), num_returns=1, timeout=min(SLICE_SECONDS, max(0.0, left)))
+        end = min(findings.end, *(ends[name] for name in pending.values()))
+        left = max(0.0, end - time.monotonic())
+        done, _ = ray.wait(list(pending), num_returns=1, timeout=min(SLICE_SECONDS, left))
         interrupt_if_asked()
         for call in done:
-            _note(findings, pending.pop(call), call)
-        if not done and left <= 0:
-            break
-    seconds, given_up = time.monotonic() - start, list(pending.values())
-    for name in dict.fromkeys(given_up):
-        words = f"{given_up.count(name)} of {len(calls[name])} not done after {seconds:.0f} s"
-        findings.add(name, DeadlineExceeded(f"preflight check {name}: {words}"))
-    findings.passed += [f"{name} {seconds:.1f} s" for name in calls if name not in {*findings.problems, *given_up}]
-    return set(given_up)
+            name = pending.pop(call)
+            _note(findings, name, call)
+            took[name] = time.monotonic() - begun[name]
+            if name not in pending.values():
+                begin(*then(name))
+        now, names = time.monotonic(), list(pending.values())
+        for name in dict.fromkeys(names) if not done else ():
+            if now >= min(findings.end, ends[name]):
+                words = f"{names.count(name)} of {counts[name]} not done after {now - begun[name]:.0f} s"
+                findings.add(name, DeadlineExceeded(f"preflight check {name}: {words}"))
+                pending = {call: other for call, other in pending.items() if other != name}
+    findings.passed += [f"{name} {seconds:.1f} s" for name, seconds in took.items() if name not in findings.problems]
 
 
 def _note(findings: Findings, name: str, call: Any) -> None:

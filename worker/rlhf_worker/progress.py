@@ -10,7 +10,7 @@ from typing import Any
 
 from annotated_types import MaxLen
 
-from rlhf_api.progress import Progress, Saved, Sync
+from rlhf_api.progress import Progress, Saved, Speed, Sync
 from rlhf_api.run import RunConfig
 from rlhf_worker.stop import Stop
 from rlhf_worker.weights.sync import Synced
@@ -18,7 +18,7 @@ from rlhf_worker.words import printable
 
 # What a restart changes nothing of. The rest of a report is about the driver that made it.
 STAYS = (
-    "step", "step_time", "reward", "kl", "mismatch", "tokens_per_second", "eta_seconds", "eta", "checkpoint",
+    "step", "step_time", "reward", "kl", "mismatch", "tokens_per_second", "speed", "eta_seconds", "eta", "checkpoint",
     "save_error", "productive_seconds", "dropped_prompts",
 )  # fmt: skip
 
@@ -116,8 +116,11 @@ class Reporter:
     def _tell_amiss(self) -> None:
         self.update(degraded="; ".join(filter(None, [self._engines, *self._leaving])) or None)
 
-    def stepped(self, step: int, values: Mapping[str, float], *, eta_seconds: int, synced: Synced | None) -> None:
-        self.update(synced, **step_fields(step, self.progress.total_steps, values, eta_seconds), activity_time=now())
+    def stepped(
+        self, step: int, values: Mapping[str, float], speed: Speed, *, eta_seconds: int, synced: Synced | None,
+    ) -> None:
+        fields = step_fields(step, self.progress.total_steps, values, eta_seconds)
+        self.update(synced, **fields, speed=speed, activity_time=now())
         print(line(self.progress, values), flush=True)
 
     def saved(self, step: int, path: str) -> None:
@@ -156,8 +159,16 @@ def line(progress: Progress, values: Mapping[str, float]) -> str:
     return (
         f"step {progress.display}  reward {progress.reward}  {progress.tokens_per_second} tok/s  version {version}  "
         f"mismatch {progress.mismatch}  {learned}  "
-        f"{values['seconds/step']:.2f} s ({phases})  eta {progress.eta}"
+        f"{values['seconds/step']:.2f} s ({phases})  eta {progress.eta}{pace(progress.speed)}"
     )
+
+
+def pace(speed: Speed | None) -> str:
+    """The end of a step's line."""
+    if speed is None:
+        return ""
+    mfu = f"mfu {speed.mfu}" if speed.mfu else "mfu unknown: no peak of this device"
+    return f"  {mfu}  idle {speed.idle_trainer} {speed.idle_engines}  {speed.advice}"
 
 
 class ConsoleReporter(Reporter):

@@ -27,6 +27,7 @@ from rlhf_worker.advice import advice
 from rlhf_worker.calls import call, call_all, root_cause
 from rlhf_worker.crew import Crew, close, start
 from rlhf_worker.deadlines import work_seconds
+from rlhf_worker.engines.arguments import settled
 from rlhf_worker.errors import BadData, BadSpec, said
 from rlhf_worker.hub import fetch
 from rlhf_worker.placement import Patience, Stage, reserve
@@ -87,6 +88,7 @@ def _drive(config: RunConfig, reporter: Reporter, stop: Stop, roll: Roll, pod: I
     with stop.abandonable(), reporter.bounded():
         reporter.update(state="Starting")
         stage = _reserve(config, reporter, stop)
+        config = settled(config, stage.device)
         if pod and pod.notices:
             pod.notices.listen()
         roll.watch()
@@ -173,9 +175,8 @@ def guarded(work: Callable[[], object]) -> int:
         words = _always(error, cause)
         print(words, file=sys.stderr, flush=True)
         _tell_kubelet(words)
-        return EXIT_BAD_SPEC if isinstance(
-            cause, BadSpec,
-        ) else EXIT_BAD_DATA if isinstance(cause, BadData) else EXIT_FAILED
+        codes = {BadSpec: EXIT_BAD_SPEC, BadData: EXIT_BAD_DATA}
+        return next((code for kind, code in codes.items() if isinstance(cause, kind)), EXIT_FAILED)
     return EXIT_OK
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
@@ -46,16 +46,21 @@ class Store:
         self.fs.invalidate_cache()
         try:
             return sorted(
-                found.rstrip("/").rpartition("/")[2]
-                for found in self.fs.ls(self.path(directory).rstrip("/"), detail=False)
+                path.rstrip("/").rpartition("/")[2]
+                for path in self.fs.ls(self.path(directory).rstrip("/"), detail=False)
             )
         except FileNotFoundError:
             return []
 
     def read(self, name: str) -> bytes:
         """Raises OSError."""
-        found: bytes = self.fs.cat_file(self.path(name))
-        return found
+        data: bytes = self.fs.cat_file(self.path(name))
+        return data
+
+    def read_all(self, names: Sequence[str]) -> list[bytes]:
+        """At once, where the driver can. Raises OSError."""
+        contents: list[bytes] = self.fs.cat_ranges([self.path(name) for name in names], None, None, on_error="raise")
+        return contents
 
     def write(self, name: str, data: bytes) -> tuple[int, int]:
         """Whole or not at all, and on the disk when it returns. Returns size and CRC32. Raises OSError."""
@@ -132,8 +137,8 @@ class Store:
         """Free and all bytes of the volume; None where that has no meaning."""
         if not self.local:
             return None
-        there = next(p for p in (Path(self.inside), *Path(self.inside).parents) if p.exists())
-        usage = shutil.disk_usage(there)
+        existing = next(p for p in (Path(self.inside), *Path(self.inside).parents) if p.exists())
+        usage = shutil.disk_usage(existing)
         return usage.free, usage.total
 
     @contextmanager
@@ -144,10 +149,10 @@ class Store:
         mark: the writer's own, so that two that fill theirs at once do not meet; check: raises when it may publish no
         more. """
         if self.local:
-            with self._directory(f".{name}.{mark}.partial") as made:
-                yield made
+            with self._directory(f".{name}.{mark}.partial") as filled:
+                yield filled
                 check()
-                self._replace(name, made, f".{name}.{mark}.replaced")
+                self._replace(name, filled, f".{name}.{mark}.replaced")
             return
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
@@ -168,8 +173,8 @@ class Store:
         finally:
             self.remove(name)
 
-    def _replace(self, name: str, made: Path, aside: str) -> None:
-        """At once: nobody finds half of the one or the other. What was there comes back when `made` is gone, which a
+    def _replace(self, name: str, filled: Path, aside: str) -> None:
+        """At once: nobody finds half of the one or the other. What was there comes back when `filled` is gone, which a
         later writer removes.
         """
         place, before = Path(self.path(name)), Path(self.path(aside))
@@ -177,7 +182,7 @@ class Store:
         if place.exists():
             place.rename(before)
         try:
-            made.rename(place)
+            filled.rename(place)
         except OSError:
             if before.exists():
                 before.rename(place)

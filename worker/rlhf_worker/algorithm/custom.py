@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_api.job import FunctionSpec
 from rlhf_api.run import RunConfig
 from rlhf_worker.algorithm.shape import passes
-from rlhf_worker.errors import BadSpec
+from rlhf_worker.errors import BadSpec, together
 from rlhf_worker.rewards.child import load, tail
 
 Answer = tuple[Tensor, dict[str, Any]]
@@ -51,14 +51,7 @@ def loss(config: RunConfig, device: torch.device) -> Callable[..., Answer] | Non
 
 def check(config: RunConfig) -> None:
     """Raises BadSpec with what is wrong of both."""
-    faults, tries = [], (partial(advantage, config), partial(loss, config, torch.device("cpu")))
-    for attempt in tries:
-        try:
-            attempt()
-        except BadSpec as error:
-            faults.append(str(error))
-    if faults:
-        raise BadSpec("\n".join(faults))
+    together([partial(advantage, config), partial(loss, config, torch.device("cpu"))])
 
 
 def _passed(config: RunConfig) -> dict[str, str]:

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from rlhf_api.algorithms import Algorithm
 from rlhf_worker.algorithm.advantage import group_mean
-from rlhf_worker.algorithm.correction import correction
+from rlhf_worker.algorithm.correction import Metrics, correction
 from rlhf_worker.algorithm.divergence import LOG_RATIO_LIMIT, k3, kl
 
-Metrics = dict[str, Tensor]
 Columns = Mapping[str, Tensor]
 
 
@@ -35,20 +34,20 @@ def policy_loss(
     old, weights = columns.get("old_logprobs", logprobs).detach(), columns["token_weights"]
     log_ratio = _log_ratio(spec, logprobs, old, sequence)
     if custom:
-        terms, told = custom(
+        terms, logged = custom(
             logprobs=logprobs, old_logprobs=old, advantages=columns["advantages"], entropy=entropy, sequence=sequence,
             columns=columns,
         )  # fmt: skip
     else:
         terms, clipped = _surrogate(spec, log_ratio.exp(), logprobs, columns["advantages"])
-        told = {"clip_fraction": clipped}
+        logged = {"clip_fraction": clipped}
     factor, metrics = correction(spec.correction, old, columns["rollout_logprobs"], sequence, weights)
     loss = (columns["loss_weights"] * factor * terms).sum()
     if spec.entropy_coefficient:
         loss = loss - spec.entropy_coefficient * (columns["loss_weights"] * entropy).sum()
     with torch.no_grad():
-        told |= {"ratio": log_ratio.exp(), "policy_kl": k3(-log_ratio), "entropy": entropy}
-        metrics |= {name: (weights * value).sum() for name, value in told.items()}
+        logged |= {"ratio": log_ratio.exp(), "policy_kl": k3(-log_ratio), "entropy": entropy}
+        metrics |= {name: (weights * value).sum() for name, value in logged.items()}
     if "ref_logprobs" in columns:
         term = kl(spec.kl.estimator, logprobs, columns["ref_logprobs"])
         metrics["kl"] = (weights * term).sum().detach()

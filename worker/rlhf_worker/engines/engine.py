@@ -27,13 +27,15 @@ from rlhf_worker.engines.arguments import (
     check_context,
     check_engine_args,
     check_known,
+    engine_share,
     needed_context,
     refused,
 )
+from rlhf_worker.engines.load import Load
 from rlhf_worker.engines.pulse import Pulse, stopped
 from rlhf_worker.errors import BadSpec, Call, DeadlineExceeded, EngineFailed, Problems, Verdict, said, verdict
 from rlhf_worker.hub import ensure
-from rlhf_worker.placement import Seat
+from rlhf_worker.placement import Seat, ray_share
 from rlhf_worker.pretrained import context_length, load_config, load_tokenizer, location
 from rlhf_worker.roll import Member
 from rlhf_worker.weights.backends import engine_backend
@@ -88,6 +90,7 @@ class Engine(Member):
         self._live: set[str] = set()  # requests under way
         self._wave: dict[int, Callable[[], None]] = {}  # calls that wait for the others that are to begin with them
         self._begun: asyncio.Future[None] | None = None  # the wave
+        self._load = Load()
         self._gate = asyncio.Lock()  # from a batch's hold to its resume no sync begins
         self._pulse = Pulse(lambda: self._running().is_paused())
 
@@ -179,7 +182,7 @@ class Engine(Member):
             "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
             # vLLM's own processes join this Ray, whatever others the machine runs.
             "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-            "VLLM_RAY_PER_WORKER_GPUS": str(self.config.placement.engine_fraction),
+            "VLLM_RAY_PER_WORKER_GPUS": str(ray_share(self.config.placement)),
             "VLLM_RAY_BUNDLE_INDICES": ",".join(map(str, self.bundles)),
         }
         if self.device == "cpu":
@@ -201,7 +204,8 @@ class Engine(Member):
         config, ranks = self.config, len(self.bundles)
         args: dict[str, Any] = {
             "max_model_len": needed_context(config), "seed": config.sampling_seed + self.index,
-            "disable_log_stats": True, "gpu_memory_utilization": 0.9 * config.placement.engine_fraction,
+            "disable_log_stats": True, "gpu_memory_utilization": engine_share(config),
+            "enable_sleep_mode": config.engines_sleep,
         }
         if self.device == "cpu":
             # vLLM's CPU generators cannot be wound back, which a seeded request needs when its prompt is prefilled in
@@ -407,7 +411,7 @@ class Engine(Member):
         name = f"{self.index}-{self._requests}"
         self._live.add(name)
         try:
-            with self.adapters.lent() if self.adapters else nullcontext() as adapter:
+            with self._load.one(), self.adapters.lent() if self.adapters else nullcontext() as adapter:
                 outputs = self._running().generate(
                     tokens_input(token_ids, cache_salt=self._salt), params, name, lora_request=adapter,
                 )
@@ -449,6 +453,10 @@ class Engine(Member):
         elif (silent := self._pulse.silent_seconds()) > silent_seconds(self.config):
             words = f"for {silent:.0f} s it finished nothing and did not answer"
             raise EngineFailed(f"engine {self.index} hangs: {words}; its log ends: {printed()}")
+
+    async def load(self) -> dict[int, float]:
+        """Seconds by the number of requests under way, since it was last asked."""
+        return self._load.taken()
 
     async def alive(self) -> None:
         """Returns if the engine's workers answer."""

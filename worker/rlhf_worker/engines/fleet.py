@@ -16,14 +16,15 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from rlhf_worker.calls import SLICE_SECONDS, answering, gather, root_cause
-from rlhf_worker.engines.ledger import Engine, Event, Health, Limits, Verdict, after, can_restart, told, verdict
+from rlhf_worker.calls import SLICE_SECONDS, answering, ended_badly, gather, root_cause
+from rlhf_worker.engines.ledger import EngineRecord, Event, Health, Limits, Outlook, after, amiss, can_restart, outlook
 from rlhf_worker.errors import DeadlineExceeded, EnginesLost, LinkBroken
 from rlhf_worker.stop import interrupt_if_asked
 from rlhf_worker.weights.sync import Synced, WeightSync
 
 PROBE_SECONDS = 2.0  # between two probes
 ANSWER_SECONDS = 10.0  # for one: the engine's event loop is busy at times
+LOAD_SECONDS = 2.0  # for what is of no use to the run itself
 AFTER_FAILED_SYNC_SECONDS = 30.0  # for an answer of the engine's workers
 RUNNING = (Health.HEALTHY, Health.SUSPECT, Health.STALE)
 
@@ -43,7 +44,7 @@ class Fleet:
         self.weights, self.slots = sync, slots
         self._spawn, self._tell = spawn, tell
         self._limits, self._start_seconds, self._sleep_seconds = Limits(least=least), start_seconds, sleep_seconds
-        self._engines = [Engine() for _ in actors]
+        self._engines = [EngineRecord() for _ in actors]
         self._reasons: dict[int, str] = {}  # why an engine died last
         self._starting: dict[int, tuple[Any, float]] = {}  # the call, and until when it may take
         self._asleep = False  # the engines' memory is the trainer's: none is started into it
@@ -80,6 +81,12 @@ class Fleet:
         if errors and not self._found_dead(running):
             raise errors[0]
         self.serving = []
+
+    def loads(self) -> list[dict[int, float]]:
+        """Of each engine that answers, seconds by the number of its sequences, since it was last asked."""
+        asked = [actor.load.remote() for actor in self._running()]
+        done, _ = ray.wait(asked, num_returns=len(asked), timeout=LOAD_SECONDS) if asked else ([], [])
+        return [ray.get(one) for one in done if not ended_badly(one)]
 
     def sync(self, *, prove: bool) -> Synced:
         """Started engines come back, those asleep wake, and all that serve afterwards hold the policy's weights, whole.
@@ -119,24 +126,24 @@ class Fleet:
     @property
     def short(self) -> bool:
         """Fewer serve than spec.rollout.minEngines. Those that sleep are not missed: who wants them wakes them."""
-        return not self._asleep and self._verdict() is not Verdict.GO
+        return not self._asleep and self._outlook() is not Outlook.GO
 
     def ensure(self) -> None:
         """Returns when enough serve: those that sleep or start have got the weights then. Raises EnginesLost."""
         if not self.serving:
             self.sync(prove=False)
-        while self._verdict() is not Verdict.GO:
+        while self._outlook() is not Outlook.GO:
             self._wait()
             if Health.STALE in self.health():
                 self.sync(prove=False)
 
     def _wait(self) -> None:
         """A moment, while engines start."""
-        if self._verdict() is Verdict.STOP:
+        if self._outlook() is Outlook.STOP:
             raise EnginesLost(
                 f"fewer than spec.rollout.minEngines ({self._limits.least}) engines are left, and restarts "
                     "did not help: "
-                f"{told(self._engines)}; {'; '.join(self._reasons.values())}"
+                f"{amiss(self._engines)}; {'; '.join(self._reasons.values())}"
             )
         _moment()
 
@@ -145,17 +152,17 @@ class Fleet:
         self._thread.join(ANSWER_SECONDS + PROBE_SECONDS)
         self.serving = self._running()  # also those that sleep are there to be closed
 
-    def _verdict(self) -> Verdict:
+    def _outlook(self) -> Outlook:
         with self._lock:
-            return verdict(self._engines, self._limits)
+            return outlook(self._engines, self._limits)
 
     def _note(self, number: int, event: Event) -> Health:
         with self._lock:
             before, self._engines[number] = self._engines[number], after(self._engines[number], event, self._limits)
-            now, amiss = self._engines[number], told(self._engines)
+            now, words = self._engines[number], amiss(self._engines)
         if now.health is not before.health:
             print(f"engine {number}: {before.health} -> {now.health} ({event})", file=sys.stderr, flush=True)
-            self._tell(amiss)
+            self._tell(words)
         return now.health
 
     def _watch(self) -> None:

@@ -37,4 +37,8 @@ class Hosts:
 
     def sleep(self) -> None: ...
 
+    def loads(self) -> list[dict[int, float]]:
+        """None: a rank generates its sequences as one batch."""
+        return []
+
     def close(self) -> None: ...

@@ -27,14 +27,14 @@ class Event(StrEnum):
     SYNCED = "synced"
 
 
-class Verdict(StrEnum):
+class Outlook(StrEnum):
     GO = "go"
     WAIT = "wait"  # for engines that start
     STOP = "stop"  # too few are left, now and later
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class EngineRecord:
     health: Health = Health.STALE
     misses: int = 0  # in a row
     restarts: int = 0  # since `forgiven_after` syncs went well
@@ -49,23 +49,23 @@ class Limits:
     forgiven_after: int = 20  # syncs, after which an engine's restarts count no more
 
 
-def after(engine: Engine, event: Event, limits: Limits) -> Engine:
+def after(engine: EngineRecord, event: Event, limits: Limits) -> EngineRecord:
     """The engine after the event. One that says nothing new, or comes too late (the answer of an engine given up),
     changes nothing.
     """
     match engine.health, event:
         case Health.DEAD, Event.RESTARTED if engine.restarts < limits.restarts:
-            return Engine(Health.RESTARTING, restarts=engine.restarts + 1)
+            return EngineRecord(Health.RESTARTING, restarts=engine.restarts + 1)
         case (Health.DEAD, _) | (
             Health.RESTARTING, Event.ANSWERED | Event.MISSED | Event.SYNCED,
         ) | (_, Event.RESTARTED):
             return engine
         case _, Event.LOST:
-            return Engine(Health.DEAD, restarts=engine.restarts)
+            return EngineRecord(Health.DEAD, restarts=engine.restarts)
         case Health.RESTARTING, Event.STARTED:
             return replace(engine, health=Health.STALE)
         case _, Event.MISSED if engine.misses + 1 >= limits.misses:
-            return Engine(Health.DEAD, restarts=engine.restarts)
+            return EngineRecord(Health.DEAD, restarts=engine.restarts)
         case health, Event.MISSED:
             return replace(
                 engine, health=Health.SUSPECT if health is Health.HEALTHY else health, misses=engine.misses + 1,
@@ -81,22 +81,22 @@ def after(engine: Engine, event: Event, limits: Limits) -> Engine:
     return engine
 
 
-def can_restart(engine: Engine, limits: Limits) -> bool:
+def can_restart(engine: EngineRecord, limits: Limits) -> bool:
     return engine.health is Health.DEAD and engine.restarts < limits.restarts
 
 
-def verdict(engines: Sequence[Engine], limits: Limits) -> Verdict:
+def outlook(engines: Sequence[EngineRecord], limits: Limits) -> Outlook:
     """Whether enough serve; if not, whether enough still may."""
     serving = sum(e.health in (Health.HEALTHY, Health.SUSPECT) for e in engines)
     coming = sum(e.health in (Health.RESTARTING, Health.STALE) or can_restart(e, limits) for e in engines)
-    return Verdict.GO if serving >= limits.least else Verdict.WAIT if serving + coming >= limits.least else Verdict.STOP
+    return Outlook.GO if serving >= limits.least else Outlook.WAIT if serving + coming >= limits.least else Outlook.STOP
 
 
-def told(engines: Sequence[Engine]) -> str | None:
+def amiss(engines: Sequence[EngineRecord]) -> str | None:
     """What is amiss, in words; None when nothing is."""
-    amiss = [
+    faults = [
         f"engine {i} is {e.health}"
         for i, e in enumerate(engines)
         if e.health not in (Health.HEALTHY, Health.STALE) or (e.restarts and e.health is Health.STALE)
     ]
-    return ", ".join(amiss) or None
+    return ", ".join(faults) or None

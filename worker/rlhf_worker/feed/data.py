@@ -4,6 +4,7 @@ The order is a function of seed and epoch alone, and the turns of several source
 sampler's whole state is a few numbers a source (and a digest that notices other data).
 """
 
+import itertools
 import math
 import random
 from array import array
@@ -27,6 +28,7 @@ class Survey:
     """What is wrong with rows that were looked at."""
 
     seen: int = 0
+    fit: bool = False  # whether any does
     long: dict[int, int] = field(default_factory=dict)  # row -> tokens
     faults: list[str] = field(default_factory=list)
 
@@ -46,16 +48,11 @@ class PromptSampler:
 
     def next(self, count: int) -> list[Prompt]:
         """The next `count` prompts, over as many epochs as they take. Raises BadData; then none is consumed."""
-        prompts, end = list[Prompt](), self._drawn
-        while len(prompts) < count:
-            prompt = self._prompt(*self._locate(end))
-            if self._fits(prompt):
-                prompts.append(prompt)
-            end += 1
-            if end - self._drawn >= 2 * len(self._source) and not prompts:
-                raise BadData(self._too_long(Survey(len(self._source), {prompt.row: len(prompt.token_ids)})))
-        self._dropped += end - self._drawn - count
-        self._drawn = end
+        survey = Survey()
+        prompts = list(islice(self._fitting(map(self._locate, itertools.count(self._drawn)), survey), count))
+        self._verdict(survey)
+        self._drawn += survey.seen
+        self._dropped += survey.seen - count
         return prompts
 
     def first(self, count: int | None) -> list[Prompt]:
@@ -92,24 +89,28 @@ class PromptSampler:
         )
 
     def _fitting(self, places: Iterable[tuple[int, int]], survey: Survey) -> Iterator[Prompt]:
+        """Ends where nothing fits."""
         for place in places:
             survey.seen += 1
             try:
                 prompt = self._prompt(*place)
             except BadData as error:
                 survey.faults.append(str(error))
-                continue
-            if len(prompt.token_ids) <= self._spec.max_prompt_tokens:
-                yield prompt
             else:
-                survey.long[prompt.row] = len(prompt.token_ids)
+                if len(prompt.token_ids) <= self._spec.max_prompt_tokens:
+                    survey.fit = True
+                    yield prompt
+                else:
+                    survey.long[prompt.row] = len(prompt.token_ids)
+            if not survey.fit and survey.seen >= 2 * len(self._source):
+                return
 
     def _verdict(self, survey: Survey) -> None:
         """Raises BadData."""
         wrong, more = survey.faults[:TOLD_FAULTS], len(survey.faults) - TOLD_FAULTS
         if more > 0:
             wrong.append(f"and {more} more rows of {self._source.name}")
-        if survey.long and (self._spec.overlong_prompts == "refuse" or len(survey.long) == survey.seen):
+        if survey.long and (self._spec.overlong_prompts == "refuse" or not survey.fit):
             wrong.append(self._too_long(survey))
         if wrong:
             raise BadData("\n".join(wrong))
@@ -124,14 +125,6 @@ class PromptSampler:
             f"{self._source.place(row)}: the prompt has {survey.long[row]} tokens, "
             f"data.maxPromptTokens is {self._spec.max_prompt_tokens}{others}: shorten them or raise the limit{fix}"
         )
-
-    def _fits(self, prompt: Prompt) -> bool:
-        """Raises BadData where a longer one is not dropped."""
-        if len(prompt.token_ids) <= self._spec.max_prompt_tokens:
-            return True
-        if self._spec.overlong_prompts == "refuse":
-            raise BadData(self._too_long(Survey(1, {prompt.row: len(prompt.token_ids)})))
-        return False
 
     def state(self) -> dict[str, Any]:
         epoch, position = divmod(self._drawn, len(self._source))

@@ -1,13 +1,12 @@
 """The driver's output where it outlives the pods: `<checkpoint.path>/logs/attempt-<n>/<part>.log`.
 
 Object stores cannot append, so a part is written anew with each chunk until it is full. Of an attempt its first part
-and the newest stay, of the attempts the newest. Nothing that goes wrong here reaches
-the run: it costs the log and a warning.
+and the newest stay, of the attempts the newest. Nothing that goes wrong here reaches the run: it costs the log and a
+warning.
 """
 
 import re
 import sys
-import threading
 
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.storage import Store
@@ -15,68 +14,43 @@ from rlhf_worker.storage import Store
 PART_BYTES = 256 << 10
 PARTS = 64  # of an attempt
 ATTEMPTS = 20
-ROOM_BYTES = 1 << 20  # of what waits while storage does not answer
-FOLDER = re.compile(r"attempt-(\d+)")
+ROOM_BYTES = 1 << 20  # of what waits while storage fails
+FOLDER, PART = re.compile(r"attempt-(\d+)"), re.compile(r"(\d+)\.log")
 
 
 class DriverLog:
-    """One attempt's. Calls may overlap: one of them writes, and for the others too."""
+    """One attempt's. One call at a time."""
 
     def __init__(self, root: str, attempt: int) -> None:
         self.root = root
         self.folder = f"logs/attempt-{attempt}"
         self._store: Store | None = None
-        self._lock = threading.Lock()
-        self._part, self._written, self._number = b"", b"", 0
-        self._busy = self._warned = False
+        self._part, self._number, self._warned = b"", 0, False
 
     def add(self, text: str) -> None:
-        with self._lock:
-            self._part = (self._part + text.encode())[-ROOM_BYTES:]
-            if self._busy:
-                return
-            self._busy = True
+        self._part = (self._part + text.encode())[-ROOM_BYTES:]
         try:
             self._write_out()
         except Exception as error:  # a driver of fsspec may raise anything
             self._warn(error)
-        finally:
-            self._busy = False
 
     def _write_out(self) -> None:
         store = self._opened()
-        while True:
-            with self._lock:
-                data = self._part
-            if data == self._written:
-                return
-            store.write(f"{self.folder}/{self._number:05}.log", data)
-            self._written = data
-            if len(data) >= PART_BYTES:
-                self._next(store)
-
-    def _next(self, store: Store) -> None:
-        with self._lock:
-            self._part = self._part.removeprefix(self._written)
-            self._written, self._number = b"", self._number + 1
-        for name in store.names(self.folder)[1 : -(PARTS - 1)]:
-            store.remove(f"{self.folder}/{name}")
+        store.write(f"{self.folder}/{self._number:05}.log", self._part)
+        if len(self._part) >= PART_BYTES:
+            self._part, self._number = b"", self._number + 1
+            for name in store.names(self.folder)[1 : -(PARTS - 1)]:
+                store.remove(f"{self.folder}/{name}")
 
     def _opened(self) -> Store:
         """At the first chunk. A driver that is started again in its pod goes on after the parts that are there."""
         if self._store is None:
             store = Store(self.root)
-            attempts = sorted(
-                (int(match[1]), name) for name in store.names("logs") if (match := FOLDER.fullmatch(name))
-            )
-            for _, name in attempts[:-ATTEMPTS]:
-                store.remove(f"logs/{name}")
-            there = [
-                int(name.removesuffix(".log"))
-                for name in store.names(self.folder)
-                if name.removesuffix(".log").isdigit()
-            ]
-            self._number, self._store = max(there, default=-1) + 1, store
+            matches = [match for name in store.names("logs") if (match := FOLDER.fullmatch(name))]
+            for match in sorted(matches, key=lambda match: int(match[1]))[:-ATTEMPTS]:
+                store.remove(f"logs/{match[0]}")
+            parts = [int(match[1]) for name in store.names(self.folder) if (match := PART.fullmatch(name))]
+            self._number, self._store = max(parts, default=-1) + 1, store
         return self._store
 
     def _warn(self, error: Exception) -> None:

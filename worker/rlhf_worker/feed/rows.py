@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from rlhf_api.job import HubData, JsonlData, ParquetData, PromptsSpec, ReasoningGymData
 from rlhf_worker.errors import BadData, BadSpec, Call, Passing, Verdict, explained, said, verdict
+from rlhf_worker.rewards.attempt import no_json
 from rlhf_worker.template import Message, Unfit
 
 Row = dict[str, Any]
@@ -90,7 +91,7 @@ class PromptSource:
                 "so no column can have this name: rename it"
             )
         given = {**{key: value for key, value in fields.items() if key != "completion"}, "prompt": prompt}
-        if self.origin.sent and (words := _no_json(given)):
+        if self.origin.sent and (words := no_json(given)):
             raise BadData(
                 f"{self.place(row)}: {words}, and a reward of type http is sent it: "
                 "convert the column to text or numbers, or remove it"
@@ -110,15 +111,6 @@ class PromptSource:
         task = self._spec.reasoning_gym and [self._spec.reasoning_gym.to_dict(), self._spec.seed]
         mark = task or [self._fields(row).get(self.prompt_field) for row in range(0, len(self), step)]
         return hashlib.sha256(json.dumps([len(self), mark], default=str, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _no_json(fields: Row) -> str:
-    for name, value in fields.items():
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            return f"column {name!r} is no JSON ({error})"
-    return ""
 
 
 def _prompt(value: Any) -> str | list[Message]:

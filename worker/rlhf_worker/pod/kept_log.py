@@ -4,12 +4,11 @@ Best effort, and never in the way: printing goes to the terminal first and waits
 take in time is dropped.
 """
 
-import io
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import ray
 from ray.actor import ActorHandle
@@ -29,7 +28,6 @@ class KeptLog:
         self._parts: list[str] = []
         self._waiting = self._dropped = 0
         self._closing = threading.Event()
-        self._call: Any = None
         self._thread: threading.Thread | None = None
 
     def add(self, text: str) -> None:
@@ -52,28 +50,15 @@ class KeptLog:
             self._thread.join(LAST_SECONDS)
 
     def _work(self, feed: ActorHandle, attempt: int) -> None:
+        """One call at a time, so that lines keep their order. It may hang: nobody waits for this thread."""
         try:
-            while not self._closing.wait(SEND_SECONDS):
-                self._send(feed, attempt, seconds=0.0)
-            self._send(feed, attempt, seconds=LAST_SECONDS)
-            self._taken(LAST_SECONDS)
+            closing = False
+            while not closing:
+                closing = self._closing.wait(SEND_SECONDS)
+                if text := self._take():
+                    ray.get(feed.keep_log.remote(attempt, text))
         except Exception as error:  # a feed that died, a disk that is full: the log of the container has it all
             print(f"the log of this attempt is kept no further: {error}", file=sys.stderr, flush=True)
-
-    def _send(self, feed: ActorHandle, attempt: int, seconds: float) -> None:
-        """One call at a time, so that lines keep their order."""
-        if self._taken(seconds) and (text := self._take()):
-            self._call = feed.keep_log.remote(attempt, text)
-
-    def _taken(self, seconds: float) -> bool:
-        """Whether the last call has ended. Raises what it raised."""
-        if self._call is None:
-            return True
-        if not ray.wait([self._call], timeout=seconds)[0]:
-            return False
-        call, self._call = self._call, None
-        ray.get(call)
-        return True
 
     def _take(self) -> str:
         with self._lock:
@@ -82,8 +67,8 @@ class KeptLog:
         return printable(text) + (f"\n({lost} characters were dropped here)\n" if lost else "")
 
 
-class Tee(io.TextIOBase):
-    """A stream whose text goes to the log too."""
+class Tee:
+    """A text stream whose text goes to the log too; what goes past `write`, such as through `buffer`, is not kept."""
 
     def __init__(self, stream: TextIO, log: KeptLog) -> None:
         self._stream, self._log = stream, log
@@ -93,32 +78,19 @@ class Tee(io.TextIOBase):
         self._log.add(text)
         return count
 
-    def flush(self) -> None:
-        self._stream.flush()
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
     def __getattr__(self, name: str) -> Any:
-        """What a text stream need not have, such as `buffer`: what goes through there is not kept."""
         return getattr(self._stream, name)
-
-    def fileno(self) -> int:
-        return self._stream.fileno()
-
-    def writable(self) -> bool:
-        return True
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._stream.encoding
 
 
 @contextmanager
 def kept_log() -> Iterator[KeptLog]:
     """All that this process prints inside goes there too."""
     log, streams = KeptLog(), (sys.stdout, sys.stderr)
-    sys.stdout, sys.stderr = (Tee(stream, log) for stream in streams)
+    sys.stdout, sys.stderr = (cast(TextIO, Tee(stream, log)) for stream in streams)
     try:
         yield log
     finally:

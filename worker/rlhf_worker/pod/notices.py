@@ -24,7 +24,7 @@ TOKEN = "RAY_AUTH_TOKEN"  # of the environment
 BACKLOG = 128
 
 
-class Heard(Protocol):
+class Listener(Protocol):
     """What is made of a notice; called in the notices' thread."""
 
     def trainer(self, pod: str) -> None: ...
@@ -34,7 +34,7 @@ class Heard(Protocol):
 class Notices:
     """The port is bound at once, so that one that is taken is known. Before `listen`, who connects is refused."""
 
-    def __init__(self, heard: Heard, token: str, port: int = DRIVER_PORT) -> None:
+    def __init__(self, heard: Listener, token: str, port: int = DRIVER_PORT) -> None:
         """Raises PortTaken."""
         self._heard, self._token = heard, token.encode()
         self._unknown = 0
@@ -80,7 +80,7 @@ class Notices:
         return role == "trainer"
 
 
-def listening(heard: Heard) -> Notices | None:
+def listening(heard: Listener) -> Notices | None:
     """None without the token of the job's Ray: whoever reaches the port could end the driver. Raises PortTaken."""
     if token := os.environ.get(TOKEN, ""):
         return Notices(heard, token)
@@ -101,13 +101,13 @@ def _bound(port: int) -> socket.socket:
 
 
 def _bind(family: int, address: str, port: int) -> socket.socket:
-    made = socket.socket(family, socket.SOCK_STREAM)
+    bound = socket.socket(family, socket.SOCK_STREAM)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        made.bind((address, port))
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        bound.bind((address, port))
     except OSError:
-        made.close()
+        bound.close()
         raise
-    return made
+    return bound

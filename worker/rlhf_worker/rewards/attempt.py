@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import json
 import math
 import re
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -21,7 +22,7 @@ METRICS = 32  # names of one reward in a run: each is a series of its own in tel
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Judgement:
     """Of one sample: a finite value and metrics beside it; NaN with a `failure`, which says why there is none."""
 
     value: float
@@ -29,7 +30,7 @@ class Verdict:
     failure: str = ""
 
 
-Once = Callable[[Sequence[Sample], int], Awaitable[list[Verdict]]]  # a batch, the number of the try; raises Failure
+Once = Callable[[Sequence[Sample], int], Awaitable[list[Judgement]]]  # a batch, the number of the try; raises Failure
 
 
 class Failure(Exception):
@@ -63,6 +64,16 @@ def of_group(samples: Sequence[Sample]) -> dict[str, Any]:
     return {**row, "completions": [sample.text for sample in samples]}
 
 
+def no_json(fields: Mapping[str, Any]) -> str:
+    """Which of them cannot be sent, and why; empty where all can."""
+    for name, value in fields.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            return f"column {name!r} is no JSON ({error})"
+    return ""
+
+
 def groups(samples: Iterable[Sample]) -> list[list[Sample]]:
     """Neighbours of one prompt."""
     return [list(group) for _, group in groupby(samples, key=lambda sample: sample.prompt.uid)]
@@ -93,19 +104,19 @@ class Reward:
         """What makes one try, for the length of one call of `score`."""
         raise NotImplementedError
 
-    def score(self, samples: Sequence[Sample]) -> list[Verdict]:
+    def score(self, samples: Sequence[Sample]) -> list[Judgement]:
         """One a sample, in order; samples of one prompt stand together. Not from a thread that runs an event loop.
 
         Raises RewardFailed at the first batch that has failed every try, unless spec.onFailure is redraw: then its
-        verdicts hold the failure. Raises BadData and BadSpec for what no further try can mend.
+        judgements hold the failure. Raises BadData and BadSpec for what no further try can mend.
         """
         return asyncio.run(self._score(samples))
 
-    async def _score(self, samples: Sequence[Sample]) -> list[Verdict]:
+    async def _score(self, samples: Sequence[Sample]) -> list[Judgement]:
         gate = asyncio.Semaphore(self.spec.workers)
         async with self.opened() as once:
             judged = await asyncio.gather(*(self._gated(once, gate, batch) for batch in self._batches(samples)))
-        return [verdict for batch in judged for verdict in batch]
+        return [judgement for batch in judged for judgement in batch]
 
     def _batches(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
         if self.spec.scope == "group":
@@ -113,11 +124,11 @@ class Reward:
         size = max(1, min(self.batch, -(-len(samples) // self.spec.workers)))
         return [samples[start : start + size] for start in range(0, len(samples), size)]
 
-    async def _gated(self, once: Once, gate: asyncio.Semaphore, batch: Sequence[Sample]) -> list[Verdict]:
+    async def _gated(self, once: Once, gate: asyncio.Semaphore, batch: Sequence[Sample]) -> list[Judgement]:
         async with gate:
             return await self._tried(once, batch, self.spec.retries)
 
-    async def _tried(self, once: Once, batch: Sequence[Sample], retries: int) -> list[Verdict]:
+    async def _tried(self, once: Once, batch: Sequence[Sample], retries: int) -> list[Judgement]:
         try:
             return await tried(retries, lambda attempt: once(batch, attempt), self.backoff)
         except Failure as reason:
@@ -127,10 +138,10 @@ class Reward:
         if self.spec.on_failure == "stop":
             raise RewardFailed(words)
         if self.spec.scope == "sample" and len(batch) > 1:  # whose fault it is
-            return [verdict for sample in batch for verdict in await self._tried(once, [sample], 0)]
-        return [Verdict(math.nan, failure=words)] * len(batch)
+            return [judgement for sample in batch for judgement in await self._tried(once, [sample], 0)]
+        return [Judgement(math.nan, failure=words)] * len(batch)
 
-    def verdicts(self, entries: Sequence[tuple[Any, dict[str, Any]]], count: int) -> list[Verdict]:
+    def judgements(self, entries: Sequence[tuple[Any, dict[str, Any]]], count: int) -> list[Judgement]:
         """Of `count` samples, from numbers with metrics beside them. Raises Failure."""
         if len(entries) != count:
             raise Failure(f"{len(entries)} rewards for {count} samples")
@@ -140,7 +151,9 @@ class Reward:
         if len(names) > METRICS:
             raise Failure(f"{len(names)} names of metrics so far, {METRICS} are the most of a run: use fixed names")
         self._metrics = names
-        return [Verdict(finite(value), {key: finite(of) for key, of in metrics.items()}) for value, metrics in entries]
+        return [
+            Judgement(finite(value), {key: finite(of) for key, of in metrics.items()}) for value, metrics in entries
+        ]
 
     def close(self) -> None:
         """Nothing that it started outlives this."""

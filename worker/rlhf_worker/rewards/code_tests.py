@@ -52,7 +52,7 @@ def _for_all(path: Path) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ProgramLimits:
     seconds: int = 10  # of CPU; three times as much on the clock
     memory_bytes: int = 1 << 30
     file_bytes: int = 16 << 20  # of one file, and of what it prints
@@ -60,7 +60,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class ProgramOutcome:
     """`status`: of its process; None where its time was up."""
 
     status: int | None
@@ -87,7 +87,7 @@ def program(completion: str) -> str:
     return blocks[-1] if blocks else completion
 
 
-def passes(text: str, test: str | Mapping[str, str], limits: Limits = Limits()) -> tuple[bool, bool]:
+def passes(text: str, test: str | Mapping[str, str], limits: ProgramLimits = ProgramLimits()) -> tuple[bool, bool]:
     """Whether it does, and whether the run was isolated."""
     if isinstance(test, str):
         outcome = run(f"{text}\n\n{test}\n", "", limits)
@@ -100,7 +100,7 @@ def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip().splitlines()]
 
 
-def run(text: str, given: str, limits: Limits) -> Outcome:
+def run(text: str, given: str, limits: ProgramLimits) -> ProgramOutcome:
     """The program, with `given` at its standard input."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         folder = Path(directory)
@@ -113,21 +113,21 @@ def run(text: str, given: str, limits: Limits) -> Outcome:
             status, isolated = _waited(folder, limits, stdin, stdout)
             stdout.seek(0)
             output = stdout.read(limits.file_bytes).decode(errors="replace")
-        return Outcome(status, output, isolated)
+        return ProgramOutcome(status, output, isolated)
 
 
-def _waited(folder: Path, limits: Limits, stdin: Any, stdout: Any) -> tuple[int | None, bool]:
+def _waited(folder: Path, limits: ProgramLimits, stdin: Any, stdout: Any) -> tuple[int | None, bool]:
     """Its status, and whether it was isolated: it tells by a pipe, which the program has not."""
-    told, tell = os.pipe()
-    with open(told, "rb") as words:  # noqa: PTH123
+    reader, writer = os.pipe()
+    with open(reader, "rb") as words:  # noqa: PTH123
         try:
-            status = _status(folder, limits, tell, stdin, stdout)
+            status = _status(folder, limits, writer, stdin, stdout)
         finally:
-            os.close(tell)
+            os.close(writer)
         return status, bool(words.read())
 
 
-def _status(folder: Path, limits: Limits, tell: int, stdin: Any, stdout: Any) -> int | None:
+def _status(folder: Path, limits: ProgramLimits, tell: int, stdin: Any, stdout: Any) -> int | None:
     command = [PYTHON, "-I", "-c", Path(__file__).read_text(), json.dumps(asdict(limits)), str(tell)]
     streams: dict[str, Any] = {"stdin": stdin, "stdout": stdout, "stderr": subprocess.DEVNULL, "pass_fds": [tell]}
     with subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, start_new_session=True, **streams) as process:
@@ -142,7 +142,7 @@ def _status(folder: Path, limits: Limits, tell: int, stdin: Any, stdout: Any) ->
 
 def main() -> None:
     """In the subprocess: give up what can be given up, and become the program."""
-    limits = Limits(**json.loads(sys.argv[1]))
+    limits = ProgramLimits(**json.loads(sys.argv[1]))
     if os.geteuid() == 0 and Path.cwd().stat().st_uid == NOBODY:
         os.setgroups([])
         os.setgid(NOBODY)

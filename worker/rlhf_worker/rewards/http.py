@@ -18,7 +18,7 @@ import httpx
 from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import BadData, BadSpec
 from rlhf_worker.experience import Sample
-from rlhf_worker.rewards.attempt import Failure, Once, Reward, Verdict, arguments
+from rlhf_worker.rewards.attempt import Failure, Judgement, Once, Reward, arguments, no_json
 
 
 class Service(Reward):
@@ -50,7 +50,7 @@ class Service(Reward):
     def question(self, batch: Sequence[Sample], attempt: int) -> Mapping[str, Any]:
         raise NotImplementedError
 
-    def values(self, answer: Any, count: int) -> list[Verdict]:
+    def values(self, answer: Any, count: int) -> list[Judgement]:
         """Of `count` samples, from the answer's JSON."""
         raise NotImplementedError
 
@@ -64,7 +64,7 @@ class Service(Reward):
         async with httpx.AsyncClient(transport=self._transport(), **options) as client:
             yield partial(self._once, client)
 
-    async def _once(self, client: httpx.AsyncClient, batch: Sequence[Sample], attempt: int) -> list[Verdict]:
+    async def _once(self, client: httpx.AsyncClient, batch: Sequence[Sample], attempt: int) -> list[Judgement]:
         body = _json(self.question(batch, attempt), batch)
         try:
             async with asyncio.timeout(self.spec.timeout_seconds):
@@ -77,7 +77,7 @@ class Service(Reward):
         except Failure as failure:
             raise Failure(f"{self._url}: {failure}") from None
 
-    def _read(self, response: httpx.Response, count: int) -> list[Verdict]:
+    def _read(self, response: httpx.Response, count: int) -> list[Judgement]:
         if response.status_code != httpx.codes.OK:
             raise Failure(f"HTTP {response.status_code}: {response.text[:300]!r}")
         try:
@@ -93,7 +93,7 @@ class HttpReward(Service):
     def question(self, batch: Sequence[Sample], attempt: int) -> Mapping[str, Any]:
         return {"samples": [arguments(sample) for sample in batch]}
 
-    def values(self, answer: Any, count: int) -> list[Verdict]:
+    def values(self, answer: Any, count: int) -> list[Judgement]:
         rewards = answer.get("rewards") if isinstance(answer, dict) else None
         if not isinstance(rewards, list):
             raise Failure(f'the answer must be {{"rewards": [number, ...]}}: {json.dumps(answer):.300}')
@@ -102,28 +102,16 @@ class HttpReward(Service):
             raise Failure(f'"metrics" must be [{{name: number}}, ...]: {json.dumps(metrics):.300}')
         if len(metrics) != len(rewards):
             raise Failure(f"{len(metrics)} metrics for {len(rewards)} rewards")
-        return self.verdicts(list(zip(rewards, metrics, strict=True)), count)
+        return self.judgements(list(zip(rewards, metrics, strict=True)), count)
 
 
 def _json(question: Mapping[str, Any], batch: Sequence[Sample]) -> bytes:
     """Raises BadData for a column that JSON cannot hold."""
     try:
         return json.dumps(question, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:
-        rows = ((sample, name, value) for sample in batch for name, value in arguments(sample).items())
-        sample, column = next((sample, name) for sample, name, value in rows if _odd(value))
-        raise BadData(
-            f"prompt {sample.prompt.uid}: column {column!r} is no JSON, so it cannot be sent to an http reward:"
-            f" {error}: make it text or numbers, or leave the column out"
-        ) from None
-
-
-def _odd(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
-        return True
-    return False
+        uid, words = next((sample.prompt.uid, words) for sample in batch if (words := no_json(arguments(sample))))
+        raise BadData(f"prompt {uid}: {words}: make it text or numbers, or leave the column out") from None
 
 
 def proxy(url: httpx.URL, proxies: Mapping[str, str]) -> tuple[str | None, str]:

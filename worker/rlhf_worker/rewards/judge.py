@@ -9,7 +9,7 @@ from typing import Any
 from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import BadSpec
 from rlhf_worker.experience import Sample
-from rlhf_worker.rewards.attempt import Failure, Verdict, arguments
+from rlhf_worker.rewards.attempt import Failure, Judgement, arguments
 from rlhf_worker.rewards.http import Service
 
 HOLE = re.compile(r"\{([A-Za-z_]\w*)\}")
@@ -56,15 +56,15 @@ class JudgeReward(Service):
 
         return HOLE.sub(fill, self.judge.prompt)
 
-    def values(self, answer: Any, count: int) -> list[Verdict]:
+    def values(self, answer: Any, count: int) -> list[Judgement]:
         try:
             text = answer["choices"][0]["message"]["content"]
-            found = list(self._pattern.finditer(text or ""))
+            matches = list(self._pattern.finditer(text or ""))
         except (KeyError, IndexError, TypeError):
             raise Failure(f"no answer of chat completions: {json.dumps(answer):.300}") from None
-        if not found:
+        if not matches:
             raise Failure(f"no score by judge.pattern in the judge's answer {text!r:.300}")
-        return [Verdict(self._scaled(found[-1][1], text))]
+        return [Judgement(self._scaled(matches[-1][1], text))]
 
     def _scaled(self, score: str | None, text: str) -> float:
         low, high = self.judge.low, self.judge.high

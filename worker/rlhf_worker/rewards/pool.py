@@ -21,7 +21,7 @@ from typing import Any
 from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import BadSpec, RewardFailed
 from rlhf_worker.experience import Sample
-from rlhf_worker.rewards.attempt import Failure, Once, Reward, Verdict, arguments, of_group
+from rlhf_worker.rewards.attempt import Failure, Judgement, Once, Reward, arguments, of_group
 
 START_DEADLINE = 300.0  # seconds for a child's imports
 DEATH_GRACE = 1.0  # seconds that a child which closed its socket has to end by itself, for the sake of its exit status
@@ -39,16 +39,25 @@ class Child:
 
     def __init__(self, *, episodes: bool = False, group: bool = False, **spec: str | None) -> None:
         """spec: what it loads, as `child.load` takes it; group: a reward that sees all completions of a prompt."""
-        self._first = {"spec": spec, "episodes": episodes, "group": group}
+        self._first: dict[str, Any] = {"spec": spec, "episodes": episodes, "group": group}
         self._process: subprocess.Popen[bytes] | None = None
         self._calls = threading.Lock()
         self._closed = False
+
+    def load(self) -> None:
+        """`start`, at the run's start: raises BadSpec where that raises LoadFailure."""
+        try:
+            self.start()
+        except LoadFailure as error:
+            field, code = (self._first["spec"][name] for name in ("field", "code"))
+            raise BadSpec(f"{field}.{'function' if code is None else 'code'} cannot be loaded: {error}") from None
 
     def start(self) -> None:
         """Unless it runs. Raises LoadFailure, or Failure if it did not get so far."""
         if self._process is not None:
             return
         self._connection, theirs = socket.socketpair()
+        self._answers = self._connection.makefile("rb")
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rlhf_worker.rewards.child", str(theirs.fileno())], pass_fds=[theirs.fileno()],
@@ -73,8 +82,12 @@ class Child:
         if self._closed:  # `close` sets it before it looks for a process, and there is one now
             self._kill()
             raise Failure("the pool was closed")
+        end = time.monotonic() + seconds
         try:
-            line = self._line(pickle.dumps(message), time.monotonic() + seconds)
+            self._connection.settimeout(seconds)
+            self._connection.sendall(pickle.dumps(message))
+            self._connection.settimeout(max(1e-3, end - time.monotonic()))
+            line = self._answers.readline()
         except TimeoutError:
             self._kill()
             raise Failure(f"no answer within {seconds:g} s; its process was killed") from None
@@ -84,18 +97,6 @@ class Child:
             raise Failure(f"its process died: {self._ending()}")
         answer: dict[str, Any] = json.loads(line)
         return answer
-
-    def _line(self, message: bytes, end: float) -> bytes:
-        """What it says to a message, without an end of line if it dies meanwhile. Raises TimeoutError."""
-        self._connection.settimeout(end - time.monotonic())
-        self._connection.sendall(message)
-        line = bytearray()
-        while not line.endswith(b"\n"):
-            self._connection.settimeout(max(1e-3, end - time.monotonic()))
-            if not (part := self._connection.recv(1 << 20)):
-                break
-            line += part
-        return bytes(line)
 
     def _ending(self) -> str:
         """Of a process that closed its socket, in words."""
@@ -113,6 +114,7 @@ class Child:
         _kill_group(self._process)
         status = self._process.wait()
         self._process = None
+        self._answers.close()
         self._connection.close()
         return status
 
@@ -145,9 +147,7 @@ class PythonReward(Reward):
         for child in self._children:
             self._idle.put(child)
         try:
-            self._children[-1].start()
-        except LoadFailure as error:
-            raise BadSpec(f"{field}.{'function' if spec.code is None else 'code'} cannot be loaded: {error}") from None
+            self._children[-1].load()
         except Failure as error:
             raise RewardFailed(f"{field} did not start: {error}") from None
 
@@ -156,14 +156,14 @@ class PythonReward(Reward):
         with ThreadPoolExecutor(self.spec.workers, thread_name_prefix=f"reward-{self.spec.name}") as threads:
             yield partial(self._once, threads)
 
-    async def _once(self, threads: ThreadPoolExecutor, batch: Sequence[Sample], attempt: int) -> list[Verdict]:
+    async def _once(self, threads: ThreadPoolExecutor, batch: Sequence[Sample], attempt: int) -> list[Judgement]:
         return await asyncio.get_running_loop().run_in_executor(threads, self._call, batch)
 
-    def _call(self, batch: Sequence[Sample]) -> list[Verdict]:
+    def _call(self, batch: Sequence[Sample]) -> list[Judgement]:
         asked = of_group(batch) if self.spec.scope == "group" else arguments(batch[0])
         child = self._idle.get()
         try:
-            return self.verdicts(child.ask(asked, self.spec.timeout_seconds), len(batch))
+            return self.judgements(child.ask(asked, self.spec.timeout_seconds), len(batch))
         finally:
             self._idle.put(child)
 

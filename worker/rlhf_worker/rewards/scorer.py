@@ -4,17 +4,16 @@ A reward that fails ends the run with its own error, or has the group drawn anew
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from itertools import compress
 from typing import Self
 
 from rlhf_api.job import RewardSpec
 from rlhf_worker.errors import RewardFailed
 from rlhf_worker.experience import Sample, ScoredSample
-from rlhf_worker.rewards.attempt import Failure, Reward, Verdict, finite
+from rlhf_worker.rewards.attempt import Failure, Judgement, Reward, finite
 from rlhf_worker.rewards.http import HttpReward
 from rlhf_worker.rewards.judge import JudgeReward
 from rlhf_worker.rewards.pool import PythonReward
@@ -50,25 +49,25 @@ class Scorer:
         RewardFailed, BadData, BadSpec.
         """
         failed = {sample.prompt.uid for sample in samples if sample.failure}
-        judged = {spec.name: [s for s in samples if s.prompt.judged_by(spec.name)] for spec in self._specs}
-        whole = {name: [sample.prompt.uid not in failed for sample in of] for name, of in judged.items()}
-        asked = {name: list(compress(of, whole[name])) for name, of in judged.items()}
-        answers = self._executor.map(lambda reward: reward.score(asked[reward.spec.name]), self._rewards)
-        values = dict(zip((reward.spec.name for reward in self._rewards), answers, strict=True))
-        values |= {n: list(compress(_checked(n, of, judged[n]), whole[n])) for n, of in (models or {}).items()}
-        each = {name: iter(given) for name, given in values.items()}
+        whole = [sample for sample in samples if sample.prompt.uid not in failed]
+        answers = self._executor.map(lambda reward: reward.score(_judged(reward.spec.name, whole)), self._rewards)
+        each = {reward.spec.name: iter(answer) for reward, answer in zip(self._rewards, answers, strict=True)}
+        for name, values in (models or {}).items():
+            judged = _judged(name, samples)
+            pairs = zip(judged, _checked(name, values, judged), strict=True)
+            each[name] = iter([judgement for sample, judgement in pairs if sample.prompt.uid not in failed])
         return [
             _unscored(sample) if sample.prompt.uid in failed
             else self._scored(sample, {n: next(given) for n, given in each.items() if sample.prompt.judged_by(n)})
             for sample in samples
         ]
 
-    def _scored(self, sample: Sample, verdicts: Mapping[str, Verdict]) -> ScoredSample:
-        """`verdicts`: by the name of each reward that judges it."""
-        if failure := next((verdict.failure for verdict in verdicts.values() if verdict.failure), ""):
+    def _scored(self, sample: Sample, judgements: Mapping[str, Judgement]) -> ScoredSample:
+        """`judgements`: by the name of each reward that judges it."""
+        if failure := next((judgement.failure for judgement in judgements.values() if judgement.failure), ""):
             return _unscored(replace(sample, failure=failure))
-        parts = {s.name: _clipped(s, verdicts[s.name].value) if s.name in verdicts else 0.0 for s in self._specs}
-        metrics = {f"{name}/{key}": value for name, given in verdicts.items() for key, value in given.metrics.items()}
+        parts = {s.name: _clipped(s, judgements[s.name].value) if s.name in judgements else 0.0 for s in self._specs}
+        metrics = {f"{name}/{key}": value for name, given in judgements.items() for key, value in given.metrics.items()}
         reward = sum(spec.weight * parts[spec.name] for spec in self._specs)
         return ScoredSample(sample=sample, reward=reward, parts=parts, metrics=metrics)
 
@@ -94,15 +93,19 @@ class Scorer:
         self.close()
 
 
+def _judged(name: str, samples: Iterable[Sample]) -> list[Sample]:
+    return [sample for sample in samples if sample.prompt.judged_by(name)]
+
+
 def _tried_out(groups: Sequence[Sequence[Sample]], reward: Reward) -> str:
     """What is wrong; empty for nothing."""
     count = None if reward.spec.scope == "group" else 1
     judged = [group[:count] for group in groups if group[0].prompt.judged_by(reward.spec.name)]
     try:
-        verdicts = [verdict for samples in judged for verdict in reward.score(samples)]
+        judgements = [judgement for samples in judged for judgement in reward.score(samples)]
     except RewardFailed as error:
         return str(error)
-    return next((verdict.failure for verdict in verdicts if verdict.failure), "")
+    return next((judgement.failure for judgement in judgements if judgement.failure), "")
 
 
 def _unscored(sample: Sample) -> ScoredSample:
@@ -114,10 +117,10 @@ def _clipped(spec: RewardSpec, value: float) -> float:
     return value if spec.clip is None else min(max(value, spec.clip.low), spec.clip.high)
 
 
-def _checked(name: str, values: Sequence[float], samples: Sequence[Sample]) -> list[Verdict]:
+def _checked(name: str, values: Sequence[float], samples: Sequence[Sample]) -> list[Judgement]:
     try:
         if len(values) != len(samples):
             raise Failure(f"{len(values)} values for {len(samples)} samples")
-        return [Verdict(finite(value)) for value in values]
+        return [Judgement(finite(value)) for value in values]
     except Failure as failure:
         raise RewardFailed(f"rewards[{name}], a model: {failure}") from None

@@ -16,14 +16,14 @@ from rlhf_api.run import RunConfig
 from rlhf_worker.errors import BadSpec, EnvironmentFailed
 from rlhf_worker.experience import NO_TOKENS, Sample
 from rlhf_worker.rewards.attempt import Failure, finite, tried
-from rlhf_worker.rewards.pool import Child, LoadFailure
+from rlhf_worker.rewards.pool import Child
 from rlhf_worker.rollout.episode import Episode, Request, Speech, Turn
 from rlhf_worker.template import Unfit
 
 FIELD = "rollout.environment"
 
 
-class Seat:
+class EnvironmentProcess:
     """One subprocess, with a thread that talks to it."""
 
     def __init__(self, spec: EnvironmentSpec, field: str) -> None:
@@ -36,9 +36,8 @@ class Seat:
 
     async def ask(self, **call: Any) -> dict[str, Any]:
         """Raises Failure."""
-        answer: dict[str, Any] = await asyncio.get_running_loop().run_in_executor(
-            self._thread, self.child.ask, call, self._seconds,
-        )
+        loop = asyncio.get_running_loop()
+        answer: dict[str, Any] = await loop.run_in_executor(self._thread, self.child.ask, call, self._seconds)
         return answer
 
     def close(self) -> None:
@@ -52,14 +51,10 @@ class Environments:
     def __init__(self, spec: EnvironmentSpec, speech: Speech, field: str = FIELD) -> None:
         self.spec, self.speech, self.field = spec, speech, field
         self._numbers = itertools.count()
-        self._seats = [Seat(spec, field) for _ in range(spec.workers)]
+        self._processes = [EnvironmentProcess(spec, field) for _ in range(spec.workers)]
         try:
-            self._seats[0].child.start()
+            self._processes[0].child.load()
             self._check()
-        except LoadFailure as error:
-            raise BadSpec(
-                f"{field}.{'code' if spec.code is not None else 'function'} cannot be loaded: {error}"
-            ) from None
         except BaseException:
             self.close()
             raise
@@ -92,23 +87,22 @@ class Environments:
         return Sample(prompt=request.prompt, text="", finish_reason="stop", failure=words, **NO_TOKENS)
 
     async def _episode(self, request: Request, turn: Callable[[Episode], Awaitable[Turn]]) -> Sample:
-        seat, number, episode, prompt = min(
-            self._seats, key=lambda seat: seat.episodes,
-        ), next(self._numbers), Episode(request), request.prompt
-        seat.episodes += 1
+        process = min(self._processes, key=lambda process: process.episodes)
+        number, episode, prompt = next(self._numbers), Episode(request), request.prompt
+        process.episodes += 1
         try:
             row = {**prompt.fields, "prompt": prompt.fields.get("prompt", prompt.text)}
-            await seat.ask(episode=number, action="reset", arguments=row)
+            await process.ask(episode=number, action="reset", arguments=row)
             over = False
             while not over:
                 episode.add(await turn(episode))
                 said = {"completion": episode.last_turn(self.speech)}
-                over = self._over(episode, await seat.ask(episode=number, action="step", arguments=said))
+                over = self._over(episode, await process.ask(episode=number, action="step", arguments=said))
             with contextlib.suppress(Failure):  # what it did is done
-                await seat.ask(episode=number, action="close")
+                await process.ask(episode=number, action="close")
             return episode.sample(self.speech)
         finally:
-            seat.episodes -= 1
+            process.episodes -= 1
 
     def _over(self, episode: Episode, answer: dict[str, Any]) -> bool:
         """With the answer to the last turn in the episode. Also a turn that was cut gets its reward."""
@@ -122,26 +116,26 @@ class Environments:
         return bool(episode.finish_reason)
 
     def close(self) -> None:
-        for seat in self._seats:
-            seat.close()
+        for process in self._processes:
+            process.close()
 
 
 def opened(config: RunConfig, tokenizer: Any) -> dict[str, Environments]:
     """The run's own by "", and by the name of an evaluation set what plays it: its own environment, or the run's, with
     observations as the set's data renders them. Raises BadSpec.
     """
-    found: dict[str, Environments] = {}
+    environments: dict[str, Environments] = {}
     if run := config.rollout.environment:
-        found[""] = Environments(run, Speech.of(tokenizer, config))
+        environments[""] = Environments(run, Speech.of(tokenizer, config))
     for spec in config.evaluation:
         field = f"evaluation[{spec.name}]"
         if spec.environment or run:
             speech = _speech(tokenizer, config, spec.data, field)
-            found[spec.name] = (
+            environments[spec.name] = (
                 Environments(spec.environment, speech, f"{field}.environment") if spec.environment
-                else found[""].speaking(speech, field)
+                else environments[""].speaking(speech, field)
             )
-    return found
+    return environments
 
 
 def _speech(tokenizer: Any, config: RunConfig, data: PromptsSpec, field: str) -> Speech:

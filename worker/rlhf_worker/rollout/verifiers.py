@@ -30,7 +30,7 @@ def environment(name: str, **options: Any) -> type:
         """One episode. Its calls share an event loop, since environments keep connections in it."""
 
         def reset(self, **row: Any) -> None:
-            self.episode = Episode(verifiers, loaded)
+            self.episode = VerifiersEpisode(verifiers, loaded)
             runner.run(self.episode.begin(row))
 
         def step(self, completion: str) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def environment(name: str, **options: Any) -> type:
     return Environment
 
 
-class Episode:
+class VerifiersEpisode:
     """The rollout loop of verifiers, turned inside out: `answer` is what it does between two responses of a model."""
 
     def __init__(self, verifiers: Any, env: Any) -> None:

@@ -83,8 +83,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """`passed_over`: newer checkpoints that are damaged, each by name and fault. `path`: of the one that was read, told
-    by the leader's ranks.
+    """`passed_over`: newer checkpoints that are damaged, each by name and fault. `path`: of the one that was read.
     """
 
     state: RunState | None
@@ -111,7 +110,7 @@ class Saver:
         self.driver = driver
         self.leads = leads
         self.seconds = seconds
-        self.held: Fence | None = None
+        self.fenced = Fence(self.store, Writer("", 0, driver))  # until `fence` knows more
         self.refused: Fenced | None = None
         # Of its own: its collectives run beside the loop's, and one rank may write for long.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
@@ -123,17 +122,9 @@ class Saver:
         """Take the path over from every driver before. No collective: the leader's first rank does it, the others
         remember. Raises Fenced.
         """
-        self.held = Fence(self.store, Writer(job, attempt, self.driver))
+        self.fenced = Fence(self.store, Writer(job, attempt, self.driver))
         if self._leader:
-            self.held.take()
-
-    @property
-    def fenced(self) -> Fence:
-        """A run that no operator counts is attempt 0."""
-        if self.held is None:
-            self.fence("", 0)
-        assert self.held is not None
-        return self.held
+            self.fenced.take()
 
     @property
     def _leader(self) -> bool:
@@ -157,8 +148,8 @@ class Saver:
             self._wait()
         if self.refused is not None:
             raise self.refused
-        told, self.outcomes = self.outcomes, []
-        return told
+        ended, self.outcomes = self.outcomes, []
+        return ended
 
     def close(self) -> None:
         self._wait()
@@ -170,9 +161,9 @@ class Saver:
             self.running = None
 
     def _gather(self, value: Any) -> list[Any]:
-        found: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        gathered: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
 
     def _save(self, target: str, state: RunState, staged: dict[str, Any], rngs: list[Any]) -> None:
         """In the thread. Every rank comes to the end of it whatever fails, for the others wait for it in a collective.
@@ -259,10 +250,10 @@ class Saver:
         """`latest` names the newest that counts. Who was overtaken between its look and its write, or had not written
         yet, is put right here.
         """
-        told = self._latest()
-        while (newest := "".join(self._counting()[-1:])) != told:
+        named = self._latest()
+        while (newest := "".join(self._counting()[-1:])) != named:
             self.store.write(LATEST, newest.encode()) if newest else self.store.remove(LATEST)
-            told = newest
+            named = newest
 
     def _latest(self) -> str:
         try:
@@ -275,13 +266,13 @@ class Saver:
         """
         end = time.monotonic() + self.seconds
         while True:
-            told: dict[str, Any] = {}
+            part: dict[str, Any] = {}
             with suppress(FileNotFoundError, ValueError):
-                told = json.loads(self.store.read(name))
-            if told.get("driver") == self.driver:
-                if "error" in told:
-                    raise OSError(told["error"])
-                return dict(told["files"])
+                part = json.loads(self.store.read(name))
+            if part.get("driver") == self.driver:
+                if "error" in part:
+                    raise OSError(part["error"])
+                return dict(part["files"])
             if time.monotonic() > end:
                 raise TimeoutError(f"{name} did not come in {self.seconds:g} s")
             time.sleep(POLL_SECONDS)
@@ -354,40 +345,37 @@ class Saver:
         Raises BadData for one of another model, and when every one is damaged; Fenced; OSError while storage does not
         give what it may hold: that is no damage, and another start may find it.
         """
-        if not self.leads:
-            return self._follow(model, roles)
         passed_over: list[str] = []
-        for name, data in self._agreed(partial(persevering, self._candidates)):
+        for name, data in self._agreed(self._offered):
             state, files = read_run(data)
-            faults = [state] if isinstance(state, str) else self._faults(name, files)
+            faults = [state] if isinstance(state, str) else self._faults(name, files) if self.leads else []
             if not faults:
                 assert isinstance(state, RunState)
                 self._require(name, state, model)
-                self._agreed(partial(persevering, partial(self._resume, name)))
+                self._choose(name)
                 self._load(name, roles)
                 return Restored(state, passed_over, self.store.url(name))
             passed_over.append(f"checkpoint {self.store.url(name)} is damaged ({faults[0]}) and was passed over")
         if passed_over:
             raise BadData(f"{'; '.join(passed_over)}; no whole one is left: set spec.checkpoint.path to an empty "
                 "directory to start anew")
-        self._agreed(partial(persevering, partial(self._resume, "")))
+        self._choose("")
         return Restored(None, [])
 
-    def _resume(self, name: str) -> None:
-        self.fenced.resume(name)
-        self._point()  # the one before may have ended between a checkpoint and this
+    def _offered(self) -> list[tuple[str, bytes]]:
+        """To choose from, newest first, each with run.json; other groups take what the leader's chose."""
+        if self.leads:
+            return self._candidates()
+        name = self.fenced.resumed(self.seconds)
+        return [(name, self.store.read(f"{name}/{RUN}"))] if name else []
 
-    def _follow(self, model: dict[str, Any], roles: Roles) -> Restored:
-        """What the leader's group chose and read."""
-        name = self._agreed(partial(persevering, partial(self.fenced.resumed, self.seconds)))
-        if not name:
-            return Restored(None, [])
-        state, _ = read_run(self._agreed(partial(persevering, partial(self.store.read, f"{name}/{RUN}"))))
-        if isinstance(state, str):
-            raise BadData(f"checkpoint {self.store.url(name)}: {state}")
-        self._require(name, state, model)
-        self._load(name, roles)
-        return Restored(state, [])
+    def _choose(self, name: str) -> None:
+        def resume() -> None:
+            self.fenced.resume(name)
+            self._point()  # the one before may have ended between a checkpoint and this
+
+        if self.leads:
+            self._agreed(resume)
 
     def _ranked(self) -> list[str]:
         """Whole checkpoints of steps that have the metric of spec.checkpoint.best, the best first."""
@@ -411,24 +399,26 @@ class Saver:
 
     def _candidates(self) -> list[tuple[str, bytes]]:
         """Newest first, with run.json. An earlier driver may still prune."""
-        found = []
+        candidates = []
         for name in reversed(self._counting()):
             with suppress(FileNotFoundError):
-                found.append((name, self.store.read(f"{name}/{RUN}")))
-        return found
+                candidates.append((name, self.store.read(f"{name}/{RUN}")))
+        return candidates
 
     def _agreed(self, look: Callable[[], Any]) -> Any:
-        """What the group's first rank sees: all ranks must choose the same. Raises what it raised, on all of them."""
-        found: list[Any] = [None]
+        """What the group's first rank sees at last: all ranks must choose the same. Raises what it raised, on all of
+        them.
+        """
+        answer: list[Any] = [None]
         if dist.get_rank(self.group) == 0:
             try:
-                found = [look()]
+                answer = [persevering(look)]
             except (OSError, BadData, DeadlineExceeded, Fenced) as error:
-                found = [error]
-        dist.broadcast_object_list(found, group_src=0, group=self.group)
-        if isinstance(found[0], Exception):
-            raise found[0]
-        return found[0]
+                answer = [error]
+        dist.broadcast_object_list(answer, group_src=0, group=self.group)
+        if isinstance(answer[0], Exception):
+            raise answer[0]
+        return answer[0]
 
     def _faults(self, name: str, files: Files) -> list[str]:
         """Files that are not as they were written; each rank reads its share of them."""
@@ -445,8 +435,8 @@ class Saver:
 
     def _require(self, name: str, state: RunState, model: dict[str, Any]) -> None:
         if differ := [key for key in model if state.model.get(key) != model[key]]:
-            told = ", ".join(f"{key} {state.model.get(key)!r} there, {model[key]!r} here" for key in differ)
-            raise BadData(f"checkpoint {self.store.url(name)} is of another model ({told}): set spec.checkpoint.path "
+            words = ", ".join(f"{key} {state.model.get(key)!r} there, {model[key]!r} here" for key in differ)
+            raise BadData(f"checkpoint {self.store.url(name)} is of another model ({words}): set spec.checkpoint.path "
                 "to an empty directory, or spec.model to that model")
 
     def _load(self, name: str, roles: Roles) -> None:
@@ -475,8 +465,8 @@ class Saver:
 
     def _load_rng(self, name: str) -> None:
         """Only of as many ranks: with another number every rank's stream is another anyway."""
-        there = self.store.fs.exists(self.store.path(name))
-        rngs = torch.load(io.BytesIO(persevering(partial(self.store.read, name))), weights_only=True) if there else []
+        written = self.store.fs.exists(self.store.path(name))
+        rngs = torch.load(io.BytesIO(persevering(partial(self.store.read, name))), weights_only=True) if written else []
         if len(rngs) == dist.get_world_size(self.group):
             own = rngs[dist.get_rank(self.group)]
             torch.set_rng_state(own["cpu"])
@@ -486,10 +476,10 @@ class Saver:
 
 def whole(store: Store) -> list[str]:
     """Names of the finished checkpoints, whoever made them, oldest first."""
-    found = [
+    steps = [
         (int(match[1]), name) for name in store.names() if (match := NAME.fullmatch(name)) and RUN in store.names(name)
     ]
-    return [name for _, name in sorted(found)]
+    return [name for _, name in sorted(steps)]
 
 
 def sealed(content: dict[str, Any]) -> bytes:
@@ -513,14 +503,14 @@ def read_run(data: bytes) -> tuple[RunState | str, Files]:
 def _fault(store: Store, name: str, size: int, crc: int) -> str:
     """In words; "" for a file that is as it was written. Raises OSError for one that cannot be read."""
     try:
-        found = persevering(partial(store.measure, name))
+        measured = persevering(partial(store.measure, name))
     except OSError as error:
         if verdict(Call.CHECKPOINT, error) is not Verdict.DATA:
             raise
         return f"{name}: {error}"
-    if found[0] != size:
-        return f"{name} has {found[0]} bytes of {size}"
-    return "" if found[1] == crc else f"the checksum of {name} differs"
+    if measured[0] != size:
+        return f"{name} has {measured[0]} bytes of {size}"
+    return "" if measured[1] == crc else f"the checksum of {name} differs"
 
 
 def persevering(look: Callable[[], T]) -> T:

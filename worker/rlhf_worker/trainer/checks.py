@@ -12,15 +12,29 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from copy import copy
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_api.job import ModelSpec, PlacementMode
-from rlhf_api.run import TRAINED, RunConfig
-from rlhf_worker.engines.arguments import check_role_context
+from rlhf_api.run import RunConfig
+from rlhf_worker.engines.arguments import check_role_context, engine_share
 from rlhf_worker.errors import BadSpec, PreflightFailed, Problems
+from rlhf_worker.memory import (
+    DTYPE_BYTES,
+    GIB,
+    SAVED_BYTES,
+    Need,
+    Shape,
+    engine_activations,
+    kv_bytes,
+    kv_tokens,
+    needed_bytes,
+    shape_of,
+    share_field,
+    trained_whole,
+    training_bytes,
+)
 from rlhf_worker.pretrained import (
     check_template,
     check_vocabulary,
@@ -38,13 +52,10 @@ if TYPE_CHECKING:
     from rlhf_worker.trainer.rank import Trainer
 
 REDUCE_SECONDS = 20.0
+# Engine arguments by which weights or cache take another size than the model's config says.
+OWN_SIZES = {"quantization", "kv_cache_dtype", "kv_cache_memory_bytes", "hf_overrides", "cpu_offload_gb"}
 MEMORY_WAIT_SECONDS = 20.0  # for a dead predecessor's memory to be given back
 SHM_BYTES = {"cuda": 32 << 20, "cpu": 8 << 20}  # a rank, where there are several: NCCL's and gloo's buffers
-TRAINED_BYTES = 16  # a parameter: float32 weight, gradient and two moments
-SAVED_BYTES = 12  # weight and two moments
-LOADED_BYTES = 4  # weight
-DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
-GIB = 2**30
 
 
 def _devices(rank: "Trainer") -> None:
@@ -121,8 +132,10 @@ def _shared_gpu(rank: "Trainer") -> None:
 
 
 def _beside_engine(rank: "Trainer") -> bool:
-    """A role with GPUs of its own shares them with nobody."""
-    return rank.config.placement.mode is PlacementMode.COLOCATED and "policy" in rank.names
+    """A role with GPUs of its own shares them with nobody; nor does a trainer that generates itself."""
+    placement = rank.config.placement
+    shared = placement.mode is PlacementMode.COLOCATED and bool(placement.engine_slots)
+    return shared and "policy" in rank.names
 
 
 def _model(rank: "Trainer") -> None:
@@ -147,17 +160,34 @@ def _memory(rank: "Trainer") -> None:
     if rank.device.type == "cpu":
         need = needed_bytes(rank.config, counts, rank.world, 0)
         return check_memory(need, *host_memory(Path("/proc/meminfo").read_text()), "the node of a trainer pod")
-    name = f"GPU {torch.cuda.get_device_properties(0).uuid}"
-    end = time.monotonic() + MEMORY_WAIT_SECONDS
+    name, total = f"GPU {torch.cuda.get_device_properties(0).uuid}", torch.cuda.mem_get_info()[1]
+    engine = int(engine_share(rank.config) * total) if _beside_engine(rank) else 0
+    if engine and not rank.rank:
+        words = engine_memory(rank.config, counts["policy"], shape_of(load_config(rank.config.model)), total)
+        least = training_bytes(rank.config, counts, rank.world) / GIB
+        print(f"each GPU: {words}; the trainer needs at least {least:.1f} GiB while it trains", flush=True)
+    need, end = needed_bytes(rank.config, counts, rank.world, engine), time.monotonic() + MEMORY_WAIT_SECONDS
     while True:
-        free, total = torch.cuda.mem_get_info()
-        share = engine_share(rank.config) if _beside_engine(rank) else 0.0
         try:
-            return check_memory(needed_bytes(rank.config, counts, rank.world, int(share * total)), free, total, name)
+            return check_memory(need, torch.cuda.mem_get_info()[0], total, name)
         except PreflightFailed:
             if time.monotonic() > end:
                 raise
             time.sleep(1.0)
+
+
+def engine_memory(config: RunConfig, parameters: int, shape: Shape, card: int) -> str:
+    """What an engine's rank has of `card` bytes, in words. Raises BadSpec where not even its weights fit into that."""
+    share, ranks, args = engine_share(config), config.rollout.tensor_parallel_size, config.rollout.engine_args
+    width = DTYPE_BYTES[config.model.dtype]
+    weights = parameters * width // ranks
+    if share * card <= weights and not args.keys() & OWN_SIZES:
+        given = f"{share_field(config)} is {share:g}, {share * card / GIB:.1f} of {card / GIB:.1f} GiB"
+        raise BadSpec(f"{given}, but of an engine the weights alone take {weights / GIB:.1f}: raise it, or "
+            "spec.rollout.tensorParallelSize")
+    tokens = kv_tokens(card, share, weights, engine_activations(shape, width, ranks), kv_bytes(shape, width, ranks))
+    cache = "" if args.keys() & OWN_SIZES else f", about {round(tokens, -3):,} tokens of KV cache"
+    return f"an engine gets {share * card / GIB:.1f} of {card / GIB:.1f} GiB{cache}"
 
 
 def host_memory(meminfo: str) -> tuple[int, int]:
@@ -171,65 +201,17 @@ def parameters(spec: ModelSpec, field: str = "spec.model.path") -> int:
     return sum(p.numel() for p in skeleton(spec, field).parameters())
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
-    """What a device must hold at the same moment, in bytes, at least: without activations and gathered layers."""
-
-    moment: str
-    roles: int
-    engine: int
-
-    @property
-    def bytes(self) -> int:
-        return self.roles + self.engine
-
-
-def engine_share(config: RunConfig) -> float:
-    """Of a GPU's memory, that an engine takes."""
-    return float(config.rollout.engine_args.get("gpu_memory_utilization", 0.9 * config.placement.engine_fraction))
-
-
-def needed_bytes(config: RunConfig, counts: Mapping[str, int], world: int, engine: int) -> Need:
-    """The worst moment of one rank. counts: parameters of each role; engine: bytes that one beside it takes, else 0.
-
-    While a step trains, its roles are there with gradients, and an engine unless it sleeps; one rank alone keeps what
-    it multiplies with over an update (`model.gathered`), in its own type. While engines generate, what is not offloaded
-    stays: weights and moments. With offload one role is there at a time, and none while engines generate; but each is
-    loaded, and the policy synced, beside an engine that is awake.
-    """
-    own = {role: DTYPE_BYTES[config.roles[role].dtype] for role in counts}
-
-    def shards(trained_bytes: int, copies: int = 0) -> list[int]:
-        """A rank's part of each role. A frozen one keeps its weights in its own type."""
-        whole = _trained_whole(config)
-        sizes = {role: trained_bytes + copies * own[role] if role in whole else own[role] for role in counts}
-        return [count * sizes[role] // world for role, count in counts.items()]
-
-    offload, copies = config.trainer.offload, int(world == 1)
-    training = max(shards(TRAINED_BYTES, copies)) if offload else sum(shards(TRAINED_BYTES, copies))
-    idle = max(shards(LOADED_BYTES)) if offload else sum(shards(SAVED_BYTES))
-    beside = Need("loading" if offload else "generating", idle, engine)
-    return max(Need("training", training, 0 if config.engines_sleep else engine), beside, key=lambda need: need.bytes)
-
-
-def _trained_whole(config: RunConfig) -> tuple[str, ...]:
-    """Adapters are a small part of a model: they are left out of the least that a run needs."""
-    return tuple(role for role in TRAINED if role != "policy" or config.model.lora is None)
-
-
 def check_memory(need: Need, free: int, total: int, where: str) -> None:
     """Bytes, all. Raises BadSpec for what can never fit, PreflightFailed for what does not fit now."""
     if need.bytes <= free:
         return
     engine = f" and the engine takes {need.engine / GIB:.1f} GiB" if need.engine else ""
     asked = f"while {need.moment} the trainer's roles need at least {need.roles / GIB:.1f} GiB{engine}"
-    smaller = "spec.placement.fractions.rollout" if need.engine else "the size of the model"
-    fix = f"raise spec.trainer.gpus, set spec.trainer.offload, or lower {smaller}"
     if need.bytes > total:
-        raise BadSpec(f"{where} has {total / GIB:.1f} GiB, but {asked}: {fix}")
+        raise BadSpec(f"{where} has {total / GIB:.1f} GiB, but {asked}: {need.fix}")
     raise PreflightFailed(
         f"{where} has {free / GIB:.1f} GiB free of {total / GIB:.1f}, but {asked}: "
-        f"something else holds the rest; end it, or {fix}"
+        f"something else holds the rest; end it, or {need.fix}"
     )
 
 
@@ -249,7 +231,7 @@ def _checkpoint(rank: "Trainer") -> None:
     if name not in rank.store.names() or rank.store.read(name).decode() != told[0]:
         raise PreflightFailed(f"spec.checkpoint.path ({rank.store.root}) is another directory in each trainer pod: "
             "mount a volume that they share (pods.trainer.volumes)")
-    saved = [role for role in rank.names if role in _trained_whole(rank.config)]
+    saved = [role for role in rank.names if role in trained_whole(rank.config)]
     need = sum(SAVED_BYTES * parameters(rank.config.roles[role], model_field(role)) for role in saved)
     room = rank.store.room()
     if room and room[0] < need:

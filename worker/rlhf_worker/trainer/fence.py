@@ -5,31 +5,21 @@ writes that file. The highest number holds the path; everyone else is refused by
 first. As a check and what follows it are two calls, an earlier driver may still publish once, late. The line of
 take-overs makes that harmless: what lies beyond the checkpoint that a later driver went on from never counts
 (`standing`).
-
-A driver that takes over from many puts their turns into one file, `until-<number>.json`, and removes theirs: nothing is
-forgotten, and the highest number keeps a file of its own. A late writer may create a number anew that was removed so;
-that is no take-over.
 """
 
 import json
 import platform
-import re
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, TypeVar
 
 from rlhf_worker.errors import BadData, DeadlineExceeded, Fenced
 from rlhf_worker.storage import Store
 
 DIRECTORY = "fence"
 POLL_SECONDS = 0.2
-STALE_SECONDS = 120.0  # more than a client of NFS shows files that are gone
-MOST_FILES = 16  # of earlier take-overs; with more they become one
-T = TypeVar("T")
-PAST = re.compile(r"until-(\d+)\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +40,7 @@ class Writer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Turn:
+class TakeOver:
     """One take-over. `resumed`: the checkpoint it went on from, "" for none; None: it has not said yet."""
 
     number: int
@@ -62,26 +52,24 @@ class Turn:
     resumed: str | None = None
 
 
-def outranks(turn: Turn, writer: Writer) -> bool:
-    """Whether `writer` may not take over from it: a higher attempt of its job is there. A run by hand may always."""
-    return 0 < writer.attempt < turn.attempt and turn.job == writer.job
-
-
-def barred(line: Sequence[Turn], writer: Writer) -> Turn | None:
-    """The turn that keeps `writer` from taking over: of a higher attempt, or of another job after this very attempt."""
+def barred(line: Sequence[TakeOver], writer: Writer) -> TakeOver | None:
+    """The turn that keeps `writer` from taking over: of a higher attempt, or of another job after this very attempt. A
+    run by hand may always.
+    """
     for turn in reversed(line):
-        if outranks(turn, writer) or (turn.job != writer.job and _was_before(line, turn, writer)):
+        higher = 0 < writer.attempt < turn.attempt
+        if higher if turn.job == writer.job else _was_before(line, turn, writer):
             return turn
     return None
 
 
-def _was_before(line: Sequence[Turn], turn: Turn, writer: Writer) -> bool:
+def _was_before(line: Sequence[TakeOver], turn: TakeOver, writer: Writer) -> bool:
     """A suspended job comes back with a higher attempt: one that was here before `turn` is what that took over from."""
     mine = [own for own in line if own.job == writer.job and own.number < turn.number]
     return bool(writer.attempt and any(own.attempt >= writer.attempt for own in mine))
 
 
-def standing(names: Sequence[tuple[str, int, str | None]], line: Sequence[Turn]) -> list[str]:
+def standing(names: Sequence[tuple[str, int, str | None]], line: Sequence[TakeOver]) -> list[str]:
     """Of checkpoints, each by name, step and mark, oldest first: those that count."""
     numbers = {turn.mark: turn.number for turn in line}
     kept = sorted((step, numbers.get(mark or "", 0), name) for name, step, mark in names)
@@ -89,7 +77,7 @@ def standing(names: Sequence[tuple[str, int, str | None]], line: Sequence[Turn])
     return [name for step, number, name in kept if not _void(name, step, number, line, steps)]
 
 
-def _void(name: str, step: int, number: int, line: Sequence[Turn], steps: dict[str, int]) -> bool:
+def _void(name: str, step: int, number: int, line: Sequence[TakeOver], steps: dict[str, int]) -> bool:
     """A later turn went on from before it, and none after that chose it all the same."""
     later = [turn for turn in line if turn.number > number and turn.resumed is not None]
     chosen = max((turn.number for turn in later if turn.resumed == name), default=0)
@@ -111,39 +99,15 @@ class Fence:
         self.store = store
         self.writer = writer
         self._chosen: str | None = None
-        self._said: dict[int, Turn] = {}  # turns that will not change any more
-        self._past: tuple[int, list[Turn]] = (0, [])  # those in one file, and up to which number
+        self._said: dict[int, TakeOver] = {}  # those that will not change any more
 
-    def line(self) -> list[Turn]:
+    def line(self) -> list[TakeOver]:
         """Every take-over, in order. Raises BadData."""
-        return self._settled(self._line)
-
-    def _line(self) -> list[Turn]:
-        numbers, until = self._listed()
-        if until != self._past[0]:
-            self._past = until, self._parsed(
-                _past(until), lambda found: [Turn(**turn) for turn in found]
-            ) if until else []
-        turns = {turn.number: turn for turn in self._past[1]}
-        found = [self._said.get(number) or self._read(number) for number in numbers]
-        self._said = {turn.number: turn for turn in found[:-1] if turn.resumed is not None}
-        told = (
-            turn for turn in found
-            if turn.number > until or (turn.number in turns and turns[turn.number].mark == turn.mark)
-        )
-        return [turn for _, turn in sorted((turns | {turn.number: turn for turn in told}).items())]
-
-    def _settled(self, look: Callable[[], T]) -> T:
-        """A look at files of which none is removed between their listing and their reading. Raises FileNotFoundError.
-        """
-        end = time.monotonic() + STALE_SECONDS
-        while True:
-            try:
-                return look()
-            except FileNotFoundError:
-                if time.monotonic() > end:
-                    raise
-            time.sleep(POLL_SECONDS)
+        numbers = self._numbers()
+        self._said |= self._read([number for number in numbers if number not in self._said])
+        line = [self._said[number] for number in numbers]
+        self._said = {each.number: each for each in line[:-1] if each.resumed is not None}
+        return line
 
     def take(self) -> None:
         """Become the last in the line. Raises Fenced when a later driver is there."""
@@ -161,7 +125,7 @@ class Fence:
 
         What came of an earlier attempt, where storage lets it, is put right.
         """
-        last = self._settled(self._last)
+        last = next(iter(self._read(self._numbers()[-1:]).values()), None)
         if last is None or (
             last.mark != self.writer.mark and last.job == self.writer.job and last.attempt < self.writer.attempt
         ):
@@ -169,32 +133,11 @@ class Fence:
         elif last.mark != self.writer.mark:
             raise self._fenced(last)
 
-    def _last(self) -> Turn | None:
-        numbers, _ = self._listed()
-        return self._read(numbers[-1]) if numbers else None
-
     def resume(self, name: str) -> None:
         """Say from which checkpoint this driver goes on: those beyond it that others made are void. Raises Fenced."""
         self.check()
         self._chosen = name
         self._write(replace(self._own(self.line()), resumed=name))
-        try:
-            self._gather()
-        except OSError as error:
-            print(f"checkpoint: {self.store.url(DIRECTORY)}: earlier take-overs stay as they are: {error}", flush=True)
-
-    def _gather(self) -> None:
-        """Of many earlier turns, each a file that every later driver would read, one. It is there before they go."""
-        line, (numbers, _) = self.line(), self._listed()
-        own = self._own(line).number
-        if len(earlier := [number for number in numbers if number < own]) <= MOST_FILES:
-            return
-        self.store.write(_past(own - 1), json.dumps([asdict(turn) for turn in line if turn.number < own]).encode())
-        for number in earlier:
-            self.store.remove(_name(number))
-        for name in self.store.names(DIRECTORY):
-            if (match := PAST.fullmatch(name)) and int(match[1]) < own - 1:
-                self.store.remove(f"{DIRECTORY}/{name}")
 
     def resumed(self, deadline_seconds: float) -> str:
         """What the process that took over said. Raises DeadlineExceeded."""
@@ -213,31 +156,29 @@ class Fence:
         own = self._own(line)
         return {turn.mark for turn in line if turn.number < own.number} - {own.mark}
 
-    def _own(self, line: Sequence[Turn]) -> Turn:
+    def _own(self, line: Sequence[TakeOver]) -> TakeOver:
         return [turn for turn in line if turn.mark == self.writer.mark][-1]
 
-    def _listed(self) -> tuple[list[int], int]:
-        """Numbers of the turns that have files of their own; and up to which number the others are in one, 0 where
-        there is none.
-        """
-        names = self.store.names(DIRECTORY)
-        numbers = sorted(int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdigit())
-        return numbers, max((int(match[1]) for name in names if (match := PAST.fullmatch(name))), default=0)
+    def _numbers(self) -> list[int]:
+        names = [name.removesuffix(".json") for name in self.store.names(DIRECTORY)]
+        return sorted(int(name) for name in names if name.isdigit())
 
-    def _read(self, number: int) -> Turn:
-        return self._parsed(_name(number), lambda found: Turn(**found))
+    def _read(self, numbers: Sequence[int]) -> dict[int, TakeOver]:
+        """Raises BadData."""
+        files = self.store.read_all([_name(number) for number in numbers])
+        return {number: self._parsed(number, data) for number, data in zip(numbers, files, strict=True)}
 
-    def _parsed(self, name: str, made: Callable[[Any], T]) -> T:
+    def _parsed(self, number: int, data: bytes) -> TakeOver:
         try:
-            return made(json.loads(self.store.read(name)))
+            return TakeOver(**json.loads(data))
         except (ValueError, TypeError) as error:
             raise BadData(
-                f"{self.store.url(name)} is not as it was written ({error}): "
+                f"{self.store.url(_name(number))} is not as it was written ({error}): "
                 "remove it when no other run writes to spec.checkpoint.path"
             ) from error
 
     def _created(self, number: int) -> bool:
-        turn = Turn(
+        turn = TakeOver(
             number=number, mark=self.writer.mark, job=self.writer.job, attempt=self.writer.attempt,
             host=platform.node(), time=_now(), resumed=self._chosen,
         )
@@ -245,13 +186,12 @@ class Fence:
             self.store.create(_name(number), _encoded(turn))
         except FileExistsError:
             return False
-        # Where two can create one file, the last one has; and a number that others have passed and removed is nobody's.
-        return any((one.number, one.mark) == (number, self.writer.mark) for one in self.line())
+        return self._read([number])[number].mark == self.writer.mark  # where two can create one file, the last one has
 
-    def _write(self, turn: Turn) -> None:
+    def _write(self, turn: TakeOver) -> None:
         self.store.write(_name(turn.number), _encoded(turn))
 
-    def _fenced(self, last: Turn) -> Fenced:
+    def _fenced(self, last: TakeOver) -> Fenced:
         who = (
             f"attempt {last.attempt} of this job"
             if last.job == self.writer.job
@@ -267,11 +207,7 @@ def _name(number: int) -> str:
     return f"{DIRECTORY}/{number:08}.json"
 
 
-def _past(until: int) -> str:
-    return f"{DIRECTORY}/until-{until:08}.json"
-
-
-def _encoded(turn: Turn) -> bytes:
+def _encoded(turn: TakeOver) -> bytes:
     return json.dumps(asdict(turn)).encode()
 
 

@@ -10,8 +10,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -28,6 +33,7 @@ from rlhf_worker.trainer.context import check_context, own_positions, packable, 
 from rlhf_worker.trainer.head import Head, change_of, logprobs_of
 
 PREFIX = "lm."
+COPIES, SHARDS = "copies", "shards"  # dimensions of the mesh of a role that nodes hold copies of
 
 
 class RoleModule(nn.Module):
@@ -46,6 +52,11 @@ class RoleModule(nn.Module):
     def layers(self) -> nn.ModuleList:
         """The decoder's. Raises BadSpec."""
         return decoder_layers(self.lm)
+
+    @property
+    def output(self) -> nn.Module:
+        """What `read` multiplies hidden states with."""
+        raise NotImplementedError
 
     @property
     def attention(self) -> str:
@@ -110,12 +121,17 @@ class PolicyModule(RoleModule):
         self.temperature = temperature
         self.entropy_gradient = False
 
+    @property
+    def output(self) -> nn.Module:
+        layer: nn.Module = self.lm.get_output_embeddings()
+        return layer
+
     def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
         """targets (N,): the tokens that follow; and (N, 1 + topK) what they were drawn from, where not from all.
 
         -> (2, N) float32: their log probabilities, and entropies, of the distribution drawn from.
         """
-        layer, size = self.lm.get_output_embeddings(), self.lm.get_input_embeddings().num_embeddings
+        layer, size = self.output, self.lm.get_input_embeddings().num_embeddings
         head = Head(layer, change_of(self.lm.config, self.temperature), size, self.compiled)
         return logprobs_of(head, hidden, *targets, entropy_gradient=self.entropy_gradient)
 
@@ -134,6 +150,10 @@ class ScalarModule(RoleModule):
     def __init__(self, lm: PreTrainedModel, head: nn.Linear) -> None:
         super().__init__(lm)
         self.head = head
+
+    @property
+    def output(self) -> nn.Module:
+        return self.head
 
     def read(self, hidden: Tensor, *targets: Tensor) -> Tensor:
         """-> (N,) float32. No targets."""
@@ -231,13 +251,13 @@ def compiles(trainer: TrainerSpec, device: torch.device) -> bool:
 
 
 def shard(module: RoleModule, mesh: DeviceMesh, cp_mesh: DeviceMesh | None, dtype: str) -> None:
-    """FSDP2 over `mesh`: a unit each decoder layer, the rest in the root. Products are made in `dtype`, gradients
-    summed in float32, a scalar head is float32.
+    """FSDP2 over `mesh`, of shards, or of copies and shards: a unit each decoder layer, the rest in the root. Products
+    are made in `dtype`, gradients summed in float32, a scalar head is float32.
 
     cp_mesh: the ranks that share this one's batches, if any. Weights of a model that is trained stay float32; those of
     a frozen one are kept in `dtype`, which gives the same products. The first rank's weights become everyone's. """
     module.cp_mesh = cp_mesh
-    first = mesh.get_local_rank() == 0
+    first = mesh.get_rank() == 0
     lower = torch.bfloat16 if dtype == "bfloat16" else None
     policy = MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=torch.float32)
     for parameter in module.lm.parameters():
@@ -255,9 +275,17 @@ def shard(module: RoleModule, mesh: DeviceMesh, cp_mesh: DeviceMesh | None, dtyp
         _deal(module, mesh, weights)
 
 
+def mesh_of(device: str, ranks: int, shards: int) -> DeviceMesh:
+    """Of a role's ranks: neighbours hold the shards of one copy."""
+    if ranks == shards:
+        return init_device_mesh(device, (ranks,))
+    return init_device_mesh(device, (ranks // shards, shards), mesh_dim_names=(COPIES, SHARDS))
+
+
 def gathered(module: RoleModule, *, last: bool) -> None:
-    """Before each micro-batch of an update on one rank alone. Its weights are cast for the products once an update, and
-    gradients added up as they come; a cast and a reduction a micro-batch read and write 36 bytes a parameter more.
+    """Before each micro-batch of an update on a rank that holds a whole copy. Its weights are cast for the products
+    once an update, and gradients added up as they come; a cast and a reduction a micro-batch read and write 36 bytes a
+    parameter more.
     """
     for layer in module.layers:
         layer.set_reshard_after_forward(False, recurse=False)  # type: ignore[operator]  # of FSDP
@@ -271,15 +299,36 @@ def released(module: RoleModule) -> None:
         layer.set_reshard_after_forward(True, recurse=False)  # type: ignore[operator]
 
 
+def abandoned(module: RoleModule) -> None:
+    """After an exception in the middle of a pass: as before the update, for `reset_iter_state` leaves what whole
+    gradients had been added up to.
+    """
+    released(module)
+    module.set_reshard_after_backward(True)  # type: ignore[operator]
+    module.set_requires_gradient_sync(True)  # type: ignore[operator]
+    groups = (unit._get_fsdp_state()._fsdp_param_groups for unit in module.modules() if isinstance(unit, FSDPModule))
+    for parameter in (parameter for unit in groups for group in unit for parameter in group.fsdp_params):
+        parameter.unsharded_accumulated_grad = None
+        if hasattr(parameter, "_unsharded_param"):
+            parameter._unsharded_param.grad = None
+    module.reset_iter_state()  # type: ignore[operator]
+
+
 @torch.no_grad()
 def _deal(module: nn.Module, mesh: DeviceMesh, weights: dict[str, Tensor]) -> None:
-    """The first rank's whole `weights`, by name, into everyone's shards; and its buffers. Others have none."""
+    """The first rank's whole `weights`, by name, into everyone's shards; and its buffers. Others have none, and what
+    they deal meanwhile is overwritten: only shards cross to other copies.
+    """
+    shards = mesh[SHARDS] if mesh.ndim > 1 else mesh
     for name, parameter in module.named_parameters():
         assert isinstance(parameter, DTensor)
         whole = weights[name] if weights else torch.empty(parameter.shape, dtype=parameter.dtype)
-        parameter.to_local().copy_(distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements).to_local())
+        local = parameter.to_local()
+        local.copy_(distribute_tensor(whole.to(mesh.device_type), shards, [parameter.placements[-1]]).to_local())
+        if mesh.ndim > 1:
+            dist.broadcast(local, group=mesh.get_group(COPIES), group_src=0)
     for buffer in module.buffers():
-        dist.broadcast(buffer, 0, group=mesh.get_group())
+        dist.broadcast(buffer, 0)
 
 
 def policy_pass(module: nn.Module, batch: PackedBatch, device: torch.device) -> Tensor:

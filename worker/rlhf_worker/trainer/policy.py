@@ -70,6 +70,9 @@ class Policy(Member):
     def scores(self, role: str, prompts: "list[Text]", completions: list[str]) -> list[float]:
         return self.trainer.scores(role, prompts, completions)
 
+    def token_budget(self) -> int:
+        return self.trainer.token_budget()
+
     def train(
         self, role: str, updates: "list[list[TrainSequence]]", dealing: list[list[list[int]]]
     ) -> dict[str, float]:

@@ -5,8 +5,10 @@ Every public method is a collective: all ranks of the group call it at once. The
 that has no GPUs of its own. With trainer.offload one role at a time lies on the device, and none while engines
 generate. """
 
+import gc
 import io
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -42,16 +44,22 @@ from rlhf_worker.experience import (
     dealt,
     packed,
     taken,
+    within,
 )
+from rlhf_worker.memory import GIB, room_tokens, shape_of
+from rlhf_worker.pace import DONE
 from rlhf_worker.pretrained import export, export_tokenizer, identity, load_config, make_readable
 from rlhf_worker.rollout.episode import Request
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer.checkpoint import Outcome, Restored, RunState, Saver
-from rlhf_worker.trainer.model import PREFIX, policy_pass, scores_of, values_of
+from rlhf_worker.trainer.flops import device_peak
+from rlhf_worker.trainer.model import PREFIX, mesh_of, policy_pass, scores_of, values_of
 from rlhf_worker.trainer.roles import Role, Text
 from rlhf_worker.weights.backends import Sender
 from rlhf_worker.weights.layout import layout_of
 from rlhf_worker.weights.source import PolicySource
+
+LIMIT = "tokens-per-micro-batch"  # file: what a start before found to be the most, after it ran out of memory
 
 
 def _driver() -> str:
@@ -73,8 +81,10 @@ class Trainer:
         self.rank = rank
         self.world = world
         self.device = torch.device(device)
+        self.peak = device_peak(self.device)
         self.store = Store(config.checkpoint.path)
         self.version = 0
+        self.budget = 0  # tokens of a micro-batch, where they are this rank's to find
         self.sender: Sender | None = None
         self.generator: Generator | None = None  # of rollout.engine hf
         self.roles: dict[str, Role] = {}
@@ -95,7 +105,7 @@ class Trainer:
         """Every role's model, one after the other; how each wants its batches. Raises BadSpec."""
         self.custom_loss = custom.loss(self.config, self.device)
         cp = self.config.trainer.context_parallel
-        mesh, cp_mesh = init_device_mesh(self.device.type, (self.world,)), None
+        mesh, cp_mesh = mesh_of(self.device.type, self.world, self.config.shards(self.world)), None
         if cp > 1:
             cp_mesh = init_device_mesh(self.device.type, (self.world // cp, cp), mesh_dim_names=("dp", "cp"))["cp"]
         for name in self.names:
@@ -212,6 +222,24 @@ class Trainer:
 
     # Training.
 
+    def token_budget(self) -> int:
+        """Tokens of a micro-batch for which this rank has room beside its models. Asked while no engine has the
+        memory; found once, so that the batches of a step fit what was asked before it.
+        """
+        if not self.budget:
+            free, total = torch.cuda.mem_get_info()
+            beside = self.config.placement.trainer_fraction if "policy" in self.names else 1.0
+            room = min(int(beside * total), free + torch.cuda.memory_reserved())
+            counts = {name: sum(p.numel() for p in role.module.parameters()) for name, role in self.roles.items()}
+            shapes = {name: shape_of(role.module.lm.config) for name, role in self.roles.items()}
+            self.budget = room_tokens(self.config, counts, shapes, self.world, room)
+            if LIMIT in self.store.names():
+                self.budget = min(self.budget, int(self.store.read(LIMIT)))
+            if not self.rank:
+                print(f"{', '.join(self.names)}: micro-batches of up to {self.budget} tokens, in {room / GIB:.1f} of "
+                    f"{total / GIB:.1f} GiB", flush=True)
+        return self.budget
+
     def train(self, name: str, updates: list[list[PackedBatch]]) -> dict[str, float]:
         """This rank's micro-batches of each optimizer update. Returns means over the step, the same on every rank.
         Raises Diverged.
@@ -228,14 +256,20 @@ class Trainer:
             for key, value in self._update(role, batches, learning_rate(spec, base, number, total)).items():
                 sums[key] = sums.get(key, torch.zeros((), device=self.device)) + value / len(updates)
         self._rest(parameters=False)  # the policy's are wanted by the sync next
-        return self._reduced(sums)
+        return self._reduced(sums | self._done(role, [batch for batches in updates for batch in batches]))
+
+    def _done(self, role: Role, batches: list[PackedBatch]) -> dict[str, Tensor]:
+        """This rank's share of what the step computed, and what its device could in a second. Fillers count nothing."""
+        own = [batch for batch in batches if batch.indices != [-1]]
+        tokens = sum(len(batch.token_ids) for batch in own)
+        counts = {"flops": role.flops.of_batches(own), "tokens": tokens, "micro_batches": len(own)}
+        shared = {name: count / self.config.trainer.context_parallel for name, count in counts.items()}
+        found = shared | {"peak": self.peak}
+        return {f"{DONE}{name}": torch.tensor(count, device=self.device) for name, count in found.items()}
 
     def _update(self, role: Role, batches: list[PackedBatch], rate: float) -> dict[str, Tensor]:
         """One optimizer update; this rank's share of its metrics. Raises Diverged, with the weights as they were."""
-        made: dict[str, Tensor] = {}
-        for batch in role.each(batches):
-            for key, value in self._backward(role, batch).items():
-                made[key] = made.get(key, torch.zeros((), device=self.device)) + value
+        made = self._passes(role, batches)
         norm = role.gradient_norm(self.config.trainer.max_grad_norm)
         self._require_finite(role, made["loss"], norm, batches)
         role.update(rate)
@@ -244,6 +278,41 @@ class Trainer:
             **made, "grad_norm": norm / self.world,
             "learning_rate": torch.tensor(rate / self.world, device=self.device),
         }
+
+    def _passes(self, role: Role, batches: list[PackedBatch]) -> dict[str, Tensor]:
+        """Gradients of one update; sums of its metrics. Where the first finds too little memory for a budget of this
+        rank's own, it is made anew with half of that.
+        """
+        while True:
+            if self.budget and self.world == 1:
+                batches = within(batches, self.budget)
+            made: dict[str, Tensor] = {}
+            try:
+                for batch in role.each(batches):
+                    for key, value in self._backward(role, batch).items():
+                        made[key] = made.get(key, torch.zeros((), device=self.device)) + value
+                role.fits = True
+                return made
+            except torch.OutOfMemoryError:
+                if role.fits or not self._halved(batches):
+                    raise
+            gc.collect()  # out of the handler, which held what the passes had made
+            role.abandon()
+
+    def _halved(self, batches: list[PackedBatch]) -> bool:
+        """Whether smaller micro-batches may go on here. Where several ranks work together the others wait in a
+        collective for this one: the run ends, and its next start knows the limit.
+        """
+        largest = max(batches, key=lambda batch: len(batch.token_ids))
+        if not self.budget or len(largest.indices) == 1:
+            return False
+        self.budget = len(largest.token_ids) // 2
+        when = "now" if self.world == 1 else "the next start"
+        print(f"out of memory with a micro-batch of {len(largest.token_ids)} tokens: {self.budget} from {when} on",
+            file=sys.stderr, flush=True)
+        if self.world > 1:
+            self.store.write(LIMIT, str(self.budget // self.config.trainer.context_parallel).encode())
+        return self.world == 1
 
     def _backward(self, role: Role, batch: PackedBatch) -> dict[str, Tensor]:
         """Gradients of one micro-batch. FSDP averages over ranks, so the loss is multiplied by their number."""

@@ -2,7 +2,7 @@
 back.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from rlhf_worker.errors import BadSpec, RewardFailed
 from rlhf_worker.experience import Batching, PackedBatch, TrainSequence
 from rlhf_worker.pretrained import context_length, load_tokenizer, model_field
 from rlhf_worker.trainer.context import check_rope
+from rlhf_worker.trainer.flops import Flops
 from rlhf_worker.trainer.model import (
     RoleModule,
+    abandoned,
     attentions,
     gathered,
     load_critic,
@@ -28,10 +30,10 @@ from rlhf_worker.trainer.model import (
     shard,
     wrap_layers,
 )
+from rlhf_worker.trainer.offload import Shelf
 from rlhf_worker.trainer.selftest import choose
 
 Text = str | list[dict[str, Any]]  # a prompt as the data has it: text, or chat messages
-Away = list[tuple[torch.UntypedStorage, Tensor]]  # emptied storages, and their bytes on the host
 
 
 class Role:
@@ -43,15 +45,17 @@ class Role:
         """mesh: the role's ranks; cp_mesh: those that share this one's batches. Raises BadSpec."""
         self.name = name
         self.path = config.roles[name].path
-        self.module: Any = _load(config, name, whole=mesh.get_local_rank() == 0)
+        self.module: Any = _load(config, name, whole=mesh.get_rank() == 0)
         if name not in TRAINED:
             self.module.requires_grad_(False)
         shard(self.module, mesh, cp_mesh, config.roles[name].dtype)
         self.module.to(device)
-        self.batching = _tried(config, name, self.module, mesh, device)
+        self.flops = Flops.of(self.module.lm, self.module.output)
+        self.batching = _tried(config, name, self.module, device)
         wrap_layers(self.module, config.trainer)
         # With adapters most of the weights lie in their products' type already: a second copy would gain nothing.
-        self.alone = mesh.size() == 1 and all(parameter.requires_grad for parameter in self.module.parameters())
+        whole = config.shards(mesh.size()) == 1
+        self.alone = whole and all(parameter.requires_grad for parameter in self.module.parameters())
         self.optimizer: AdamW | None = None
         if name in TRAINED:
             spec, cuda = config.trainer, device.type == "cuda"
@@ -61,8 +65,8 @@ class Role:
             config.roles[name], model_field(name),
         ) if name.startswith("reward:") else None
         self.steps = 0  # steps of the run in which it was trained, or was left out of
-        self._away: Away = []
-        self._state_away: Away = []
+        self.fits = False  # whether a whole update's passes found room
+        self._parameters, self._state = Shelf(), Shelf()
 
     def read(self, index: int, prompt: Text, completion: str) -> TrainSequence:
         """A sample as this reward model reads it: by its chat template, if it has one. Raises BadSpec, RewardFailed."""
@@ -92,8 +96,11 @@ class Role:
         return TrainSequence.plain(tokens, index)
 
     def each(self, batches: Sequence[PackedBatch]) -> Iterator[PackedBatch]:
-        """The micro-batches of one update, for a pass with a gradient each."""
+        """The micro-batches of one update, for a pass with a gradient each. Copies are reduced with the last one; their
+        shards each time, because a whole gradient has no room.
+        """
         for number, batch in enumerate(batches, 1):
+            self.module.set_requires_all_reduce(number == len(batches))
             if self.alone:
                 gathered(self.module, last=number == len(batches))
             yield batch
@@ -107,27 +114,33 @@ class Role:
 
     def update(self, rate: float) -> None:
         assert self.optimizer is not None
-        _to_device(self._state_away)
+        self._state.fetch()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
+    def abandon(self) -> None:
+        """After an exception in a pass: its update begins anew, for what it had summed up is lost."""
+        assert self.optimizer is not None
+        abandoned(self.module)
+        self.optimizer.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def fetch(self, *, state: bool = False) -> None:
         """Parameters, and with `state` the optimizer's too, to where they are used."""
-        _to_device(self._away)
+        self._parameters.fetch()
         if state:
-            _to_device(self._state_away)
+            self._state.fetch()
 
     def put_away(self, *, parameters: bool = True) -> None:
-        """The optimizer's state, and the parameters, to the host. What refers to them, such as a weight sync's views,
-        is good again after `fetch`.
-        """
+        """The optimizer's state, and the parameters, to the host."""
         if self.optimizer is not None:
-            self._state_away += _to_host(value for state in self.optimizer.state.values() for value in state.values())
+            self._state.put_away(value for state in self.optimizer.state.values() for value in state.values())
         if parameters:
             self.module.reshard()
-            self._away += _to_host(self.module.parameters())
+            self._parameters.put_away(self.module.parameters())
 
 
 def decayed(module: nn.Module, decay: float) -> list[dict[str, Any]]:
@@ -141,10 +154,10 @@ def decayed(module: nn.Module, decay: float) -> list[dict[str, Any]]:
     return [{"params": parameters, "weight_decay": rate} for parameters, rate in groups if parameters]
 
 
-def _tried(config: RunConfig, name: str, module: RoleModule, mesh: DeviceMesh, device: torch.device) -> Batching:
+def _tried(config: RunConfig, name: str, module: RoleModule, device: torch.device) -> Batching:
     def worst(apart: float) -> float:
         value = torch.tensor(apart, device=device)
-        dist.all_reduce(value, dist.ReduceOp.MAX, group=mesh.get_group())
+        dist.all_reduce(value, dist.ReduceOp.MAX)
         return value.item()
 
     spec = config.roles[name]
@@ -169,33 +182,3 @@ def _module(config: RunConfig, name: str, *, whole: bool) -> RoleModule:
     module = load_policy(spec, config.rollout.temperature, trainer, field, whole=whole)
     module.entropy_gradient = bool(config.algorithm.entropy_coefficient or config.algorithm.loss)
     return module
-
-
-def _storages(tensors: Iterable[Any]) -> Iterator[torch.UntypedStorage]:
-    for tensor in tensors:
-        if isinstance(tensor, Tensor):
-            yield (tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()).untyped_storage()
-
-
-def _to_host(tensors: Iterable[Any]) -> Away:
-    """Empties storages in place, so that every tensor over them stays. The host's own in shared memory, where engines
-    read them, stay.
-    """
-    away: Away = []
-    for storage in _storages(tensors):
-        if storage.nbytes() and (storage.device.type == "cuda" or not storage.is_shared()):
-            there = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-            here = torch.empty(there.shape, dtype=torch.uint8, pin_memory=there.is_cuda).copy_(there)
-            storage.resize_(0)
-            away.append((storage, here))
-    if away and torch.cuda.is_available():
-        torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()  # other processes share the GPU
-    return away
-
-
-def _to_device(away: Away) -> None:
-    for storage, here in away:
-        storage.resize_(here.nbytes)
-        torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).copy_(here)
-    away.clear()

@@ -21,30 +21,26 @@ ADAPTER = "adapter"  # PEFT's files through Ray, for model.lora
 IPC_BUFFER_BYTES = 512 << 20  # that vLLM's ipc backend stages on a GPU, or its largest tensor, which must fit
 
 
-def choose(config: RunConfig, device: str, *, one_node: bool) -> str:
-    """device: "cuda" or "cpu". one_node: every role sees the same node's memory. Raises BadSpec for a wish that cannot
-    be met.
-    """
+def choose(config: RunConfig, device: str) -> str:
+    """device: "cuda" or "cpu". Raises BadSpec for a wish that cannot be met."""
     if config.model.lora is not None:
         return ADAPTER
     wish = config.weight_sync.backend
-    able = _able(config, device, one_node=one_node)
+    able = _able(config, device)
     if wish == "auto":
         return able[0]
     if wish not in able:
-        where = f"{config.placement.mode.value} on {device}, {'one node' if one_node else 'several nodes'}"
-        raise BadSpec(f"spec.weightSync.backend is {wish}, but the run is {where}: use auto, or one of "
-            f"{', '.join(able)}")
+        raise BadSpec(f"spec.weightSync.backend is {wish}, but the run is {config.placement.mode.value} on {device}: "
+            f"use auto, or one of {', '.join(able)}")
     return wish
 
 
-def _able(config: RunConfig, device: str, *, one_node: bool) -> list[str]:
-    """Backends that this run can use, best first."""
+def _able(config: RunConfig, device: str) -> list[str]:
+    """Backends that this run can use, best first. ipc and shm reach other nodes by nccl and gloo."""
     if device == "cpu":
-        return ["shm", "gloo"] if one_node else ["gloo"]
-    if config.placement.mode is PlacementMode.SEPARATED:
-        return ["nccl", "vllm-nccl", "sharded_rdt"]
-    return ["ipc", "vllm-ipc"] if one_node else ["vllm-ipc"]
+        return ["shm", "gloo"]
+    separated = config.placement.mode is PlacementMode.SEPARATED
+    return ["nccl", "vllm-nccl", "sharded_rdt"] if separated else ["ipc", "vllm-ipc"]
 
 
 def engine_backend(backend: str) -> str:
@@ -62,7 +58,7 @@ def trainer_info(
         from rlhf_worker.weights.sender import PlannedTrainerInitInfo
 
         return PlannedTrainerInitInfo(
-            backend, address, len(config.placement.trainer_slots), rank=rank, deadline_seconds=deadline,
+            backend, address[0], len(config.placement.trainer_slots), rank=rank, deadline_seconds=deadline,
             distrusted=distrusted,
         )
     if backend == "vllm-ipc":

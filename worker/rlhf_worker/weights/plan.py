@@ -1,14 +1,17 @@
 """Where every element of a sync comes from and where it goes. Pure integers: neither torch nor I/O.
 
-    recorder: Move   a slice of a checkpoint tensor -> a slice of an engine's parameter, one set an engine rank joined:
-    Move   a slice of a trainer's parameter, in which many such tensors may lie -> the same, as few as that allows
-    pieces:   Piece  a move cut to the rows that one trainer rank holds waves:    Hop    a piece from one rank of the
-    group to another, in the order in which links carry them
+    recorder: Move   a slice of a checkpoint tensor -> a slice of an engine's parameter, one set an engine rank
+    joined:   Move   a slice of a trainer's parameter, in which many such tensors may lie -> the same, as few as that
+                     allows
+    pieces:   Piece  a move cut to the rows that one trainer rank holds
+    legs:     Leg    trainer ranks and the engines to which they send what those cannot read in memory
+    waves:    Hop    a piece from one rank of a leg to another, in the order in which its link carries them
 
 Ranks of the group: the trainer's first, then every engine's tensor-parallel ranks, engine by engine.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from math import inf, prod
@@ -217,16 +220,21 @@ def _join(moves: list[Move], small: float) -> list[Move]:
     return made if len(made) == len(moves) else _join(made, small)
 
 
-def pieces(plan: RankPlan, shards: Sequence[Shards], dtypes: Mapping[str, str], small: float = 0) -> list[Piece]:
+def pieces(
+    plan: RankPlan, shards: Sequence[Shards], dtypes: Mapping[str, str], small: float = 0, near: Collection[int] = (),
+) -> list[Piece]:
     """The moves of a joined plan, cut by who holds what. dtypes: the trainer's, by parameter; small: bytes below which
     a piece is packed.
 
-    Where several trainer ranks hold an element, the first gives it. Raises Incomplete.
+    Where several trainer ranks hold the same, one that is `near` gives it, and among equals the one that has given
+    least. Raises Incomplete.
     """
     found: list[Piece] = []
+    given = Counter[int]()
     for move in plan.moves:
         reached, have, dtype = 0, 0, plan.dtypes[move.target]
-        for rank, (start, stop) in _owners(move.source, shards):
+        for (start, stop), holders in _holders(move.source, shards):
+            rank = min(holders, key=lambda holder: (holder not in near, given[holder], holder))
             for part in move.cut(max(start, reached), stop):
                 own = Move(
                     move.source, View(part.take.offset - start, part.take.size, part.take.stride), move.target,
@@ -234,7 +242,7 @@ def pieces(plan: RankPlan, shards: Sequence[Shards], dtypes: Mapping[str, str], 
                 ).simplified()
                 packed = dtypes[move.source] != dtype or not own.contiguous or own.put.numel * ITEMSIZE[dtype] < small
                 found.append(Piece(rank, own, ITEMSIZE[dtype], packed))
-                have += part.put.numel
+                have, given[rank] = have + part.put.numel, given[rank] + part.put.numel
             reached = max(reached, stop)
         if have != move.put.numel:
             raise Incomplete(f"the trainer holds {have} of the {move.put.numel} elements of {move.source} that "
@@ -248,12 +256,13 @@ def unused(plans: Sequence[RankPlan], names: Sequence[str]) -> list[str]:
     return [name for name in names if name not in used]
 
 
-def _owners(source: str, shards: Sequence[Shards]) -> list[tuple[int, Extent]]:
-    """Ranks with a part of the tensor, by its first element."""
-    return sorted(
-        ((rank, own[source]) for rank, own in enumerate(shards) if source in own and own[source][0] < own[source][1]),
-        key=lambda item: (item[1], item[0])
-    )
+def _holders(source: str, shards: Sequence[Shards]) -> list[tuple[Extent, list[int]]]:
+    """The parts of the tensor, in order, with the ranks that hold each."""
+    found: dict[Extent, list[int]] = {}
+    for rank, own in enumerate(shards):
+        if source in own and own[source][0] < own[source][1]:
+            found.setdefault(own[source], []).append(rank)
+    return sorted(found.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,10 +289,39 @@ class Group:
     def size(self) -> int:
         return self.number(self.engines, 0)
 
-    @property
-    def readers(self) -> int:
-        """Engine ranks: members from `trainers` on."""
-        return self.engines * self.ranks
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """Trainer ranks, and the engines to which they send, over a link of their own. Its members count anew: the senders
+    first.
+    """
+
+    senders: tuple[int, ...]
+    engines: tuple[int, ...]
+
+    def group(self, ranks: int) -> Group:
+        return Group(len(self.senders), len(self.engines), ranks)
+
+    def own(self, needs: Sequence[Piece]) -> list[Piece]:
+        """Those that come over this leg, by their senders' numbers on it."""
+        return [replace(p, rank=self.senders.index(p.rank)) for p in needs if p.rank in self.senders]
+
+
+def legs(trainers: Sequence[str], engines: Sequence[str]) -> list[Leg]:
+    """By the node of each trainer rank and of each engine: what links there may be between nodes, in the order in which
+    their members run them.
+
+    In round r each node sends to the r-th after it, and receives from the r-th before: every node's way out and way in
+    are used at once, and nobody waits for someone who waits for a later round.
+    """
+    nodes = sorted({*trainers, *engines})
+
+    def at(places: Sequence[str], node: str) -> tuple[int, ...]:
+        return tuple(number for number, place in enumerate(places) if place == node)
+
+    pairs = [(at(trainers, node), at(engines, nodes[(i + r) % len(nodes)])) for r in range(1, len(nodes))
+             for i, node in enumerate(nodes)]  # fmt: skip
+    return [Leg(senders, receivers) for senders, receivers in pairs if senders and receivers]
 
 
 def waves(needs: Sequence[Piece], rank: int, group: Group, limit: int) -> list[list[Hop]]:

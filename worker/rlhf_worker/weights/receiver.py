@@ -27,7 +27,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from rlhf_worker.weights import checksum, mapped, wire
 from rlhf_worker.weights.compare import EngineSums
 from rlhf_worker.weights.control import Member
-from rlhf_worker.weights.plan import Hop, Piece, RankPlan, to_all, waves
+from rlhf_worker.weights.plan import Piece, RankPlan, to_all
 from rlhf_worker.weights.recorder import Image, Recording, record
 from rlhf_worker.weights.terms import Order, Terms
 from rlhf_worker.weights.views import copy_all, placed
@@ -49,11 +49,10 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
     update_info_cls = PlannedUpdateInfo
     recording: Recording
     terms: Terms
-    held: list[dict[str, Tensor]] | None = None  # by trainer rank: its memory
-    channel: wire.Channel | None = None
+    held: Mapping[int, dict[str, Tensor]] = {}  # the memory of trainer ranks on this node
+    links: Sequence[wire.Link] = ()  # to the others
     member: Member | None = None
     copies: tuple[list[Tensor], list[Tensor]] = ([], [])  # from the trainer's memory into live parameters
-    waves: Sequence[wire.Wave] = ()
     packed_sums: dict[str, int]
 
     def plan(self, metas: Sequence[ParamMeta], distrusted: frozenset[str]) -> RankPlan:
@@ -66,24 +65,26 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
         return int(self.parallel_config.rank)
 
     def init_transfer_engine(self, init_info: PlannedInitInfo) -> None:
-        self.terms = pickle.loads(init_info.terms)
-        self.needs = self.terms.pieces(self.recording.plan)
-        self.me = self.terms.group.number(init_info.engine, self.rank)
-        if self.terms.handles is not None:
-            self._open(self.terms.handles)
-            if self.terms.transient:
-                self._let_go()
-        else:
-            self._join()
+        self.terms, self.engine = pickle.loads(init_info.terms), init_info.engine
+        self.me = self.terms.group.number(self.engine, self.rank)
+        self.read = self.terms.read(self.recording.plan, self.engine)
+        self._open(self.terms.handles)
+        if self.terms.transient:
+            self._let_go()
+        alone = self.terms.alone(self.engine)
+        far = [] if alone else self.terms.far(self.terms.sent(self.recording.plan), self.engine)
+        self.sent = {piece.move.target for piece in far}
+        self.links = [
+            self.terms.open(
+                number, leg.group(self.terms.group.ranks).number(leg.engines.index(self.engine), self.rank),
+                {self.rank: leg.own(far)}, self.device,
+            )
+            for number, leg in enumerate(self.terms.legs) if self.engine in leg.engines
+        ]
+        self.stage = wire.shared_stage(self.links, self.device)
         self.member = Member(self.terms.control, self.me, self.terms.deadline_seconds)
         self.serving = threading.Thread(target=self._serve, args=(self.member,), name="weight sync", daemon=True)
         self.serving.start()
-
-    def _join(self) -> None:
-        address = wire.Address(self.terms.address, self.me, self.terms.group.size, self.terms.deadline_seconds)
-        self.channel = wire.join(address, self.device)
-        self.hops = waves(self.needs, self.rank, self.terms.group, self.terms.stage_limit)
-        self.stage = wire.make_stage(self.hops, self.me, self.device)
 
     @torch.no_grad()
     def _serve(self, member: Member) -> None:
@@ -109,10 +110,7 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
         for zeros in self.recording.zeros:
             zeros.zero_()  # a deep sleep forgets them
         with set_current_vllm_config(self.vllm_config):
-            if self.channel is None:
-                self._read(order.proof)
-            else:
-                self._receive(self.channel, order.proof)
+            self._receive(order.proof)
             for layer in self.recording.repack:
                 _process(layer)
             if self.recording.plan.reload:
@@ -130,52 +128,67 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
         if self.member is not None:
             self.member.close()
             self.serving.join()
-        if self.channel is not None:
-            self.channel.close()
+        for link in self.links:
+            link.channel.close()
         self._let_go()
-        self.member, self.channel, self.waves = None, None, ()
+        self.member, self.links = None, ()
         self.packed_sums = {}
 
-    # Memory that this process sees.
+    # Memory that this process sees, and what comes over links.
 
     def _open(self, handles: Sequence[Mapping[str, mapped.Handle]]) -> None:
         self._let_go()  # the old mapping goes before the new one comes
-        self.held = [mapped.open_all(own, self.device, self.me - self.terms.group.trainers) for own in handles]
-        direct = [piece for piece in self.needs if piece.move.target in self.recording.live]
+        reader = self.terms.readers(self.terms.engines[self.engine]).index(self.engine)
+        reader = reader * self.terms.group.ranks + self.rank
+        self.held = {
+            rank: mapped.open_all(handles[rank], self.device, reader) for rank in self.terms.near(self.engine)
+        }
+        direct = [piece for piece in self.read if piece.move.target in self.recording.live]
         self.copies = ([self._put(piece) for piece in direct], [self._take(piece) for piece in direct])
         self.parts: dict[str, list[Piece]] = {
             image.name: [] for images in self.recording.images.values() for image in images
         }
-        for piece in self.needs:
+        for piece in self.read:
             if piece.move.target in self.parts:
                 self.parts[piece.move.target].append(piece)
 
     def _let_go(self) -> None:
-        self.held, self.copies = None, ([], [])
+        self.held, self.copies = {}, ([], [])
 
     def _take(self, piece: Piece) -> Tensor:
-        assert self.held is not None
         return placed(self.held[piece.rank][piece.move.source], piece.move.take)
 
     def _put(self, piece: Piece) -> Tensor:
         return placed(self.recording.live[piece.move.target], piece.move.put)
 
-    def _read(self, proof: bool) -> None:
+    def _receive(self, proof: bool) -> None:
         copy_all(*self.copies)
-        for layer, images in self.recording.images.items():
+        images = [image for images in self.recording.images.values() for image in images]
+        made = {image.name: torch.zeros(image.shape, dtype=image.dtype) for image in images if image.name in self.sent}
+        if made or not all(link.waves for link in self.links):
+            targets = {**self.recording.live, **made}
+            for link in self.links:
+                link.prepare(
+                    lambda piece: placed(targets[piece.move.target], piece.move.put),
+                    lambda piece: targets[piece.move.target].dtype, self.stage,
+                )
+        for link in self.links:
+            link.run(self._given_up)
+        for layer, own in self.recording.images.items():
             # experts may be computed with as they are, by a kernel that packs nothing
             lend = hasattr(layer, "cpu_linear")
-            self._pack(layer, {image.name: self._image(image, self.parts[image.name], lend) for image in images}, proof)
+            self._pack(layer, {image.name: self._image(image, made.get(image.name), lend) for image in own}, proof)
 
-    def _image(self, image: Image, parts: Sequence[Piece], lend: bool) -> Tensor:
+    def _image(self, image: Image, sent: Tensor | None, lend: bool) -> Tensor:
         """A parameter as it is before it is packed: the trainer's own memory where that may be lent and has the same
-        form, else assembled.
+        form, else assembled. sent: with what came over links.
         """
-        if lend and len(parts) == 1 and parts[0].move.take.contiguous and (
+        parts = self.parts[image.name]
+        if sent is None and lend and len(parts) == 1 and parts[0].move.take.contiguous and (
             held := self._take(parts[0])
         ).dtype == image.dtype and held.numel() == prod(image.shape):
             return held.view(image.shape)
-        made = torch.zeros(image.shape, dtype=image.dtype)
+        made = torch.zeros(image.shape, dtype=image.dtype) if sent is None else sent
         for part in parts:
             placed(made, part.move.put).copy_(self._take(part))
         return made
@@ -187,28 +200,8 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
             setattr(layer, name.rpartition(".")[2], nn.Parameter(image, requires_grad=False))
         _process(layer)
 
-    # Memory at the other end of a link.
-
-    def _receive(self, channel: wire.Channel, proof: bool) -> None:
-        made = {
-            image.name: torch.zeros(image.shape, dtype=image.dtype) for images in self.recording.images.values()
-            for image in images
-        }
-        if made or not self.waves:
-            targets = {**self.recording.live, **made}
-            self.waves = [self._wave(hops, self.stage[number % 2], targets) for number, hops in enumerate(self.hops)]
-        wire.run(channel, self.waves, self._given_up)
-        for layer, images in self.recording.images.items():
-            self._pack(layer, {image.name: made[image.name] for image in images}, proof)
-
     def _given_up(self) -> bool:
         return self.member is None or self.member.hung_up()
-
-    def _wave(self, hops: Sequence[Hop], stage: Tensor, targets: Mapping[str, Tensor]) -> wire.Wave:
-        def put(piece: Piece) -> Tensor:
-            return placed(targets[piece.move.target], piece.move.put)
-
-        return wire.make_wave(hops, self.me, put, lambda piece: targets[piece.move.target].dtype, stage)
 
     # What load_weights must do itself.
 
@@ -227,16 +220,13 @@ class PlannedWeightTransferEngine(WeightTransferEngine[PlannedInitInfo, PlannedU
     def _whole(self, meta: ParamMeta) -> Tensor:
         dtype = self.model_config.dtype
         made = torch.empty(meta.shape, dtype=dtype, device=self.device)
-        parts = self.terms.whole(meta, dtype)
-        if self.channel is not None:
-            hops = to_all(parts, [self.me])
-            wire.run(
-                self.channel, [self._wave(hops, wire.make_stage([hops], self.me, self.device)[0], {meta.name: made})],
-                self._given_up,
-            )
-            return made
+        parts = self.terms.whole(meta, dtype, self.engine)
         for part in parts:
-            placed(made, part.move.put).copy_(self._take(part))
+            if part.rank in self.held:
+                placed(made, part.move.put).copy_(self._take(part))
+        for link in self.links:
+            hops = to_all(link.leg.own(parts), [link.me])
+            link.once(hops, lambda piece: placed(made, piece.move.put), dtype, self._given_up)
         return made
 
     # Proof.

@@ -3,21 +3,23 @@ nothing.
 """
 
 import pickle
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import zip_longest
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar, Self, TypeVar, cast
 
+import ray
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from vllm.distributed.weight_transfer.base import TrainerInitInfo, TrainerWeightTransferEngine, WeightSource
+from vllm.distributed.weight_transfer.base import ParamMeta, TrainerInitInfo, TrainerWeightTransferEngine, WeightSource
 
+from rlhf_worker.addresses import free_port
 from rlhf_worker.errors import LinkBroken
 from rlhf_worker.weights import checksum, mapped, wire
 from rlhf_worker.weights.client import EnginesClient
 from rlhf_worker.weights.control import Hub, Meeting, Member, portable
-from rlhf_worker.weights.plan import Group, Hop, Incomplete, Piece, RankPlan, to_all, unused, waves
+from rlhf_worker.weights.plan import Group, Incomplete, Leg, Piece, RankPlan, legs, to_all, unused
 from rlhf_worker.weights.source import PolicySource
 from rlhf_worker.weights.terms import Order, Terms
 from rlhf_worker.weights.views import placed
@@ -30,7 +32,7 @@ class PlannedTrainerInitInfo(TrainerInitInfo):
     backend: ClassVar[str] = "planned"
 
     link: str  # "ipc" | "shm" | "nccl" | "gloo"
-    address: tuple[str, int]  # of a free port on rank 0's host
+    host: str  # of rank 0
     world: int = 1  # trainer ranks, which are the default process group where there are several
     deadline_seconds: float = field(default=300.0, kw_only=True)
     # parameters whose record did not stand the test
@@ -45,7 +47,7 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
     source: PolicySource
     hub: Hub | None = None  # of rank 0
     member: Member | None = None  # of the others
-    channel: wire.Channel | None = None
+    links: list[wire.Link]  # of this rank's legs
     plans: list[RankPlan]  # of each tensor-parallel rank; engines of one run are alike
 
     @classmethod
@@ -55,12 +57,12 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         """Raises DeadlineExceeded when an engine does not join, and what an engine raised."""
         assert isinstance(source, PolicySource)
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
-        engine.info = init_info
+        engine.info, engine.links = init_info, []
         engine.connect()
         return engine
 
     def connect(self) -> None:
-        """Plans from the engines, and the link to them. Raises Incomplete when a tensor would be left behind."""
+        """Plans from the engines, and the way to them. Raises Incomplete when a tensor would be left behind."""
         self.shards = self.source.held()
         self.device = next(iter(self.shards.values())).local.device
         metas = self.source.own_metas()
@@ -71,18 +73,42 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         self.group = Group(self.info.world, len(self.client.engines), len(self.plans))
         extents = self._all({name: shard.extent for name, shard in self.shards.items()})
         mapping = self.info.link in ("ipc", "shm")
-        handles = self._all(self._export()) if mapping else None
-        control = self._agree(self._open_hub)
+        trainers = self._all(ray.get_runtime_context().get_node_id()) if mapping else ["trainer"] * self.info.world
+        engines = self._agree(self.client.nodes) if mapping else ["engines"] * self.group.engines
+        link = "nccl" if self.device.type == "cuda" else "gloo"
         self.terms = Terms(
-            self.info.link, metas, self.source.places(), tuple(extents), self.group,
-            tuple(handles) if handles else None, self.source.transient, self.info.address, control,
-            self.info.deadline_seconds,
+            link, metas, self.source.places(), tuple(extents), self.group, tuple(trainers), tuple(engines),
+            self.source.transient, self._agree(self._open_hub), self.info.deadline_seconds,
         )
-        self.needs = [[p for p in self.terms.pieces(plan) if p.rank == self.info.rank] for plan in self.plans]
+        self._meet_at([leg for leg in legs(trainers, engines) if not self.terms.alone(leg.engines[0])])
+        self.places = self._places()
+        if mapping:
+            self.terms = replace(self.terms, handles=tuple(self._all(self._export())))
         joining = self.client.begin_connect(pickle.dumps(self.terms)) if self.is_sender else []
-        if not mapping:
-            self._join()
+        self._open_links()
+        self.stage = wire.shared_stage(self.links, self.device)
+        self._prepare()
         self._meet(joining)
+
+    def _meet_at(self, found: Sequence[Leg]) -> None:
+        """Legs become the terms', with a place where each one's first sender is met."""
+        leads = [number for number, leg in enumerate(found) if leg.senders[0] == self.info.rank]
+        told = self._all({number: self._address() for number in leads})
+        meetings = {number: address for one in told for number, address in one.items()}
+        self.terms = replace(
+            self.terms, legs=tuple(found), meetings=tuple(meetings[number] for number in range(len(found))),
+        )
+
+    def _open_links(self) -> None:
+        own = [(number, leg) for number, leg in enumerate(self.terms.legs) if self.info.rank in leg.senders]
+        plans = [self.terms.sent(plan) for plan in self.plans] if own else []
+        for number, leg in own:
+            needs = {rank: leg.own(self.terms.far(plan, leg.engines[0])) for rank, plan in enumerate(plans)}
+            self.links.append(self.terms.open(number, leg.senders.index(self.info.rank), needs, self.device))
+
+    def _address(self) -> tuple[str, int]:
+        host = ray.util.get_node_ip_address() if self.info.rank else self.info.host
+        return host, free_port(host)
 
     def _meet(self, joining: list[Any]) -> None:
         """Every other rank opens its connection to rank 0."""
@@ -93,7 +119,7 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         self.client.end_connect(joining)
 
     def _open_hub(self) -> Meeting:
-        self.hub = Hub(self.info.address[0])
+        self.hub = Hub(self.info.host)
         return self.hub.meeting
 
     def _agree(self, ask: Callable[[], T]) -> T:
@@ -120,7 +146,10 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         return found
 
     def _export(self) -> dict[str, mapped.Handle]:
-        handles = mapped.export({name: shard.local for name, shard in self.shards.items()}, self.group.readers)
+        """For the engines on this node, if there are any."""
+        readers = len(self.terms.readers(self.terms.trainers[self.info.rank])) * self.group.ranks
+        own = self.shards if readers else {}
+        handles = mapped.export({name: shard.local for name, shard in own.items()}, readers)
         self.places = self._places()  # afterwards: on CPU the memory has moved just now
         return handles
 
@@ -141,20 +170,10 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
     def _places(self) -> list[int]:
         return [tensor.data_ptr() for tensor in self.source.local_tensors()]
 
-    def _join(self) -> None:
-        address = wire.Address(self.info.address, self.info.rank, self.group.size, self.info.deadline_seconds)
-        self.channel = wire.join(address, self.device)
-        by_rank = [waves(own, rank, self.group, self.terms.stage_limit) for rank, own in enumerate(self.needs)]
-        self.hops = [[hop for hops in wave for hop in hops] for wave in zip_longest(*by_rank, fillvalue=())]
-        self.stage = wire.make_stage(self.hops, self.info.rank, self.device)
-        self.waves, self.places = self._waves(), self._places()
-
-    def _waves(self) -> list[wire.Wave]:
+    def _prepare(self) -> None:
         dtypes = {target: getattr(torch, name) for plan in self.plans for target, name in plan.dtypes.items()}
-        return [self._wave(hops, dtypes, self.stage[number % 2]) for number, hops in enumerate(self.hops)]
-
-    def _wave(self, hops: Sequence[Hop], dtypes: Mapping[str, torch.dtype], stage: Tensor) -> wire.Wave:
-        return wire.make_wave(hops, self.info.rank, self._take, lambda piece: dtypes[piece.move.target], stage)
+        for link in self.links:
+            link.prepare(self._take, lambda piece: dtypes[piece.move.target], self.stage)
 
     def _take(self, piece: Piece) -> Tensor:
         return placed(self.shards[piece.move.source].local, piece.move.take)
@@ -166,23 +185,25 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         proof: let the engines note checksums of what they pack away. Raises DeadlineExceeded, LinkBroken, or what an
         engine raised. """
         try:
-            if self.channel is None:
-                self._let_read(proof)
-            else:
-                self._send(self.channel, proof)
+            self._send(proof)
             if self.hub is not None:
                 self.hub.finish(self.info.deadline_seconds)
         except BaseException:
             self.shutdown()  # so that nobody goes on waiting for the others
             raise
 
-    def _send(self, channel: wire.Channel, proof: bool) -> None:
-        self._order(None, proof)
-        if self._moved():
-            self.waves = self._waves()
+    def _send(self, proof: bool) -> None:
+        moved = self._moved()
+        handles = self._new_handles(moved or self.source.transient) if self.terms.handles else None
+        if self.hub is not None:  # the engines receive from now on
+            self.hub.order(Order(handles, proof), range(self.group.trainers, self.group.size))
+        if moved:
+            self._prepare()
         try:
-            wire.run(channel, self.waves, self._given_up)
-            self._send_whole(channel)
+            for link in self.links:
+                link.run(self._given_up)
+            for meta in self.terms.metas:
+                self._send_whole(meta)
         except LinkBroken:
             if self.hub is not None and self.hub.failed():
                 self.hub.finish(0.0)  # what an engine said is nearer to the cause
@@ -191,41 +212,37 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
     def _given_up(self) -> bool:
         return self.hub.failed() if self.hub is not None else self.member is not None and self.member.hung_up()
 
-    def _order(self, handles: bytes | None, proof: bool) -> None:
-        """The engines receive from now on."""
-        if self.hub is not None:
-            self.hub.order(Order(handles, proof), range(self.group.trainers, self.group.size))
-
-    def _let_read(self, proof: bool) -> None:
-        moved, handles = self._moved() or self.source.transient, None
+    def _new_handles(self, moved: bool) -> bytes | None:
+        """Pickled, where any rank's memory has moved. Collective: when it returns, every rank's weights are what they
+        should be.
+        """
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         if self.info.world > 1:
-            # Also the moment from which every rank's weights are what they should be.
             flag = torch.tensor([moved])
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             moved = bool(flag.item())
-        if moved:
-            handles = pickle.dumps(tuple(self._all(self._export())))
-        self._order(handles, proof)
+        return pickle.dumps(tuple(self._all(self._export()))) if moved else None
 
-    def _send_whole(self, channel: wire.Channel) -> None:
-        """The tensors that engines load by load_weights, one at a time, to every rank that does."""
-        for meta in self.terms.metas:
-            takers = [rank for rank, plan in enumerate(self.plans) if meta.name in plan.reload]
-            if not takers:
-                continue
-            receivers = [self.group.number(engine, rank) for rank in takers for engine in range(self.group.engines)]
-            dtype = self.source.dtype
-            hops = to_all([part for part in self.terms.whole(meta, dtype) if part.rank == self.info.rank], receivers)
-            wire.run(
-                channel,
-                [self._wave(hops, {meta.name: dtype}, wire.make_stage([hops], self.info.rank, self.device)[0])],
-            )
+    def _send_whole(self, meta: ParamMeta) -> None:
+        """One at a time, to every rank that loads it."""
+        takers = [rank for rank, plan in enumerate(self.plans) if meta.name in plan.reload]
+        for link in self.links if takers else ():
+            group = link.leg.group(self.group.ranks)
+            receivers = [group.number(engine, rank) for rank in takers for engine in range(group.engines)]
+            whole = self.terms.whole(meta, self.source.dtype, link.leg.engines[0])
+            parts = [part for part in link.leg.own(whole) if part.rank == link.me]
+            link.once(to_all(parts, receivers), self._take, self.source.dtype, self._given_up)
 
     def checksums(self) -> list[dict[str, int]]:
         """This rank's share of what every parameter of each tensor-parallel rank must sum up to, modulo 2^64."""
-        return [self._sums(plan, own) for plan, own in zip(self.plans, self.needs, strict=True)]
+        return [self._sums(plan, own) for plan, own in zip(self.plans, self._shares, strict=True)]
+
+    @cached_property
+    def _shares(self) -> list[list[Piece]]:
+        """Of each plan: every element is one rank's, whoever sends it."""
+        cut = [self.terms.cut(self.terms.joined(plan)) for plan in self.plans]
+        return [[piece for piece in own if piece.rank == self.info.rank] for own in cut]
 
     def _sums(self, plan: RankPlan, own: Sequence[Piece]) -> dict[str, int]:
         totals = {target: torch.zeros((), dtype=torch.int64, device=self.device) for target in plan.dtypes}
@@ -237,7 +254,7 @@ class PlannedTrainerWeightTransferEngine(TrainerWeightTransferEngine[PlannedTrai
         return {target: int(total) for target, total in totals.items()}
 
     def shutdown(self) -> None:
-        for end in (self.hub, self.member, self.channel):
+        for end in (self.hub, self.member, *(link.channel for link in self.links)):
             if end is not None:
                 end.close()
-        self.channel = None
+        self.links = []

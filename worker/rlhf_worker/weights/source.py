@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
@@ -90,9 +90,9 @@ class PolicySource(WeightSource):
 def _held(name: str, parameter: Tensor) -> Held:
     if not isinstance(parameter, DTensor):
         return Held(parameter.view(-1), (0, parameter.numel()))
-    if parameter.placements != (Shard(0),):
-        raise ValueError(f"weight sync: {name} is laid out as {parameter.placements}; it must be sharded by rows over "
-            "one mesh dimension")
+    if parameter.placements not in ((Shard(0),), (Replicate(), Shard(0))):
+        raise ValueError(f"weight sync: {name} is laid out as {parameter.placements}; it must be sharded by rows, or "
+            "copied and sharded by rows")
     local, rows = parameter.to_local(), compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements,
     )[1][0]

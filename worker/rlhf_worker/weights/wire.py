@@ -15,7 +15,7 @@ from vllm.distributed.utils import StatelessProcessGroup, stateless_init_torch_d
 
 from rlhf_worker.addresses import listen
 from rlhf_worker.errors import DeadlineExceeded, LinkBroken
-from rlhf_worker.weights.plan import Hop, Piece
+from rlhf_worker.weights.plan import Hop, Leg, Piece
 from rlhf_worker.weights.views import copy_all
 
 STAGE_BYTES = 32 << 20  # a rank packs this much ahead of the link, twice: one half is filled while the other is sent
@@ -103,7 +103,7 @@ def make_wave(
     return wave
 
 
-def run(channel: Channel, waves: Sequence[Wave], failed: Callable[[], bool] = lambda: False) -> None:
+def run(channel: Channel, waves: Sequence[Wave], failed: Callable[[], bool]) -> None:
     """failed: asked now and then whether there is still anyone to wait for. Raises DeadlineExceeded or LinkBroken; what
     came is worthless then.
     """
@@ -112,6 +112,34 @@ def run(channel: Channel, waves: Sequence[Wave], failed: Callable[[], bool] = la
             channel.pack(number, wave.before)
             channel.exchange(wave.sends, wave.receives)
             channel.unpack(wave.after)
+
+
+class Link:
+    """A member's end of a leg, whose waves `prepare` makes of `hops`."""
+
+    def __init__(
+        self, leg: Leg, me: int, channel: Channel, hops: Sequence[Sequence[Hop]], device: torch.device,
+    ) -> None:
+        self.leg, self.me, self.channel, self.hops, self.device = leg, me, channel, hops, device
+        self.waves: list[Wave] = []
+
+    def prepare(self, resolve: Resolve, dtype: Callable[[Piece], torch.dtype], stage: list[Tensor]) -> None:
+        """As for `make_wave`; stage: its two halves."""
+        self.waves = [make_wave(hops, self.me, resolve, dtype, stage[n % 2]) for n, hops in enumerate(self.hops)]
+
+    def run(self, failed: Callable[[], bool]) -> None:
+        run(self.channel, self.waves, failed)
+
+    def once(self, hops: Sequence[Hop], resolve: Resolve, dtype: torch.dtype, failed: Callable[[], bool]) -> None:
+        """What is no part of the waves: a tensor that load_weights takes."""
+        stage = make_stage([hops], self.me, self.device)[0]
+        run(self.channel, [make_wave(hops, self.me, resolve, lambda _: dtype, stage)], failed)
+
+
+def shared_stage(links: Sequence[Link], device: torch.device) -> list[Tensor]:
+    """The two halves, for links that run one after the other."""
+    stages = [make_stage(link.hops, link.me, device) for link in links]
+    return max(stages, key=lambda halves: halves[0].numel(), default=[])
 
 
 class GlooChannel:

@@ -1,0 +1,262 @@
+"""What a spec will take, before it runs: memory of a GPU, seconds of a step, and the numbers to change. Pure.
+
+Memory is the trainer's own arithmetic (16 bytes a trained parameter, `rlhf_worker.memory`) with activations added;
+time is a roofline with the efficiencies that docs/benchmarks.md measured on an H200. Both are held against its tables
+by a test: memory within 15 %, a trainer's update and generation within 25 %.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_api.job import PlacementMode, RLHFJobSpec
+from rlhf_cli.model_shape import Shape
+
+GIB = 2**30
+TRAINED_BYTES, SAVED_BYTES, LOADED_BYTES, HALF_BYTES = 16, 12, 4, 2
+ALONE = 0.9  # of its GPU's memory, that an engine takes which shares it with nobody
+USABLE, ROUND_TOKENS = 0.9, 1024  # of the room for a micro-batch whose tokens the spec leaves open, and their step
+RESERVE_BYTES = 2 * GIB  # CUDA's own, the allocator's gaps and NCCL's buffers
+# Measured on an H200 (docs/benchmarks.md): an update at 1.7B used 47.6 % of the GPU's products, at 4B 40.5 %; without
+# trainer.compile 31.4 %. 512 sequences at 0.6B took 15.9 ms a token, 13.6 of them the host's.
+COMPILED, EAGER = 0.44, 0.314
+HOST_SECONDS = 13.6e-3 / 512  # of one sequence in one step of an engine
+BANDWIDTH_SHARE = 0.8
+SYNC_SECONDS, SYNC_BYTES = 0.002, {PlacementMode.COLOCATED: 1617e9, PlacementMode.SEPARATED: 338e9}
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """`flops`: dense, in bfloat16; `bandwidth`: bytes a second. By its data sheet; only the H200 was measured."""
+
+    name: str
+    bytes: int
+    flops: float
+    bandwidth: float
+
+
+GPUS = {gpu.name: gpu for gpu in (
+    Gpu("h200", 139 * GIB, 989e12, 4.8e12), Gpu("h100", 79 * GIB, 989e12, 3.35e12),
+    Gpu("a100", 79 * GIB, 312e12, 2.04e12), Gpu("l40s", 44 * GIB, 362e12, 0.864e12),
+)}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What one GPU holds at the same time, in bytes."""
+
+    name: str
+    roles: int
+    activations: int
+    engine: int
+
+    @property
+    def bytes(self) -> int:
+        return self.roles + self.activations + self.engine + RESERVE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Of one step's phases. `overlapped`: generation goes on while the trainer works (rollout.staleness)."""
+
+    generate: float
+    forward: float
+    train: float
+    sync: float
+    overlapped: bool
+
+    @property
+    def step(self) -> float:
+        worked = self.forward + self.train
+        return (max(self.generate, worked) if self.overlapped else self.generate + worked) + self.sync
+
+
+# memory
+
+
+def moments(spec: RLHFJobSpec, shape: Shape, gpu: Gpu) -> Iterator[Moment]:
+    """Of a trainer's GPU while it trains and while engines generate; of an engine's own GPU where it has one."""
+    colocated = spec.placement.mode is PlacementMode.COLOCATED
+    engine = int(engine_share(spec) * gpu.bytes) if spec.rollout.engine == "vllm" else 0
+    beside, awake = (engine if colocated else 0), 0 if sleeps(spec) else engine
+    roles = trained_bytes(spec, shape)
+    activations = shape.activation_bytes(micro_batch(spec, shape, gpu), spec.trainer.gradient_checkpointing)
+    yield Moment("training", roles, activations, min(beside, awake))
+    offload = spec.trainer.offload
+    idle = _shards(spec, shape, LOADED_BYTES if offload else SAVED_BYTES, 0)
+    yield Moment("loading", max(idle), 0, beside) if offload else Moment("generating", sum(idle), 0, beside)
+    if not colocated:
+        yield Moment("an engine", 0, 0, engine)
+
+
+def sleeps(spec: RLHFJobSpec) -> bool:
+    """Whether an engine gives its memory to the trainer while that works."""
+    shared = spec.placement.mode is PlacementMode.COLOCATED and spec.rollout.engine == "vllm"
+    return shared and spec.rollout.sleep is not False
+
+
+def trained_bytes(spec: RLHFJobSpec, shape: Shape) -> int:
+    """Of the roles of a rank while it trains."""
+    each = _shards(spec, shape, TRAINED_BYTES, HALF_BYTES if spec.trainer.gpus == 1 else 0)
+    return max(each) if spec.trainer.offload else sum(each)
+
+
+def micro_batch(spec: RLHFJobSpec, shape: Shape, gpu: Gpu) -> int:
+    """Tokens of the largest on one rank: the spec's, or those for which there is room; at least the longest sample."""
+    trainer, least = spec.trainer, longest(spec) // spec.trainer.context_parallel
+    if trainer.tokens_per_micro_batch is not None:
+        return max(trainer.tokens_per_micro_batch, least)
+    share = spec.placement.fractions.trainer if spec.placement.mode is PlacementMode.COLOCATED else 1.0
+    room = share * gpu.bytes - trained_bytes(spec, shape) - RESERVE_BYTES
+    tokens = int(USABLE * max(0.0, room)) // shape.activation_bytes(1, trainer.gradient_checkpointing)
+    samples = spec.rollout.prompts_per_step * spec.rollout.samples_per_prompt
+    return max(least, min(tokens // ROUND_TOKENS * ROUND_TOKENS, -(-samples // trainer.gpus) * least))
+
+
+def _shards(spec: RLHFJobSpec, shape: Shape, trained: int, copies: int) -> list[int]:
+    """A rank's part of each role that shares the trainer's GPUs. A frozen one keeps its weights in bfloat16; adapters
+    are left out. Reward models are not counted: nothing tells their size.
+    """
+    each = [HALF_BYTES if spec.model.lora else trained + copies]
+    if spec.algorithm.name == "ppo" and not (spec.critic and spec.critic.gpus):
+        each.append(trained + copies)
+    reference, kl = spec.reference, spec.algorithm.kl.coefficient
+    under_adapters = spec.model.lora and not (reference and reference.model)
+    if kl and not under_adapters and not (reference and reference.gpus):
+        each.append(HALF_BYTES)
+    return [shape.parameters * size // spec.trainer.gpus for size in each]
+
+
+def engine_share(spec: RLHFJobSpec) -> float:
+    """Of a GPU's memory, that an engine takes."""
+    share = spec.placement.fractions.rollout if spec.placement.mode is PlacementMode.COLOCATED else ALONE
+    return float(spec.rollout.engine_args.get("gpu_memory_utilization", share))
+
+
+def longest(spec: RLHFJobSpec) -> int:
+    """Tokens of the longest sample."""
+    return spec.data.max_prompt_tokens + spec.rollout.max_tokens
+
+
+def cached_sequences(spec: RLHFJobSpec, shape: Shape, gpu: Gpu, tokens: int) -> float:
+    """Sequences of so many tokens whose keys and values one engine holds at once. Of the longest less than 1: it cannot
+    start.
+    """
+    ranks = spec.rollout.tensor_parallel_size
+    room = engine_share(spec) * gpu.bytes - shape.parameters * HALF_BYTES / ranks - RESERVE_BYTES
+    return room * ranks / (shape.kv_bytes * tokens)
+
+
+# time
+
+
+def seconds(spec: RLHFJobSpec, shape: Shape, gpu: Gpu, length: int) -> Seconds:
+    """`length`: tokens of a mean completion. Prompts count at data.maxPromptTokens."""
+    samples = spec.rollout.prompts_per_step * spec.rollout.samples_per_prompt
+    prompt, ranks = spec.data.max_prompt_tokens, spec.trainer.gpus
+    forward = shape.forward_flops(samples * (prompt + length), samples * length, prompt + length) / ranks
+    rate = gpu.flops * (EAGER if spec.trainer.compile is False else COMPILED)
+    again = 1 if spec.trainer.gradient_checkpointing else 0  # one more forward pass
+    updates = spec.trainer.epochs * (2 if spec.algorithm.name == "ppo" else 1)
+    return Seconds(
+        generate=generation(spec, shape, gpu, samples, length), forward=_passes(spec) * forward / rate,
+        train=updates * (3 + again) * forward / rate,
+        sync=SYNC_SECONDS + shape.parameters * HALF_BYTES / SYNC_BYTES[spec.placement.mode],
+        overlapped=spec.rollout.staleness > 0,
+    )  # fmt: skip
+
+
+def _passes(spec: RLHFJobSpec) -> int:
+    """Forward passes that a step needs before it trains (rlhf_worker.algorithm.shape.passes)."""
+    updates, kl = spec.trainer.epochs * spec.trainer.updates_per_step, spec.algorithm.kl.coefficient > 0
+    place = spec.algorithm.kl.place or ("reward" if spec.algorithm.name in ("ppo", "rloo", "reinforce++") else "loss")
+    return int(updates > 1 or (kl and place == "reward")) + int(kl) + int(spec.algorithm.name == "ppo")
+
+
+def generation(spec: RLHFJobSpec, shape: Shape, gpu: Gpu, samples: int, length: int) -> float:
+    """Seconds: prompts read once a group, then a token of every running sequence at a time."""
+    ranks, prompt = spec.rollout.tensor_parallel_size, spec.data.max_prompt_tokens
+    own = samples / spec.rollout.engines
+    held = cached_sequences(spec, shape, gpu, prompt + length)
+    running = max(1.0, min(own, held, spec.rollout.engine_args.get("max_num_seqs", 1024)))
+    weights = shape.parameters * HALF_BYTES
+    cache = running * shape.kv_bytes * (prompt + length / 2)
+    read = (weights + cache) / (gpu.bandwidth * BANDWIDTH_SHARE * ranks)
+    computed = shape.forward_flops(int(running), int(running), prompt + length / 2) / (gpu.flops * COMPILED * ranks)
+    each = max(read, computed) + HOST_SECONDS * running
+    prompts = own / spec.rollout.samples_per_prompt * prompt
+    prefill = shape.forward_flops(int(prompts), 0, prompt) / (gpu.flops * COMPILED * ranks)
+    return float(prefill + each * length * own / running)
+
+
+# what does not fit
+
+
+def misfits(spec: RLHFJobSpec, shape: Shape, gpu: Gpu) -> list[str]:
+    """Each in words, with its numbers."""
+    found = [
+        f"{one.name} takes {one.bytes / GIB:.1f} GiB of a GPU's {gpu.bytes / GIB:.0f}"
+        for one in moments(spec, shape, gpu) if one.bytes > gpu.bytes
+    ]
+    held = cached_sequences(spec, shape, gpu, longest(spec)) if spec.rollout.engine == "vllm" else 1.0
+    if held < 1:
+        share = engine_share(spec) * gpu.bytes / GIB
+        weights = shape.parameters * HALF_BYTES / spec.rollout.tensor_parallel_size / GIB
+        found.append(f"an engine has {share:.1f} GiB, of which weights take {weights:.1f}: no room for one sequence of "
+            f"{longest(spec)} tokens")
+    return found
+
+
+def fixes(spec: RLHFJobSpec, shape: Shape, gpu: Gpu) -> list[str]:
+    """Single changes after which everything fits, the cheapest first; else those that help, all together."""
+    changes = list(_changes(spec))
+    alone = [words for words, changed in changes if not misfits(changed, shape, gpu)]
+    if alone:
+        return alone
+    for gpus in (2, 4, 8, 16, 32, 64):
+        more = _more_gpus(spec, spec.trainer.gpus * gpus)
+        cheap = _with(more, trainer={"gradient_checkpointing": True, "offload": True})
+        if not misfits(cheap, shape, gpu):
+            return [f"set trainer.gpus to {more.trainer.gpus} with trainer.gradientCheckpointing and trainer.offload"]
+    return ["a smaller model, or a larger rollout.tensorParallelSize: nothing else is enough"]
+
+
+def _changes(spec: RLHFJobSpec) -> Iterator[tuple[str, RLHFJobSpec]]:
+    trainer = spec.trainer
+    if not trainer.gradient_checkpointing:
+        yield "set trainer.gradientCheckpointing", _with(spec, trainer={"gradient_checkpointing": True})
+    tokens = trainer.tokens_per_micro_batch
+    while tokens is not None and (tokens := tokens // 2) >= longest(spec):
+        yield f"lower trainer.tokensPerMicroBatch to {tokens}", _with(spec, trainer={"tokens_per_micro_batch": tokens})
+    if spec.placement.mode is PlacementMode.COLOCATED and "gpu_memory_utilization" not in spec.rollout.engine_args:
+        for share in (0.3, 0.2, 0.6, 0.8):
+            fractions = spec.placement.fractions.model_copy(update={"rollout": share})
+            if sleeps(spec) or share + fractions.trainer <= 1:
+                yield f"set placement.fractions.rollout to {share}", _with(spec, placement={"fractions": fractions})
+    if spec.rollout.sleep is False:
+        yield "remove rollout.sleep", _with(spec, rollout={"sleep": None})
+    if not trainer.offload:
+        yield "set trainer.offload", _with(spec, trainer={"offload": True})
+    for times in (2, 4, 8):
+        gpus = trainer.gpus * times
+        yield f"set trainer.gpus to {gpus}{_with_engines(spec, gpus)}", _more_gpus(spec, gpus)
+
+
+def _with(spec: RLHFJobSpec, **parts: dict[str, Any]) -> RLHFJobSpec:
+    return spec.model_copy(update={name: getattr(spec, name).model_copy(update=own) for name, own in parts.items()})
+
+
+def _with_engines(spec: RLHFJobSpec, gpus: int) -> str:
+    if spec.placement.mode is PlacementMode.SEPARATED or spec.rollout.engine == "hf":
+        return ""
+    return f" and rollout.engines to {gpus // spec.rollout.tensor_parallel_size}"
+
+
+def _more_gpus(spec: RLHFJobSpec, gpus: int) -> RLHFJobSpec:
+    """Colocated, engines go with the trainer's GPUs."""
+    more = _with(spec, trainer={"gpus": gpus})
+    if not _with_engines(spec, gpus):
+        return more
+    return _with(more, rollout={"engines": gpus // spec.rollout.tensor_parallel_size})
+
+
