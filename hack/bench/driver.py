@@ -116,6 +116,9 @@ class Fleet:
     def __init__(self, engines: list[Any]) -> None:
         self.serving = engines
 
+    def loads(self) -> list[dict[int, float]]:
+        return []
+
     def sync(self, *, prove: bool) -> Synced:
         return Synced(1, 0.0, "none", None)
 
@@ -134,7 +137,7 @@ def looping(given: argparse.Namespace) -> Loop:
             "promptsPerStep": given.prompts, "samplesPerPrompt": given.samples, "maxTokens": given.tokens,
             "engines": given.engines,
         },
-        trainer={"steps": given.steps + 1, "gpus": given.ranks},
+        trainer={"steps": given.steps + 1, "gpus": given.ranks, "tokensPerMicroBatch": 8192},
         placement={"mode": "Separated", "gpusPerNode": given.ranks + given.engines},
         telemetry={"rolloutsEverySteps": 1}, data={"jsonl": {"path": "none"}, "maxPromptTokens": given.prompt_tokens},
     )  # fmt: skip
