@@ -26,21 +26,25 @@ def shares(placement: Placement) -> list[dict[str, float]]:
 
 
 def drawn(placement: Placement) -> Iterator[str]:
-    """A line a pod group, then one a GPU: `gpu 0  ████████▒▒▒▒▒▒▒▒····  trainer 0 0.40  engine 0 0.40`."""
+    """A line a pod group, then one a GPU: `gpu 0  ████████▒▒▒▒▒▒▒▒····  trainer 0 0.40  engine 0 0.40`.
+
+    Roles whose shares sum to more than the GPU take turns on it; their bar shows the one beside the other all the same.
+    """
     slots = shares(placement)
     for group in placement.groups:
         pods = f"{group.pods} pod{'s' if group.pods > 1 else ''} of {group.gpus_per_pod} GPU"
         yield f"{group.name}: {pods}{'s' if group.gpus_per_pod > 1 else ''} ({placement.resource_name})"
         for slot in list(group.slots)[:MOST_GPUS]:
             roles = "  ".join(f"{name} {share:.2f}" for name, share in slots[slot].items())
-            yield f"  gpu {slot:<3} {bar(slots[slot])}  {roles or 'unused'}"
+            turns = " (in turns)" if sum(slots[slot].values()) > 1 else ""
+            yield f"  gpu {slot:<3} {bar(slots[slot])}  {roles or 'unused'}{turns}"
         if len(group.slots) > MOST_GPUS:
             yield f"  … and {len(group.slots) - MOST_GPUS} more alike"
 
 
 def bar(roles: dict[str, float]) -> str:
-    cells = ""
+    cells, whole = "", max(1.0, sum(roles.values()))
     for name, share in roles.items():
         fill = FILLS["engine" if name.startswith("engine") else "trainer"]
-        cells += fill * min(CELLS - len(cells), round(share * CELLS))
+        cells += fill * min(CELLS - len(cells), round(share / whole * CELLS))
     return cells.ljust(CELLS, FREE)

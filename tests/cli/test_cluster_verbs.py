@@ -57,7 +57,7 @@ def test_status_tells_all_of_one_job(cluster: Cluster, cli: Cli) -> None:
     told = cli("status", "maths").stdout
     for part in (
         "maths  Running (StepAdvancing)", "step 3/10", "30%  eta 23s", "reward 0.446", "▁█  0.02 … 0.25",
-        "trainer: 1 pod of 1 GPU (nvidia.com/gpu)", "████████▒▒▒▒▒▒▒▒····  trainer 0 0.40  engine 0 0.40",
+        "trainer: 1 pod of 1 GPU (nvidia.com/gpu)", "███████████▒▒▒▒▒▒▒▒▒  trainer 0 0.90  engine 0 0.78 (in turns)",
         "– CheckpointAvailable", "Ephemeral: they die with the pod", "last failure (restarts: 1 app)", "exit code 1",
         "ValueError: no answer [/data/a.jsonl]", "  File x, line 3", "what to do", "spec.checkpoint.claim",
     ):
@@ -389,7 +389,7 @@ def test_a_gpu_is_drawn_with_its_shares() -> None:
     assert lines[3] == f"  gpu 1   {'▒' * 20}  engine 0.0 1.00"
     many = parse_job(a_job(trainer__gpus=64, rollout__engines=64, checkpoint__path="s3://b/r"))
     assert list(drawn(plan_placement(many.spec)))[-1] == "  … and 48 more alike"
-    assert bar({"trainer 0": 0.9, "engine 0": 0.9}) == "█" * 18 + "▒▒", "never wider than a GPU"
+    assert bar({"trainer 0": 0.9, "engine 0": 0.9}) == "█" * 10 + "▒" * 10, "never wider than a GPU"
 
 
 def test_numbers_as_text() -> None:
