@@ -32,7 +32,8 @@ MODEL = [{"name": "r", "type": "model", "model": {"path": "/m"}}]
 HELD: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], str, str]] = [
     # changes of the seconds, of the rest, of the spec; the phase, and a part of the words
     ({}, {"loads": [TAIL]}, {}, "generate", "60% of a step: for a third of that time engines had 10 of 256 sequences: "
-        "raise rollout.promptsPerStep, or rollout.staleness (Separated), or lower rollout.maxTokens"),
+        "raise rollout.promptsPerStep or rollout.overSampling, or rollout.staleness (Separated), or lower "
+        "rollout.maxTokens"),
     ({}, {"loads": [{8: 60.0}]}, {}, "generate", "engines had 8 sequences at most: raise rollout.promptsPerStep"),
     ({}, {}, {"rollout": {"engineArgs": {"enforce_eager": True}}}, "generate",
         "unset rollout.engineArgs.enforce_eager"),

@@ -171,7 +171,8 @@ def _generate(pace: Pace, config: RunConfig) -> str:
     overlap = "" if pace.overlaps else ", or rollout.staleness (Separated)"
     if most and low < FEW * most:
         few = f"for a third of that time engines had {low:.0f} of {most} sequences"
-        return f"{few}: raise rollout.promptsPerStep{overlap}, or lower rollout.maxTokens"
+        more = "" if pace.overlaps or config.rollout.environment else " or rollout.overSampling"
+        return f"{few}: raise rollout.promptsPerStep{more}{overlap}, or lower rollout.maxTokens"
     if config.rollout.engine_args.get("enforce_eager"):
         return "unset rollout.engineArgs.enforce_eager"
     if most and most < FULL_ENGINE * len(pace.loads):
