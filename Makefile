@@ -2,7 +2,7 @@
 SHELL := bash
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup lock fmt lint types contracts generate verify test test-fast test-cluster cluster-up cluster-down demo bench soak clean
+.PHONY: help setup lock fmt lint types contracts generate verify test test-fast test-cluster cluster-up cluster-down try demo bench soak clean
 
 help: ## print this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ cluster-up: setup ## a single-node Kubernetes on this machine (CLUSTER=embedded|
 
 cluster-down: ## and away with it
 	$(PY) -m hack.cluster down
+
+try: setup ## a rising reward in minutes, on this machine, without a cluster
+	$(PY) -m hack.first_run
 
 demo: setup ## from nothing to Succeeded: SmolLM2 learns arithmetic, watched live
 	$(PY) -m hack.demo
