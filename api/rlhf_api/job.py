@@ -838,7 +838,8 @@ class NetworkPolicySpec(Model):
 
 
 class RLHFJobSpec(Model):
-    image: Annotated[str, Field(min_length=1, max_length=1024)] = Field(description="Worker image.")
+    image: Annotated[str, Field(min_length=1, max_length=1024)] | None = Field(None, description="Worker image. "
+        "Default: the platform's, where its operator has one.")
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
         "IfNotPresent", description="As in a container.",
     )

@@ -24,6 +24,8 @@ from rlhf_operator.cluster import ClusterIO
 from rlhf_operator.handlers import Informer, registry
 from rlhf_operator.health import Health
 from rlhf_operator.leader import Leadership
+from rlhf_operator.observed import NO_PRESETS
+from rlhf_operator.presets import InvalidPresets, Presets, load
 from rlhf_operator.queue import Queue
 from rlhf_operator.reconcile import reconcile, utc_now
 from rlhf_operator.refresh import Refresher
@@ -41,12 +43,14 @@ class Operator:
     """The parts of one process, put together, in a running event loop. `run` ends when it is told to stop, or when
     one of them can go on no longer."""
 
-    def __init__(self, settings: Settings, connection: Connection, api: KubernetesApi) -> None:
+    def __init__(
+        self, settings: Settings, connection: Connection, api: KubernetesApi, presets: Presets = NO_PRESETS,
+    ) -> None:
         sys.setrecursionlimit(max(sys.getrecursionlimit(), LEVELS_MAX))
         self.settings, self.api = settings, api
         self.leading, self.stopped = False, asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self.store = Store(self._told)
+        self.store = Store(self._told, presets=presets)
         home = own_namespace() or settings.namespace or "default"
         work = functools.partial(reconcile, ClusterIO(api, self.store), clock=utc_now, home=home)
         self.leadership = Leadership(api.client, settings.lease_namespace) if settings.lease_namespace else None
@@ -130,9 +134,11 @@ def _failed(done: set[asyncio.Task[Any]]) -> int:
 
 
 async def run(settings: Settings) -> int:
+    """Raises InvalidPresets, ConfigException, OSError."""
+    presets = load(settings.presets)
     connection = Connection(settings.kubeconfig)
     api = await KubernetesApi.connect(connection)
-    operator, loop = Operator(settings, connection, api), asyncio.get_running_loop()
+    operator, loop = Operator(settings, connection, api, presets), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, operator.stopped.set)
     try:
@@ -150,6 +156,8 @@ def main() -> int:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         return asyncio.run(run(settings))
+    except InvalidPresets as error:
+        log.error("%s", error)
     except ConfigException as error:
         log.error("no API server: %s: run in a cluster, or name a kubeconfig by --kubeconfig or KUBECONFIG", error)
     except OSError as error:

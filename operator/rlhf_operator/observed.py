@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from rlhf_api.job import CheckpointSpec, ObjectMeta, PodsSpec, QueueSpec, RLHFJob, RLHFJobSpec, RunPolicySpec
 from rlhf_api.overrides import ephemeral
-from rlhf_api.parse import QUEUE_LABEL, parse_lenient
+from rlhf_api.parse import QUEUE_LABEL, Lenient, parse_lenient
 from rlhf_api.progress import DRIVER_FIELD_MANAGER
 from rlhf_api.status import RLHFJobStatus
 from rlhf_operator.clock import moment
@@ -22,6 +22,7 @@ from rlhf_operator.names import (
     RAY_GROUP_LABEL,
     ROLE_LABEL,
 )
+from rlhf_operator.presets import Presets
 from rlhf_operator.salvage import salvage
 
 Raw = dict[str, Any]
@@ -30,6 +31,8 @@ COLOUR = re.compile("\x1b\\[[0-9;]*m")
 # Of a log the kubelet keeps the last 2048 bytes, wherever in a line they begin; bytes that are no UTF-8 there grow to
 # three each.
 LOG_TAIL_BYTES = range(2048, 2048 + 3 * 2 + 1)
+NO_PRESETS = Presets()
+NO_IMAGE = "spec.image: set it: this operator has no image for jobs without one (jobs.image of its chart)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,18 +202,25 @@ class Observed:
     complaints: tuple[Complaint, ...] = field(default=())
 
 
-def read_job(raw: Raw) -> Job:
-    """Never raises for a bad spec: that is a fact, too."""
-    read = parse_lenient(raw)
+def read_job(raw: Raw, presets: Presets = NO_PRESETS) -> Job:
+    """With what it inherits from `presets`. Never raises for a bad spec: that is a fact, too."""
+    read = parse_lenient(presets.under(raw))
+    problems = (*read.problems, *([NO_IMAGE] if read.job and read.job.spec.image is None else []))
     spec = read.job.spec if read.job else _essentials(raw.get("spec"))
     status = salvage(RLHFJobStatus, raw.get("status"))
     return Job(
-        ObjectMeta.model_validate(raw["metadata"]), status, read.job, tuple(read.problems), tuple(read.ignored),
+        ObjectMeta.model_validate(raw["metadata"]), status, read.job, problems, tuple(read.ignored),
         suspend=spec.suspend, run_policy=spec.run_policy, queue=spec.queue,
-        edition=edition(read.job.spec) if read.job and not read.problems else "",
+        edition=_edition(raw, read, presets) if read.job and not problems else "",
         ephemeral=ephemeral(spec), loss_meant=spec.checkpoint.ephemeral,
         driver_lag=_driver_lag(raw["metadata"], status),
     )  # fmt: skip
+
+
+def _edition(raw: Raw, read: Lenient, presets: Presets) -> str:
+    """Of the job's own spec: a preset that changes makes no job another one."""
+    own = parse_lenient(raw).job if presets else read.job
+    return edition(own.spec) if own else ""
 
 
 def _essentials(raw: object) -> RLHFJobSpec:

@@ -25,6 +25,7 @@ class Settings:
     health_port: int
     lease_namespace: str | None
     verbose: bool
+    presets: Path | None = None
 
 
 # An object may be nested 10,000 levels deep, as far as the API server cares; a watch event wraps it. python counts each
@@ -45,10 +46,12 @@ def parse(argv: Sequence[str]) -> Settings:
         "operator can run")
     parser.add_argument("--lease-namespace", help="where the Lease rlhf-operator lies; default: the operator's own "
         "namespace, else --namespace, else default")
+    parser.add_argument("--presets", type=Path, help="a YAML file of what every job inherits and may override: image, "
+        "and pods as in a job")
     parser.add_argument("--verbose", action="store_true", help="log debug messages")
     args = parser.parse_args(argv)
     lease = None if args.no_leader_election else args.lease_namespace or own_namespace() or args.namespace or "default"
-    return Settings(args.namespace, args.kubeconfig, args.health_port, lease, args.verbose)
+    return Settings(args.namespace, args.kubeconfig, args.health_port, lease, args.verbose, args.presets)
 
 
 def own_namespace() -> str | None:

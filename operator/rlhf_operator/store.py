@@ -23,6 +23,7 @@ from rlhf_operator.complaints import Complaints
 from rlhf_operator.kinds import EVENTS, JOBS, LOCAL_QUEUES, PODS, RAYCLUSTERS, WORKLOADS, Kind
 from rlhf_operator.names import FINALIZER, JOB_LABEL, WORKLOAD_UID_LABEL
 from rlhf_operator.observed import (
+    NO_PRESETS,
     Cluster,
     Complaint,
     Job,
@@ -38,6 +39,7 @@ from rlhf_operator.observed import (
     read_job,
     read_pod,
 )
+from rlhf_operator.presets import Presets
 from rlhf_operator.shelf import Held, Key, Rank, Shelf
 
 log = logging.getLogger(__name__)
@@ -84,8 +86,11 @@ class JobFacts:
 class Store:
     """`wake` is told of every job that a change concerns. It is called with the lock held: it must not come back."""
 
-    def __init__(self, wake: Wake = lambda key: None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._wake, self._lock = wake, threading.RLock()
+    def __init__(
+        self, wake: Wake = lambda key: None, clock: Callable[[], float] = time.monotonic,
+        presets: Presets = NO_PRESETS,
+    ) -> None:
+        self._wake, self._lock, self.presets = wake, threading.RLock(), presets
         self.jobs: Shelf[JobFacts] = Shelf()
         self.clusters: Shelf[Cluster] = Shelf()
         self.pods: Shelf[Pod] = Shelf()
@@ -182,7 +187,7 @@ class Store:
         raw = self.raw(key)
         if raw is None or _leaves(raw["metadata"]):
             return None
-        return read_job(raw)
+        return read_job(raw, self.presets)
 
     def observe(self, job: Job) -> Observed:
         key = (job.meta.namespace, job.meta.name)

@@ -1,15 +1,18 @@
 """The chart as Helm renders it: what it installs, what it refuses. No cluster."""
 
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from hack import generate
 from hack.generate import render
 from rlhf_api.crd import crd
 from rlhf_operator.names import OPERATOR_LABELS
 from rlhf_operator.plan.pods import METRICS_PORT
+from rlhf_operator.presets import Presets, load
 from rlhf_operator.rbac import rules
 from rlhf_operator.settings import Settings, parse
 
@@ -60,6 +63,7 @@ def container(pod: Object) -> Object:
         ("crds.install=maybe", ["install", "boolean"]),
         ("watchNamespace=Team_A", ["watchNamespace"]),
         ("verbose=yes", ["verbose", "boolean"]),
+        ("jobs.pods.workers.x=1", ["workers"]),
         ("metrics.serviceMonitor.interval=soon", ["interval"]),
         ("metrics.podMonitor.interval=soon", ["interval"]),
         ("metrics.alerts.enabled=yes", ["enabled", "boolean"]),
@@ -249,7 +253,7 @@ def test_nothing_but_the_port_of_metrics_reaches_the_operator(objects: list[Obje
     labels = one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
     assert policy["podSelector"]["matchLabels"].items() <= labels.items()
     assert policy["policyTypes"] == ["Ingress"]
-    assert policy["ingress"] == [{"ports": [{"port": container["ports"][0]["name"]}]}]
+    assert policy["ingress"] == [{"ports": [{"port": container["ports"][0]["containerPort"]}]}]
     some = sets("networkPolicy.metricsFrom[0].namespaceSelector.matchLabels.name=monitoring")
     (rule,) = one(render(*some), "NetworkPolicy")["spec"]["ingress"]
     assert rule["from"] == [{"podSelector": {}}, {"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}]
@@ -263,3 +267,21 @@ def test_helms_test_asks_the_service_and_stays_out_of_kustomize(objects: list[Ob
     variable = service["metadata"]["name"].upper().replace("-", "_") + "_SERVICE"
     assert container["command"][-2:] == ["rlhf_operator.smoke", f"http://$({variable}_HOST):$({variable}_PORT)"]
     assert not [path for path in generate.manifests(objects) if "test" in path.name]
+
+
+def test_what_jobs_inherit_reaches_the_operator(tmp_path: Path) -> None:
+    values = {"jobs": {"image": "registry/worker:1", "pods": {"trainer": {"tolerations": [{"operator": "Exists"}]}}}}
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(values))
+    objects = render("--values", str(tmp_path / "values.yaml"))
+    told = one(objects, "ConfigMap")["data"]["presets.yaml"]
+    (tmp_path / "presets.yaml").write_text(told)
+    pods: Object = {"trainer": {"tolerations": [{"operator": "Exists"}]}}
+    assert load(tmp_path / "presets.yaml") == Presets("registry/worker:1", pods)
+    template = one(objects, "Deployment")["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    assert str(parse(container["args"]).presets) == f"{container['volumeMounts'][0]['mountPath']}/presets.yaml"
+    assert template["spec"]["volumes"] == [
+        {"name": "presets", "configMap": {"name": one(objects, "ConfigMap")["metadata"]["name"]}}
+    ]
+    other = one(render("--set", "jobs.image=registry/worker:2"), "Deployment")["spec"]["template"]["metadata"]
+    assert other["annotations"] != template["metadata"]["annotations"], "a change needs another start"

@@ -13,10 +13,10 @@ from rlhf_api.progress import DRIVER_PORT
 from rlhf_api.run import RunConfig
 from rlhf_api.status import RLHFJobStatus
 from rlhf_operator.decide import Want
+from rlhf_operator.merge import deep_merge, merge_named
 from rlhf_operator.names import EDITION_ANNOTATION, EPHEMERAL_ANNOTATION
 from rlhf_operator.observed import Cluster, Job, Pod, read_job
 from rlhf_operator.plan import Deletion, plan
-from rlhf_operator.plan.merge import deep_merge, merge_named
 from tests.api.specs import a_job
 from tests.control.golden import check
 

@@ -25,3 +25,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if hasSuffix "-driver" $name }}{{ fail (printf "the operator's ServiceAccount would be named %s: names that end in -driver belong to the jobs' drivers, and driverPolicy would refuse its status writes; set serviceAccount.name" $name) }}{{ end -}}
 {{ $name }}
 {{- end }}
+
+{{- /* Empty where jobs inherit nothing. */ -}}
+{{- define "rlhf.presets" -}}
+{{- $presets := dict -}}
+{{- with .Values.jobs.image }}{{ $_ := set $presets "image" . }}{{ end -}}
+{{- with .Values.jobs.pods }}{{ $_ := set $presets "pods" . }}{{ end -}}
+{{- if $presets }}{{ toYaml $presets }}{{ end -}}
+{{- end }}

@@ -14,6 +14,7 @@ from rlhf_api.overrides import holds_path
 from rlhf_api.placement import PodGroup
 from rlhf_api.progress import DRIVER_PORT, RUN_CONFIG_PATH
 from rlhf_api.quantity import parse
+from rlhf_operator.merge import deep_merge, merge_named
 from rlhf_operator.names import (
     DRIVER_CONTAINER,
     HEAD,
@@ -26,7 +27,6 @@ from rlhf_operator.names import (
     run_config_name,
 )
 from rlhf_operator.plan.labels import passed_on, pod_labels
-from rlhf_operator.plan.merge import deep_merge, merge_named
 from rlhf_operator.plan.security import container_context, pod_context
 from rlhf_operator.plan.stopping import GRACE_SECONDS, HEAD_PRE_STOP, worker_pre_stop
 

@@ -7,7 +7,7 @@ too. KubeRay copies the security context of Ray's container to the one that it p
 from typing import Any
 
 from rlhf_api.job import PodOverrides
-from rlhf_operator.plan.merge import deep_merge
+from rlhf_operator.merge import deep_merge
 
 Raw = dict[str, Any]
 USER = 65532
