@@ -105,8 +105,8 @@ def _penalises(spec: Algorithm) -> bool:
 
 
 def _table(sequences: Sequence[TrainSequence], column: str) -> Tensor:
-    """(B, T)"""
-    return _padded([s.columns[column] for s in sequences])
+    """(B, T); a sample's number is that of each of its tokens."""
+    return _padded([np.broadcast_to(s.columns[column], len(s.mask)) for s in sequences])
 
 
 def _padded(rows: Sequence[Any]) -> Tensor:
