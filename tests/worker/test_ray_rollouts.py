@@ -236,8 +236,8 @@ def test_when_every_engine_is_dead_groups_wait_for_one_that_comes_back(dead: str
 
 
 def test_an_engine_that_does_not_answer_past_its_deadline_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LATE_SECONDS", 0.5)
-    rollouts, crew = make(["hang", "well"], deadlineSeconds=0.5)
+    monkeypatch.setattr(module, "LATE_SECONDS", 2.0)  # for the one that is well, on a busy machine
+    rollouts, crew = make(["hang", "well"], deadlineSeconds=2.0)
     assert rows(rollouts.take()) == [0, 1, 2, 3] and len(crew.fleet.serving) == 1
 
 
