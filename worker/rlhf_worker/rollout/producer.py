@@ -128,9 +128,11 @@ class Rollouts:
         """Scored samples of each prompt that is not left out; no step trains them. Raises what kept it from them."""
         groups = [Group(prompt, self.admission.version, spec) for prompt in prompts]
         self._queue += groups
-        self._evaluating = True
+        rested, self._resting, self._evaluating = self._resting, False, True
         self._until(lambda: all(group.samples or group.failed > REDRAWS for group in groups))
         self._evaluating = False
+        if rested:
+            self._rest()
         return [group.samples for group in groups if group.samples]
 
     def _until(self, done: Callable[[], bool]) -> None:
