@@ -20,7 +20,7 @@ from rlhf_worker.engines.engine import GROUPS
 from rlhf_worker.engines.fleet import Fleet
 from rlhf_worker.engines.ledger import Health
 from rlhf_worker.errors import SyncMismatch
-from rlhf_worker.experience import Sample, pack
+from rlhf_worker.experience import Sample
 from rlhf_worker.local import local_ray
 from rlhf_worker.placement import Patience, reserve
 from rlhf_worker.progress import ConsoleReporter
@@ -91,10 +91,10 @@ def ask(crew: Crew, method: str, *args: Any) -> Any:
 
 
 def train(crew: Crew) -> None:
-    batches = [[[*pack(sequences([(3, 9)] * 4, seed=rank), 1000)]] for rank in range(RANKS)]
-    gather(
-        [rank.train.remote("policy", batch) for rank, batch in zip(crew.policy, batches, strict=True)], 60, "training"
-    )
+    """One update of one micro-batch on each rank."""
+    given = [[sequences([(3, 9)] * 4, seed=rank)] for rank in range(RANKS)]
+    calls = [rank.train.remote("policy", own, [[[0, 1, 2, 3]]]) for rank, own in zip(crew.policy, given, strict=True)]
+    gather(calls, 60, "training")
 
 
 def proven(synced: Synced) -> None:
