@@ -1,9 +1,24 @@
 """What several of the worker's tests begin with. Imports wait for those that need them: pure tests do without torch."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def _no_ray_by_itself(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ray starts by itself at its first `put` or `get`, and then no later test can start one of its own."""
+    before = _has_ray()
+    yield
+    if not before and _has_ray() and request.node.get_closest_marker("ray") is None:
+        sys.modules["ray"].shutdown()
+        pytest.fail("this test has no mark `ray`, and began a Ray")
+
+
+def _has_ray() -> bool:
+    return "ray" in sys.modules and bool(sys.modules["ray"].is_initialized())
 
 
 @pytest.fixture(scope="module")

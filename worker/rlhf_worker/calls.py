@@ -33,7 +33,7 @@ def gather(
         if not done and time.monotonic() > end:
             raise DeadlineExceeded(f"{what}: {len(pending)} of {len(calls)} not done after {deadline_seconds:g} s")
         ray.get(done)
-    return list(ray.get(list(calls)))
+    return list(ray.get(list(calls))) if calls else []
 
 
 def answering(actors: Sequence[ActorHandle], method: str, *, deadline_seconds: float) -> list[ActorHandle]:
