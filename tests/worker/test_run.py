@@ -207,7 +207,7 @@ def test_a_wrong_volume_is_refused(text: str) -> None:
 def test_a_wrong_manifest_lists_everything(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("kind: RLHFJob\napiVersion: rlhf.dev/v1alpha1\nmetadata: {name: x}\nspec: "
         "{imag: y}\n")
-    with pytest.raises(BadSpec, match=r"spec\.image.*spec\.imag: unknown field"):
+    with pytest.raises(BadSpec, match=r"spec\.model.*spec\.imag: unknown field"):
         configure(tmp_path / "job.yaml", {})
 
 
