@@ -33,7 +33,7 @@ def test_a_broken_rule_is_refused_at_apply_with_the_fix(
         ({"placement__mode": "colocated"}, "spec.placement.mode: Unsupported value"),
         ({"trainer__steps": 0}, "spec.trainer.steps"),
         ({"trainer__learningRate": 1.5}, "spec.trainer.learningRate"),
-        ({"image": None}, "spec.image: Required value"),
+        ({"model": None}, "spec.model: Required value"),
         ({"rollout__samplesPerPrompt": 0}, "spec.rollout.samplesPerPrompt"),
         ({"checkpoint__path": "relative"}, "spec.checkpoint.path"),
         ({"queue": {"name": "team-a/b"}}, "spec.queue.name"),
