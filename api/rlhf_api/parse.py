@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from rlhf_api.job import RLHFJob
 from rlhf_api.overrides import override_problems
 from rlhf_api.rules import violations
+from rlhf_api.without import Loc, without
 
 Raw = dict[str, Any]
-Loc = tuple[int | str, ...]
 KEYS = ("apiVersion", "kind", "metadata", "spec", "status")
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
@@ -59,7 +59,7 @@ def _read(raw: Raw, ignored: list[str]) -> Lenient:
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False, include_input=False)
         if unknown := [one["loc"] for one in errors if one["type"] == "extra_forbidden"]:
-            return _read(reduce(_without, unknown, raw), [*ignored, *map(_path, unknown)])
+            return _read(reduce(without, unknown, raw), [*ignored, *map(_path, unknown)])
         return Lenient(None, ignored, [f"{_path(one['loc'])}: {one['msg']}" for one in errors])
     return Lenient(job, ignored, [*violations(job), *override_problems(job.spec), *_queue_label(job)])
 
@@ -69,17 +69,6 @@ def _queue_label(job: RLHFJob) -> list[str]:
     if job.spec.queue is not None or QUEUE_LABEL not in job.metadata.labels:
         return []
     return [f"metadata.labels: remove {QUEUE_LABEL}: the queue of an RLHFJob is spec.queue"]
-
-
-def _without(node: Any, loc: Loc) -> Any:
-    """A copy that lacks what is at `loc`; only what lies on the way is copied."""
-    first, rest = loc[0], loc[1:]
-    copy: Any = [*node] if isinstance(node, list) else {**node}
-    if rest:
-        copy[first] = _without(node[first], rest)
-    else:
-        del copy[first]
-    return copy
 
 
 def _path(loc: Loc) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_api.job import RLHFJob, RLHFJobSpec
+from rlhf_api.memory import GIB, engine_share
 from rlhf_api.parse import parse_job
 from rlhf_api.placement import Placement, plan_placement
 from rlhf_cli import placement as drawing
@@ -13,7 +14,7 @@ from rlhf_cli.exits import Exit, Wrong
 from rlhf_cli.manifest import load
 from rlhf_cli.model_shape import Shape
 from rlhf_cli.options import Output
-from rlhf_cli.predict import GIB, GPUS, Gpu, cached_sequences, engine_share, fixes, longest, misfits, moments, seconds
+from rlhf_cli.predict import GPUS, Gpu, cached_sequences, fixes, longest, misfits, moments, resolved, seconds
 from rlhf_cli.text import in_words
 from rlhf_client.errors import nearest
 
@@ -102,7 +103,7 @@ def _memory(spec: RLHFJobSpec, shape: Shape, gpu: Gpu) -> Iterator[str]:
         yield f"  {one.name:<12}{one.bytes / GIB:6.1f} GiB = {listed} + reserve 2.0{fits}"
     if spec.rollout.engine == "vllm":
         held = cached_sequences(spec, shape, gpu, longest(spec))
-        yield f"  an engine takes {engine_share(spec):.0%}: {max(0, int(held))} longest sequences at once"
+        yield f"  an engine takes {engine_share(resolved(spec)):.0%}: {max(0, int(held))} longest sequences at once"
 
 
 def _time(spec: RLHFJobSpec, shape: Shape, gpu: Gpu, length: int) -> Iterator[str]:

@@ -1,21 +1,21 @@
 """What a spec will take, before it runs: memory of a GPU, seconds of a step, and the numbers to change. Pure.
 
-Memory is the trainer's own arithmetic (16 bytes a trained parameter, `rlhf_worker.memory`) with activations added;
-time is a roofline with the efficiencies that docs/benchmarks.md measured on an H200. Both are held against its tables
-by a test: memory within 15 %, a trainer's update and generation within 25 %.
+Memory of roles and engines is what the worker's preflight counts (`rlhf_api.memory`), with activations added; time is a
+roofline with the efficiencies that docs/benchmarks.md measured on an H200. Both are held against its tables by a test:
+memory within 15 %, a trainer's update and generation within 25 %.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_api.job import PlacementMode, RLHFJobSpec
+from rlhf_api import API_VERSION, KIND, memory
+from rlhf_api.job import PlacementMode, RLHFJob, RLHFJobSpec
+from rlhf_api.memory import GIB, engine_share, token_budget
+from rlhf_api.run import RunConfig, resolve
 from rlhf_cli.model_shape import Shape
 
-GIB = 2**30
-TRAINED_BYTES, SAVED_BYTES, LOADED_BYTES, HALF_BYTES = 16, 12, 4, 2
-ALONE = 0.9  # of its GPU's memory, that an engine takes which shares it with nobody
-USABLE, ROUND_TOKENS = 0.9, 1024  # of the room for a micro-batch whose tokens the spec leaves open, and their step
+HALF_BYTES = 2  # of a number in bfloat16
 RESERVE_BYTES = 2 * GIB  # CUDA's own, the allocator's gaps and NCCL's buffers
 # Measured on an H200 (docs/benchmarks.md): an update at 1.7B used 47.6 % of the GPU's products, at 4B 45.8 %; without
 # trainer.compile 31.4 %. 512 sequences at 0.6B took 15.9 ms a token, 13.6 of them the host's.
@@ -71,66 +71,48 @@ class Seconds:
         return (max(self.generate, worked) if self.overlapped else self.generate + worked) + self.sync
 
 
+def resolved(spec: RLHFJobSpec) -> RunConfig:
+    """The run that it becomes on GPUs."""
+    job = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": "x", "namespace": "default"}, "spec": spec}
+    return resolve(RLHFJob.model_validate(job)).on("cuda")
+
+
 # memory
 
 
 def moments(spec: RLHFJobSpec, shape: Shape, gpu: Gpu) -> Iterator[Moment]:
     """Of a trainer's GPU while it trains and while engines generate; of an engine's own GPU where it has one."""
-    colocated = spec.placement.mode is PlacementMode.COLOCATED
-    engine = int(engine_share(spec) * gpu.bytes) if spec.rollout.engine == "vllm" else 0
-    beside, awake = (engine if colocated else 0), 0 if sleeps(spec) else engine
-    roles = trained_bytes(spec, shape)
-    activations = shape.activation_bytes(micro_batch(spec, shape, gpu), spec.trainer.gradient_checkpointing)
-    yield Moment("training", roles, activations, min(beside, awake))
-    offload = spec.trainer.offload
-    idle = _shards(spec, shape, LOADED_BYTES if offload else SAVED_BYTES, 0)
-    yield Moment("loading", max(idle), 0, beside) if offload else Moment("generating", sum(idle), 0, beside)
+    config, colocated = resolved(spec), spec.placement.mode is PlacementMode.COLOCATED
+    engine = int(engine_share(config) * gpu.bytes) if spec.rollout.engine == "vllm" else 0
+    activations = shape.activation_bytes(micro_batch(config, shape, gpu), spec.trainer.gradient_checkpointing)
+    counts = parameters(config, shape)
+    for need in memory.moments(config, counts, spec.trainer.gpus, engine if colocated else 0):
+        yield Moment(need.moment, need.roles, activations if need.moment == "training" else 0, need.engine)
     if not colocated:
         yield Moment("an engine", 0, 0, engine)
 
 
-def sleeps(spec: RLHFJobSpec) -> bool:
-    """Whether an engine gives its memory to the trainer while that works."""
-    shared = spec.placement.mode is PlacementMode.COLOCATED and spec.rollout.engine == "vllm"
-    return shared and spec.rollout.sleep is not False
+def parameters(config: RunConfig, shape: Shape) -> dict[str, int]:
+    """Of each role that shares the trainer's GPUs. Reward models are not counted: nothing tells their size."""
+    return {
+        name: shape.parameters for name in config.roles
+        if name not in config.placement.role_slots and not name.startswith("reward:")
+        and not (name == "reference" and config.reference_in_policy)
+    }
 
 
-def trained_bytes(spec: RLHFJobSpec, shape: Shape) -> int:
-    """Of the roles of a rank while it trains."""
-    each = _shards(spec, shape, TRAINED_BYTES, HALF_BYTES if spec.trainer.gpus == 1 else 0)
-    return max(each) if spec.trainer.offload else sum(each)
-
-
-def micro_batch(spec: RLHFJobSpec, shape: Shape, gpu: Gpu) -> int:
+def micro_batch(config: RunConfig, shape: Shape, gpu: Gpu) -> int:
     """Tokens of the largest on one rank: the spec's, or those for which there is room; at least the longest sample."""
-    trainer, least = spec.trainer, longest(spec) // spec.trainer.context_parallel
+    trainer, rollout = config.trainer, config.rollout
+    least = (config.data.max_prompt_tokens + rollout.max_tokens) // trainer.context_parallel
     if trainer.tokens_per_micro_batch is not None:
         return max(trainer.tokens_per_micro_batch, least)
-    share = spec.placement.fractions.trainer if spec.placement.mode is PlacementMode.COLOCATED else 1.0
-    room = share * gpu.bytes - trained_bytes(spec, shape) - RESERVE_BYTES
-    tokens = int(USABLE * max(0.0, room)) // shape.activation_bytes(1, trainer.gradient_checkpointing)
-    samples = spec.rollout.prompts_per_step * spec.rollout.samples_per_prompt
-    return max(least, min(tokens // ROUND_TOKENS * ROUND_TOKENS, -(-samples // trainer.gpus) * least))
-
-
-def _shards(spec: RLHFJobSpec, shape: Shape, trained: int, copies: int) -> list[int]:
-    """A rank's part of each role that shares the trainer's GPUs. A frozen one keeps its weights in bfloat16; adapters
-    are left out. Reward models are not counted: nothing tells their size.
-    """
-    each = [HALF_BYTES if spec.model.lora else trained + copies]
-    if spec.algorithm.name == "ppo" and not (spec.critic and spec.critic.gpus):
-        each.append(trained + copies)
-    reference, kl = spec.reference, spec.algorithm.kl.coefficient
-    under_adapters = spec.model.lora and not (reference and reference.model)
-    if kl and not under_adapters and not (reference and reference.gpus):
-        each.append(HALF_BYTES)
-    return [shape.parameters * size // spec.trainer.gpus for size in each]
-
-
-def engine_share(spec: RLHFJobSpec) -> float:
-    """Of a GPU's memory, that an engine takes."""
-    share = spec.placement.fractions.rollout if spec.placement.mode is PlacementMode.COLOCATED else ALONE
-    return float(spec.rollout.engine_args.get("gpu_memory_utilization", share))
+    held = memory.training_bytes(config, parameters(config, shape), trainer.gpus) + RESERVE_BYTES
+    samples = -(-rollout.prompts_per_step * rollout.samples_per_prompt // trainer.gpus)
+    return token_budget(
+        int(config.placement.trainer_fraction * gpu.bytes) - held,
+        shape.activation_bytes(1, trainer.gradient_checkpointing), least=least, most=samples * least,
+    )
 
 
 def longest(spec: RLHFJobSpec) -> int:
@@ -143,7 +125,7 @@ def cached_sequences(spec: RLHFJobSpec, shape: Shape, gpu: Gpu, tokens: int) -> 
     start.
     """
     ranks = spec.rollout.tensor_parallel_size
-    room = engine_share(spec) * gpu.bytes - shape.parameters * HALF_BYTES / ranks - RESERVE_BYTES
+    room = engine_share(resolved(spec)) * gpu.bytes - shape.parameters * HALF_BYTES / ranks - RESERVE_BYTES
     return room * ranks / (shape.kv_bytes * tokens)
 
 
@@ -168,9 +150,9 @@ def seconds(spec: RLHFJobSpec, shape: Shape, gpu: Gpu, length: int) -> Seconds:
 
 def _passes(spec: RLHFJobSpec) -> int:
     """Forward passes that a step needs before it trains (rlhf_worker.algorithm.shape.passes)."""
-    updates, kl = spec.trainer.epochs * spec.trainer.updates_per_step, spec.algorithm.kl.coefficient > 0
-    place = spec.algorithm.kl.place or ("reward" if spec.algorithm.name in ("ppo", "rloo", "reinforce++") else "loss")
-    return int(updates > 1 or (kl and place == "reward")) + int(kl) + int(spec.algorithm.name == "ppo")
+    updates, kl = spec.trainer.epochs * spec.trainer.updates_per_step, resolved(spec).algorithm.kl
+    penalised = kl.coefficient > 0 and kl.place == "reward"
+    return int(updates > 1 or penalised) + int(kl.coefficient > 0) + int(spec.algorithm.name == "ppo")
 
 
 def generation(spec: RLHFJobSpec, shape: Shape, gpu: Gpu, samples: int, length: int) -> float:
@@ -200,7 +182,7 @@ def misfits(spec: RLHFJobSpec, shape: Shape, gpu: Gpu) -> list[str]:
     ]
     held = cached_sequences(spec, shape, gpu, longest(spec)) if spec.rollout.engine == "vllm" else 1.0
     if held < 1:
-        share = engine_share(spec) * gpu.bytes / GIB
+        share = engine_share(resolved(spec)) * gpu.bytes / GIB
         weights = shape.parameters * HALF_BYTES / spec.rollout.tensor_parallel_size / GIB
         found.append(f"an engine has {share:.1f} GiB, of which weights take {weights:.1f}: no room for one sequence of "
             f"{longest(spec)} tokens")
@@ -231,10 +213,12 @@ def _changes(spec: RLHFJobSpec) -> Iterator[tuple[str, RLHFJobSpec]]:
     if spec.placement.mode is PlacementMode.COLOCATED and "gpu_memory_utilization" not in spec.rollout.engine_args:
         for share in (0.3, 0.2, 0.6, 0.8):
             fractions = spec.placement.fractions.model_copy(update={"rollout": share})
-            if sleeps(spec) or share + fractions.trainer <= 1:
+            if resolved(spec).engines_sleep or share + fractions.trainer <= 1:
                 yield f"set placement.fractions.rollout to {share}", _with(spec, placement={"fractions": fractions})
     if spec.rollout.sleep is False:
         yield "remove rollout.sleep", _with(spec, rollout={"sleep": None})
+    if trainer.sharding == "Hybrid":
+        yield "set trainer.sharding to Full", _with(spec, trainer={"sharding": "Full"})
     if not trainer.offload:
         yield "set trainer.offload", _with(spec, trainer={"offload": True})
     for times in (2, 4, 8):

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from rlhf_api.progress import Progress
 from rlhf_api.status import Condition, Failure, RLHFJobStatus
+from rlhf_api.without import Loc, without
 
 Raw = dict[str, Any]
-Loc = tuple[int | str, ...]
 ENDED = ("Succeeded", "Failed")
 
 
@@ -84,7 +84,7 @@ def _status(raw: Any, lost: tuple[str, ...]) -> tuple[RLHFJobStatus, tuple[str, 
     except ValidationError as error:
         wrong = {_place(one["loc"], raw) for one in error.errors(include_url=False, include_input=False)}
         # Of a list the last element goes first, so that the numbers of the others stay right.
-        left = reduce(_without, sorted(wrong, key=str, reverse=True), raw)
+        left = reduce(without, sorted(wrong, key=str, reverse=True), raw)
         return _status(left, (*lost, *(".".join(map(str, ("status", *loc))) for loc in sorted(wrong, key=str))))
 
 
@@ -99,13 +99,3 @@ def _place(loc: Loc, raw: Any) -> Loc:
             break
         node = node[part]
     return tuple(place) or loc[:1]
-
-
-def _without(node: Any, loc: Loc) -> Any:
-    first, rest = loc[0], loc[1:]
-    copy: Any = [*node] if isinstance(node, list) else {**node}
-    if rest:
-        copy[first] = _without(node[first], rest)
-    else:
-        del copy[first]
-    return copy

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from hack.bench.weight_base import SHAPES
 from rlhf_api.job import RLHFJobSpec
+from rlhf_api.memory import GIB
 from rlhf_api.parse import parse_job
 from rlhf_cli.app import app
 from rlhf_cli.exits import Exit
@@ -17,7 +18,6 @@ from rlhf_cli.model_shape import Shape
 from rlhf_cli.predict import (
     COMPILED,
     EAGER,
-    GIB,
     GPUS,
     fixes,
     generation,
@@ -130,6 +130,17 @@ def test_a_fix_is_a_change_after_which_it_fits() -> None:
     assert found[0] == "set trainer.gradientCheckpointing"
     assert found[1].startswith("lower trainer.tokensPerMicroBatch to")
     assert fixes(spec(), shape("8B", num_hidden_layers=36), GPUS["l40s"])
+
+
+def test_copies_on_every_node_are_counted_and_dividing_them_is_a_fix() -> None:
+    """Two nodes of four GPUs: a rank holds a quarter of the model, not an eighth."""
+    given: dict[str, Any] = {"trainer__gpus": 8, "rollout__engines": 8, "placement__gpusPerNode": 4,
+        "placement__fractions": {"trainer": 0.9, "rollout": 0.6}}  # fmt: skip
+    full, hybrid = spec(**given), spec(**given, trainer__sharding="Hybrid")
+    (whole, half), model = [next(moments(one, shape("8B"), H200)).roles for one in (hybrid, full)], shape("8B")
+    assert whole == pytest.approx(2 * half, rel=1e-6)
+    assert misfits(hybrid, model, GPUS["l40s"]) and not misfits(full, model, GPUS["l40s"])
+    assert "set trainer.sharding to Full" in fixes(hybrid, model, GPUS["l40s"])
 
 
 def test_an_engine_without_room_for_a_sequence() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from rlhf_worker.memory import (
+from rlhf_api.memory import (
     GIB,
     Shape,
     activation_bytes,

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from rlhf_api.memory import GIB
 from rlhf_worker.algorithm.losses import policy_loss, value_loss
 from rlhf_worker.experience import PackedBatch, pack, within
-from rlhf_worker.memory import GIB
 from rlhf_worker.trainer import rank as module
 from rlhf_worker.trainer.rank import LIMIT, Trainer
 from tests.worker.samples import sequences as random_sequences

@@ -14,12 +14,11 @@ import torch
 
 from hack.tiny_model import write
 from rlhf_api.job import LoRASpec, ModelSpec, PolicySpec
+from rlhf_api.memory import GIB, Need, Shape, engine_share, needed_bytes
 from rlhf_api.run import RunConfig
 from rlhf_worker import preflight
 from rlhf_worker.calls import root_cause
-from rlhf_worker.engines.arguments import engine_share
 from rlhf_worker.errors import BadData, BadSpec, DeadlineExceeded, PreflightFailed, Problems, RewardFailed
-from rlhf_worker.memory import GIB, Need, Shape, needed_bytes
 from rlhf_worker.rewards.attempt import BACKOFF_LIMIT
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer import checks

@@ -8,12 +8,10 @@ from typing import Any
 
 from pydantic import ConfigDict, PydanticUserError, ValidationError, create_model
 
-from rlhf_api.job import PlacementMode
 from rlhf_api.run import RunConfig
 from rlhf_worker.errors import BadSpec, Problems
 from rlhf_worker.pretrained import model_field
 
-ALONE = 0.9
 # Arguments that the worker sets itself: another value would break the run, so it is refused.
 RESERVED = {
     "model": "spec.model.path", "dtype": "spec.model.dtype", "trust_remote_code": "spec.model.trustRemoteCode",
@@ -33,13 +31,6 @@ def settled(config: RunConfig, device: str) -> RunConfig:
     if config.rollout.sleep and device == "cpu":
         raise BadSpec("spec.rollout.sleep is true, but engines on CPUs cannot sleep: remove it")
     return config.on(device)
-
-
-def engine_share(config: RunConfig) -> float:
-    """Of a GPU's memory, that an engine takes. Alone on its GPU it leaves as much as vLLM leaves by itself."""
-    shared = config.placement.mode is PlacementMode.COLOCATED
-    own = config.placement.engine_fraction if shared else ALONE
-    return float(config.rollout.engine_args.get("gpu_memory_utilization", own))
 
 
 def needed_context(config: RunConfig) -> int:

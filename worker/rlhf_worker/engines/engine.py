@@ -19,6 +19,7 @@ import numpy as np
 import ray
 from pydantic import ValidationError
 
+from rlhf_api.memory import engine_share
 from rlhf_api.run import RunConfig
 from rlhf_worker.deadlines import silent_seconds, work_seconds
 from rlhf_worker.engines.adapters import Adapters, adapter_args, version_of
@@ -27,7 +28,6 @@ from rlhf_worker.engines.arguments import (
     check_context,
     check_engine_args,
     check_known,
-    engine_share,
     needed_context,
     refused,
 )

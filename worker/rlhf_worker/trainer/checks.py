@@ -17,16 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_api.job import ModelSpec, PlacementMode
-from rlhf_api.run import RunConfig
-from rlhf_worker.engines.arguments import check_role_context, engine_share
-from rlhf_worker.errors import BadSpec, PreflightFailed, Problems
-from rlhf_worker.memory import (
+from rlhf_api.memory import (
     DTYPE_BYTES,
     GIB,
     SAVED_BYTES,
     Need,
     Shape,
     engine_activations,
+    engine_share,
     kv_bytes,
     kv_tokens,
     needed_bytes,
@@ -35,6 +33,9 @@ from rlhf_worker.memory import (
     trained_whole,
     training_bytes,
 )
+from rlhf_api.run import RunConfig
+from rlhf_worker.engines.arguments import check_role_context
+from rlhf_worker.errors import BadSpec, PreflightFailed, Problems
 from rlhf_worker.pretrained import (
     check_template,
     check_vocabulary,

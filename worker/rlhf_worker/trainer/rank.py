@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
+from rlhf_api.memory import GIB, room_tokens, shape_of
 from rlhf_api.run import TRAINED, RunConfig
 from rlhf_worker import lora
 from rlhf_worker.addresses import tcp
@@ -46,7 +47,6 @@ from rlhf_worker.experience import (
     taken,
     within,
 )
-from rlhf_worker.memory import GIB, room_tokens, shape_of
 from rlhf_worker.pace import DONE
 from rlhf_worker.pretrained import export, export_tokenizer, identity, load_config, make_readable
 from rlhf_worker.rollout.episode import Request

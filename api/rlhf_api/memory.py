@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf_api.job import PlacementMode
 from rlhf_api.run import TRAINED, RunConfig
 
 GIB = 2**30
+ALONE = 0.9  # of its GPU's memory, that an engine takes which shares it with nobody: as vLLM by itself
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 TRAINED_BYTES = 16  # a parameter: float32 weight, gradient and two moments
 SAVED_BYTES = 12  # weight and two moments
@@ -37,7 +39,12 @@ class Need:
 
 
 def needed_bytes(config: RunConfig, counts: Mapping[str, int], world: int, engine: int) -> Need:
-    """The worst moment of one rank. counts: parameters of each role; engine: bytes that one beside it takes, else 0.
+    """The worst of `moments`."""
+    return max(moments(config, counts, world, engine), key=lambda need: need.bytes)
+
+
+def moments(config: RunConfig, counts: Mapping[str, int], world: int, engine: int) -> list[Need]:
+    """Of one rank. counts: parameters of each role; engine: bytes that one beside it takes, else 0.
 
     While a step trains, its roles are there with gradients, and an engine, or what it keeps asleep; while engines
     generate, what is not offloaded stays: weights and moments. With offload one role is there at a time, and none while
@@ -47,11 +54,10 @@ def needed_bytes(config: RunConfig, counts: Mapping[str, int], world: int, engin
     most, outside = max if offload else sum, OUTSIDE_BYTES if engine else 0
     idle = most(_shards(config, counts, world, LOADED_BYTES if offload else SAVED_BYTES))
     training = training_bytes(config, counts, world)
-    moments = [
+    return [
         Need("training", training, outside + (engine if awake else 0), _fix(config, bool(engine) and awake)),
         Need("loading" if offload else "generating", idle, engine + outside, _fix(config, bool(engine))),
     ]
-    return max(moments, key=lambda need: need.bytes)
 
 
 def training_bytes(config: RunConfig, counts: Mapping[str, int], world: int) -> int:
@@ -83,6 +89,13 @@ def _fix(config: RunConfig, beside_engine: bool) -> str:
         steps.append("remove spec.rollout.sleep")
     steps.append(f"lower {share_field(config) if beside_engine else 'the size of the model'}")
     return f"{', '.join(steps[:-1])}, or {steps[-1]}"
+
+
+def engine_share(config: RunConfig) -> float:
+    """Of a GPU's memory, that an engine takes."""
+    shared = config.placement.mode is PlacementMode.COLOCATED
+    own = config.placement.engine_fraction if shared else ALONE
+    return float(config.rollout.engine_args.get("gpu_memory_utilization", own))
 
 
 def share_field(config: RunConfig) -> str:
