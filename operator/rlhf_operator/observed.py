@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from rlhf_api.job import CheckpointSpec, ObjectMeta, PodsSpec, QueueSpec, RLHFJob, RLHFJobSpec, RunPolicySpec
 from rlhf_api.overrides import ephemeral
-from rlhf_api.parse import QUEUE_LABEL, Lenient, parse_lenient
+from rlhf_api.parse import QUEUE_LABEL, parse_lenient
 from rlhf_api.progress import DRIVER_FIELD_MANAGER
 from rlhf_api.status import RLHFJobStatus
 from rlhf_operator.clock import moment
@@ -211,16 +211,15 @@ def read_job(raw: Raw, presets: Presets = NO_PRESETS) -> Job:
     return Job(
         ObjectMeta.model_validate(raw["metadata"]), status, read.job, problems, tuple(read.ignored),
         suspend=spec.suspend, run_policy=spec.run_policy, queue=spec.queue,
-        edition=_edition(raw, read, presets) if read.job and not problems else "",
+        edition=_edition(raw, read.job.spec) if read.job and not problems else "",
         ephemeral=ephemeral(spec), loss_meant=spec.checkpoint.ephemeral,
         driver_lag=_driver_lag(raw["metadata"], status),
     )  # fmt: skip
 
 
-def _edition(raw: Raw, read: Lenient, presets: Presets) -> str:
-    """Of the job's own spec: a preset that changes makes no job another one."""
-    own = parse_lenient(raw).job if presets else read.job
-    return edition(own.spec) if own else ""
+def _edition(raw: Raw, spec: RLHFJobSpec) -> str:
+    """Of the job's own spec: an inherited image makes no job another one, nor do pods, whosesoever."""
+    return edition(spec.model_copy(update={"image": raw["spec"].get("image")}))
 
 
 def _essentials(raw: object) -> RLHFJobSpec:

@@ -10,7 +10,7 @@ from typing import Any
 from rlhf_operator.client import ApiError, KindMissing, Page
 from rlhf_operator.clock import stamp
 from rlhf_operator.kinds import NAMESPACED, PODS, Kind
-from rlhf_operator.observed import owner_uid
+from rlhf_operator.observed import NO_PRESETS, owner_uid
 from rlhf_operator.shelf import Key
 from rlhf_operator.store import LISTED, SELECTORS, Store, version_of
 
@@ -59,6 +59,7 @@ class MemoryApi:
         self.pending: list[WatchEvent] = []
         self.woken: list[Key] = []
         self.version = 0
+        self.presets = NO_PRESETS  # of the next operator that starts
         self._store = Store(self.woken.append)
         self._told: dict[Id, tuple[str, bytes]] = {}
         self._made: Counter[tuple[str, str]] = Counter()
@@ -111,7 +112,7 @@ class MemoryApi:
 
     def restart(self) -> None:
         """The operator starts anew: it knows nothing but what it lists."""
-        self._store = Store(self.woken.append)
+        self._store = Store(self.woken.append, presets=self.presets)
         self.pending.clear()
         self.relist()
 

@@ -13,6 +13,7 @@ from rlhf_api.progress import DRIVER_PORT
 from rlhf_api.run import RunConfig
 from rlhf_api.status import RLHFJobStatus
 from rlhf_operator.decide import Want
+from rlhf_operator.edition import edition
 from rlhf_operator.merge import deep_merge, merge_named
 from rlhf_operator.names import EDITION_ANNOTATION, EPHEMERAL_ANNOTATION
 from rlhf_operator.observed import Cluster, Job, Pod, read_job
@@ -49,7 +50,8 @@ def planned(raw: Raw, number: int = 1) -> dict[str, Raw]:
     """Of any overrides: which are refused is tested with the contract."""
     raw["metadata"] = {"namespace": "default", "uid": "the-uid", **raw["metadata"]}
     parsed = RLHFJob.model_validate(raw)
-    found = plan(Job(parsed.metadata, RLHFJobStatus(), parsed), Want(cluster=number), "rlhf-system")
+    job = Job(parsed.metadata, RLHFJobStatus(), parsed, edition=edition(parsed.spec))
+    found = plan(job, Want(cluster=number), "rlhf-system")
     return {o["kind"]: o for o in (*found.ensure, *found.create)}
 
 

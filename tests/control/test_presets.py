@@ -13,6 +13,7 @@ from rlhf_operator.plan import plan
 from rlhf_operator.presets import InvalidPresets, Presets, load
 from rlhf_operator.store import Store
 from tests.api.specs import a_job
+from tests.control.world import World
 
 Raw = dict[str, Any]
 CACHE = {"name": "cache", "hostPath": {"path": "/cache"}}
@@ -81,6 +82,38 @@ def test_other_presets_make_no_job_another_one() -> None:
     assert before.edition == after.edition != ""
     (cluster,) = [o for o in plan(after, Want(cluster=1), "home").create if o["kind"] == "RayCluster"]
     assert cluster["metadata"]["annotations"][EDITION_ANNOTATION] == before.edition
+
+
+def begun(presets: Presets) -> World:
+    """A job without an image, whose pods are up, under an operator that started with these."""
+    world = World(image=None)
+    world.api.presets = presets
+    world.api.restart()
+    world.settle()
+    world.up()
+    world.settle()
+    return world
+
+
+def test_a_job_without_an_image_lives_in_one_cluster_also_when_the_platform_has_another() -> None:
+    w = begun(PLATFORM)
+    assert (w.status["phase"], w.clusters()) == ("Starting", ["sample-1"])
+    w.api.presets = Presets("registry/worker:2", {"trainer": {"nodeSelector": {"pool": "other"}}})
+    w.api.restart()
+    w.settle()
+    w.report(step=3)
+    w.settle()
+    assert (w.status["phase"], w.clusters(), w.status["restarts"]["total"]) == ("Running", ["sample-1"], 0)
+
+
+def test_a_running_job_whose_platform_has_no_image_any_more_goes_on() -> None:
+    w = begun(PLATFORM)
+    w.api.presets = Presets()
+    w.api.restart()
+    w.settle()
+    w.report(step=3)
+    w.settle()
+    assert (w.status["phase"], w.clusters()) == ("Running", ["sample-1"])
 
 
 def test_what_a_preset_breaks_is_a_problem_of_the_job_that_inherits_it() -> None:

@@ -54,7 +54,7 @@ def plan(job: Job, want: Want, home: str) -> Plan:
     if want.cluster is None:
         return replace(found, ensure=(policy,)) if _edited(job) else found
     ensure = (run_config(job.parsed, metadata), *access(job.parsed, metadata), policy)
-    create = (*checkpoint_claims(job.parsed, metadata), raycluster(job.parsed, metadata, want.cluster))
+    create = (*checkpoint_claims(job.parsed, metadata), raycluster(job.parsed, metadata, want.cluster, job.edition))
     return replace(found, ensure=ensure, create=create)
 
 

@@ -8,7 +8,6 @@ from rlhf_api.job import RLHFJob
 from rlhf_api.overrides import ephemeral
 from rlhf_api.parse import QUEUE_LABEL
 from rlhf_api.placement import PodGroup, plan_placement
-from rlhf_operator.edition import edition
 from rlhf_operator.names import EDITION_ANNOTATION, EPHEMERAL_ANNOTATION, cluster_name
 from rlhf_operator.plan.labels import passed_on
 from rlhf_operator.plan.pods import head_start_params, head_template, worker_start_params, worker_template
@@ -19,11 +18,11 @@ Raw = dict[str, Any]
 LEAST_RAY = "2.53.0"
 
 
-def raycluster(job: RLHFJob, metadata: Raw, number: int) -> Raw:
+def raycluster(job: RLHFJob, metadata: Raw, number: int, edition: str) -> Raw:
     name = cluster_name(job.metadata.name, number)
     queue = job.spec.queue
     labels = {**passed_on(job.metadata.labels), **metadata["labels"], **({QUEUE_LABEL: queue.name} if queue else {})}
-    notes = {**passed_on(job.metadata.annotations), **_origin(job)}
+    notes = {**passed_on(job.metadata.annotations), **_origin(job, edition)}
     spec = {
         "rayVersion": LEAST_RAY,
         "authOptions": {"mode": "token"},
@@ -37,10 +36,10 @@ def raycluster(job: RLHFJob, metadata: Raw, number: int) -> Raw:
     return {"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": own, "spec": held | spec}
 
 
-def _origin(job: RLHFJob) -> dict[str, str]:
+def _origin(job: RLHFJob, edition: str) -> dict[str, str]:
     """What of the spec decisions about these pods rest on, whatever becomes of the spec."""
     lost = str(ephemeral(job.spec)).lower()
-    return {EDITION_ANNOTATION: edition(job.spec), EPHEMERAL_ANNOTATION: lost}
+    return {EDITION_ANNOTATION: edition, EPHEMERAL_ANNOTATION: lost}
 
 
 def _group(job: RLHFJob, cluster: str, group: PodGroup) -> Raw:
