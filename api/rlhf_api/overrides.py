@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from rlhf_api import kubernetes
-from rlhf_api.job import PlacementMode, PodOverrides, RLHFJobSpec
+from rlhf_api.job import PlacementMode, PodOverrides, PodsSpec, RLHFJobSpec
 from rlhf_api.kubernetes import misfits
 from rlhf_api.placement import plan_placement
 from rlhf_api.pods import HEAD, HEAD_MOUNTS, normal, pod_misfits, pod_problems, rest_of
@@ -21,38 +21,43 @@ MORTAL_SOURCES = ("emptyDir", "ephemeral", "configMap", "secret", "projected", "
 
 def override_problems(spec: RLHFJobSpec) -> tuple[str, ...]:
     """Shapes first: what has the wrong one is not looked at further."""
-    if wrong := tuple(_shapes(spec)):
+    peers = kubernetes.items(kubernetes.NETWORK_PEER)
+    strange = misfits(peers, spec.network_policy.allow_from, "spec.networkPolicy.allowFrom")
+    if wrong := (*pods_misfits(spec.pods), *strange):
         return wrong
-    found = [problem for kind, pods in _kinds(spec) for problem in pod_problems(kind, pods)]
+    found = pods_problems(spec.pods)
     whole = chain.from_iterable(
         check(spec) for check in (_resources, _host_network, _peers, _no_rollout_pods, _checkpoint, _claim, _final_save)
     )
     return (*found, *whole)
 
 
-def _kinds(spec: RLHFJobSpec) -> tuple[tuple[str, PodOverrides], ...]:
-    return (HEAD, spec.pods.head), ("trainer", spec.pods.trainer), ("rollout", spec.pods.rollout)
+def pods_misfits(pods: PodsSpec) -> tuple[str, ...]:
+    """Values of a wrong type, in each kind of pod."""
+    found = [misfit for kind, own in _kinds(pods) for misfit in pod_misfits(kind, own)]
+    return (*found, *misfits(kubernetes.RESOURCES, pods.driver.resources, "spec.pods.driver.resources"))
 
 
-def _shapes(spec: RLHFJobSpec) -> Iterator[str]:
-    for kind, pods in _kinds(spec):
-        yield from pod_misfits(kind, pods)
-    yield from misfits(kubernetes.RESOURCES, spec.pods.driver.resources, "spec.pods.driver.resources")
-    peers = kubernetes.items(kubernetes.NETWORK_PEER)
-    yield from misfits(peers, spec.network_policy.allow_from, "spec.networkPolicy.allowFrom")
+def pods_problems(pods: PodsSpec) -> tuple[str, ...]:
+    """Of each kind of pod by itself. Of pods without misfits."""
+    return tuple(problem for kind, own in _kinds(pods) for problem in pod_problems(kind, own))
+
+
+def _kinds(pods: PodsSpec) -> tuple[tuple[str, PodOverrides], ...]:
+    return (HEAD, pods.head), ("trainer", pods.trainer), ("rollout", pods.rollout)
 
 
 def _resources(spec: RLHFJobSpec) -> Iterator[str]:
     gpu = spec.placement.resource_name
     for kind, given in (
-        *((kind, pods.resources) for kind, pods in _kinds(spec)),
+        *((kind, pods.resources) for kind, pods in _kinds(spec.pods)),
         ("driver", spec.pods.driver.resources),
     ):
         if any(gpu in given.get(side, {}) for side in ("requests", "limits")):
             words = "GPUs follow from the gpus of spec.trainer and other roles, and from spec.rollout"
             yield f"spec.pods.{kind}.resources: remove {gpu}: {words}"
         yield from resource_problems(given, f"spec.pods.{kind}.resources")
-    for kind, pods in _kinds(spec):
+    for kind, pods in _kinds(spec.pods):
         for index, container in enumerate(rest_of(pods).get("initContainers", [])):
             yield from resource_problems(
                 container.get("resources", {}), f"spec.pods.{kind}.initContainers[{index}].resources"
@@ -63,7 +68,7 @@ def _host_network(spec: RLHFJobSpec) -> Iterator[str]:
     """Some networks of RDMA need it. Then two pods with Ray's ports cannot share a node, and a NetworkPolicy does not
     see them.
     """
-    for kind, pods in _kinds(spec):
+    for kind, pods in _kinds(spec.pods):
         if kind == HEAD or not rest_of(pods).get("hostNetwork"):
             continue
         if spec.network_policy.enabled:

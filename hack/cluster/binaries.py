@@ -71,23 +71,27 @@ def helm(cfg: s.Settings) -> Path:
     """Helm alone, for those who need no cluster: this machine's own, else the one of the cache, built where it is
     missing.
     """
-    if own := shutil.which("helm"):
-        return Path(own)
-    (cfg.cache / "bin").mkdir(parents=True, exist_ok=True)
-    with _lock(cfg.cache / "lock"):
+
+    def built() -> Path:
         _helm(cfg)
-    return cached(cfg, "helm", s.HELM)
+        return cached(cfg, "helm", s.HELM)
+
+    return _own_or(cfg, "helm", built)
 
 
 def promtool(cfg: s.Settings) -> Path:
     """Prometheus's checker of rules, for those who need no cluster: this machine's own, else the one of its Debian
     package.
     """
-    if own := shutil.which("promtool"):
+    return _own_or(cfg, "promtool", lambda: _debian(cfg, PROMETHEUS_PACKAGES) / "usr/bin/promtool")
+
+
+def _own_or(cfg: s.Settings, name: str, make: Callable[[], Path]) -> Path:
+    if own := shutil.which(name):
         return Path(own)
     (cfg.cache / "bin").mkdir(parents=True, exist_ok=True)
     with _lock(cfg.cache / "lock"):
-        return _debian(cfg, PROMETHEUS_PACKAGES) / "usr/bin/promtool"
+        return make()
 
 
 def _helm(cfg: s.Settings) -> None:

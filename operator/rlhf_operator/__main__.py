@@ -24,12 +24,11 @@ from rlhf_operator.cluster import ClusterIO
 from rlhf_operator.handlers import Informer, registry
 from rlhf_operator.health import Health
 from rlhf_operator.leader import Leadership
-from rlhf_operator.observed import NO_PRESETS
-from rlhf_operator.presets import InvalidPresets, Presets, load
+from rlhf_operator.presets import NO_PRESETS, InvalidPresets, Presets
 from rlhf_operator.queue import Queue
 from rlhf_operator.reconcile import reconcile, utc_now
 from rlhf_operator.refresh import Refresher
-from rlhf_operator.settings import LEVELS_MAX, Settings, own_namespace, parse
+from rlhf_operator.settings import LEVELS_MAX, Settings, own_namespace, parse, read_presets
 from rlhf_operator.shelf import Key
 from rlhf_operator.store import Store
 
@@ -135,7 +134,7 @@ def _failed(done: set[asyncio.Task[Any]]) -> int:
 
 async def run(settings: Settings) -> int:
     """Raises InvalidPresets, ConfigException, OSError."""
-    presets = load(settings.presets)
+    presets = read_presets(settings.presets)
     connection = Connection(settings.kubeconfig)
     api = await KubernetesApi.connect(connection)
     operator, loop = Operator(settings, connection, api, presets), asyncio.get_running_loop()

@@ -22,7 +22,7 @@ from rlhf_operator.names import (
     RAY_GROUP_LABEL,
     ROLE_LABEL,
 )
-from rlhf_operator.presets import Presets
+from rlhf_operator.presets import NO_PRESETS, Presets
 from rlhf_operator.salvage import salvage
 
 Raw = dict[str, Any]
@@ -31,7 +31,6 @@ COLOUR = re.compile("\x1b\\[[0-9;]*m")
 # Of a log the kubelet keeps the last 2048 bytes, wherever in a line they begin; bytes that are no UTF-8 there grow to
 # three each.
 LOG_TAIL_BYTES = range(2048, 2048 + 3 * 2 + 1)
-NO_PRESETS = Presets()
 NO_IMAGE = "spec.image: set it: this operator has no image for jobs without one (jobs.image of its chart)"
 
 

@@ -4,7 +4,6 @@ A RayCluster is made of what the presets are when it is made; one that runs stay
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
@@ -12,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from rlhf_api.base import Model
 from rlhf_api.job import PodsSpec
-from rlhf_api.pods import pod_misfits, pod_problems
+from rlhf_api.overrides import pods_misfits, pods_problems
 from rlhf_operator.merge import deep_merge, merge_named
 
 Raw = dict[str, Any]
@@ -22,7 +21,7 @@ NAMED = {"env": "name", "volumes": "name", "volumeMounts": "mountPath", "imagePu
 
 
 class InvalidPresets(Exception):
-    """The file of presets cannot be used; the message names file and field."""
+    """Presets that cannot be used; the message names the field."""
 
 
 class _Content(Model):
@@ -54,6 +53,9 @@ class Presets:
         return {**raw, "spec": {**spec, **image, **({"pods": merged} if isinstance(pods, dict | None) else {})}}
 
 
+NO_PRESETS = Presets()
+
+
 def _pod(preset: Raw, own: Any) -> Any:
     if own is not None and not isinstance(own, dict):
         return own
@@ -69,22 +71,16 @@ def _objects(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def load(path: Path | None) -> Presets:
-    """From a YAML file with `image` and `pods`, of which both may be absent. Raises InvalidPresets."""
-    if path is None:
-        return Presets()
+def read(text: str) -> Presets:
+    """YAML with `image` and `pods`, of which both may be absent. Raises InvalidPresets."""
     try:
-        raw = yaml.safe_load(path.read_text()) or {}
+        raw = yaml.safe_load(text) or {}
         content = _Content.model_validate(raw, by_alias=True, by_name=False)
-    except OSError as error:
-        raise InvalidPresets(f"--presets {path}: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise InvalidPresets(f"--presets {path}: not YAML: {error}") from None
+        raise InvalidPresets(f"not YAML: {error}") from None
     except ValidationError as error:
         words = (f"{'.'.join(map(str, one['loc'])) or 'the file'}: {one['msg']}" for one in error.errors())
-        raise InvalidPresets(f"--presets {path}: {'; '.join(words)}") from None
-    kinds = {"head": content.pods.head, "trainer": content.pods.trainer, "rollout": content.pods.rollout}
-    found = [one for kind, pods in kinds.items() for one in tuple(pod_misfits(kind, pods)) or pod_problems(kind, pods)]
-    if found:
-        raise InvalidPresets(f"--presets {path}: {'; '.join(found)}")
+        raise InvalidPresets("; ".join(words)) from None
+    if found := pods_misfits(content.pods) or pods_problems(content.pods):
+        raise InvalidPresets("; ".join(found))
     return Presets(content.image, raw.get("pods") or {})

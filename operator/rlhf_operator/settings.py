@@ -12,6 +12,7 @@ import kopf
 
 from rlhf_api.progress import HEARTBEAT_SECONDS
 from rlhf_operator.names import JOB_LABEL
+from rlhf_operator.presets import NO_PRESETS, InvalidPresets, Presets, read
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
@@ -52,6 +53,16 @@ def parse(argv: Sequence[str]) -> Settings:
     args = parser.parse_args(argv)
     lease = None if args.no_leader_election else args.lease_namespace or own_namespace() or args.namespace or "default"
     return Settings(args.namespace, args.kubeconfig, args.health_port, lease, args.verbose, args.presets)
+
+
+def read_presets(path: Path | None) -> Presets:
+    """Raises InvalidPresets, also for a file that cannot be read, with its name."""
+    try:
+        return read(path.read_text()) if path else NO_PRESETS
+    except OSError as error:
+        raise InvalidPresets(f"--presets {path}: {error.strerror}") from None
+    except InvalidPresets as error:
+        raise InvalidPresets(f"--presets {path}: {error}") from None
 
 
 def own_namespace() -> str | None:

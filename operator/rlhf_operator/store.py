@@ -23,7 +23,6 @@ from rlhf_operator.complaints import Complaints
 from rlhf_operator.kinds import EVENTS, JOBS, LOCAL_QUEUES, PODS, RAYCLUSTERS, WORKLOADS, Kind
 from rlhf_operator.names import FINALIZER, JOB_LABEL, WORKLOAD_UID_LABEL
 from rlhf_operator.observed import (
-    NO_PRESETS,
     Cluster,
     Complaint,
     Job,
@@ -39,7 +38,7 @@ from rlhf_operator.observed import (
     read_job,
     read_pod,
 )
-from rlhf_operator.presets import Presets
+from rlhf_operator.presets import NO_PRESETS, Presets
 from rlhf_operator.shelf import Held, Key, Rank, Shelf
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from hack.generate import render
 from rlhf_api.crd import crd
 from rlhf_operator.names import OPERATOR_LABELS
 from rlhf_operator.plan.pods import METRICS_PORT
-from rlhf_operator.presets import Presets, load
+from rlhf_operator.presets import Presets
 from rlhf_operator.rbac import rules
-from rlhf_operator.settings import Settings, parse
+from rlhf_operator.settings import Settings, parse, read_presets
 
 Object = dict[str, Any]
 CLUSTER_WIDE = {"ClusterRole", "ClusterRoleBinding"}
@@ -276,7 +276,7 @@ def test_what_jobs_inherit_reaches_the_operator(tmp_path: Path) -> None:
     told = one(objects, "ConfigMap")["data"]["presets.yaml"]
     (tmp_path / "presets.yaml").write_text(told)
     pods: Object = {"trainer": {"tolerations": [{"operator": "Exists"}]}}
-    assert load(tmp_path / "presets.yaml") == Presets("registry/worker:1", pods)
+    assert read_presets(tmp_path / "presets.yaml") == Presets("registry/worker:1", pods)
     template = one(objects, "Deployment")["spec"]["template"]
     (container,) = template["spec"]["containers"]
     assert str(parse(container["args"]).presets) == f"{container['volumeMounts'][0]['mountPath']}/presets.yaml"

@@ -10,7 +10,8 @@ from typing import Any
 from rlhf_operator.client import ApiError, KindMissing, Page
 from rlhf_operator.clock import stamp
 from rlhf_operator.kinds import NAMESPACED, PODS, Kind
-from rlhf_operator.observed import NO_PRESETS, owner_uid
+from rlhf_operator.observed import owner_uid
+from rlhf_operator.presets import NO_PRESETS
 from rlhf_operator.shelf import Key
 from rlhf_operator.store import LISTED, SELECTORS, Store, version_of
 

@@ -1,5 +1,7 @@
 """What a job inherits from its platform, and what of it is the job's own."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from rlhf_operator.kinds import JOBS
 from rlhf_operator.names import EDITION_ANNOTATION
 from rlhf_operator.observed import read_job
 from rlhf_operator.plan import plan
-from rlhf_operator.presets import InvalidPresets, Presets, load
+from rlhf_operator.presets import InvalidPresets, Presets
+from rlhf_operator.settings import read_presets
 from rlhf_operator.store import Store
 from tests.api.specs import a_job
 from tests.control.world import World
@@ -144,6 +147,7 @@ def test_the_store_reads_jobs_with_them() -> None:
         ("pods: {workers: {}}", "pods.workers: Extra inputs"),
         ("pods: {trainer: {env: 3}}", "pods.trainer.env"),
         ("pods: {trainer: {tolerations: {}}}", "spec.pods.trainer"),
+        ("pods: {driver: {resources: {limits: {cpu: [1]}}}}", "spec.pods.driver.resources"),
         ("- a", "the file"),
         ("{", "not YAML"),
     ],
@@ -151,12 +155,19 @@ def test_the_store_reads_jobs_with_them() -> None:
 def test_presets_that_cannot_be_used(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "presets.yaml").write_text(text)
     with pytest.raises(InvalidPresets) as caught:
-        load(tmp_path / "presets.yaml")
+        read_presets(tmp_path / "presets.yaml")
     assert words in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 def test_a_file_that_is_not_there_and_none_at_all(tmp_path: Path) -> None:
     with pytest.raises(InvalidPresets, match="No such file"):
-        load(tmp_path / "presets.yaml")
+        read_presets(tmp_path / "presets.yaml")
     (tmp_path / "empty.yaml").write_text("")
-    assert not load(None) and not load(tmp_path / "empty.yaml")
+    assert not read_presets(None) and not read_presets(tmp_path / "empty.yaml")
+
+
+def test_the_operator_does_not_start_with_them(tmp_path: Path) -> None:
+    (tmp_path / "presets.yaml").write_text("images: x")
+    command = [sys.executable, "-m", "rlhf_operator", "--presets", str(tmp_path / "presets.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "presets.yaml: images: Extra inputs are not permitted" in done.stderr) == (2, True)

@@ -33,3 +33,23 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- with .Values.jobs.pods }}{{ $_ := set $presets "pods" . }}{{ end -}}
 {{- if $presets }}{{ toYaml $presets }}{{ end -}}
 {{- end }}
+
+{{- define "rlhf.image" -}}
+{{ printf "%s:%s" .Values.image.repository (.Values.image.tag | default .Chart.AppVersion) }}
+{{- end }}
+
+{{- /* Of every pod of this chart. */ -}}
+{{- define "rlhf.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 65532
+runAsGroup: 65532
+seccompProfile:
+  type: RuntimeDefault
+{{- end }}
+
+{{- define "rlhf.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities:
+  drop: [ALL]
+{{- end }}
