@@ -1,10 +1,10 @@
 """How much of a GPU the trainer uses: GRPO updates on packed sequences, by the product's own trainer, one GPU.
 
 usage: python hack/bench/training.py [--shape 4B] [--vocabulary V] [--tokens 8192]
-  [--micro-batches 4 | --sequences 1024] [--updates 6] [--compile auto|on|off] [--gradient-checkpointing] [--profile]
-  [--model DIR]
+  [--micro-batches 4 | --sequences 1024] [--length 1024] [--lora RANK] [--updates 6] [--compile auto|on|off]
+  [--gradient-checkpointing] [--profile] [--model DIR]
 
-With --micro-batches each update has so many micro-batches of sequences of 1,024 tokens, a quarter of each the prompt.
+With --micro-batches each update has so many micro-batches of sequences of --length tokens, a quarter of each the prompt.
 With --sequences it has so many of 32 tokens of prompt and 1 to --longest of completion, other ones in each update, in
 micro-batches as a run packs them. Says of each update as it ends how long it took, and what may have held it up; then
 prints a row (`row.py`): the median after two updates, and the slowest of those over it.
@@ -57,8 +57,9 @@ def run_config(model: Path, given: argparse.Namespace) -> Any:
         "steps": 100, "tokensPerMicroBatch": given.tokens, "gradientCheckpointing": given.gradient_checkpointing,
         "compile": COMPILE[given.compile],
     }
+    adapters = {"lora": {"rank": given.lora, "alpha": 2 * given.lora}} if given.lora else {}
     return config(
-        "training", model={"path": str(model), "dtype": given.dtype}, trainer=trainer,
+        "training", model={"path": str(model), "dtype": given.dtype} | adapters, trainer=trainer,
         checkpoint={"path": str(model / "checkpoints")},
     )
 
@@ -66,7 +67,8 @@ def run_config(model: Path, given: argparse.Namespace) -> Any:
 def lengths(given: argparse.Namespace, number: int) -> list[tuple[int, int]]:
     """Tokens of prompt and completion of each sequence of an update."""
     if not given.sequences:
-        return [(256, 768)] * (given.micro_batches * given.tokens // 1024)
+        prompt = given.length // 4
+        return [(prompt, given.length - prompt)] * (given.micro_batches * given.tokens // given.length)
     draw = random.Random(number)
     return [(PROMPT, draw.randint(1, given.longest)) for _ in range(given.sequences)]
 
@@ -127,8 +129,8 @@ def report(
     flops, tokens = ([each[f"{DONE}{name}"] for each in made] for name in ("flops", "tokens"))
     speeds = [each / second for each, second in zip(flops[WARM:], seconds[WARM:], strict=True)]
     utilisation = statistics.median(speeds) / made[-1][f"{DONE}peak"]
-    names = ("shape", "vocabulary", "tokens", "micro_batches", "sequences", "longest", "compile", "dtype",
-        "gradient_checkpointing")  # fmt: skip
+    names = ("shape", "vocabulary", "tokens", "micro_batches", "sequences", "length", "longest", "lora", "compile",
+        "dtype", "gradient_checkpointing")  # fmt: skip
     known = {"utilisation": utilisation} if math.isfinite(utilisation) else {}
     printed(
         "training", {name: getattr(given, name) for name in names},
@@ -147,7 +149,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8192, help="of one packed micro-batch")
     parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--sequences", type=int, help="of varying length, of an update")
+    parser.add_argument("--length", type=int, default=1024, help="of a sequence, in tokens, where all are alike")
     parser.add_argument("--longest", type=int, default=512, help="completion of these, in tokens")
+    parser.add_argument("--lora", type=int, help="train adapters of this rank in place of the weights")
     parser.add_argument("--updates", type=int, default=6)
     parser.add_argument("--compile", default="auto", choices=list(COMPILE))
     parser.add_argument("--gradient-checkpointing", action="store_true")
@@ -158,6 +162,8 @@ def arguments() -> argparse.Namespace:
     given = parser.parse_args()
     if given.updates <= WARM:
         parser.error(f"--updates must be more than {WARM}: the first ones warm up")
+    if given.tokens < given.length and not given.sequences:
+        parser.error(f"--length {given.length} must be at most --tokens {given.tokens}")
     return given
 
 

@@ -73,7 +73,7 @@ def test_a_step_of_an_engine_is_timed() -> None:
 
 def test_training_steps_are_timed() -> None:
     small = ("--shape", "tiny", "--updates", "3", "--device", "cpu", "--dtype", "float32")
-    even = ("--tokens", "1024", "--micro-batches", "2")
+    even = ("--tokens", "1024", "--length", "512", "--micro-batches", "2", "--lora", "4", "--gradient-checkpointing")
     varied = ("--tokens", "256", "--sequences", "16", "--longest", "48", "--vocabulary", "2048", "--profile")
     for arguments in (even, varied):
         (found,) = printed("training", *small, *arguments)
