@@ -1,17 +1,185 @@
-"""The chart on the real API server, by the real Helm."""
+"""The chart on the real API server, by the real Helm: every render is taken, a release is upgraded, rolled back,
+removed and made again under jobs that run, and a team installs one without any right beyond its namespace."""
 
+import json
 import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from hack.kubectl import OPERATOR_NAMESPACE, Kube
+from hack import generate
+from hack.bench.nodes import stamp, trained
+from hack.kubectl import OPERATOR_NAMESPACE, Kube, Refused
+from rlhf_api.progress import DRIVER_FIELD_MANAGER
+from tests.charts.test_chart import VALUES
+from tests.cluster.jobs import pods, sample, status, wait_for_condition
+from tests.cluster.waiting import wait_for
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+Object = dict[str, Any]
+CHART = "charts/rlhf-operator"
+IMAGE = "image.repository=rlhf-operator,image.tag=dev"
+MONITORING = "monitoring.coreos.com/v1"  # whose CRDs are not installed here; promtool reads the alerts
+
+
+def helm(kube: Kube, *arguments: str) -> str:
+    done = subprocess.run([kube.helm, *arguments], env=kube.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_helms_test_passes_beside_a_policy_that_lets_it_in(operator: Kube) -> None:
-    command = [operator.helm, "test", "rlhf-operator", "--namespace", OPERATOR_NAMESPACE, "--logs", "--timeout", "2m"]
-    done = subprocess.run(command, env=operator.environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "ready, and one replica leads" in done.stdout
+    told = helm(operator, "test", "rlhf-operator", "--namespace", OPERATOR_NAMESPACE, "--logs", "--timeout", "2m")
+    assert "ready, and one replica leads" in told
     operator.run("delete", "pod", "rlhf-operator-test", "-n", OPERATOR_NAMESPACE, "--wait=false")
+
+
+@pytest.mark.parametrize("name", ["defaults", *VALUES])
+def test_the_api_server_takes_every_render_to_the_letter(
+    operator: Kube, namespace: str, name: str, tmp_path: Path,
+) -> None:
+    """With fieldValidation Strict: what no schema declares is refused, as is what no validation lets through."""
+    values = VALUES.get(name, {})
+    values = {**values, "watchNamespace": namespace} if "watchNamespace" in values else values
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(values))
+    objects = generate.render("--values", str(tmp_path / "values.yaml"))
+    known = {"apiVersion": "v1", "kind": "List", "items": [o for o in objects if o["apiVersion"] != MONITORING]}
+    strictly = ("--dry-run=server", "--server-side", "--force-conflicts", "--validate=strict", "--field-manager=helm")
+    operator.apply(known, *strictly)
+    wrong = json.loads(json.dumps(known).replace('"automountServiceAccountToken"', '"automountServiceAccountTokens"'))
+    with pytest.raises(Refused, match="automountServiceAccountTokens"):
+        operator.apply(wrong, *strictly)
+
+
+def test_kustomize_gives_the_charts_objects(cluster: Kube) -> None:
+    def by_name(objects: list[Object]) -> dict[tuple[str, str, str], Object]:
+        return {(o["kind"], o["metadata"].get("namespace", ""), o["metadata"]["name"]): o for o in objects}
+
+    made = by_name(list(yaml.safe_load_all(cluster.run("kustomize", "manifests/default"))))
+    assert made.pop(("Namespace", "", OPERATOR_NAMESPACE))
+    chart = [o for o in generate.render() if "helm.sh/hook" not in o["metadata"].get("annotations", {})]
+    for one in chart:
+        if one["metadata"].get("annotations", {}).pop("helm.sh/resource-policy", None):
+            del one["metadata"]["annotations"]
+        if "labels" in one["metadata"]:
+            generate.without_helm(one)
+    assert made == by_name(chart)
+
+
+# --- a release under jobs that run --------------------------------------------------------------------------------
+
+RUNNING = ("one", "two", "three")
+RELEASE = ("rlhf-operator", "--namespace", OPERATOR_NAMESPACE)
+
+
+@pytest.fixture
+def jobs(operator: Kube, namespace: str) -> str:
+    """The namespace of three jobs that Run, by what is written of their pods and drivers: no node has room for them."""
+    for name in RUNNING:
+        job = sample("tiny-colocated.yaml", name, namespace)
+        for kind in ("head", "trainer"):
+            job["spec"]["pods"].setdefault(kind, {})["nodeSelector"] = {"rlhf.test/nowhere": "true"}
+        operator.apply(job)
+    for name in RUNNING:
+        begins(operator, namespace, name)
+    for name in RUNNING:
+        wait_for_condition(operator, namespace, name, "Running", 60)
+    return namespace
+
+
+def begins(kube: Kube, namespace: str, name: str) -> None:
+    wait_for(lambda: len(pods(kube, namespace, name)) == 2, 60, f"the pods of {name}")
+    for pod in pods(kube, namespace, name):
+        patch = json.dumps({"status": running(pod)})
+        where = ("-n", namespace, "--subresource=status", "--type=merge", "-p", patch)
+        kube.run("patch", "pod", pod["metadata"]["name"], *where)
+    reports(kube, namespace, name, 5)
+
+
+def running(pod: Object) -> Object:
+    """A pod's status in which every container runs."""
+    now = stamp()
+    containers = [
+        {"name": c["name"], "image": c["image"], "imageID": "", "restartCount": 0, "ready": True,
+            "state": {"running": {"startedAt": now}}}
+        for c in pod["spec"]["containers"]
+    ]
+    conditions = [{"type": kind, "status": "True", "lastTransitionTime": now} for kind in ("PodScheduled", "Ready")]
+    return {"phase": "Running", "conditions": conditions, "containerStatuses": containers, "startTime": now}
+
+
+def reports(kube: Kube, namespace: str, name: str, step: int) -> None:
+    """As the job's driver does, after this step."""
+    (head,) = [p for p in pods(kube, namespace, name) if p["metadata"]["labels"]["rlhf.dev/role"] == "head"]
+    told = {"podUid": head["metadata"]["uid"], "attempt": 1, "totalSteps": 1000, "reportTime": stamp(), **trained(step)}
+    body = {"apiVersion": "rlhf.dev/v1alpha1", "kind": "RLHFJob", "metadata": {"name": name},
+        "status": {"progress": told}}
+    how = ("--server-side", "--subresource=status", f"--field-manager={DRIVER_FIELD_MANAGER}")
+    kube.apply(body, "-n", namespace, *how)
+
+
+def lives(kube: Kube, namespace: str) -> dict[str, Object]:
+    """What no upgrade may change: phase, restarts, the RayCluster and the pods themselves."""
+    return {name: {
+        "phase": (now := status(kube, namespace, name))["phase"],
+        "restarts": now["restarts"]["total"],
+        "clusters": now["record"]["clusters"],
+        "pods": sorted(pod["metadata"]["uid"] for pod in pods(kube, namespace, name)),
+    } for name in RUNNING}
+
+
+def leads(kube: Kube) -> bool:
+    lease = kube.find("lease", "rlhf-operator", "-n", OPERATOR_NAMESPACE) or {}
+    held = pods_of_operator(kube)
+    return any(name in lease.get("spec", {}).get("holderIdentity", "") for name in held)
+
+
+def pods_of_operator(kube: Kube) -> list[str]:
+    selector = "app.kubernetes.io/name=rlhf-operator"
+    found = (kube.find("pods", "-n", OPERATOR_NAMESPACE, "-l", selector) or {}).get("items", [])
+    return [pod["metadata"]["name"] for pod in found if "deletionTimestamp" not in pod["metadata"]]
+
+
+def test_jobs_that_run_notice_nothing_of_a_release(operator: Kube, jobs: str) -> None:
+    """Upgraded with other values, rolled back, removed, and made again."""
+    before, step = lives(operator, jobs), 5
+    assert [life["phase"] for life in before.values()] == ["Running"] * 3
+    more = ("--reset-then-reuse-values", "--set", "verbose=true")
+    changes: list[Callable[[], object]] = [
+        lambda: helm(operator, "upgrade", *RELEASE[:1], CHART, *RELEASE[1:], *more, "--wait"),
+        lambda: helm(operator, "rollback", *RELEASE, "--wait"),
+        lambda: helm(operator, "uninstall", *RELEASE, "--wait"),
+        operator.install_operator,
+    ]
+    for change in changes:
+        change()
+        step += 1
+        for name in RUNNING:
+            reports(operator, jobs, name, step)
+        if pods_of_operator(operator):
+            wait_for(lambda: leads(operator), 60, "one of the new replicas leads")
+        assert lives(operator, jobs) == before
+    for name in RUNNING:
+        operator.run("delete", "rlhfjob", name, "-n", jobs, "--wait=false")
+
+
+# --- one namespace ------------------------------------------------------------------------------------------------
+
+
+def test_a_team_needs_no_right_beyond_its_namespace(operator: Kube, namespace: str) -> None:
+    everything = [{"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}]
+    role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": {"name": "everything"}}
+    operator.apply({**role, "rules": everything}, "-n", namespace)
+    operator.run("create", "rolebinding", "team", "-n", namespace, "--role=everything", "--user=team")
+    where, who = ("--namespace", namespace), ("--kube-as-user", "team", "--kube-as-group", "system:authenticated")
+    values = f"watchNamespace={namespace},crds.install=false,replicas=1,{IMAGE}"
+    with pytest.raises(AssertionError, match=r"(?i)forbidden"):
+        helm(operator, "install", "team", CHART, *where, *who, "--set", f"{values},driverPolicy.enabled=true")
+    operator.run("delete", "secrets", "-n", namespace, "-l", "owner=helm")
+    helm(operator, "install", "team", CHART, *where, *who, "--set", values, "--wait", "--timeout", "2m")
+    helm(operator, "uninstall", "team", *where, *who, "--wait")
+    left = operator.run("get", "all,roles,serviceaccounts", "-n", namespace, "-o", "name").split()
+    assert [name for name in left if "team" in name] == []
