@@ -3,7 +3,7 @@ removed and made again under jobs that run, and a team installs one without any 
 
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 Object = dict[str, Any]
 CHART = "charts/rlhf-operator"
 IMAGE = "image.repository=rlhf-operator,image.tag=dev"
+RAY_CLUSTER = Path(__file__).with_name("raycluster.json")
 MONITORING = "monitoring.coreos.com/v1"  # whose CRDs are not installed here; promtool reads the alerts
 
 
@@ -58,7 +59,9 @@ def test_kustomize_gives_the_charts_objects(cluster: Kube) -> None:
     def by_name(objects: list[Object]) -> dict[tuple[str, str, str], Object]:
         return {(o["kind"], o["metadata"].get("namespace", ""), o["metadata"]["name"]): o for o in objects}
 
-    made = by_name(list(yaml.safe_load_all(cluster.run("kustomize", "manifests/default"))))
+    # read as kubectl reads it: kustomize writes 1e-06, which is no number in YAML 1.1
+    read = ("create", "--dry-run=client", "--validate=false", "-o", "json", "-f", "-")
+    made = by_name(json.loads(cluster.run(*read, text=cluster.run("kustomize", "manifests/default")))["items"])
     assert made.pop(("Namespace", "", OPERATOR_NAMESPACE))
     chart = [o for o in generate.render() if "helm.sh/hook" not in o["metadata"].get("annotations", {})]
     for one in chart:
@@ -173,7 +176,7 @@ def test_a_team_needs_no_right_beyond_its_namespace(operator: Kube, namespace: s
     everything = [{"apiGroups": ["*"], "resources": ["*"], "verbs": ["*"]}]
     role = {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": {"name": "everything"}}
     operator.apply({**role, "rules": everything}, "-n", namespace)
-    operator.run("create", "rolebinding", "team", "-n", namespace, "--role=everything", "--user=team")
+    operator.run("create", "rolebinding", "everything", "-n", namespace, "--role=everything", "--user=team")
     where, who = ("--namespace", namespace), ("--kube-as-user", "team", "--kube-as-group", "system:authenticated")
     values = f"watchNamespace={namespace},crds.install=false,replicas=1,{IMAGE}"
     with pytest.raises(AssertionError, match=r"(?i)forbidden"):
@@ -183,3 +186,54 @@ def test_a_team_needs_no_right_beyond_its_namespace(operator: Kube, namespace: s
     helm(operator, "uninstall", "team", *where, *who, "--wait")
     left = operator.run("get", "all,roles,serviceaccounts", "-n", namespace, "-o", "name").split()
     assert [name for name in left if "team" in name] == []
+
+
+# --- KubeRay that is too old --------------------------------------------------------------------------------------
+
+FIELD = "properties/spec/properties/authOptions"
+
+
+@pytest.fixture
+def old_kuberay(operator: Kube, namespace: str) -> Iterator[Callable[[], None]]:
+    """The RayCluster CRD lacks a field that is set, until what is given is called."""
+    crd = operator.find("crd", "rayclusters.ray.io") or {}
+    (index,) = [i for i, version in enumerate(crd["spec"]["versions"]) if version["name"] == "v1"]
+    schema = crd["spec"]["versions"][index]["schema"]["openAPIV3Schema"]
+    field = schema["properties"]["spec"]["properties"]["authOptions"]
+    path = f"/spec/versions/{index}/schema/openAPIV3Schema/{FIELD}"
+
+    def patch(**operation: Any) -> None:
+        body = json.dumps([{"path": path, **operation}])
+        operator.run("patch", "crd", "rayclusters.ray.io", "--type=json", "-p", body)
+
+    def known() -> bool:
+        cluster = json.loads(RAY_CLUSTER.read_text())
+        try:
+            operator.apply(cluster, "-n", namespace, "--dry-run=server", "--validate=strict")
+        except Refused:
+            return False
+        return True
+
+    patch(op="remove")
+    wait_for(lambda: not known(), 30, "the field is gone")
+    try:
+        yield lambda: patch(op="add", value=field)
+    finally:
+        if not known():
+            patch(op="add", value=field)
+        wait_for(known, 30, "the field is there again")
+
+
+def test_a_kuberay_that_is_too_old_is_named_and_waited_for(
+    operator: Kube, namespace: str, old_kuberay: Callable[[], None],
+) -> None:
+    job = sample("tiny-colocated.yaml", "waits", namespace)
+    job["spec"]["pods"].setdefault("head", {})["nodeSelector"] = {"rlhf.test/nowhere": "true"}
+    operator.apply(job)
+    told = wait_for_condition(operator, namespace, "waits", "Accepted", 30, value="False")
+    assert told["reason"] == "KubeRayTooOld"
+    assert "has no spec.authOptions: upgrade KubeRay" in told["message"]
+    old_kuberay()
+    operator.run("annotate", "rlhfjob", "waits", "-n", namespace, "test/wake=1")  # it would look again within a minute
+    wait_for_condition(operator, namespace, "waits", "Accepted", 90)
+    operator.run("delete", "rlhfjob", "waits", "-n", namespace, "--wait=false")
