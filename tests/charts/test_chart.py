@@ -199,6 +199,12 @@ def test_the_operator_runs_as_nobody_on_a_read_only_root(pod: Object, container:
     }
 
 
+def test_a_platform_with_user_ranges_of_its_own_gives_the_user() -> None:
+    objects = render(*sets("podSecurityContext.runAsUser=null", "podSecurityContext.runAsGroup=null"))
+    pods = [one(objects, "Deployment")["spec"]["template"]["spec"], one(objects, "Pod")["spec"]]
+    assert [sorted(pod["securityContext"]) for pod in pods] == [["runAsNonRoot", "seccompProfile"]] * 2
+
+
 def test_the_operator_is_probed_and_bounded(container: Object) -> None:
     probes = {key: probe["httpGet"]["path"] for key, probe in container.items() if key.endswith("Probe")}
     assert probes == {"startupProbe": "/livez", "livenessProbe": "/livez", "readinessProbe": "/readyz"}

@@ -2,6 +2,7 @@
 removed and made again under jobs that run, and a team installs one without any right beyond its namespace."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from tests.cluster.waiting import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 Object = dict[str, Any]
-CHART = "charts/rlhf-operator"
+CHART = str(generate.CHART)
 IMAGE = "image.repository=rlhf-operator,image.tag=dev"
 RAY_CLUSTER = Path(__file__).with_name("raycluster.json")
 MONITORING = "monitoring.coreos.com/v1"  # whose CRDs are not installed here; promtool reads the alerts
@@ -146,19 +147,36 @@ def pods_of_operator(kube: Kube) -> list[str]:
     return [pod["metadata"]["name"] for pod in found if "deletionTimestamp" not in pod["metadata"]]
 
 
-def test_jobs_that_run_notice_nothing_of_a_release(operator: Kube, jobs: str) -> None:
-    """Upgraded with other values, rolled back, removed, and made again."""
-    before, step = lives(operator, jobs), 5
+def older_chart(folder: Path) -> Path:
+    """This chart with a CRD that lacks the last column."""
+    chart = folder / "rlhf-operator"
+    shutil.copytree(CHART, chart)
+    crd = yaml.safe_load((chart / "files/crd.yaml").read_text())
+    crd["spec"]["versions"][0]["additionalPrinterColumns"].pop()
+    (chart / "files/crd.yaml").write_text(generate.dump(crd))
+    return chart
+
+
+def columns(kube: Kube) -> int:
+    crd = kube.find("crd", "rlhfjobs.rlhf.dev") or {}
+    return len(crd["spec"]["versions"][0]["additionalPrinterColumns"])
+
+
+def test_jobs_that_run_notice_nothing_of_a_release(operator: Kube, jobs: str, tmp_path: Path) -> None:
+    """Whose CRD gets older, which is upgraded with other values, rolled back, removed, and made again."""
+    before, step, all_columns = lives(operator, jobs), 5, columns(operator)
     assert [life["phase"] for life in before.values()] == ["Running"] * 3
-    more = ("--reset-then-reuse-values", "--set", "verbose=true")
-    changes: list[Callable[[], object]] = [
-        lambda: helm(operator, "upgrade", *RELEASE[:1], CHART, *RELEASE[1:], *more, "--wait"),
-        lambda: helm(operator, "rollback", *RELEASE, "--wait"),
-        lambda: helm(operator, "uninstall", *RELEASE, "--wait"),
-        operator.install_operator,
+    upgrade = ("upgrade", *RELEASE, "--reset-then-reuse-values", "--wait")
+    changes: list[tuple[Callable[[], object], int]] = [
+        (lambda: helm(operator, *upgrade, str(older_chart(tmp_path))), all_columns - 1),
+        (lambda: helm(operator, *upgrade, CHART, "--set", "verbose=true"), all_columns),
+        (lambda: helm(operator, "rollback", *RELEASE, "--wait"), all_columns - 1),
+        (lambda: helm(operator, "uninstall", *RELEASE, "--wait"), all_columns - 1),
+        (operator.install_operator, all_columns),
     ]
-    for change in changes:
+    for change, left in changes:
         change()
+        assert columns(operator) == left
         step += 1
         for name in RUNNING:
             reports(operator, jobs, name, step)
