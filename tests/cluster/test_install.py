@@ -56,13 +56,22 @@ def test_the_api_server_takes_every_render_to_the_letter(
         operator.apply(wrong, *strictly)
 
 
+def documents(text: str) -> Iterator[Object]:
+    """JSON objects one after another, as kubectl prints those of a dry run."""
+    decoder = json.JSONDecoder()
+    while text := text.lstrip():
+        one, end = decoder.raw_decode(text)
+        yield one
+        text = text[end:]
+
+
 def test_kustomize_gives_the_charts_objects(cluster: Kube) -> None:
     def by_name(objects: list[Object]) -> dict[tuple[str, str, str], Object]:
         return {(o["kind"], o["metadata"].get("namespace", ""), o["metadata"]["name"]): o for o in objects}
 
     # read as kubectl reads it: kustomize writes 1e-06, which is no number in YAML 1.1
     read = ("create", "--dry-run=client", "--validate=false", "-o", "json", "-f", "-")
-    made = by_name(json.loads(cluster.run(*read, text=cluster.run("kustomize", "manifests/default")))["items"])
+    made = by_name(list(documents(cluster.run(*read, text=cluster.run("kustomize", "manifests/default")))))
     assert made.pop(("Namespace", "", OPERATOR_NAMESPACE))
     chart = [o for o in generate.render() if "helm.sh/hook" not in o["metadata"].get("annotations", {})]
     for one in chart:
