@@ -2,7 +2,7 @@
 SHELL := bash
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup lock fmt lint types contracts generate verify test test-fast test-cluster cluster-up cluster-down try demo bench soak clean
+.PHONY: help setup lock fmt lint types contracts generate verify test test-fast test-cluster cluster-up cluster-down try demo bench soak release clean
 
 help: ## print this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -49,7 +49,8 @@ cluster-down: ## and away with it
 try: setup ## a rising reward in minutes, on this machine, without a cluster
 	$(PY) -m hack.first_run
 
-demo: setup ## from nothing to Succeeded: SmolLM2 learns arithmetic, watched live
+demo: ## from nothing to Succeeded: SmolLM2 learns arithmetic, watched live
+	@hack/setup.sh hack.cluster.binaries
 	$(PY) -m hack.demo
 
 bench: setup ## what the operator costs; hack.bench.scale, .heartbeats, .handover and others: docs/benchmarks.md
@@ -57,6 +58,9 @@ bench: setup ## what the operator costs; hack.bench.scale, .heartbeats, .handove
 
 soak: setup ## faults at random over tiny jobs on the running cluster (ARGS="--faults 200 --seed 1")
 	$(PY) -m hack.soak $(ARGS)
+
+release: setup ## wheels, chart, manifest, bills of materials and checksums into dist/ (ARGS="--sign KEY"); docs/release.md
+	$(PY) -m hack.release build dist $(ARGS)
 
 clean: cluster-down ## remove the environment too
 	rm -rf .venv .venv-uv

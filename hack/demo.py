@@ -48,7 +48,7 @@ def prepare_model(cache: Path, volumes: Path) -> None:
 
 
 def watch(kube: Kube, name: str, namespace: str) -> Iterator[Object]:
-    """The job's status whenever it changed, until it is finished."""
+    """The job's status whenever it changed, until it is finished and its GPUs are free, or kept by its policy."""
     last: Object = {}
     while True:
         job = kube.find("rlhfjob", name, "-n", namespace)
@@ -58,9 +58,14 @@ def watch(kube: Kube, name: str, namespace: str) -> Iterator[Object]:
         if status != last:
             last = status
             yield status
-        if conditions(status, "True").keys() & FINISHED.keys():
+        if conditions(status, "True").keys() & FINISHED.keys() and not _releasing(status):
             return
         time.sleep(POLL_SECONDS)
+
+
+def _releasing(status: Object) -> bool:
+    released = conditions(status, "False").get("ResourcesReleased")
+    return released is not None and released["reason"] != "RetainedByPolicy"
 
 
 def conditions(status: Object, value: str) -> dict[str, Object]:

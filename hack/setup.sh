@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv: a CPython >= 3.11 with the hashed requirements and the four distributions from this tree. Quick when nothing changed.
-# usage: hack/setup.sh        (make setup)
+# usage: hack/setup.sh [MODULE]        (make setup); MODULE needs no environment and runs beside the installs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 say() { printf '[setup] %s\n' "$*"; }
@@ -27,6 +27,8 @@ if command -v uv >/dev/null; then uv=uv; else
   "$python" -m venv .venv-uv && .venv-uv/bin/python -m pip install -q uv && uv=.venv-uv/bin/uv
 fi
 
+beside=
+[ $# -eq 0 ] || { "$python" -m "$1" & beside=$!; trap 'kill "$beside" 2>/dev/null || true' EXIT; }
 start=$SECONDS
 # Compiled now: the containers of the embedded cluster see this environment read-only and would compile it at every import.
 say "installing the requirements (about 2 GB the first time)"
@@ -35,3 +37,4 @@ say "installing the requirements (about 2 GB the first time)"
 "$uv" pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e api -e operator -e worker -e cli
 echo "$key" > .venv/.key
 say "done in $((SECONDS - start)) s"
+[ -z "$beside" ] || wait "$beside" || true  # who needs what it makes tries again, and says what is wrong

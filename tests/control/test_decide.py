@@ -258,11 +258,12 @@ def test_a_finished_job_tells_how_it_ended_not_what_it_lacks() -> None:
     world.report(step=10, sync={"version": 10, "seconds": "0.1", "backend": "gloo", "verifiedVersion": 10})
     world.driver_ends(0)
     world.settle()
+    assert world.condition("ClusterReady") == ("False", "Finished"), "while its pods end"
     world.reap()
     world.settle()
     told = {kind: world.condition(kind) for kind in ("ClusterReady", "Running", "Progressing", "WeightsInSync")}
     assert told == {
-        "ClusterReady": ("False", "Deleted"), "Running": ("False", "Finished"), "Progressing": ("False", "Finished"),
+        "ClusterReady": ("False", "Finished"), "Running": ("False", "Finished"), "Progressing": ("False", "Finished"),
         "WeightsInSync": ("True", "InSync"),
     }  # fmt: skip
 

@@ -12,6 +12,8 @@ from typing import NoReturn
 
 # Ray's default of 60 s is most of a driver's recovery from a lost head (read at import).
 os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "20")
+# Libraries' progress bars are for a terminal that somebody looks at; what is printed here is a log (read at import).
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -38,15 +38,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{ printf "%s:%s" .Values.image.repository (.Values.image.tag | default .Chart.AppVersion) }}
 {{- end }}
 
-{{- /* Of every pod of this chart. */ -}}
-{{- define "rlhf.podSecurity" -}}
-runAsNonRoot: true
-runAsUser: 65532
-runAsGroup: 65532
-seccompProfile:
-  type: RuntimeDefault
-{{- end }}
-
+{{- /* Of every container of this chart. */ -}}
 {{- define "rlhf.containerSecurity" -}}
 allowPrivilegeEscalation: false
 readOnlyRootFilesystem: true

@@ -23,7 +23,7 @@ MESSAGE_MAX, HEAD_MAX = 1024, 256
 # What may end without an edit is tried again; what nothing but an edit can mend waits for it.
 RETRY = {"InvalidSpec": timedelta(minutes=10)}
 RETRY_REFUSED = timedelta(seconds=60)
-REFUSALS = ("InvalidSpec", "MissingReference", "NameConflict", "KubeRayNotInstalled", "Refused")
+REFUSALS = ("InvalidSpec", "MissingReference", "NameConflict", "KubeRayNotInstalled", "KubeRayTooOld", "Refused")
 
 
 @dataclass(frozen=True, slots=True)

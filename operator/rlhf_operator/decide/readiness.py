@@ -23,6 +23,8 @@ WORDS_MAX = 1024
 def explain(f: Facts) -> Verdict:
     """The condition ClusterReady."""
     cluster = f.cluster
+    if f.record.result and (cluster is None or cluster.deleting):
+        return no("Finished", "the job has ended and needs no RayCluster any more")
     if cluster is None:
         return _absent(f)
     if cluster.deleting:
@@ -41,8 +43,6 @@ def _absent(f: Facts) -> Verdict:
         return no(
             "WaitingForOldPods", f"{len(f.old_pods)} pods of an earlier RayCluster are still there: {names(f.old_pods)}"
         )
-    if f.record.result:
-        return no("Deleted", "the job has ended and holds no RayCluster")
     return no("NotCreated", "there is no RayCluster")
 
 
