@@ -55,7 +55,7 @@ def test_what_init_writes_is_valid(words: list[str], has: dict[str, Any]) -> Non
     ("words", "told"),
     [
         (["--data", "x.jsonl"], "--reward is missing, and nobody can be asked here"),
-        (["--data", "x.jsonl", "--reward", "score"], "write module:function"),
+        (["--data", "/d/x.jsonl", "--reward", "score"], "write a .py file, module:function"),
         (["--algorithm", "grpoo"], "did you mean grpo?"),
         (["--storage", "much"], "spec.checkpoint.claim.size"),
         (["--name", "Maths!"], "metadata.name"),
@@ -63,6 +63,54 @@ def test_what_init_writes_is_valid(words: list[str], has: dict[str, Any]) -> Non
     ],
 )
 def test_what_init_does_not_take(words: list[str], told: str) -> None:
+    result = ran("init", *words)
+    assert (result.exit_code, told in result.stderr) == (Exit.USAGE, True), result.output
+
+
+def test_init_takes_data_and_reward_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text("{}")
+    Path("my_reward.py").write_text("def reward(prompt, completion, **row):\n    return 1.0\n")
+    result = ran("init", "--data", "train.jsonl", "--reward", "my_reward.py", "--separated",
+        "--mount", "models:/models", "--mount", "/mnt/data:/data", "--set", "rollout.maxTokens=2048",
+        "--set", "spec.trainer.learningRate=5e-3",
+        "--set", "algorithm.kl={coefficient: 0.1}")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "kubectl rlhf run -f FILE --with train.jsonl" in result.stdout.splitlines()[0]
+    spec = spec_of(result.stdout)
+    assert spec["data"] == {"jsonl": {"path": "/files/train.jsonl"}}
+    assert spec["rewards"] == [{"name": "my-reward", "type": "python", "code": Path("my_reward.py").read_text()}]
+    assert (spec["rollout"]["maxTokens"], spec["trainer"]["learningRate"]) == (2048, 0.005)
+    assert spec["algorithm"] == {"name": "grpo", "kl": {"coefficient": 0.1}}
+    assert set(spec["pods"]) == {"head", "trainer", "rollout"}
+    claim, node = spec["pods"]["rollout"]["volumes"]
+    assert claim["persistentVolumeClaim"] == {"claimName": "models", "readOnly": True}
+    assert node["hostPath"]["path"] == "/mnt/data"
+    assert [one["mountPath"] for one in spec["pods"]["head"]["volumeMounts"]] == ["/models", "/data"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--data", "absent.jsonl", "--reward", "math"], "absent.jsonl: no such file here"),
+        (["--data", "/d/a.jsonl", "--reward", "absent.py"], "absent.py: No such file"),
+        (["--data", "/d/a.jsonl", "--reward", "torn.py"], "torn.py, line 1"),
+        (["--data", "/d/a.jsonl", "--reward", "score.py"], "score.py defines rewards: it must define reward("),
+        (["--mount", "models"], "write CLAIM:/path"),
+        (["--mount", "models:models"], "write CLAIM:/path"),
+        (["--set", "rollout.maxTokens"], "such as rollout.maxTokens=2048"),
+        (["--set", "rewards.name=a"], "write a field"),
+        (["--set", "rollout.maxTokens=["], "is no YAML"),
+        (["--set", "rollout.maxTokns=3"], "did you mean maxTokens?"),
+        (["--set", "rollout.maxTokens=many"], "spec.rollout.maxTokens"),
+    ],
+)
+def test_what_init_says_of_a_wrong_file_mount_or_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("torn.py").write_text("def reward(:")
+    Path("score.py").write_text("def rewards(prompt, completion, **row):\n    return 1.0\n")
     result = ran("init", *words)
     assert (result.exit_code, told in result.stderr) == (Exit.USAGE, True), result.output
 
