@@ -18,7 +18,7 @@ import pytest
 from rlhf_api.algorithms import OWN
 from rlhf_api.progress import Speed
 from rlhf_api.run import RunConfig
-from rlhf_worker.local import local_ray
+from rlhf_worker.local import configure, local_ray
 from rlhf_worker.progress import ConsoleReporter
 from rlhf_worker.run import drive
 from rlhf_worker.stop import Stop
@@ -26,6 +26,7 @@ from rlhf_worker.weights.sync import Synced
 from tests.worker.configs import run_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+SAMPLES = Path(__file__).parents[2] / "manifests" / "samples"
 STEPS, RATE = 20, 5e-3
 LETTER = {
     "name": "letter", "type": "python",
@@ -126,6 +127,16 @@ def test_functions_of_ones_own_raise_it_and_a_resumed_run_takes_the_same_steps(t
     shutil.rmtree(last)
     assert learned(given, STEPS // 2) == rewards[STEPS // 2 :]
     assert [(tmp_path / name / "model.safetensors").read_bytes() for name in ("export", "export-best")] == exports
+
+
+@pytest.mark.parametrize(("name", "rise"), [("tiny-dapo", 0.2), ("tiny-lora", 0.2), ("tiny-tools", 0.2)])
+def test_a_sample_that_no_other_test_runs_learns(name: str, rise: float, tiny: Path, tmp_path: Path) -> None:
+    """The others are run with vLLM: tiny-colocated and tiny-ppo by test_vllm_run, tiny-separated on the cluster."""
+    volumes = {"/var/lib/rlhf/models/tiny": str(tiny), f"/var/lib/rlhf/checkpoints/{name}": str(tmp_path)}
+    given = configure(SAMPLES / f"{name}.yaml", volumes, STEPS)
+    rollout = given.rollout.model_copy(update={"engine": "hf", "prompts_per_step": 8})
+    rewards = learned(given.model_copy(update={"rollout": rollout}))
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + rise
 
 
 def test_it_raises_the_score_of_a_reward_model_near_a_reference(tiny: Path, tmp_path: Path) -> None:
