@@ -61,6 +61,10 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """What `async with` does at its end."""
         await self._http.close()
 
     # jobs
