@@ -250,6 +250,22 @@ def compare(
     guarded(lambda: verb.compare(Target(kubeconfig, context_name, namespace), left, right, output, width))
 
 
+@app.command(epilog="kubectl rlhf dashboard -A    kubectl rlhf dashboard --port 8300 --no-open")
+def dashboard(
+    everywhere: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Of all namespaces.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of this machine alone.", show_default="any free")] = 0,
+    browse: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = True,
+    namespace: Namespace = None, context_name: Context = None, kubeconfig: Kubeconfig = None,
+) -> None:
+    """The fleet and each run as a page that renews itself, until it is interrupted.
+
+    Needs the right to list RLHFJobs; the curves also those to list pods and get their logs.
+    """
+    from rlhf_cli import dashboard as verb
+
+    guarded(lambda: verb.serve(Target(kubeconfig, context_name, namespace).client(), everywhere, port, browse))
+
+
 @app.command(epilog="kubectl rlhf bundle maths --out maths.tar.gz")
 def bundle(
     name: Name,

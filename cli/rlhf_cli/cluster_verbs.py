@@ -46,13 +46,14 @@ async def list_jobs(target: Target, output: Output, everywhere: bool) -> None:
 
 def _print_table(jobs: list[Job], everywhere: bool) -> None:
     columns = ("NAMESPACE", *COLUMNS) if everywhere else COLUMNS
-    rows = [((job.namespace, *_row(job)) if everywhere else _row(job)) for job in jobs]
+    rows = [((job.namespace, *cells(job)) if everywhere else cells(job)) for job in jobs]
     out = console()
     for line in table(columns, rows, out.width, KEEP):
         out.print(line, markup=False, no_wrap=True, overflow="ellipsis")
 
 
-def _row(job: Job) -> tuple[str, ...]:
+def cells(job: Job) -> tuple[str, ...]:
+    """One job in COLUMNS."""
     status, progress = job.status, job.progress
     return (
         job.name, job.phase or "-", progress.display, progress.reward or "", (progress.eta or "") if not job.ended
