@@ -29,10 +29,13 @@ function curve(name, title, steps) {
   const figure = make("figure", {}, make("figcaption", { textContent: title }));
   at("charts").append(figure);
   const axis = { stroke: colour("--dim"), grid: { stroke: colour("--line"), width: 1 } };
+  const width = () => Math.max(200, figure.clientWidth - 16);
   plots[name] = new uPlot({
-    width: Math.max(200, figure.clientWidth - 16), height: 200, scales: { x: { time: false } },
+    width: width(), height: 200, scales: { x: { time: false } },
     axes: [{ ...axis }, { ...axis, size: 56 }], series: [{ label: "step" }, { label: title, stroke: colour("--link") }],
   }, data, figure);
+  const plot = plots[name];
+  new ResizeObserver(() => plot.setSize({ width: width(), height: 200 })).observe(figure);
 }
 
 function show(run) {
