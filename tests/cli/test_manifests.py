@@ -231,6 +231,40 @@ def test_openrlhf(tmp_path: Path) -> None:
     assert "not carried over: zero_stage = 3" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("framework", "given", "spec", "told"),
+    [
+        ("trl", {"loss_type": "sapo"}, {}, "not carried over: loss_type = sapo"),
+        ("trl", {"importance_sampling_level": "sequence_token"}, {}, "not carried over: importance_sampling_level"),
+        ("trl", {"beta": 0}, {}, "loss_type is not given"),
+        ("trl", {"loss_type": "dapo"}, {"algorithm": {"lossAggregation": "tokens"}}, "rewards: functions"),
+        ("trl", {"bf16": False}, {"model": {"dtype": "float32", "path": "my/model"}}, "rewards: functions"),
+        ("trl", {"use_vllm": False}, {}, "use_vllm false"),
+        ("trl", {"vllm_importance_sampling_correction": False}, {"algorithm": {"correction": {"tokenCap": 0}}}, "rew"),
+        ("verl", {"algorithm.gamma": 0.9, "algorithm.adv_estimator": "grpo"}, {}, "grpo has no critic: left out is"),
+        ("verl", {"trainer.nnodes": 1}, {"algorithm": {"name": "ppo"}}, "algorithm.adv_estimator is not given"),
+        ("verl", {"actor_rollout_ref.actor.use_kl_loss": True, "actor_rollout_ref.actor.kl_loss_type": "abs"}, {},
+            "algorithm.kl.estimator: abs is none of"),
+        ("verl", {"data.val_files": ["/a.parquet", "/b.parquet"]}, {}, "evaluation: 2 files are given"),
+        ("openrlhf", {"critic_learning_rate": 1e-5}, {"critic": {"learningRate": 1e-5}}, "advantage_estimator is not"),
+    ],
+)  # fmt: skip
+def test_nothing_is_dropped_without_a_word(
+    framework: str, given: dict[str, Any], spec: dict[str, Any], told: str,
+) -> None:
+    made = convert(framework, given, gpus=1)
+    text, words = manifest(made, "x")
+    assert yaml.safe_load(text)["spec"].items() >= spec.items()
+    assert any(told in one for one in words), words
+
+
+def test_steps_of_a_trl_generation_are_prompts_and_updates() -> None:
+    given = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "steps_per_generation": 16,
+        "num_generations": 8, "loss_type": "dapo"}
+    spec = convert("trl", given, gpus=2).spec
+    assert (spec["rollout"]["promptsPerStep"], spec["trainer"]["updatesPerStep"]) == (32, 4)
+
+
 def test_a_yaml_of_verl_is_read_too() -> None:
     nested = {"data": {"train_files": ["a.jsonl", "b.jsonl"], "train_batch_size": "$B"}, "trainer": {"nnodes": "$N"},
         "actor_rollout_ref": {"model": {"path": "m", "lora_rank": 0, "lora_alpha": 16}, "rollout": {"top_p": 0.9}}}
