@@ -46,12 +46,12 @@ cluster-up: setup ## a single-node Kubernetes on this machine (CLUSTER=embedded|
 cluster-down: ## and away with it
 	$(PY) -m hack.cluster down
 
-try: setup ## a rising reward in minutes, on this machine, without a cluster
-	$(PY) -m hack.first_run
+try: setup ## a rising reward in minutes, on this machine, without a cluster (JOB=tiny-ppo: another sample)
+	$(PY) -m hack.first_run $(JOB)
 
-demo: ## from nothing to Succeeded: SmolLM2 learns arithmetic, watched live
+demo: ## from nothing to Succeeded: SmolLM2 learns arithmetic, watched live (JOB=tiny-ppo: another sample)
 	@hack/setup.sh hack.cluster.binaries
-	$(PY) -m hack.demo
+	$(PY) -m hack.demo $(JOB)
 
 bench: setup ## what the operator costs; hack.bench.scale, .heartbeats, .handover and others: docs/benchmarks.md
 	$(PY) -m hack.bench

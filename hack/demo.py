@@ -16,13 +16,14 @@ from pathlib import Path
 
 import yaml
 
+from hack import samples
 from hack.cluster import settings
 from hack.kubectl import Kube, Object, kube
 
 CLUSTER_IMPOSSIBLE = 3  # exit code of `hack.cluster up` where this machine lacks what a cluster needs
 NODE_DIRECTORY = "/var/lib/rlhf"
 MODEL = "models/smollm2-135m-instruct"
-SAMPLE = Path("manifests/samples/smollm2-colocated.yaml")
+JOB = "smollm2-colocated"
 FINISHED = {"Complete": 0, "Failed": 1}
 POLL_SECONDS = 3.0  # a kubectl costs half a second of a core, which the training needs
 HEADER = f"{'TIME':>6}  {'PHASE':<12} {'REASON':<22} {'STEP':>7} {'REWARD':>8} {'TOK/S':>8} {'WEIGHTS':>7}  DETAIL"
@@ -45,6 +46,20 @@ def prepare_model(cache: Path, volumes: Path) -> None:
         (gguf,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
         subprocess.run([sys.executable, "-m", "rlhf_worker", "import-gguf", str(gguf), str(converted)], check=True)
     shutil.copytree(converted, target, dirs_exist_ok=True)
+
+
+def prepare_tiny_model(volumes: Path) -> None:
+    """The model of the tiny samples and of docs/quickstart.md, with its prompts."""
+    made = [sys.executable, "-m", "hack.tiny_model", str(volumes / samples.TINY)]
+    subprocess.run(made, check=True, stderr=subprocess.DEVNULL)
+
+
+def prepare(cache: Path, volumes: Path, manifest: Path) -> None:
+    """The model that a sample names."""
+    if manifest.stem.startswith("tiny"):
+        prepare_tiny_model(volumes)
+    else:
+        prepare_model(cache, volumes)
 
 
 def watch(kube: Kube, name: str, namespace: str) -> Iterator[Object]:
@@ -141,7 +156,7 @@ def load(manifest: Path) -> Object:
 def on_cluster(cfg: settings.Settings, manifest: Path) -> int:
     cluster, job = kube(cfg), load(manifest)
     name, namespace = job["metadata"]["name"], job["metadata"].get("namespace", "default")
-    step("model", lambda: prepare_model(cfg.cache, cfg.volumes))
+    step("model", lambda: prepare(cfg.cache, cfg.volumes, manifest))
     step("helm install rlhf-operator", cluster.install_operator)
     step(
         "remove the last run",
@@ -163,24 +178,24 @@ def on_this_machine(cfg: settings.Settings, manifest: Path) -> int:
     """The same manifest without Kubernetes; a directory of this user stands for the node's."""
     volumes = cfg.cache / "local"
     print("[demo] no cluster can run here: the same manifest runs by rlhf_worker local", flush=True)
-    step("model", lambda: prepare_model(cfg.cache, volumes))
+    step("model", lambda: prepare(cfg.cache, volumes, manifest))
     command = [sys.executable, "-m", "rlhf_worker", "local", str(manifest), "--volume", f"{NODE_DIRECTORY}={volumes}"]
     return subprocess.run(command, check=False).returncode
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("manifest", nargs="?", type=Path, default=SAMPLE)
+    parser.add_argument("job", nargs="?", default=JOB, help=f"a sample: {', '.join(samples.names())}")
     parser.add_argument("--local", action="store_true", help="do not try a cluster")
     arguments = parser.parse_args()
-    cfg = settings.from_environment()
+    manifest, cfg = samples.found(arguments.job), settings.from_environment()
     if not arguments.local:
         up = subprocess.run([sys.executable, "-m", "hack.cluster", "up"], check=False).returncode
         if up == 0:
-            return on_cluster(cfg, arguments.manifest)
+            return on_cluster(cfg, manifest)
         if up != CLUSTER_IMPOSSIBLE:
             return up
-    return on_this_machine(cfg, arguments.manifest)
+    return on_this_machine(cfg, manifest)
 
 
 if __name__ == "__main__":

@@ -94,24 +94,31 @@ def _refuse(words: str) -> None:
     raise Wrong(words)
 
 
-@app.command("run", epilog="kubectl rlhf run -f job.yaml && echo learnt")
+@app.command(
+    "run", epilog="kubectl rlhf run -f job.yaml && echo learnt    kubectl rlhf run -f job.yaml --with train.jsonl",
+)
 def run_job(
     filename: File,
+    files: Annotated[
+        list[Path] | None, typer.Option("--with", help="A file that the pods find in /files; may be given again."),
+    ] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds to follow it; the job goes on.", min=0)] = None,
     output: OutputOption = Output.TEXT, namespace: Namespace = None, context_name: Context = None,
     kubeconfig: Kubeconfig = None,
 ) -> None:
     """Make a job of a manifest and follow it: exit code 0 when it has Succeeded, 1 when it has Failed.
 
-    A job that is there already is followed if it is the very same. Needs the rights to create and watch RLHFJobs.
+    A job that is there already is followed if it is the very same. Needs the rights to create and watch RLHFJobs; for
+    --with also that to create ConfigMaps, which go with the job.
     """
     from rlhf_cli import cluster_verbs, manifest
 
     raw = guarded(lambda: manifest.load(filename))
+    contents = guarded(lambda: manifest.contents(files or [], raw))
     own = raw["metadata"].get("namespace")
     if own and namespace and own != namespace:
         guarded(lambda: _refuse(f"{filename}: metadata.namespace is {own}, --namespace {namespace}: change one"))
-    run(cluster_verbs.run(Target(kubeconfig, context_name, namespace or own), output, raw, timeout))
+    run(cluster_verbs.run(Target(kubeconfig, context_name, namespace or own), output, raw, contents, timeout))
 
 
 @app.command(epilog="kubectl rlhf suspend maths")
@@ -243,6 +250,22 @@ def compare(
     guarded(lambda: verb.compare(Target(kubeconfig, context_name, namespace), left, right, output, width))
 
 
+@app.command(epilog="kubectl rlhf dashboard -A    kubectl rlhf dashboard --port 8300 --no-open")
+def dashboard(
+    everywhere: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Of all namespaces.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of this machine alone.", show_default="any free")] = 0,
+    browse: Annotated[bool, typer.Option("--open/--no-open", help="Open it in the browser.")] = True,
+    namespace: Namespace = None, context_name: Context = None, kubeconfig: Kubeconfig = None,
+) -> None:
+    """The fleet and each run as a page that renews itself, until it is interrupted.
+
+    Needs the right to list RLHFJobs; the curves also those to list pods and get their logs.
+    """
+    from rlhf_cli import dashboard as verb
+
+    guarded(lambda: verb.serve(Target(kubeconfig, context_name, namespace).client(), everywhere, port, browse))
+
+
 @app.command(epilog="kubectl rlhf bundle maths --out maths.tar.gz")
 def bundle(
     name: Name,
@@ -259,25 +282,39 @@ def bundle(
     run(verb.bundle(Target(kubeconfig, context_name, namespace), name, out))
 
 
-@app.command(epilog="kubectl rlhf init --model Qwen/Qwen3-8B --data /data/train.jsonl --reward my_pkg:score --gpus 8")
+@app.command(
+    epilog="kubectl rlhf init --model Qwen/Qwen3-8B --data train.jsonl --reward reward.py --gpus 8 --out job.yaml",
+)
 def init(
     name: Annotated[str | None, typer.Option(help="Of the job.")] = None,
     model: Annotated[str | None, typer.Option(help="Hub id, or a directory inside the pods.")] = None,
-    data: Annotated[str | None, typer.Option(help="A .jsonl or .parquet file, a hub dataset, or gym:<task>.")] = None,
-    reward: Annotated[str | None, typer.Option(help="module:function, math, or an http(s) URL.")] = None,
+    data: Annotated[str | None, typer.Option(
+        help="A .jsonl or .parquet file, here or (from / on) inside the pods; a hub dataset, or gym:<task>.",
+    )] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="A .py file that defines reward, module:function, math, or an http(s) URL.")
+    ] = None,
     gpus: Annotated[int | None, typer.Option(min=1)] = None,
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     storage: Annotated[str | None, typer.Option(help="Size of the checkpoints' volume, such as 100Gi.")] = None,
     algorithm: Annotated[str, typer.Option(help="docs/algorithms.md has them.")] = "grpo",
     separated: Annotated[bool, typer.Option("--separated", help="Engines have GPUs of their own.")] = False,
     image: Annotated[str, typer.Option(help="Worker image.")] = "rlhf-worker:0.1.0",
+    mounts: Annotated[
+        list[str] | None,
+        typer.Option("--mount", help="CLAIM:/path, or /directory/of/the/node:/path: read by every pod."),
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other field: rollout.maxTokens=2048. May be given again."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="File to write.", show_default="standard output")] = None,
 ) -> None:
     """A valid manifest: asks on a terminal for what no flag tells, takes defaults elsewhere. Needs no cluster."""
     from rlhf_cli import init as verb
     from rlhf_cli.convert import write
 
-    given = verb.Answers(name, model, data, reward, gpus, steps, storage, algorithm, separated, image)
+    more = tuple(mounts or ()), tuple(sets or ())
+    given = verb.Answers(name, model, data, reward, gpus, steps, storage, algorithm, separated, image, *more)
     ask = (lambda words, default: str(typer.prompt(words, default or None))) if verb.interactive() else verb.unattended
     guarded(lambda: write(verb.manifest(verb.asked(given, ask)), out))
 

@@ -12,6 +12,7 @@ from rlhf_cli.history import Step, of_source, steps
 from rlhf_cli.options import Output, Target, console
 from rlhf_cli.text import age, table, utc
 from rlhf_client.errors import AlreadyThere, NotAllowed, NotFound
+from rlhf_client.files import mounted
 from rlhf_client.job import Job
 from rlhf_client.names import RAY
 
@@ -45,13 +46,14 @@ async def list_jobs(target: Target, output: Output, everywhere: bool) -> None:
 
 def _print_table(jobs: list[Job], everywhere: bool) -> None:
     columns = ("NAMESPACE", *COLUMNS) if everywhere else COLUMNS
-    rows = [((job.namespace, *_row(job)) if everywhere else _row(job)) for job in jobs]
+    rows = [((job.namespace, *cells(job)) if everywhere else cells(job)) for job in jobs]
     out = console()
     for line in table(columns, rows, out.width, KEEP):
         out.print(line, markup=False, no_wrap=True, overflow="ellipsis")
 
 
-def _row(job: Job) -> tuple[str, ...]:
+def cells(job: Job) -> tuple[str, ...]:
+    """One job in COLUMNS."""
     status, progress = job.status, job.progress
     return (
         job.name, job.phase or "-", progress.display, progress.reward or "", (progress.eta or "") if not job.ended
@@ -102,11 +104,13 @@ async def watch(target: Target, output: Output, name: str) -> None:
         await _follow(client.watch(name), output, await _history(client, await client.get(name)))
 
 
-async def run(target: Target, output: Output, raw: Mapping[str, Any], timeout_seconds: float | None) -> None:
+async def run(
+    target: Target, output: Output, raw: Mapping[str, Any], files: Mapping[str, bytes], timeout_seconds: float | None,
+) -> None:
     """Submit and follow. The process ends as the job does."""
     name = str(raw["metadata"]["name"])
     async with target.client() as client:
-        job = await _submitted(client, raw)
+        job = await _submitted(client, raw, files)
         try:
             async with asyncio.timeout(timeout_seconds):
                 job = await _follow(client.watch(name), output, [])
@@ -119,17 +123,20 @@ async def run(target: Target, output: Output, raw: Mapping[str, Any], timeout_se
         end(Exit.FAILED, _epitaph(job))
 
 
-async def _submitted(client: "Client", raw: Mapping[str, Any]) -> Job:
+async def _submitted(client: "Client", raw: Mapping[str, Any], files: Mapping[str, bytes]) -> Job:
     """The job, which may be there already if it is the very same."""
     name = str(raw["metadata"]["name"])
     try:
-        job = await client.submit(raw)
+        job = await client.submit(raw, files=files)
         say(f"rlhfjob/{name} made in namespace {client.namespace}")
     except AlreadyThere:
         job = await client.get(name)
-        if others := list(differences(raw["spec"], job.spec, "spec")):
+        sent = mounted(raw) if files else raw
+        if others := list(differences(sent["spec"], job.spec, "spec")):
             raise AlreadyThere(f"an RLHFJob {name} is there already, with another {', '.join(others[:5])}: change it "
                 f"by kubectl apply, or run this one under another metadata.name") from None
+        if files:
+            await client.attach(job, files)
         say(f"rlhfjob/{name} is there already, and the same")
     return job
 

@@ -56,27 +56,43 @@ class Conversion:
 
 def _trl(made: Conversion) -> None:
     _clips(made, made.number("epsilon"))
-    kind, level = made.take("loss_type"), made.take("importance_sampling_level", "token")
-    if level == "sequence":
-        made.set("algorithm.name", "gspo")
-    elif kind in ("dr_grpo", "cispo"):
-        made.set("algorithm.name", kind)
-    elif kind is not None:
-        made.set("algorithm.lossAggregation", "sequences" if kind == "grpo" else "tokens")
+    _trl_loss(made)
     device, accumulated = made.number("per_device_train_batch_size"), made.number("gradient_accumulation_steps", 1)
+    generated = made.number("steps_per_generation", accumulated)
     group = made.whole("rollout.samplesPerPrompt") or 8
     if device:
-        made.set("rollout.promptsPerStep", max(1, device * accumulated * (made.gpus or 1) // group))
+        made.set("rollout.promptsPerStep", max(1, device * generated * (made.gpus or 1) // group))
+        _updates(made, generated, accumulated)
         if made.gpus is None:
             made.notes.append("rollout.promptsPerStep is that of one GPU: give --gpus")
     if not made.take("use_peft", "lora" in made.spec.get("model", {})):
         made.spec.get("model", {}).pop("lora", None)
-    made.take("bf16")
-    made.take("use_vllm")
+    if made.take("bf16") is False and not made.get("model.dtype"):
+        made.set("model.dtype", "float32")
+    if made.take("use_vllm") is False:
+        made.notes.append("use_vllm false: engines are vLLM's here; rollout.engine hf is transformers' generate")
+    if made.take("vllm_importance_sampling_correction") is False:
+        made.set("algorithm.correction.tokenCap", 0)
     weights = made.take("reward_weights")
     if weights:
         made.notes.append(f"rewards: set their weights to {weights}")
     _sampling(made, made.number("top_k", 0), made.number("top_p", 1.0))
+
+
+def _trl_loss(made: Conversion) -> None:
+    """An algorithm or its aggregation; what is no such thing here stays among what is not carried over."""
+    kind, level = made.given.get("loss_type"), made.given.get("importance_sampling_level")
+    if kind is None and level != "sequence":
+        made.notes.append("algorithm.lossAggregation: loss_type is not given, and trl's default is another in each of "
+            "its versions")
+    if level in ("token", "sequence"):
+        made.take("importance_sampling_level")
+    if level == "sequence":
+        made.set("algorithm.name", "gspo")
+    elif kind in ("dr_grpo", "cispo"):
+        made.set("algorithm.name", made.take("loss_type"))
+    if kind in tables.TRL_LOSSES:
+        made.set("algorithm.lossAggregation", tables.TRL_LOSSES[made.take("loss_type")])
 
 
 def _verl(made: Conversion) -> None:
@@ -86,15 +102,20 @@ def _verl(made: Conversion) -> None:
     tests, every = made.take("data.val_files"), made.number("trainer.test_freq")
     if tests:
         path = tests[0] if isinstance(tests, list) else tests
+        if isinstance(tests, list) and len(tests) > 1:
+            made.notes.append(f"evaluation: {len(tests)} files are given, the first is taken: write a set for each")
         made.set("evaluation", [{"name": "val", "data": {"parquet": {"path": path}},
             **({"everySteps": every} if isinstance(every, int) and every > 0 else {})}])
     in_loss, weight = made.take(f"{actor}use_kl_loss", False), made.take(f"{actor}kl_loss_coef", 0.001)
     kind, of_reward = made.take(f"{actor}kl_loss_type", "low_var_kl"), made.take("algorithm.kl_penalty", "kl")
     in_reward, other = made.take("algorithm.use_kl_in_reward", False), made.take("algorithm.kl_ctrl.kl_coef", 0.001)
     if in_loss or in_reward:
-        estimator = tables.ESTIMATORS.get(kind if in_loss else of_reward)
+        estimator = tables.ESTIMATORS.get(named := kind if in_loss else of_reward)
+        if estimator is None:
+            made.notes.append(f"algorithm.kl.estimator: {named} is none of {', '.join(sorted(tables.ESTIMATORS))}")
         made.set("algorithm.kl", {"coefficient": weight if in_loss else other, "place": "loss" if in_loss else "reward",
             **({"estimator": estimator} if estimator and in_loss else {})})
+    _gae(made, "algorithm.adv_estimator")
     _updates(made, made.whole("rollout.promptsPerStep"), made.number(f"{actor}ppo_mini_batch_size"))
     if rank := made.number("actor_rollout_ref.model.lora_rank", 0):
         made.set("model.lora.rank", rank)
@@ -119,6 +140,7 @@ def _openrlhf(made: Conversion) -> None:
         made.set("algorithm.clipLow", both[0])
         made.set("algorithm.clipHigh", both[1])
     _clips(made, made.number("eps_clip"))
+    _gae(made, "advantage_estimator")
     _files(made, made.take("prompt_data"))
     if made.get("algorithm.kl.coefficient"):
         made.set("algorithm.kl.place", "loss" if made.take("use_kl_loss", False) else "reward")
@@ -137,7 +159,15 @@ def _openrlhf(made: Conversion) -> None:
             for at, one in enumerate(names)])
     made.take("bf16")
     made.take("packing_samples")
+    made.take("enable_vllm_is_correction")  # algorithm.correction is on by default
     _sampling(made, 0, made.number("top_p", 1.0))
+
+
+def _gae(made: Conversion, option: str) -> None:
+    """PPO is the default of verl and OpenRLHF, GRPO here."""
+    if made.get("algorithm.name") is None and option not in made.given:
+        made.set("algorithm.name", "ppo")
+        made.notes.append(f"algorithm.name: {option} is not given, which is ppo (gae) there")
 
 
 def _clips(made: Conversion, both: Any) -> None:
@@ -200,8 +230,8 @@ def common(made: Conversion) -> None:
         made.set("rewards", [REWARD])
         made.notes.append("rewards: functions are not carried over: name yours, f(prompt, completion, **row) -> float")
     if made.get("algorithm.name") != "ppo":
-        made.spec.pop("critic", None)
-        made.spec.get("algorithm", {}).pop("gae", None)
+        for one in filter(None, (made.spec.pop("critic", None), made.spec.get("algorithm", {}).pop("gae", None))):
+            made.notes.append(f"{made.get('algorithm.name') or 'grpo'} has no critic: left out is {one}")
     left = [path for path in TELLING if made.get(path) is None]
     if left:
         made.notes.append(f"left to {made.framework}'s defaults, which are others here: {', '.join(left)}")

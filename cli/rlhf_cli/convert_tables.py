@@ -25,6 +25,7 @@ ADVANTAGES: Values = {
     "reinforce_plus_plus": "reinforce++", "reinforce_plus_plus_baseline": "reinforce++-baseline",
     "reinforce": "reinforce++", "reinforce_baseline": "reinforce++-baseline",
 }  # fmt: skip
+TRL_LOSSES: Values = {"grpo": "sequences", "dapo": "tokens", "bnpo": "tokens"}
 AGGREGATIONS: Values = {"token-mean": "tokens", "seq-mean-token-mean": "sequences"}
 
 TRL: dict[str, To] = {
@@ -49,10 +50,12 @@ TRL: dict[str, To] = {
     "vllm_gpu_memory_utilization": To("rollout.engineArgs.gpu_memory_utilization"),
     "vllm_max_model_length": To("rollout.engineArgs.max_model_len"),
     "vllm_enable_sleep_mode": To("rollout.sleep"),
+    "vllm_importance_sampling_cap": To("algorithm.correction.tokenCap"),
 }  # fmt: skip
 TRL_SPECIAL = (
     "epsilon", "loss_type", "importance_sampling_level", "per_device_train_batch_size", "use_peft", "use_vllm",
-    "gradient_accumulation_steps", "bf16", "top_k", "top_p", "reward_weights",
+    "gradient_accumulation_steps", "steps_per_generation", "bf16", "top_k", "top_p", "reward_weights",
+    "vllm_importance_sampling_correction",
 )  # fmt: skip
 
 VERL: dict[str, To] = {
@@ -123,9 +126,11 @@ OPENRLHF: dict[str, To] = {
     "target_modules": To("model.lora.targetModules"), "save_steps": To("checkpoint.everySteps"),
     "seed": To("trainer.seed"), "max_ckpt_num": To("checkpoint.keep"), "ring_attn_size": To("trainer.contextParallel"),
     "critic_pretrain": To("critic.model.path"), "freezing_actor_steps": To("critic.warmupSteps"),
-    "actor_num_gpus_per_node": To("placement.gpusPerNode"),
+    "actor_num_gpus_per_node": To("placement.gpusPerNode"), "param_dtype": To("model.dtype", DTYPES),
+    "train_max_tokens_per_gpu": To("trainer.tokensPerMicroBatch"),
 }  # fmt: skip
 OPENRLHF_SPECIAL = (
     "prompt_data", "eps_clip", "eps_clip_low_high", "use_kl_loss", "train_batch_size", "actor_num_nodes",
     "colocate_all_models", "reward_pretrain", "lora_rank", "top_p", "bf16", "packing_samples",
+    "enable_vllm_is_correction",
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ import yaml
 
 from rlhf_api.parse import InvalidJob, parse_job
 from rlhf_cli.exits import Wrong
+from rlhf_client.files import MOUNT
 
 Raw = dict[str, Any]
 
@@ -21,7 +23,7 @@ def load(path: Path) -> Raw:
     try:
         parse_job(raw)
     except InvalidJob as error:
-        problems = (_with_hint(problem, raw) for problem in error.problems)
+        problems = (hinted(problem, raw) for problem in error.problems)
         raise Wrong("\n  ".join([f"{path}: no valid RLHFJob:", *problems])) from None
     return raw
 
@@ -46,15 +48,47 @@ def text_of(path: Path) -> str:
     try:
         return path.read_text()
     except OSError as error:
-        folder = path.parent if path.parent.is_dir() else Path()
-        near = get_close_matches(path.name, [one.name for one in folder.iterdir()], n=1)
-        hint = f" (did you mean {folder / near[0]}?)" if near and isinstance(error, FileNotFoundError) else ""
-        raise Wrong(f"{path}: {error.strerror}{hint}") from None
+        raise Wrong(f"{path}: {error.strerror}{_near(path, error)}") from None
     except UnicodeDecodeError:
         raise Wrong(f"{path}: not YAML: it is no text") from None
 
 
-def _with_hint(problem: str, raw: Raw) -> str:
+def _near(path: Path, error: OSError) -> str:
+    """The file that may have been meant by one that is not there."""
+    folder = path.parent if path.parent.is_dir() else Path()
+    near = get_close_matches(path.name, [one.name for one in folder.iterdir()], n=1)
+    return f" (did you mean {folder / near[0]}?)" if near and isinstance(error, FileNotFoundError) else ""
+
+
+def contents(paths: Sequence[Path], raw: Raw) -> dict[str, bytes]:
+    """Of the files that go with a job, by their names. Raises Wrong, also where the manifest names one that is not
+    given.
+    """
+    found: dict[str, bytes] = {}
+    for path in paths:
+        if path.name in found:
+            raise Wrong(f"--with {path}: two files are called {path.name}: rename one")
+        try:
+            found[path.name] = path.read_bytes()
+        except OSError as error:
+            raise Wrong(f"--with {path}: {error.strerror}{_near(path, error)}") from None
+    mounts = [one for role in raw["spec"].get("pods", {}).values() for one in role.get("volumeMounts", [])]
+    missing = _named(raw["spec"]) - found.keys()
+    if missing and not any(f"{one.get('mountPath')}/".startswith(f"{MOUNT}/") for one in mounts):
+        raise Wrong(f"the manifest names {MOUNT}/{min(missing)}, and nothing is mounted there: give --with "
+            f"{min(missing)}")
+    return found
+
+
+def _named(node: Any) -> set[str]:
+    """Files of MOUNT that a spec names."""
+    if isinstance(node, dict | list):
+        return {one for part in (node.values() if isinstance(node, dict) else node) for one in _named(part)}
+    found = re.fullmatch(rf"{MOUNT}/([^/\s]+)", node) if isinstance(node, str) else None
+    return {found[1]} if found else set()
+
+
+def hinted(problem: str, raw: Raw) -> str:
     """With the nearest field, or value of a closed set, to one that is misspelt."""
     path, _, words = problem.partition(": ")
     parent, _, name = path.rpartition(".")

@@ -35,14 +35,15 @@ def html(run: Run, source: str, job: Job | None) -> str:
     title = escape(job.name if job else Path(source).name or source)
     data = json.dumps(facts(run, source, job), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     parts = {
-        "%TITLE%": title, "%UPLOT_CSS%": _asset("uPlot.min.css"), "%CSS%": _asset("page.css"),
-        "%UPLOT_VERSION%": UPLOT_VERSION, "%UPLOT_JS%": _asset("uPlot.iife.min.js"), "%JS%": _asset("page.js"),
+        "%TITLE%": title, "%UPLOT_CSS%": asset("uPlot.min.css"), "%CSS%": asset("page.css"),
+        "%UPLOT_VERSION%": UPLOT_VERSION, "%UPLOT_JS%": asset("uPlot.iife.min.js"), "%JS%": asset("page.js"),
         "%DATA%": data,
     }  # fmt: skip
-    return re.sub("|".join(parts), lambda found: parts[found[0]], _asset("page.html"))
+    return re.sub("|".join(parts), lambda found: parts[found[0]], asset("page.html"))
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A part of a page."""
     return (PAGE / name).read_text()
 
 

@@ -10,11 +10,13 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
 from rlhf_api import API_VERSION, GROUP, KIND, PLURAL, VERSION
+from rlhf_client import files as own
 from rlhf_client import names
 from rlhf_client.errors import (
     AlreadyThere,
@@ -24,6 +26,7 @@ from rlhf_client.errors import (
     NoConnection,
     NotFound,
     NotInstalled,
+    Refused,
     TimedOut,
     nearest,
 )
@@ -58,6 +61,10 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """What `async with` does at its end."""
         await self._http.close()
 
     # jobs
@@ -82,13 +89,47 @@ class Client:
             there = f"; there are {', '.join(known[:8])}" if known else ""
             raise NotFound(f"no RLHFJob {name} in namespace {self.namespace}{nearest(name, known)}{there}") from None
 
-    async def submit(self, job: "RLHFJob | Mapping[str, Any]") -> Job:
-        """Create it in the client's namespace. Raises InvalidJob before anything is sent, AlreadyThere, OtherVersion
-        for a field that the cluster's CRD lacks, Refused.
+    async def submit(
+        self, job: "RLHFJob | Mapping[str, Any]", *, files: Mapping[str, bytes] | None = None,
+    ) -> Job:
+        """Create it in the client's namespace. `files`: contents by name, which its pods find in /files; together at
+        most 1 MiB. Raises InvalidJob before anything is sent, AlreadyThere, OtherVersion for a field that the cluster's
+        CRD lacks, Refused.
         """
+        raw = dict(job) if isinstance(job, Mapping) else _written(job)
+        if not files:
+            return await self._create(raw)
+        own.checked(files)
+        tried = own.config_map(str(raw["metadata"]["name"]), files)
+        with suppress(AlreadyThere):  # a right that is missing is told before the job is there
+            await self._http.json("POST", self._config_maps(), params={"dryRun": "All"}, body=tried)
+        made = await self._create(own.mounted(raw))
+        try:
+            await self.attach(made, files)
+        except ClientError:
+            await self.stop(made.name)  # its pods would wait for the files for ever
+            raise
+        return made
+
+    async def attach(self, job: Job, files: Mapping[str, bytes]) -> None:
+        """The ConfigMap of its files, as `submit` makes it. Raises Refused where it has other ones."""
+        name, wanted = names.files(job.name), own.config_map(job.name, files, job.uid)
+        try:
+            await self._http.json("POST", self._config_maps(), body=wanted)
+            return
+        except AlreadyThere:
+            there = await self._http.json("GET", self._config_maps(name))
+        if own.owned_by(there, job.uid) and own.same(there, wanted):
+            return
+        if own.owned_by(there, job.uid) or (there["metadata"].get("labels") or {}).get(names.JOB_LABEL) != job.name:
+            raise Refused(f"ConfigMap {name} is there already, and holds something else: run the job under another "
+                "metadata.name")
+        await self._http.json("DELETE", self._config_maps(name))  # a former job's, which is going anyway
+        await self._http.json("POST", self._config_maps(), body=wanted)
+
+    async def _create(self, raw: Raw) -> Job:
         from rlhf_api.parse import parse_job
 
-        raw = dict(job) if isinstance(job, Mapping) else _written(job)
         parse_job({**raw, "metadata": {"namespace": self.namespace, **raw.get("metadata", {})}})
         query = {"fieldValidation": "Strict", "fieldManager": FIELD_MANAGER}
         try:
@@ -233,6 +274,10 @@ class Client:
             items += page.get("items") or []
             if not (more := (page.get("metadata") or {}).get("continue") or ""):
                 return items
+
+    def _config_maps(self, name: str = "") -> str:
+        root = f"/api/v1/namespaces/{quote(self.namespace, safe='')}/configmaps"
+        return f"{root}/{quote(name, safe='')}" if name else root
 
     def _jobs(self, name: str = "") -> str:
         root = f"/apis/{GROUP}/{VERSION}/namespaces/{quote(self.namespace, safe='')}/{PLURAL}"

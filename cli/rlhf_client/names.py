@@ -13,3 +13,8 @@ def run_config(job: str) -> str:
 
 def claim(job: str) -> str:
     return f"{job}-checkpoints"
+
+
+def files(job: str) -> str:
+    """The ConfigMap of a user's files, which this client makes."""
+    return f"{job}-files"

@@ -2,6 +2,9 @@
 
 import asyncio
 import copy
+import os
+import subprocess
+import sys
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -347,3 +350,15 @@ def test_a_status_that_is_none(status: object) -> None:
     job = Job.of({"metadata": {"name": "maths"}, "status": status})
     assert job.status == RLHFJobStatus()
     assert (job.phase, job.ended) == ("", False)
+
+
+def test_the_package_gives_what_it_names_and_help_imports_no_http() -> None:
+    import rlhf_client
+
+    assert all(getattr(rlhf_client, name) for name in rlhf_client.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Nobody'"):
+        _ = rlhf_client.Nobody
+    asked = "import sys, rlhf_cli.app; print(sorted({'httpx', 'pydantic', 'rich.live'} & set(sys.modules)))"
+    given = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", asked], env=given, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

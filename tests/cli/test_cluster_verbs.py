@@ -10,6 +10,7 @@ import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -22,7 +23,7 @@ from rlhf_cli.history import Step, of_source, steps
 from rlhf_cli.placement import bar, drawn
 from rlhf_cli.text import age, in_words, short, sparkline, table
 from rlhf_client.job import Job
-from rlhf_operator.kinds import JOBS
+from rlhf_operator.kinds import CONFIG_MAPS, JOBS
 from tests.api.specs import a_job
 from tests.cli.conftest import RUNNING, Cli, Cluster
 
@@ -130,6 +131,68 @@ def test_run_leaves_a_job_that_takes_too_long(cluster: Cluster, cli: Cli, tmp_pa
     path.write_text(yaml.safe_dump(a_job("maths")))
     result = cli("run", "-f", str(path), "--timeout", "0.3")
     assert (result.exit_code, "it goes on: kubectl rlhf watch maths" in result.stderr) == (Exit.TIMED_OUT, True)
+
+
+def test_files_of_a_user_go_with_the_job(cluster: Cluster, cli: Cli, tmp_path: Path) -> None:
+    path, data, weights = tmp_path / "job.yaml", tmp_path / "train.jsonl", tmp_path / "w.bin"
+    path.write_text(yaml.safe_dump(a_job("maths", data__jsonl={"path": "/files/train.jsonl"})))
+    data.write_text("{}")
+    weights.write_bytes(b"\xff\x00")
+    words = ["run", "-f", str(path), "--timeout", "0.2"]
+    assert "give --with train.jsonl" in cli(*words).stderr
+    words += ["--with", str(data), "--with", str(weights)]
+    assert cli(*words).exit_code == Exit.TIMED_OUT
+    (made,), (job,) = cluster.server.of(CONFIG_MAPS), cluster.server.of(JOBS)
+    assert (made["data"], made["binaryData"]) == ({"train.jsonl": "{}"}, {"w.bin": "/wA="})
+    assert (made["metadata"]["name"], made["metadata"]["ownerReferences"][0]["uid"]) == (
+        "maths-files", job["metadata"]["uid"],
+    )
+    for role in ("head", "trainer"):
+        assert job["spec"]["pods"][role]["volumes"] == [{"name": "files", "configMap": {"name": "maths-files"}}]
+        assert job["spec"]["pods"][role]["volumeMounts"][0]["mountPath"] == "/files"
+    assert "the same" in cli(*words).stderr
+    data.write_text("{}\n{}")
+    other = cli(*words)
+    assert (other.exit_code, "holds something else" in other.stderr) == (Exit.USAGE, True), other.output
+
+
+def test_files_of_a_former_job_are_replaced_and_those_of_others_are_not(
+    cluster: Cluster, cli: Cli, tmp_path: Path,
+) -> None:
+    path, data = tmp_path / "job.yaml", tmp_path / "train.jsonl"
+    path.write_text(yaml.safe_dump(a_job("maths")))
+    data.write_text("new")
+    words = ["run", "-f", str(path), "--with", str(data), "--timeout", "0.2"]
+    foreign: dict[str, Any] = {"metadata": {"name": "maths-files"}, "data": {"train.jsonl": "old"}}
+    cluster.server.put(CONFIG_MAPS, foreign)
+    refused = cli(*words)
+    assert (refused.exit_code, "another metadata.name" in refused.stderr) == (Exit.USAGE, True), refused.output
+    assert not cluster.server.of(JOBS), "its pods would wait for the files for ever"
+    foreign["metadata"] |= {"labels": {"rlhf.dev/job": "maths"}, "ownerReferences": [{"uid": "the one before"}]}
+    cluster.server.put(CONFIG_MAPS, foreign)
+    assert cli(*words).exit_code == Exit.TIMED_OUT
+    assert cluster.server.of(CONFIG_MAPS)[0]["data"] == {"train.jsonl": "new"}
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["tran.jsonl"], "did you mean"),
+        (["train.jsonl", "sub/train.jsonl"], "two files are called train.jsonl"),
+        (["a b.jsonl"], "letters, digits"),
+        (["big.jsonl"], "a ConfigMap holds 1"),
+    ],
+)
+def test_files_that_cannot_go_along(cluster: Cluster, cli: Cli, tmp_path: Path, names: list[str], told: str) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("train.jsonl", "sub/train.jsonl", "a b.jsonl"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "big.jsonl").write_bytes(b"x" * (1 << 20 | 1))
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(a_job("maths")))
+    options = [word for name in names for word in ("--with", str(tmp_path / name))]
+    result = cli("run", "-f", str(tmp_path / "job.yaml"), *options)
+    assert (result.exit_code, told in result.stderr) == (Exit.USAGE, True), result.output
+    assert not cluster.server.of(JOBS)
 
 
 def test_an_interrupt_leaves_the_job(cluster: Cluster, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_what_init_writes_is_valid(words: list[str], has: dict[str, Any]) -> Non
     ("words", "told"),
     [
         (["--data", "x.jsonl"], "--reward is missing, and nobody can be asked here"),
-        (["--data", "x.jsonl", "--reward", "score"], "write module:function"),
+        (["--data", "/d/x.jsonl", "--reward", "score"], "write a .py file, module:function"),
         (["--algorithm", "grpoo"], "did you mean grpo?"),
         (["--storage", "much"], "spec.checkpoint.claim.size"),
         (["--name", "Maths!"], "metadata.name"),
@@ -63,6 +63,54 @@ def test_what_init_writes_is_valid(words: list[str], has: dict[str, Any]) -> Non
     ],
 )
 def test_what_init_does_not_take(words: list[str], told: str) -> None:
+    result = ran("init", *words)
+    assert (result.exit_code, told in result.stderr) == (Exit.USAGE, True), result.output
+
+
+def test_init_takes_data_and_reward_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text("{}")
+    Path("my_reward.py").write_text("def reward(prompt, completion, **row):\n    return 1.0\n")
+    result = ran("init", "--data", "train.jsonl", "--reward", "my_reward.py", "--separated",
+        "--mount", "models:/models", "--mount", "/mnt/data:/data", "--set", "rollout.maxTokens=2048",
+        "--set", "spec.trainer.learningRate=5e-3",
+        "--set", "algorithm.kl={coefficient: 0.1}")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "kubectl rlhf run -f FILE --with train.jsonl" in result.stdout.splitlines()[0]
+    spec = spec_of(result.stdout)
+    assert spec["data"] == {"jsonl": {"path": "/files/train.jsonl"}}
+    assert spec["rewards"] == [{"name": "my-reward", "type": "python", "code": Path("my_reward.py").read_text()}]
+    assert (spec["rollout"]["maxTokens"], spec["trainer"]["learningRate"]) == (2048, 0.005)
+    assert spec["algorithm"] == {"name": "grpo", "kl": {"coefficient": 0.1}}
+    assert set(spec["pods"]) == {"head", "trainer", "rollout"}
+    claim, node = spec["pods"]["rollout"]["volumes"]
+    assert claim["persistentVolumeClaim"] == {"claimName": "models", "readOnly": True}
+    assert node["hostPath"]["path"] == "/mnt/data"
+    assert [one["mountPath"] for one in spec["pods"]["head"]["volumeMounts"]] == ["/models", "/data"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--data", "absent.jsonl", "--reward", "math"], "absent.jsonl: no such file here"),
+        (["--data", "/d/a.jsonl", "--reward", "absent.py"], "absent.py: No such file"),
+        (["--data", "/d/a.jsonl", "--reward", "torn.py"], "torn.py, line 1"),
+        (["--data", "/d/a.jsonl", "--reward", "score.py"], "score.py defines rewards: it must define reward("),
+        (["--mount", "models"], "write CLAIM:/path"),
+        (["--mount", "models:models"], "write CLAIM:/path"),
+        (["--set", "rollout.maxTokens"], "such as rollout.maxTokens=2048"),
+        (["--set", "rewards.name=a"], "write a field"),
+        (["--set", "rollout.maxTokens=["], "is no YAML"),
+        (["--set", "rollout.maxTokns=3"], "did you mean maxTokens?"),
+        (["--set", "rollout.maxTokens=many"], "spec.rollout.maxTokens"),
+    ],
+)
+def test_what_init_says_of_a_wrong_file_mount_or_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], told: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("torn.py").write_text("def reward(:")
+    Path("score.py").write_text("def rewards(prompt, completion, **row):\n    return 1.0\n")
     result = ran("init", *words)
     assert (result.exit_code, told in result.stderr) == (Exit.USAGE, True), result.output
 
@@ -181,6 +229,40 @@ def test_openrlhf(tmp_path: Path) -> None:
         "dataset": {"path": "OpenRLHF/prompt-collection"}}
     assert spec["critic"] == {"learningRate": 9e-6}
     assert "not carried over: zero_stage = 3" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("framework", "given", "spec", "told"),
+    [
+        ("trl", {"loss_type": "sapo"}, {}, "not carried over: loss_type = sapo"),
+        ("trl", {"importance_sampling_level": "sequence_token"}, {}, "not carried over: importance_sampling_level"),
+        ("trl", {"beta": 0}, {}, "loss_type is not given"),
+        ("trl", {"loss_type": "dapo"}, {"algorithm": {"lossAggregation": "tokens"}}, "rewards: functions"),
+        ("trl", {"bf16": False}, {"model": {"dtype": "float32", "path": "my/model"}}, "rewards: functions"),
+        ("trl", {"use_vllm": False}, {}, "use_vllm false"),
+        ("trl", {"vllm_importance_sampling_correction": False}, {"algorithm": {"correction": {"tokenCap": 0}}}, "rew"),
+        ("verl", {"algorithm.gamma": 0.9, "algorithm.adv_estimator": "grpo"}, {}, "grpo has no critic: left out is"),
+        ("verl", {"trainer.nnodes": 1}, {"algorithm": {"name": "ppo"}}, "algorithm.adv_estimator is not given"),
+        ("verl", {"actor_rollout_ref.actor.use_kl_loss": True, "actor_rollout_ref.actor.kl_loss_type": "abs"}, {},
+            "algorithm.kl.estimator: abs is none of"),
+        ("verl", {"data.val_files": ["/a.parquet", "/b.parquet"]}, {}, "evaluation: 2 files are given"),
+        ("openrlhf", {"critic_learning_rate": 1e-5}, {"critic": {"learningRate": 1e-5}}, "advantage_estimator is not"),
+    ],
+)  # fmt: skip
+def test_nothing_is_dropped_without_a_word(
+    framework: str, given: dict[str, Any], spec: dict[str, Any], told: str,
+) -> None:
+    made = convert(framework, given, gpus=1)
+    text, words = manifest(made, "x")
+    assert yaml.safe_load(text)["spec"].items() >= spec.items()
+    assert any(told in one for one in words), words
+
+
+def test_steps_of_a_trl_generation_are_prompts_and_updates() -> None:
+    given = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 4, "steps_per_generation": 16,
+        "num_generations": 8, "loss_type": "dapo"}
+    spec = convert("trl", given, gpus=2).spec
+    assert (spec["rollout"]["promptsPerStep"], spec["trainer"]["updatesPerStep"]) == (32, 4)
 
 
 def test_a_yaml_of_verl_is_read_too() -> None:

@@ -1,6 +1,10 @@
 """`kubectl rlhf` on the real API server: a user's rights, an unknown field, a finished job and the files it left."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from hack.kubectl import Kube
 from rlhf_cli.app import app
 from rlhf_cli.exits import Exit
 from tests.api.specs import a_job
-from tests.cluster.jobs import Undisturbed
+from tests.cluster.jobs import CLONE, Undisturbed, status
 
 pytestmark = pytest.mark.cluster
 
@@ -78,3 +82,28 @@ def test_a_finished_job_and_its_files(undisturbed: Undisturbed, volumes: Path, t
     assert data["attempts"][-1]["log"]
     assert data["unread"] == []
     assert ran("samples", left, "--limit", "1").stdout.startswith("step 30:")
+
+
+@pytest.mark.timeout(600)
+def test_the_quickstart_as_it_is_written(operator: Kube, namespace: str, volumes: Path, tmp_path: Path) -> None:
+    """Five commands: own data, own reward, a manifest by flags that nobody edits, the run, a look at it."""
+    config = yaml.safe_load(settings.from_environment().kubeconfig.read_text())
+    config["contexts"][0]["context"]["namespace"] = namespace
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+    given = operator.environment | {"KUBECONFIG": str(tmp_path / "kubeconfig"), "PYTHONPATH": os.pathsep.join(sys.path),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), operator.environment["PATH"]])}
+    commands = re.findall(r"```sh\n(.*?)```", (CLONE / "docs" / "quickstart.md").read_text(), re.DOTALL)
+    assert len(commands) == 5
+    said = [_said(command, tmp_path, given) for command in commands]
+    assert "Succeeded" in said[3] and "Succeeded" in said[4] and "30/30" in said[4], said[3:]
+    assert float(status(operator, namespace, "letters")["progress"]["reward"]) > 0.5, "it began below 0.1"
+    files = operator.find("configmap", "letters-files", "-n", namespace) or {}
+    assert files["data"]["prompts.jsonl"] == (tmp_path / "prompts.jsonl").read_text()
+    assert [owner["name"] for owner in files["metadata"]["ownerReferences"]] == ["letters"]
+
+
+def _said(command: str, folder: Path, environment: dict[str, str]) -> str:
+    shell = ["bash", "-euo", "pipefail", "-c", command]
+    done = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr[-2000:])
+    return done.stdout

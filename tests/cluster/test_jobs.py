@@ -29,7 +29,7 @@ def test_colocated_learns_and_outlives_its_operator(operator: Kube, undisturbed:
 
 
 def test_separated(operator: Kube, namespace: str, volumes: Path) -> None:
-    job = sample("tiny-separated.yaml", "apart", namespace)
+    job = sample("tiny-separated.yaml", "apart", namespace, trainer__steps=12)
     operator.apply(job)
     wait_for_condition(operator, namespace, "apart", "Running", 240)
     roles = sorted(p["metadata"]["labels"]["rlhf.dev/role"] for p in pods(operator, namespace, "apart"))

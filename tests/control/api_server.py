@@ -231,6 +231,8 @@ class ApiServer:
         if method == "POST":
             if there is not None:
                 return _status(409, "AlreadyExists")
+            if "dryRun" in request.query:
+                return self._answer(201, body)
             body["metadata"].update(
                 namespace=place[1],
                 uid=f"{place[0]}-{place[2]}-{self.version}",

@@ -18,7 +18,7 @@ import pytest
 from rlhf_api.algorithms import OWN
 from rlhf_api.progress import Speed
 from rlhf_api.run import RunConfig
-from rlhf_worker.local import local_ray
+from rlhf_worker.local import configure, local_ray
 from rlhf_worker.progress import ConsoleReporter
 from rlhf_worker.run import drive
 from rlhf_worker.stop import Stop
@@ -26,6 +26,7 @@ from rlhf_worker.weights.sync import Synced
 from tests.worker.configs import run_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+SAMPLES = Path(__file__).parents[2] / "manifests" / "samples"
 STEPS, RATE = 20, 5e-3
 LETTER = {
     "name": "letter", "type": "python",
@@ -85,7 +86,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", sorted({*OWN} - {"rloo"}))
+@pytest.mark.parametrize("name", sorted({*OWN} - {"rloo", "dapo"}))
 def test_it_raises_the_reward(name: str, tiny: Path, tmp_path: Path) -> None:
     algorithm, trainer = OPTIONS.get(name, ({}, {}))
     rewards = learned(config(tiny, tmp_path, {"name": name} | algorithm, trainer=trainer))
@@ -126,6 +127,29 @@ def test_functions_of_ones_own_raise_it_and_a_resumed_run_takes_the_same_steps(t
     shutil.rmtree(last)
     assert learned(given, STEPS // 2) == rewards[STEPS // 2 :]
     assert [(tmp_path / name / "model.safetensors").read_bytes() for name in ("export", "export-best")] == exports
+
+
+def test_dapo_raises_it_by_its_sample(tiny: Path, tmp_path: Path) -> None:
+    rewards = learned(of_sample("tiny-dapo", tiny, tmp_path, STEPS))
+    assert rewards[0] < 0.05
+    assert sum(rewards[-3:]) / 3 > 0.2, "from 8 prompts a step, of which groups without a difference are dropped"
+
+
+@pytest.mark.parametrize("name", ["tiny-lora", "tiny-tools"])
+def test_a_sample_that_no_other_test_runs_comes_to_its_end(name: str, tiny: Path, tmp_path: Path) -> None:
+    """The others are run with vLLM: tiny-colocated and tiny-ppo by test_vllm_run, tiny-separated on the cluster."""
+    given = of_sample(name, tiny, tmp_path, 3)
+    reporter = Recorder(given)
+    assert drive(given, reporter, Stop()).steps == 3
+    assert all(0 < reward < 1 for reward in reporter.rewards), "some samples have some of it, none has all"
+
+
+def of_sample(name: str, tiny: Path, directory: Path, steps: int) -> RunConfig:
+    """As it stands, but for the engine and the prompts of a step."""
+    volumes = {"/var/lib/rlhf/models/tiny": str(tiny), f"/var/lib/rlhf/checkpoints/{name}": str(directory)}
+    given = configure(SAMPLES / f"{name}.yaml", volumes, steps)
+    rollout = given.rollout.model_copy(update={"engine": "hf", "prompts_per_step": 8})
+    return given.model_copy(update={"rollout": rollout})
 
 
 def test_it_raises_the_score_of_a_reward_model_near_a_reference(tiny: Path, tmp_path: Path) -> None:
