@@ -59,7 +59,7 @@ soak: setup ## faults at random over tiny jobs on the running cluster (ARGS="--f
 	$(PY) -m hack.soak $(ARGS)
 
 docs: setup ## the site of docs/ into site/; a broken link is a failure
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 clean: cluster-down ## remove the environment too
 	rm -rf .venv .venv-uv

@@ -1,5 +1,5 @@
 """A hook of mkdocs: files of the tree that a page links to, such as ../charts/rlhf-operator/values.yaml, become files
-of the site, so that the link holds there as it does in the tree. One that is not there is left to mkdocs to complain of.
+of the site, so that the link holds there as it does in the tree. One that is not there is left to mkdocs to tell.
 """
 
 import re
