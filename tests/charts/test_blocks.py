@@ -136,7 +136,7 @@ def python(words: Words) -> None:
 def pip(words: Words) -> None:
     """Names and extras of the distributions of this tree."""
     assert words[1] == "install"
-    projects = {}
+    projects = dict[str, set[str]]()
     for file in ROOT.glob("*/pyproject.toml"):
         told = file.read_text()
         extras = set(re.findall(r"^(\w+) = \[", told, re.MULTILINE))
