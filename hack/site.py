@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
 FOLDER = "source"  # of the site
-LINK = re.compile(r"(?<=\]\()(?:\.\./)+[^)#\s]+")
+LINK = re.compile(r"(?<=\]\()((?:\.\./)+[^)#\s]+)(#[^)\s]*)?")
+
+
+def place(path: Path) -> str:
+    """In the site. A document of the tree is shown as text: its own links lead into the tree."""
+    return f"{FOLDER}/{path}{'.txt' if path.suffix == '.md' else ''}"
 
 
 def outside(page: str, link: str, docs: Path) -> Path | None:
@@ -28,15 +33,15 @@ def outside(page: str, link: str, docs: Path) -> Path | None:
 def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
     docs = Path(config.docs_dir)
     pages = [(file.src_uri, file.content_string) for file in files.documentation_pages()]
-    linked = {found for page, text in pages for link in LINK.findall(text) if (found := outside(page, link, docs))}
+    linked = {found for page, text in pages for link, _ in LINK.findall(text) if (found := outside(page, link, docs))}
     for path in sorted(linked):
-        files.append(File.generated(config, f"{FOLDER}/{path}", abs_src_path=str(docs.parent / path)))
+        files.append(File.generated(config, place(path), abs_src_path=str(docs.parent / path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: "Page", config: "MkDocsConfig", files: "Files") -> str:
     def moved(link: re.Match[str]) -> str:
-        found = outside(page.file.src_uri, link[0], Path(config.docs_dir))
-        return f"{'../' * page.file.src_uri.count('/')}{FOLDER}/{found}" if found else link[0]
+        found = outside(page.file.src_uri, link[1], Path(config.docs_dir))
+        return f"{'../' * page.file.src_uri.count('/')}{place(found)}" if found else link[0]
 
     return LINK.sub(moved, markdown)

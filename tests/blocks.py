@@ -12,6 +12,8 @@ from hack.generate import ROOT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:kubectl rlhf|make) [^`\n]+)`")
+HERE = re.compile(r"^(.*) <<'?(\w+)'?\n.*?^\2$", re.MULTILINE | re.DOTALL)
+LOOP = {"for", "done"}
 ENDS = {"|", "||", "&&", ";", "&"}
 
 
@@ -49,14 +51,16 @@ def mentions() -> list[tuple[str, list[str]]]:
 
 
 def _simple(text: str) -> Iterator[list[str]]:
-    """A line that ends in a backslash goes on in the next; comments are left out."""
-    for line in text.replace("\\\n", " ").splitlines():
+    """A line that ends in a backslash goes on in the next; comments, loops, redirections and what a here-document holds
+    are left out.
+    """
+    for line in HERE.sub(r"\1", text).replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;")
         lexer.whitespace_split = True
         words = list[str]()
         for word in [*lexer, ";"]:
             if word in ENDS and words:
-                yield words
+                yield from [words] if words[0] not in LOOP else []
                 words = []
-            elif word not in ENDS:
+            elif word not in ENDS and (words or word != "do"):
                 words.append(word)

@@ -148,7 +148,7 @@ def pip(words: Words) -> None:
 
 PROGRAMS: dict[str, Callable[[Words], None]] = {
     "make": make, "kubectl": kubectl, "kubectl-rlhf": lambda words: kubectl_rlhf(words[1:]), "helm": helm,
-    "python": python, "python3": python, "pip": pip, "jq": lambda words: None, "echo": lambda words: None,
+    "python": python, "python3": python, "pip": pip, **dict.fromkeys(("cat", "echo", "jq"), lambda words: None),
 }  # fmt: skip
 
 
