@@ -12,6 +12,7 @@ import json
 import subprocess
 import tempfile
 from datetime import datetime
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def status(job: Path, log: Path) -> None:
     """As `kubectl rlhf status` prints it on a terminal."""
     raw = json.loads(job.read_text())
     history = steps(log.read_text().splitlines())
-    out = Console(record=True, width=COLUMNS, force_terminal=True, file=(log.parent / "shown.txt").open("w"))
+    out = Console(record=True, width=COLUMNS, force_terminal=True, file=StringIO())
     for line in page(Job.of(raw), history, newest(raw), COLUMNS):
         told = line.lstrip(" ")
         out.print(Padding(Text.from_markup(told), (0, 0, 0, len(line) - len(told)), expand=False) if told else "")
