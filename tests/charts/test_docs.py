@@ -28,7 +28,7 @@ ELSEWHERE = {
     "found.failed": None,  # the worker's checks: see `checks`
     "f.record.result_reason": set[str](),  # an Outcome's, which was recorded
     "found.reason": set[str](),  # the same, cut to its length
-    "reason": set[str](),  # what a helper such as `refused` was given
+    "reason": set[str](),  # what a function such as `refused` was given
 }  # fmt: skip
 
 
