@@ -2,7 +2,7 @@
 SHELL := bash
 PY := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup lock fmt lint types contracts generate verify test test-fast test-cluster cluster-up cluster-down try demo bench soak release clean
+.PHONY: help setup lock fmt lint types contracts generate verify test test-fast test-cluster cluster-up cluster-down try demo bench soak docs release clean
 
 help: ## print this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ bench: setup ## what the operator costs; hack.bench.scale, .heartbeats, .handove
 
 soak: setup ## faults at random over tiny jobs on the running cluster (ARGS="--faults 200 --seed 1")
 	$(PY) -m hack.soak $(ARGS)
+
+docs: setup ## the site of docs/ into site/; a broken link is a failure
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 release: setup ## wheels, chart, manifest, bills of materials and checksums into dist/ (ARGS="--sign KEY"); docs/release.md
 	$(PY) -m hack.release build dist $(ARGS)

@@ -1,5 +1,5 @@
-"""Every generated file from its one source: the CRD and reference page from rlhf_api, RBAC from rlhf_operator,
-manifests from the chart.
+"""Every generated file from its one source: the CRD and reference page from rlhf_api, the pages of reasons
+and errors from rlhf_cli and rlhf_worker, RBAC from rlhf_operator, manifests from the chart.
 
 `python -m hack.generate` writes them; `make verify` does so and fails on any diff.
 """
@@ -13,6 +13,8 @@ import yaml
 
 from hack.cluster import binaries, settings
 from hack.dashboards import dashboards, printed
+from hack.error_table import with_table
+from hack.reasons import reasons
 from hack.reference import reference
 from rlhf_api.crd import crd, crd_yaml
 from rlhf_operator.kinds import CRDS, LEASES
@@ -130,8 +132,15 @@ def chart_copies() -> dict[Path, str]:
     return {CHART / f"files/{name}.yaml": NOTE + dump(content) for name, content in files.items()} | drawn
 
 
+def pages() -> dict[Path, str]:
+    """With the one table of docs/errors.md, whose other words are written by hand."""
+    docs = ROOT / "docs"
+    errors = with_table((docs / "errors.md").read_text())
+    return {docs / "reference.md": reference(), docs / "reasons.md": reasons(), docs / "errors.md": errors}
+
+
 def main() -> None:
-    write({**chart_copies(), ROOT / "docs/reference.md": reference()})
+    write({**chart_copies(), **pages()})
     for folder in ("crd", "rbac", "operator", "default"):
         shutil.rmtree(MANIFESTS / folder, ignore_errors=True)
     write(manifests(render("--set", "crds.install=false")))

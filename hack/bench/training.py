@@ -4,10 +4,10 @@ usage: python hack/bench/training.py [--shape 4B] [--vocabulary V] [--tokens 819
   [--micro-batches 4 | --sequences 1024] [--length 1024] [--lora RANK] [--updates 6] [--compile auto|on|off]
   [--gradient-checkpointing] [--profile] [--model DIR]
 
-With --micro-batches each update has so many micro-batches of sequences of --length tokens, a quarter of each the prompt.
-With --sequences it has so many of 32 tokens of prompt and 1 to --longest of completion, other ones in each update, in
-micro-batches as a run packs them. Says of each update as it ends how long it took, and what may have held it up; then
-prints a row (`row.py`): the median after two updates, and the slowest of those over it.
+With --micro-batches each update has so many micro-batches of sequences of --length tokens, a quarter of each the
+prompt. With --sequences it has so many of 32 tokens of prompt and 1 to --longest of completion, other ones in each
+update, in micro-batches as a run packs them. Says of each update as it ends how long it took, and what may have held it
+up; then prints a row (`row.py`): the median after two updates, and the slowest of those over it.
 
 Utilisation is model FLOPs over time over the GPU's dense bfloat16 peak, both by `rlhf_worker.trainer.flops`; null where
 no peak is known. """

@@ -16,7 +16,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from rlhf_cli.advice import ADVICE
 from rlhf_cli.app import app
 from rlhf_cli.exits import CODES, Exit
 from rlhf_cli.history import Step, of_source, steps
@@ -428,17 +427,6 @@ def test_actors_print_under_their_classes() -> None:
     for source, kind in (("engines", Engine), ("trainer", Policy), ("feed", Feed)):
         assert list(of_source([f"\x1b[36m({kind.__name__} pid=1)\x1b[0m x"], source))
         assert not list(of_source([f"({kind.__name__} pid=1) x"], "driver"))
-
-
-def test_every_reason_that_fails_a_job_has_advice() -> None:
-    """Of docs/status.md: why a job is Failed; and no advice is about a reason that is not there."""
-    text = Path("docs/status.md").read_text()
-    section = text.split("### Why a job is Failed")[1].split("##")[0]
-    rows = [row for row in section.splitlines() if row.startswith("| ") and "Reason" not in row]
-    reasons = {row.split("|")[1].strip() for row in rows}
-    assert reasons
-    assert reasons <= set(ADVICE)
-    assert [reason for reason in ADVICE if reason not in text] == []
 
 
 def test_a_gpu_is_drawn_with_its_shares() -> None:

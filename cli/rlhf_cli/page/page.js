@@ -39,7 +39,7 @@ const last = (values) => present(values).at(-1) ?? null;
 
 function axis(extra = {}) {
   return { stroke: colour("--dim"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line") },
-    size: 56, ...extra };
+    size: 66, ...extra };
 }
 
 function chart(title, data, series, more = {}) {
@@ -47,7 +47,7 @@ function chart(title, data, series, more = {}) {
   const draw = () => {
     const width = Math.max(200, figure.clientWidth - 16);
     if (figure.plot) return figure.plot.setSize({ width, height: 220 });
-    const options = { width, height: 220, scales: { x: { time: false } }, axes: [axis({ size: 36 }), axis()],
+    const options = { width, height: 220, scales: { x: { time: false } }, axes: [axis({ size: 36 }), axis({ values: (_, ticks) => ticks.map((tick) => number(tick)) })],
       series: [{ label: more.x ?? "step" }, ...series], cursor: { sync: { key: more.x ?? "step" } }, ...more.options };
     figure.plot = new uPlot(options, data, figure);
     charts.push(figure.plot);
