@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from rlhf_worker.pretrained import make_readable
 
@@ -64,6 +65,7 @@ def prompts() -> list[str]:
 
 
 def write(directory: Path, hidden_size: int = HIDDEN) -> None:
+    logging.disable_progress_bar()
     policy = model(hidden_size=hidden_size)
     policy.save_pretrained(directory)
     reward_model(policy).save_pretrained(directory / "reward")

@@ -211,8 +211,12 @@ def test_a_team_needs_no_right_beyond_its_namespace(operator: Kube, namespace: s
     operator.run("delete", "secrets", "-n", namespace, "-l", "owner=helm")
     helm(operator, "install", "team", CHART, *where, *who, "--set", values, "--wait", "--timeout", "2m")
     helm(operator, "uninstall", "team", *where, *who, "--wait")
-    left = operator.run("get", "all,roles,serviceaccounts", "-n", namespace, "-o", "name").split()
-    assert [name for name in left if "team" in name] == []
+
+    def gone() -> bool:
+        left = operator.run("get", "all,roles,serviceaccounts", "-n", namespace, "-o", "name")
+        return "team" not in left
+
+    wait_for(gone, 60, "everything of the release, its pod the last")
 
 
 # --- KubeRay that is too old --------------------------------------------------------------------------------------
@@ -261,6 +265,7 @@ def test_a_kuberay_that_is_too_old_is_named_and_waited_for(
     assert told["reason"] == "KubeRayTooOld"
     assert "has no spec.authOptions: upgrade KubeRay" in told["message"]
     old_kuberay()
-    operator.run("annotate", "rlhfjob", "waits", "-n", namespace, "test/wake=1")  # it would look again within a minute
+    edit = json.dumps({"spec": {"runPolicy": {"backoffLimit": 3}}})  # without one it looks again within a minute
+    operator.run("patch", "rlhfjob", "waits", "-n", namespace, "--type=merge", "-p", edit)
     wait_for_condition(operator, namespace, "waits", "Accepted", 90)
     operator.run("delete", "rlhfjob", "waits", "-n", namespace, "--wait=false")
