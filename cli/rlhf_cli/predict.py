@@ -18,9 +18,9 @@ from rlhf_cli.model_shape import Shape
 HALF_BYTES = 2  # of a number in bfloat16
 RESERVE_BYTES = 2 * GIB  # CUDA's own, the allocator's gaps and NCCL's buffers
 # Measured on an H200 (docs/benchmarks.md): an update at 1.7B used 47.6 % of the GPU's products, at 4B 45.8 %; without
-# trainer.compile 31.4 %. 512 sequences at 0.6B took 15.9 ms a token, 13.6 of them the host's.
+# trainer.compile 31.4 %. 512 sequences at 1.7B took 12.7 ms a token, 7.2 of them the host's.
 COMPILED, EAGER = 0.46, 0.314
-HOST_SECONDS = 13.6e-3 / 512  # of one sequence in one step of an engine
+HOST_SECONDS = 7.2e-3 / 512  # of one sequence in one step of an engine
 BANDWIDTH_SHARE = 0.8
 SYNC_SECONDS, SYNC_BYTES = 0.002, {PlacementMode.COLOCATED: 1617e9, PlacementMode.SEPARATED: 338e9}
 
