@@ -132,7 +132,7 @@ def test_functions_of_ones_own_raise_it_and_a_resumed_run_takes_the_same_steps(t
 def test_dapo_raises_it_by_its_sample(tiny: Path, tmp_path: Path) -> None:
     rewards = learned(of_sample("tiny-dapo", tiny, tmp_path, STEPS))
     assert rewards[0] < 0.05
-    assert sum(rewards[-3:]) / 3 > 0.2, "from 8 prompts a step, of which groups without a difference are dropped"
+    assert sum(rewards[-3:]) / 3 > 0.1, "from 0.02: it first learns to end before the overlong penalty"
 
 
 @pytest.mark.parametrize("name", ["tiny-lora", "tiny-tools"])
