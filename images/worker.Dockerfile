@@ -26,6 +26,9 @@ COPY --from=build /wheels /tmp/wheels
 RUN python3 -m pip install --no-cache-dir --no-deps --no-index --break-system-packages /tmp/wheels/*.whl \
  && rm -r /tmp/wheels \
  && useradd --uid 65532 --create-home rlhf
+# Pods cannot write the bytecode that the base left out: every process of theirs would compile torch and vLLM anew.
+# Some packages hold files that are no Python of this version, which is no failure.
+RUN python3 -m compileall -q -j 0 $(python3 -c 'import site; print(*site.getsitepackages())') > /dev/null || true
 ENV PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 VLLM_NO_USAGE_STATS=1
 # Ray's workers begin by watching over each other (rlhf_worker/watcher.py).
 ENV __RAY_WORKER_PROCESS_SETUP_HOOK_ENV_VAR=rlhf_worker.watcher.watch_node
