@@ -32,6 +32,12 @@ FLEET = {
         Panel("Restarts by class", "short", {
             "sum by (class) (increase(rlhf_operator_job_restarts_total[1h]))": "{{class}}",
         }),
+        Panel("Jobs by reason", "short", {
+            "max by (phase, reason) (rlhf_operator_jobs_by_reason)": "{{phase}} {{reason}}",
+        }),
+        Panel("From a driver's end to its status", "s", {
+            quantile("rlhf_operator_job_detect_seconds", share): f"p{share * 100:.0f}" for share in (0.5, 0.95)
+        }),
         Panel("Goodput", "percentunit", {
             f"max by (namespace, name) (rlhf_operator_job_goodput{{{JOB}}})": "{{namespace}}/{{name}}",
         }),
@@ -89,8 +95,11 @@ RUNS = {
             for phase in ("rollout", "train")
         }),
         Panel("Weight sync", "s", {f"rlhf_sync_seconds{{{RUN}}}": "{{rlhfjob}}"}),
+        Panel("Weight sync, GB/s", "short", {f"rlhf_sync_gigabytes_per_second{{{RUN}}}": "{{rlhfjob}}"}),
+        Panel("Memory of a trainer's GPU, GiB", "short", {f"rlhf_memory_trainer_gib{{{RUN}}}": "{{rlhfjob}}"}),
     ],
     "Health": [
+        Panel("Engines that answer", "short", {f"rlhf_engines_answering{{{RUN}}}": "{{rlhfjob}}"}),
         Panel("Engine against trainer: KL", "short", {f"rlhf_mismatch_kl{{{RUN}}}": "{{rlhfjob}}"}),
         Panel("Staleness, steps", "short", {
             f"rlhf_rollout_staleness{{{RUN}}}": "{{rlhfjob}} mean",

@@ -134,7 +134,7 @@ def report(
     known = {"utilisation": utilisation} if math.isfinite(utilisation) else {}
     printed(
         "training", {name: getattr(given, name) for name in names},
-        lower={"median": median} | ({"peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+        lower={"median": median} | ({"peak_memory_gib": max(each[f"{DONE}memory"] for each in made) / 2**30}
             if given.device == "cuda" else {}),
         higher={"tokens_per_second": sum(tokens[WARM:]) / took, "tflops": statistics.median(speeds) / 1e12, **known},
         micro_batches=micro_batches, seconds=seconds, worst_over_median=max(seconds[WARM:]) / median,

@@ -1,14 +1,16 @@
 """What /metrics tells of the operator itself and of the jobs."""
 
 import time
+from collections import Counter as Counts
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from rlhf_api.status import Phase, RLHFJobStatus
-from rlhf_operator.clock import moment
+from rlhf_operator.clock import moment, stamp
 from rlhf_operator.store import Store
 
 WAITS = (1, 5, 15, 60, 300, 900, 3600, 14400, 86400)
@@ -38,6 +40,10 @@ PROVISIONING_SECONDS = Histogram(
     "From a RayCluster's creation, its admission, or the loss of a pod to all of its pods ready.",
     buckets=WAITS,
 )
+DETECT_SECONDS = Histogram(
+    "rlhf_operator_job_detect_seconds", "From a driver's end to the status that tells of it.",
+    buckets=(0.3, 1, 3, 10, 30, 60, 120, 300),
+)
 ENDED = Counter("rlhf_operator_jobs_ended", "Jobs that ended while this process served them.", ["result"])
 
 
@@ -53,6 +59,9 @@ def told(before: RLHFJobStatus, after: RLHFJobStatus) -> None:
         _observe(PROVISIONING_SECONDS, was.awaited_since, now.ready_at)
     if now.result and not was.result:
         ENDED.labels(now.result).inc()
+    for failure in after.failures:
+        if failure not in before.failures:
+            _observe(DETECT_SECONDS, failure.time, stamp(datetime.now(UTC)))
 
 
 def _observe(histogram: Histogram, began: str | None, ended: str) -> None:
@@ -87,8 +96,14 @@ class StoreCollector(Collector):
         self.store, self.ages = store, ages
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        phases = {phase.value: 0 for phase in Phase} | self.store.phases()
+        reasons, phases = self.store.reasons(), Counts(dict.fromkeys([phase.value for phase in Phase], 0))
+        for (phase, _), count in reasons.items():
+            phases[phase] += count
         yield _family("rlhf_operator_jobs", "Jobs by phase.", ["phase"], (([name], n) for name, n in phases.items()))
+        yield _family(
+            "rlhf_operator_jobs_by_reason", "Jobs by phase and status.reason.", ["phase", "reason"],
+            (([*both], n) for both, n in reasons.items()),
+        )
         yield _family(
             "rlhf_operator_store_objects",
             "Objects held in memory.",

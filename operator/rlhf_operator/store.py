@@ -69,6 +69,7 @@ class JobFacts:
     heeded_progress: bytes
     queue: str
     phase: str
+    reason: str
     at_rest: bool
     goodput: float | None
     made: bool
@@ -227,9 +228,10 @@ class Store:
         with self._lock:
             return any(held.facts.queue for held in self.jobs.by_uid.values())
 
-    def phases(self) -> Counter[str]:
+    def reasons(self) -> Counter[tuple[str, str]]:
+        """Jobs by status.phase and status.reason."""
         with self._lock:
-            return Counter(held.facts.phase for held in self.jobs.by_uid.values())
+            return Counter((held.facts.phase, held.facts.reason) for held in self.jobs.by_uid.values())
 
     def goodputs(self) -> list[tuple[Key, float]]:
         with self._lock:
@@ -367,6 +369,7 @@ def _job_facts(raw: Raw, before: JobFacts | None) -> JobFacts:
         heeded_progress=stirred,
         queue=str(queue.get("name", "")) if isinstance(queue, dict) else "",
         phase=str(status.get("phase") or "Pending"),
+        reason=str(status.get("reason") or ""),
         at_rest=_at_rest(status),
         goodput=_number(status.get("goodput")),
         made=bool((status.get("record") or {}).get("clusters")),

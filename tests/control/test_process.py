@@ -6,13 +6,14 @@ import operator
 import re
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
 
-from rlhf_api.status import RLHFJobStatus
+from rlhf_api.status import Phase, RLHFJobStatus
 from rlhf_operator import client
 from rlhf_operator.client import ApiError, Connection, KindMissing, KubernetesApi, path, read_object, refused
 from rlhf_operator.handlers import registry
@@ -165,6 +166,31 @@ def test_the_documented_metrics_are_those_that_there_are() -> None:
     families = (REGISTRY.collect(), StoreCollector(Store(), WatchAges()).collect())
     there = {family.name + ("_total" if family.type == "counter" else "") for found in families for family in found}
     assert documented == {name for name in there if name.startswith("rlhf_operator_")}
+
+
+def test_jobs_are_counted_by_phase_and_by_reason() -> None:
+    """Also those of a phase that a later operator wrote; a phase without a job is told as 0."""
+    store = Store()
+    for uid, status in enumerate([{"phase": "Running", "reason": "StepAdvancing"}, {"phase": "Paused"}, {}]):
+        meta = {"name": f"j{uid}", "namespace": "ns", "uid": str(uid), "resourceVersion": "1"}
+        store.put(JOBS, {"metadata": meta, "spec": {}, "status": status})
+    families = {family.name: family for family in StoreCollector(store, WatchAges()).collect()}
+    phases = {one.labels["phase"]: one.value for one in families["rlhf_operator_jobs"].samples}
+    assert phases == {phase.value: 0 for phase in Phase} | {"Running": 1, "Paused": 1, "Pending": 1}
+    reasons = {tuple(one.labels.values()): one.value for one in families["rlhf_operator_jobs_by_reason"].samples}
+    assert reasons == {("Running", "StepAdvancing"): 1, ("Paused", ""): 1, ("Pending", ""): 1}
+
+
+def test_a_failure_is_timed_once_from_its_end_to_its_status() -> None:
+    ended = (datetime.now(UTC) - timedelta(seconds=40)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    failure = {"class": "App", "reason": "Error", "message": "exit code 70", "time": ended}
+    before, after = (RLHFJobStatus.model_validate({"failures": given}) for given in ([], [failure]))
+    names = ("rlhf_operator_job_detect_seconds_sum", "rlhf_operator_job_detect_seconds_count")
+    was = [REGISTRY.get_sample_value(name) or 0.0 for name in names]
+    told(before, after)
+    told(after, after)
+    took, count = ((REGISTRY.get_sample_value(name) or 0.0) - old for name, old in zip(names, was, strict=True))
+    assert count == 1 and 40 <= took < 100
 
 
 def test_what_a_status_tells_for_the_first_time_is_counted() -> None:

@@ -134,9 +134,9 @@ def test_a_namesake_that_is_newer_shows_that_the_former_is_gone() -> None:
 def test_an_answer_is_not_undone_by_an_older_event() -> None:
     store = Told()
     store.put(JOBS, job(5))
-    store.put(JOBS, job(8, status={"phase": "Running"}), own=True)
+    store.put(JOBS, job(8, status={"phase": "Running", "reason": "StepAdvancing"}), own=True)
     store.put(JOBS, job(7, status={"phase": "Pending"}))
-    assert store.phases() == {"Running": 1}
+    assert store.reasons() == {("Running", "StepAdvancing"): 1}
 
 
 def test_a_pod_that_lost_its_label_is_nobodys() -> None:

@@ -16,6 +16,7 @@ SECONDS = {"step": 100.0, "generate": 62.0, "score": 2.0, "forward": 5.0, "train
 def pace(seconds: dict[str, float] | None = None, **changes: Any) -> Pace:
     given: dict[str, Any] = {
         "tokens": 120_000, "trained": 200_000.0, "micro_batches": 20.0, "flops": 6e15, "peak": 989e12,
+        "memory": 96e9, "weights": 3e9,
         "trainer_gpus": 1, "engine_gpus": 1, "colocated": True, "overlaps": False, "loads": [BUSY],
     }
     return Pace(seconds={**SECONDS, **(seconds or {})}, **{**given, **changes})
@@ -95,23 +96,34 @@ def test_tokens_a_second_and_a_gpu() -> None:
     assert (found["rollout/sequences_most"], found["rollout/sequences_tail"]) == (512.0, 256.0 + 10.0)
 
 
+def test_memory_sync_and_engines_are_told() -> None:
+    found = metrics(pace(loads=[BUSY, TAIL], trainer_gpus=2))
+    assert found["memory/trainer_gib"] == pytest.approx(48e9 / 2**30)
+    assert found["sync/gigabytes_per_second"] == pytest.approx(3.0)
+    assert found["engines/answering"] == 2.0
+
+
 def test_what_is_not_known_is_left_out() -> None:
     """No peak, no FLOPs, no training: the critic alone was trained, on GPUs of its own."""
     assert "train/mfu" not in metrics(pace(peak=math.nan))
     assert "train/tflops_per_gpu" not in metrics(pace(flops=math.nan))
+    apart = metrics(pace(memory=math.nan, weights=0.0, loads=[]))
+    assert not [name for name in apart if name.startswith(("memory/", "sync/", "engines/"))]
     none = metrics(pace({"train": 0.0}, trained=0.0, micro_batches=0.0, flops=0.0))
     assert not [name for name in none if name.startswith("train/")]
 
 
 def test_critic_and_policy_of_the_same_ranks_count_together() -> None:
-    done = {"done/flops": 1e15, "done/tokens": 100.0, "done/micro_batches": 2.0, "done/peak": 1e15}
+    done = {"done/flops": 1e15, "done/tokens": 100.0, "done/micro_batches": 2.0, "done/peak": 1e15, "done/memory": 5e9,
+        "done/weights": 2e9}
     values = {"rollout/tokens_per_second": 10.0, **{f"seconds/{phase}": each for phase, each in SECONDS.items()}}
     values |= done | {f"critic/{name}": value for name, value in done.items()}
     shared, own = (
         measured(run_config(algorithm={"name": "ppo"}, critic=critic), values, [])
         for critic in ({}, {"gpus": 1})
     )
-    assert (shared.trained, shared.flops, shared.peak) == (200.0, 2e15, 1e15)
+    assert (shared.trained, shared.flops, shared.peak, shared.memory) == (200.0, 2e15, 1e15, 5e9)
+    assert shared.weights == 2e9
     assert (own.trained, own.micro_batches) == (100.0, 2.0) and own.mfu == pytest.approx(1 / 30)
     assert shared.tokens == 1000
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from rlhf_api.job import PlacementMode
+from rlhf_api.memory import GIB
 from rlhf_api.progress import Speed
 from rlhf_api.run import RunConfig
 
@@ -26,9 +27,11 @@ FULL_ENGINE = 64  # sequences from which on an engine's step costs more than rea
 class Pace:
     """What was measured of one step.
 
-    `seconds`: by phase, and of `step`; `generate` contains `score`. `loads`: of each engine the seconds by number of
-    sequences under way; none where that is not known. `tokens`: generated. `flops`, `trained` (tokens, prompts and each
-    epoch among them) and `micro_batches` are of all ranks, `peak`, NaN where a device is not known, too.
+    `seconds`: by phase, and of `step`; `generate` contains `score`. `loads`: of each engine that answers the seconds by
+    number of sequences under way; none where that is not known. `tokens`: generated. `flops`, `trained` (tokens,
+    prompts and each epoch among them) and `micro_batches` are of all ranks; so are `peak` and `memory` (bytes, of each
+    rank the most at a time), NaN where a device is not known. `weights`: bytes that a sync brings to an engine, 0 where
+    none does.
     """
 
     seconds: Mapping[str, float]
@@ -37,6 +40,8 @@ class Pace:
     micro_batches: float
     flops: float
     peak: float
+    memory: float
+    weights: float
     trainer_gpus: int
     engine_gpus: int
     colocated: bool
@@ -75,12 +80,17 @@ def measured(config: RunConfig, values: Mapping[str, float], loads: Sequence[Map
         name: sum(values.get(f"{role}{DONE}{name}", 0.0) for role in own)
         for name in ("flops", "tokens", "micro_batches")
     }
-    peaks = [value for role in own if (value := values.get(f"{role}{DONE}peak")) is not None]
+    peaks, memory = (
+        [value for role in own if (value := values.get(f"{role}{DONE}{name}")) is not None]
+        for name in ("peak", "memory")
+    )
+    weights = values.get(f"{DONE}weights", 0.0) if config.rollout.engine == "vllm" else 0.0
     gpus = len(config.placement.trainer_slots)
     return Pace(
         seconds={name.removeprefix(SECONDS): value for name, value in values.items() if name.startswith(SECONDS)},
         tokens=values["rollout/tokens_per_second"] * values["seconds/step"], trained=done["tokens"],
         micro_batches=done["micro_batches"], flops=done["flops"], peak=peaks[0] if peaks else math.nan,
+        memory=max(memory, default=math.nan), weights=weights,
         trainer_gpus=gpus, engine_gpus=sum(map(len, config.placement.engine_slots)) or gpus, loads=loads,
         colocated=config.placement.mode is PlacementMode.COLOCATED, overlaps=config.rollout.staleness > 0,
     )  # fmt: skip
@@ -90,10 +100,16 @@ def metrics(pace: Pace) -> dict[str, float]:
     """By their names in telemetry."""
     idle, (low, most), train = _idle(pace), pace.thinnest, pace.of("train")
     found = {"idle/trainer": idle[0], "idle/engines": idle[1]}
+    found["memory/trainer_gib"] = pace.memory / pace.trainer_gpus / GIB
+    if pace.weights and pace.of("sync"):
+        found["sync/gigabytes_per_second"] = pace.weights / pace.of("sync") / 1e9
     if pace.generating:
         found["rollout/tokens_per_second_per_gpu"] = pace.tokens / pace.generating / pace.engine_gpus
     if pace.loads:
-        found |= {"rollout/sequences_most": float(most), "rollout/sequences_tail": low}
+        found |= {
+            "engines/answering": float(len(pace.loads)), "rollout/sequences_most": float(most),
+            "rollout/sequences_tail": low,
+        }
     if train and pace.trained:
         found["train/tokens_per_second_per_gpu"] = pace.trained / train / pace.trainer_gpus
         found["train/tflops_per_gpu"] = pace.flops / train / pace.trainer_gpus / 1e12

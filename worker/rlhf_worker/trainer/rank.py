@@ -259,13 +259,26 @@ class Trainer:
         return self._reduced(sums | self._done(role, [batch for batches in updates for batch in batches]))
 
     def _done(self, role: Role, batches: list[PackedBatch]) -> dict[str, Tensor]:
-        """This rank's share of what the step computed, and what its device could in a second. Fillers count nothing."""
+        """This rank's share of what the step computed, what its device could in a second, the most memory that tensors
+        took since the last one, and the policy's bytes as engines get them. Fillers count nothing.
+        """
         own = [batch for batch in batches if batch.indices != [-1]]
         tokens = sum(len(batch.token_ids) for batch in own)
         counts = {"flops": role.flops.of_batches(own), "tokens": tokens, "micro_batches": len(own)}
         shared = {name: count / self.config.trainer.context_parallel for name, count in counts.items()}
-        found = shared | {"peak": self.peak}
+        found = shared | {"peak": self.peak, "memory": self._most_memory()}
+        if role.name == "policy":
+            found["weights"] = sum(one.numel() for one in self.source.local_tensors()) * self.source.dtype.itemsize
+            found["weights"] *= self.config.shards(self.world) / self.world  # copies hold the same
         return {f"{DONE}{name}": torch.tensor(count, device=self.device) for name, count in found.items()}
+
+    def _most_memory(self) -> float:
+        """In bytes; NaN without a GPU."""
+        if self.device.type != "cuda":
+            return math.nan
+        most = torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return float(most)
 
     def _update(self, role: Role, batches: list[PackedBatch], rate: float) -> dict[str, Tensor]:
         """One optimizer update; this rank's share of its metrics. Raises Diverged, with the weights as they were."""
