@@ -96,10 +96,9 @@ def test_tokens_a_second_and_a_gpu() -> None:
     assert (found["rollout/sequences_most"], found["rollout/sequences_tail"]) == (512.0, 256.0 + 10.0)
 
 
-def test_memory_sync_and_engines_are_told() -> None:
+def test_memory_and_engines_are_told() -> None:
     found = metrics(pace(loads=[BUSY, TAIL], trainer_gpus=2))
     assert found["memory/trainer_gib"] == pytest.approx(48e9 / 2**30)
-    assert found["sync/gigabytes_per_second"] == pytest.approx(3.0)
     assert found["engines/answering"] == 2.0
 
 
@@ -107,8 +106,8 @@ def test_what_is_not_known_is_left_out() -> None:
     """No peak, no FLOPs, no training: the critic alone was trained, on GPUs of its own."""
     assert "train/mfu" not in metrics(pace(peak=math.nan))
     assert "train/tflops_per_gpu" not in metrics(pace(flops=math.nan))
-    apart = metrics(pace(memory=math.nan, weights=0.0, loads=[]))
-    assert not [name for name in apart if name.startswith(("memory/", "sync/", "engines/"))]
+    apart = metrics(pace(memory=math.nan, loads=[]))
+    assert not [name for name in apart if name.startswith(("memory/", "engines/"))]
     none = metrics(pace({"train": 0.0}, trained=0.0, micro_batches=0.0, flops=0.0))
     assert not [name for name in none if name.startswith("train/")]
 

@@ -332,7 +332,10 @@ class Loop:
         values = values | step_metrics(scored, timer.seconds, seconds) | {"seconds/productive": self._productive}
         pace = measured(self.config, values, self.crew.fleet.loads())
         values = {name: value for name, value in values.items() if not of_ranks(name)} | metrics(pace)
-        values |= {"sync/seconds": synced.seconds} if synced else {}
+        if synced:
+            values["sync/seconds"] = synced.seconds
+        if synced and pace.weights:
+            values["sync/gigabytes_per_second"] = pace.weights / synced.seconds / 1e9
         if self.trainer.tokens_per_micro_batch:
             values["train/tokens_per_micro_batch"] = float(self.trainer.tokens_per_micro_batch)
         if self.config.data.overlong_prompts == "drop":

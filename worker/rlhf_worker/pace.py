@@ -101,8 +101,6 @@ def metrics(pace: Pace) -> dict[str, float]:
     idle, (low, most), train = _idle(pace), pace.thinnest, pace.of("train")
     found = {"idle/trainer": idle[0], "idle/engines": idle[1]}
     found["memory/trainer_gib"] = pace.memory / pace.trainer_gpus / GIB
-    if pace.weights and pace.of("sync"):
-        found["sync/gigabytes_per_second"] = pace.weights / pace.of("sync") / 1e9
     if pace.generating:
         found["rollout/tokens_per_second_per_gpu"] = pace.tokens / pace.generating / pace.engine_gpus
     if pace.loads:
