@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 def test_every_manifest_of_the_documents_is_accepted(operator: Kube) -> None:
     """By the CRD's schema, its rules and its transition rules, as a job of `kubectl apply`."""
     found = [one for block in blocks("yaml") for one in yaml.safe_load_all(block.text) if one.get("kind") == "RLHFJob"]
-    assert len(found) >= 9
+    assert len(found) >= 8, "a whole one for every task"
     told = operator.run("apply", "--dry-run=server", "-f", "-", text=dump(*found))
     assert told.count("created (server dry run)") == len(found), told
 
