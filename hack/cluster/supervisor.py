@@ -70,6 +70,10 @@ def _mounts(state: Path) -> None:
     _shadow(Path("/var/lib"), state / "var-lib", ("kubelet", "cni", "rlhf"))
     _run("mount", "-t", "tmpfs", "-o", "mode=755", "rlhf-cluster", "/run")
     _run("mount", "--bind", str(state / "var-log"), "/var/log")
+    # Nobody answers for names here. The machine's own server, which the node does not reach, would be asked for 50 s
+    # before an image that is missing is told. A link into /run dangles by now, which is as good.
+    if (names := Path("/etc/resolv.conf")).exists():
+        _run("mount", "--bind", str(state / "resolv.conf"), str(names))
     for name, value in _KERNEL_SETTINGS.items():
         shown = state / "kernel" / name
         shown.parent.mkdir(parents=True, exist_ok=True)

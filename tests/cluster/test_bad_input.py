@@ -63,7 +63,7 @@ def test_a_missing_image_is_told_and_ends_at_the_provisioning_deadline(operator:
     operator.apply(
         sample(
             "tiny-colocated.yaml", "noimage", namespace, image="no-such-image:ever",
-            runPolicy={"provisioningDeadlineSeconds": 50},
+            runPolicy={"provisioningDeadlineSeconds": 40},
         )
     )
 
@@ -72,7 +72,7 @@ def test_a_missing_image_is_told_and_ends_at_the_provisioning_deadline(operator:
         ready = condition(operator, namespace, "noimage", "ClusterReady")
         return ready if ready.get("reason") == "ImagePullFailed" else None
 
-    assert "no-such-image:ever" in wait_for(refused, 50, "ImagePullFailed")["message"]
+    assert "no-such-image:ever" in wait_for(refused, 40, "ImagePullFailed")["message"]
     failed = wait_for_condition(operator, namespace, "noimage", "Failed", 90)
     assert failed["reason"] == "ProvisioningDeadlineExceeded"
     assert "no-such-image:ever" in failed["message"]
