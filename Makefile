@@ -38,7 +38,7 @@ test-cluster: setup ## the real API server and kubelet, tiny jobs to Succeeded
 	$(PY) -m pytest -q tests/cluster
 
 test: verify ## everything, from nothing
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q tests --durations=40 --durations-min=10
 
 cluster-up: setup ## a single-node Kubernetes on this machine (CLUSTER=embedded|kind|current)
 	$(PY) -m hack.cluster up
