@@ -59,8 +59,9 @@ def told(before: RLHFJobStatus, after: RLHFJobStatus) -> None:
         _observe(PROVISIONING_SECONDS, was.awaited_since, now.ready_at)
     if now.result and not was.result:
         ENDED.labels(now.result).inc()
+    known = {(one.pod, one.time) for one in before.failures}  # its words may come later
     for failure in after.failures:
-        if failure not in before.failures:
+        if (failure.pod, failure.time) not in known:
             _observe(DETECT_SECONDS, failure.time, stamp(datetime.now(UTC)))
 
 

@@ -12,6 +12,7 @@ from rlhf_api.job import RLHFJob
 from rlhf_api.progress import DRIVER_PORT
 from rlhf_api.run import RunConfig
 from rlhf_api.status import RLHFJobStatus
+from rlhf_cli.init import Plain
 from rlhf_operator.decide import Want
 from rlhf_operator.edition import edition
 from rlhf_operator.merge import deep_merge, merge_named
@@ -31,19 +32,6 @@ OPERATOR_PEER = {
 SEPARATED: dict[str, Any] = {
     "placement__mode": "Separated", "rollout__engines": 2, "trainer__gpus": 2, "placement__gpusPerNode": 2,
 }
-
-
-class Plain(yaml.SafeDumper):
-    """Without aliases, and with texts of several lines as such."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-    def represent_str(self, data: str) -> yaml.ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
-
-
-Plain.add_representer(str, Plain.represent_str)
 
 
 def planned(raw: Raw, number: int = 1) -> dict[str, Raw]:

@@ -187,8 +187,9 @@ def test_a_failure_is_timed_once_from_its_end_to_its_status() -> None:
     before, after = (RLHFJobStatus.model_validate({"failures": given}) for given in ([], [failure]))
     names = ("rlhf_operator_job_detect_seconds_sum", "rlhf_operator_job_detect_seconds_count")
     was = [REGISTRY.get_sample_value(name) or 0.0 for name in names]
+    worded = RLHFJobStatus.model_validate({"failures": [failure | {"words": "its last words"}]})
     told(before, after)
-    told(after, after)
+    told(after, worded)
     took, count = ((REGISTRY.get_sample_value(name) or 0.0) - old for name, old in zip(names, was, strict=True))
     assert count == 1 and 40 <= took < 100
 
