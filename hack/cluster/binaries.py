@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +49,12 @@ def ensure(cfg: s.Settings) -> Path:
 
 
 def fill(cfg: s.Settings) -> Path:
-    """Make what is missing in the cache. Returns the Debian root."""
+    """Make what is missing in the cache, Helm before all others: what renders the chart waits for no more. Returns the
+    Debian root.
+    """
+    if "helm" in _missing_clients() and not _cluster_build().cached(cfg, "helm").exists():
+        helm(cfg)
+        time.sleep(1)  # the lock is not fair: who waits for Helm would get it after all others are made
     with _cache(cfg):
         debian = _debian(cfg, DEBIAN_PACKAGES)
         _build(cfg, _cluster_build(), (*NODE_PROGRAMS, *_missing_clients()))
@@ -66,25 +72,25 @@ def helm(cfg: s.Settings) -> Path:
     missing.
     """
 
-    def built() -> Path:
-        _build(cfg, _cluster_build(), ("helm",))
-        return _cluster_build().cached(cfg, "helm")
-
-    return _own_or("helm", cfg, built)
+    made = _cluster_build().cached(cfg, "helm")
+    return _own_or(made, cfg, lambda: _build(cfg, _cluster_build(), ("helm",)))
 
 
 def promtool(cfg: s.Settings) -> Path:
     """Prometheus's checker of rules, for those who need no cluster: this machine's own, else the one of its Debian
     package.
     """
-    return _own_or("promtool", cfg, lambda: _debian(cfg, PROMETHEUS_PACKAGES) / "usr/bin/promtool")
+    made = _debian_root(cfg, PROMETHEUS_PACKAGES) / "usr/bin/promtool"
+    return _own_or(made, cfg, lambda: _debian(cfg, PROMETHEUS_PACKAGES))
 
 
-def _own_or(name: str, cfg: s.Settings, make: Callable[[], Path]) -> Path:
-    if own := shutil.which(name):
+def _own_or(made: Path, cfg: s.Settings, make: Callable[[], object]) -> Path:
+    if own := shutil.which(made.name.partition("-")[0]):
         return Path(own)
-    with _cache(cfg):
-        return make()
+    if not made.exists():  # else nobody waits for the lock
+        with _cache(cfg):
+            make()
+    return made
 
 
 def _link(link: Path, target: Path) -> None:
@@ -236,12 +242,16 @@ def _build(cfg: s.Settings, build: GoBuild, names: Sequence[str]) -> None:
 
 def _debian(cfg: s.Settings, packages: Sequence[str]) -> Path:
     """The Debian packages and those of their dependencies that this machine lacks, unpacked into one directory."""
-    key = hashlib.sha256(" ".join((*packages, _release())).encode()).hexdigest()[:8]
-    root = cfg.cache / f"debian-{key}"
+    root = _debian_root(cfg, packages)
     if not root.exists():
         with step(f"unpacking {', '.join(packages)}"):
             _atomic_directory(root, lambda target: _unpack(target, packages))
     return root
+
+
+def _debian_root(cfg: s.Settings, packages: Sequence[str]) -> Path:
+    key = hashlib.sha256(" ".join((*packages, _release())).encode()).hexdigest()[:8]
+    return cfg.cache / f"debian-{key}"
 
 
 def _release() -> str:

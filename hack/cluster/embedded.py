@@ -113,8 +113,9 @@ def _write_static(cfg: Settings, link: Link, tokens: dict[str, str], debian: Pat
     for name in ("credentials", "pki", "cni", "kubelet", "var-lib", "var-log"):
         (state / name).mkdir(exist_ok=True)
     (state / "credentials").chmod(0o700)
-    cfg.volumes.mkdir(parents=True)
-    cfg.volumes.chmod(0o1777)  # pods of any user keep their files there, as on a shared disk
+    for shared in (cfg.volumes, cfg.pods_cache):
+        shared.mkdir(parents=True, exist_ok=True)
+        shared.chmod(0o1777)  # pods of any user keep their files there, as on a shared disk
     _write_private(state / "credentials" / "tokens.csv", components.token_file(tokens, cfg.name))
     runc = shutil.which("runc", path=path)
     if runc is None:
@@ -127,7 +128,7 @@ def _write_static(cfg: Settings, link: Link, tokens: dict[str, str], debian: Pat
         "kube-proxy.json": json.dumps(components.kube_proxy_config(cfg), indent=1),
         "containerd.toml": components.containerd_config(cfg, runc, str(_plugins(debian))),
         "cni/10-pods.conflist": json.dumps(components.network_config(), indent=1),
-        "base-spec.json": json.dumps(runtime.base_spec(default, binds), indent=1),
+        "base-spec.json": json.dumps(runtime.base_spec(default, binds, cfg.pods_cache), indent=1),
         "Corefile": components.corefile(cfg, link),
         "resolv.conf": "",
         "choice.json": json.dumps(_choice(cfg)),

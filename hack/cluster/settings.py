@@ -66,6 +66,11 @@ class Settings:
         return self.state / "var-lib" / "rlhf"
 
     @property
+    def pods_cache(self) -> Path:
+        """What pods of every cluster keep in PODS_CACHE: here it outlives them."""
+        return self.cache / "pods"
+
+    @property
     def cgroup(self) -> str:
         return f"rlhfjob-{self.name}"
 

@@ -2,43 +2,61 @@
 behind.
 """
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hack.kubectl import Kube
-from tests.cluster.conftest import make_model
-from tests.cluster.jobs import condition, released, sample, status, wait_for_condition
+from tests.cluster.conftest import make_model, numbers
+from tests.cluster.jobs import Undisturbed, condition, released, sample, status, wait_for_condition
 from tests.cluster.waiting import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
-FINAL: list[tuple[str, dict[str, Any], list[str]]] = [
-    ("model", {"model": {"path": "/var/lib/rlhf/models/nowhere"}}, ["spec.model.path", "/var/lib/rlhf/models/nowhere"]),
-    ("jsonl", {"data__jsonl": {"path": "/var/lib/rlhf/broken.jsonl"}}, ["/var/lib/rlhf/broken.jsonl", "line 3"]),
-    (
-        "code",
+WIDE = "/var/lib/rlhf/models/tiny-wide"
+FINAL: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "model": ({"model": {"path": "/var/lib/rlhf/models/nowhere"}}, ["spec.model.path", "/var/lib/rlhf/models/nowhere"]),
+    "jsonl": ({"data__jsonl": {"path": "/var/lib/rlhf/broken.jsonl"}}, ["/var/lib/rlhf/broken.jsonl", "line 3"]),
+    "code": (
         {"rewards": [{"name": "typo", "type": "python", "code": "def rewrd(prompt, completion, **row):\n    return "
             "1.0\n"}]},
         ["typo", "reward"],
     ),
-]
+    "checkpoint": (
+        {"checkpoint__path": "/var/lib/rlhf/checkpoints/of-another", "model__path": WIDE},
+        ["/var/lib/rlhf/checkpoints/of-another"],
+    ),
+}
 
 
-@pytest.mark.parametrize(("name", "changes", "words"), FINAL, ids=[case[0] for case in FINAL])
-def test_a_wrong_input_fails_at_once_and_says_which(
-    operator: Kube, namespace: str, volumes: Path, name: str, changes: dict[str, Any], words: list[str]
-) -> None:
+@pytest.fixture(scope="module")
+def wrong(operator: Kube, undisturbed: Undisturbed, volumes: Path) -> Iterator[str]:
+    """The namespace of all jobs of FINAL: side by side, as none comes further than its preflight."""
     (volumes / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt": \n')
-    operator.apply(sample("tiny-colocated.yaml", name, namespace, **changes))
-    failed = wait_for_condition(operator, namespace, name, "Failed", 180)
+    make_model(volumes / "models" / "tiny-wide", "--hidden-size", "128")
+    left = Path(undisturbed.job["spec"]["checkpoint"]["path"]).relative_to("/var/lib/rlhf")
+    subprocess.run(["cp", "-a", volumes / left, volumes / "checkpoints" / "of-another"], check=True)  # with its owner
+    namespace = f"wrong-{next(numbers)}"
+    operator.run("create", "namespace", namespace)
+    for name, (changes, _) in FINAL.items():
+        operator.apply(sample("tiny-colocated.yaml", name, namespace, **changes))
+    yield namespace
+    operator.run("delete", "namespace", namespace, "--wait=false")
+
+
+@pytest.mark.parametrize("name", FINAL)
+def test_a_wrong_input_fails_at_once_and_says_which(operator: Kube, wrong: str, name: str) -> None:
+    words = FINAL[name][1]
+    failed = wait_for_condition(operator, wrong, name, "Failed", 300)
     assert all(word in failed["message"] for word in words), failed["message"]
-    ended = status(operator, namespace, name)
+    ended = status(operator, wrong, name)
     assert ended["phase"] == "Failed"
     assert ended["failures"][0]["exitCode"] in (64, 65)
-    assert all(word in operator.run("describe", "rlhfjob", name, "-n", namespace) for word in words)
-    wait_for(lambda: released(operator, namespace, name), 60, "pods and RayCluster gone, no GPU held")
+    assert all(word in operator.run("describe", "rlhfjob", name, "-n", wrong) for word in words)
+    wait_for(lambda: released(operator, wrong, name), 120, "pods and RayCluster gone, no GPU held")
 
 
 def test_a_reward_that_raises_is_retried_then_ends_the_job_with_its_words(
@@ -91,22 +109,3 @@ def test_more_gpus_than_the_node_has_is_told_in_the_schedulers_words(operator: K
     assert "Insufficient nvidia.com/gpu" in condition(operator, namespace, "big", "ClusterReady")["message"]
     operator.run("delete", "rlhfjob", "big", "-n", namespace, "--wait")
     wait_for(lambda: released(operator, namespace, "big"), 60, "deletion leaves nothing")
-
-
-def test_a_checkpoint_of_another_model_is_refused(operator: Kube, namespace: str, volumes: Path) -> None:
-    directory = f"/var/lib/rlhf/checkpoints/{namespace}-shared"
-    first = sample("tiny-colocated.yaml", "first", namespace, trainer__steps=1, checkpoint__path=directory)
-    operator.apply(first)
-    wait_for_condition(operator, namespace, "first", "Complete", 300)
-    other = sample(
-        "tiny-colocated.yaml",
-        "other",
-        namespace,
-        checkpoint__path=directory,
-        model={**first["spec"]["model"], "path": "/var/lib/rlhf/models/tiny-wide"},
-    )
-    make_model(volumes / "models" / "tiny-wide", "--hidden-size", "128")
-    operator.apply(other)
-    failed = wait_for_condition(operator, namespace, "other", "Failed", 300)
-    assert directory in failed["message"]
-    assert status(operator, namespace, "other")["failures"][0]["exitCode"] == 65

@@ -131,7 +131,7 @@ class Reporter:
         """From the checkpoint of `step`, or from nothing when it is 0: now is known what of the last report is so."""
         last = self.progress.checkpoint
         there = last if last and last.step == step else Saved(step=step, path=path, time=now()) if step else None
-        words = f"resuming after step {step}" if step else "starting anew"
+        words = f"resuming after step {step}" if step else "from the first step"
         self.update(
             detail="; ".join([words, *passed_over]), step=step, display=f"{step}/{self.progress.total_steps}",
             checkpoint=there, resumed_from_step=step or None,

@@ -27,7 +27,7 @@ from rlhf_worker.watcher import STOPPED, WORDS
 
 LOOK_SECONDS = 2.0  # between two looks at whether all live
 CAUSE_SECONDS = 5.0  # for Ray to tell of the death that an error came from
-LOG_SECONDS = 15.0  # for the node to tell what the process printed: Ray starts one for it
+LOG_SECONDS = 60.0  # for the node to tell what the process printed: Ray starts a process for it, on a busy machine late
 LOG_BYTES = 1500
 OF_NO_DEATH = (ActorLost, BadSpec, BadData, Fenced, Terminated, Ended)
 
