@@ -21,9 +21,11 @@ from hack.generate import CHART, ROOT
 from rlhf_api.crd import job_schema
 from rlhf_api.status import ConditionType
 from rlhf_cli.app import app
+from rlhf_operator.presets import read
 from rlhf_worker import __main__ as worker
 from tests.api.generated import PLANNED, outcome
 from tests.blocks import Block, blocks, commands, mentions
+from tests.charts.test_chart import rendered
 
 Raw = dict[str, Any]
 Words = list[str]
@@ -182,13 +184,24 @@ def test_a_verb_that_the_text_names_is_there_with_its_options(mention: tuple[str
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=ids(blocks("yaml")))
-def test_yaml_is_a_job_that_can_be_planned_or_has_fields_that_there_are(block: Block) -> None:
+def test_yaml_is_a_job_that_can_be_planned_or_has_fields_that_there_are(block: Block, tmp_path: Path) -> None:
     for raw in yaml.safe_load_all(block.text):
         if raw.get("kind") == "RLHFJob":
             assert list(unknown({"properties": TOP}, raw, "")) == []
             assert outcome({**raw, "metadata": {"namespace": "default", "uid": "u", **raw["metadata"]}}) == PLANNED
+        elif "jobs" in raw:
+            chart_values(raw, tmp_path)
         elif "kind" not in raw:
             fragment(raw)
+
+
+def chart_values(raw: Raw, folder: Path) -> None:
+    """As Helm takes them, and the operator takes the presets in them; and every sample can be planned on these."""
+    rendered(raw, folder)
+    presets = read(yaml.safe_dump(raw["jobs"]))
+    for sample in (ROOT / "manifests/samples").glob("*.yaml"):
+        job = presets.under(yaml.safe_load(sample.read_text()))
+        assert outcome({**job, "metadata": {"namespace": "default", "uid": "u", **job["metadata"]}}) == PLANNED
 
 
 def fragment(raw: Raw) -> None:
