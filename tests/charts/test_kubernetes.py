@@ -3,17 +3,21 @@ lets in and of the newest: without a field that the one has not yet, or the othe
 server of one version.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from kubernetes_validate.utils import ValidationError, all_versions, validate
 
 from hack import generate
 from tests.charts.test_chart import VALUES, rendered
 from tests.control.golden import FOLDER
 from tests.control.test_plan import made_pods
+
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(Path(sys.prefix) / "schemas")  # hack/setup.sh says why there
+    from kubernetes_validate.utils import ValidationError, all_versions, validate
 
 Object = dict[str, Any]
 OF_OTHERS = {"monitoring.coreos.com/v1", "ray.io/v1"}  # whose schemas come with their CRDs
