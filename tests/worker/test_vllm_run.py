@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ class Run:
         return [float(value) for value in re.findall(r"^step \d+/\d+  reward (\S+)", self.output, re.MULTILINE)]
 
 
+Runs = dict[str, Future[Run]]
+
+
 def command(manifest: Path, tiny: Path, checkpoints: Path, *more: str) -> list[str]:
     """The sample's directories are these; a manifest that `changed` wrote keeps the sample's paths."""
     kind = next((kind for kind in ("separated", "ppo") if kind in manifest.name), "colocated")
@@ -67,9 +71,57 @@ def changed(tmp_path: Path, **sections: Any) -> Path:
     return path
 
 
+SEPARATED: dict[str, Any] = {
+    "rollout": {"engines": 2}, "trainer": {"gpus": 2, "steps": 3, "updatesPerStep": 2},
+    "placement": {"mode": "Separated"},
+    "algorithm": {"kl": {"coefficient": 0.01}}, "weightSync": {"verifyEverySteps": 1},
+    "evaluation": [
+        {
+            "name": "held-out", "everySteps": 2, "limit": 9, "samples": 2, "temperature": 0.5, "maxTokens": 8,
+            "data": {"jsonl": {"path": "/var/lib/rlhf/models/tiny/prompts.jsonl"}, "maxPromptTokens": 48},
+        }
+    ],
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def learned(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return run(SAMPLES / "tiny-colocated.yaml", tiny, tmp_path_factory.mktemp("colocated"))
+def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """By their directories' names. Two at a time: a run waits for its processes a third of its time."""
+    folder = tmp_path_factory.mktemp("runs")
+    colocated = SAMPLES / "tiny-colocated.yaml"
+
+    def of(name: str, **sections: Any) -> Path:
+        (folder / f"{name}-job").mkdir()
+        return changed(folder / f"{name}-job", **sections)
+
+    with ThreadPoolExecutor(2) as pool:
+        learned = pool.submit(run, colocated, tiny, folder / "learned")
+
+        def after(name: str, step: int, manifest: Path, model: Path) -> Run:
+            """From a checkpoint of the first."""
+            left = checkpoint(learned.result().checkpoints, step)
+            shutil.copytree(left, folder / name / f"step-{step}")
+            return run(manifest, model, folder / name)
+
+        write(folder / "other")
+        yield {
+            "learned": learned,
+            "separated": pool.submit(run, of("separated", **SEPARATED), tiny, folder / "separated"),
+            "ppo": pool.submit(run, SAMPLES / "tiny-ppo.yaml", tiny, folder / "ppo"),
+            "resumed": pool.submit(after, "resumed", 20, colocated, tiny),
+            "no-model": pool.submit(run, colocated, folder / "nowhere", folder / "no-model"),
+            "typo": pool.submit(
+                run, of("typo", rollout={"engineArgs": {"max_modle_len": 64}}), tiny, folder / "typo"
+            ),
+            "of-another": pool.submit(
+                after, "of-another", 30, of("of-another", rollout={"engine": "hf"}), folder / "other"
+            ),
+        }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def learned(runs: Runs) -> Run:
+    return runs["learned"].result()
 
 
 def test_the_colocated_sample_learns(learned: Run) -> None:
@@ -129,17 +181,16 @@ def load_tokenizer_of(path: Path) -> Any:
     return load_tokenizer(ModelSpec(path=str(path)))
 
 
-def test_resuming_gives_the_same_bits(learned: Run, tiny: Path, tmp_path: Path) -> None:
+def test_resuming_gives_the_same_bits(learned: Run, runs: Runs, tmp_path: Path) -> None:
     """30 steps == 20 + resume + 10: model, optimizer moments, and the rewards on the way."""
     assert [p.name.split(".")[0] for p in sorted(learned.checkpoints.glob("step-*"))] == ["step-20", "step-30"]
-    shutil.copytree(checkpoint(learned.checkpoints, 20), tmp_path / "step-20")
-    resumed = run(SAMPLES / "tiny-colocated.yaml", tiny, tmp_path)
+    resumed = runs["resumed"].result()
     assert resumed.code == 0, resumed.output
     assert "resuming after step 20" in resumed.output
     assert resumed.rewards == learned.rewards[20:]
     one, other = (
         flat(checkpoint(path, 30) / "policy", tmp_path / f"{index}.pt")
-        for index, path in enumerate((learned.checkpoints, tmp_path))
+        for index, path in enumerate((learned.checkpoints, resumed.checkpoints))
     )
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
@@ -157,22 +208,10 @@ def tensors(prefix: str, node: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield prefix, node
 
 
-def test_separated_with_two_engines_and_two_ranks(tiny: Path, tmp_path: Path) -> None:
+def test_separated_with_two_engines_and_two_ranks(runs: Runs) -> None:
     """Two FSDP ranks, two engines in one sync, several updates a step, a KL term, no shared GPU, and an evaluation set.
     """
-    data = {"jsonl": {"path": "/var/lib/rlhf/models/tiny/prompts.jsonl"}, "maxPromptTokens": 48}
-    manifest = changed(
-        tmp_path, rollout={"engines": 2}, trainer={"gpus": 2, "steps": 3, "updatesPerStep": 2},
-        placement={"mode": "Separated"},
-        algorithm={"kl": {"coefficient": 0.01}}, weightSync={"verifyEverySteps": 1},
-        evaluation=[
-            {
-                "name": "held-out", "data": data, "everySteps": 2, "limit": 9, "samples": 2, "temperature": 0.5,
-                "maxTokens": 8,
-            }
-        ],
-    )
-    done = run(manifest, tiny, tmp_path / "out")
+    done = runs["separated"].result()
     assert done.code == 0, done.output
     seats = re.findall(r"^(?:trainer|engine) \d: (\S+)$", done.output, re.MULTILINE)
     assert len(seats) == len(set(seats)) == 4
@@ -181,13 +220,13 @@ def test_separated_with_two_engines_and_two_ranks(tiny: Path, tmp_path: Path) ->
     assert all(0 < value <= 8 for _, value in tensorboard(done.checkpoints, "eval/held-out/mean_length"))
 
 
-def test_ppo_with_a_critic_a_reference_and_a_reward_model_learns(tiny: Path, tmp_path: Path) -> None:
-    done = run(SAMPLES / "tiny-ppo.yaml", tiny, tmp_path)
+def test_ppo_with_a_critic_a_reference_and_a_reward_model_learns(runs: Runs) -> None:
+    done = runs["ppo"].result()
     assert done.code == 0, done.output
     assert sum(done.rewards[-5:]) / 5 > sum(done.rewards[:5]) / 5 + 0.2
     seats = dict(re.findall(r"^(trainer 0|engine 0|reward:last-letter 0): (\S+)$", done.output, re.MULTILINE))
     assert seats["trainer 0"] == seats["engine 0"] != seats["reward:last-letter 0"]
-    assert {part.name for part in checkpoint(tmp_path, 30).iterdir() if part.is_dir()} == {"policy", "critic"}
+    assert {part.name for part in checkpoint(done.checkpoints, 30).iterdir() if part.is_dir()} == {"policy", "critic"}
 
 
 def test_sigterm_saves_and_exits_143(tiny: Path, tmp_path: Path) -> None:
@@ -208,23 +247,21 @@ def test_sigterm_saves_and_exits_143(tiny: Path, tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == checkpoint(tmp_path, steps[-1]).name
 
 
-def test_a_missing_model_ends_the_run_before_any_engine(tmp_path: Path) -> None:
-    done = run(SAMPLES / "tiny-colocated.yaml", tmp_path / "no-model", tmp_path / "out")
+def test_a_missing_model_ends_the_run_before_any_engine(runs: Runs) -> None:
+    done = runs["no-model"].result()
     assert done.code == 64
     assert "BadSpec: spec.model.path: " in done.output and "no such directory" in done.output
 
 
-def test_an_unknown_engine_argument_is_named(tiny: Path, tmp_path: Path) -> None:
-    done = run(changed(tmp_path, rollout={"engineArgs": {"max_modle_len": 64}}), tiny, tmp_path / "out")
+def test_an_unknown_engine_argument_is_named(runs: Runs) -> None:
+    done = runs["typo"].result()
     assert done.code == 64
     words = "vLLM 0.32.0 has no such argument; close to it: max_model_len"
     assert f"spec.rollout.engineArgs.max_modle_len: {words}" in done.output
 
 
-def test_a_checkpoint_of_another_model_is_refused(learned: Run, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_is_refused(runs: Runs) -> None:
     """The same shape under another path is another model, whatever generates."""
-    shutil.copytree(checkpoint(learned.checkpoints, 30), tmp_path / "run" / "step-30")
-    write(tmp_path / "model")
-    done = run(changed(tmp_path, rollout={"engine": "hf"}), tmp_path / "model", tmp_path / "run")
+    done = runs["of-another"].result()
     assert done.code == 65
     assert "is of another model" in done.output
