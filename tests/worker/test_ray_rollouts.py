@@ -4,13 +4,16 @@ resume.
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from rlhf_api.job import EvaluationSpec
 from rlhf_worker.errors import EngineFailed, EnginesLost, RewardFailed
@@ -33,7 +36,12 @@ class Silent:
         return "made"
 
 
-class Engine:
+class Again:
+    def again(self, *given: Any) -> None:
+        self.__init__(*given)  # type: ignore[misc]
+
+
+class Engine(Again):
     """Completes at once, or when it is let go; fails, hangs or dies when told to."""
 
     def __init__(self, behaviour: str) -> None:
@@ -74,7 +82,7 @@ class Engine:
         return self.calls
 
 
-class Feed:
+class Feed(Again):
     """Prompts 0, 1, 2, ...; samples of a prompt whose row is in `dull` are all worth 0, others 0, 1, ...; `broken`: a
     reward that fails.
     """
@@ -103,7 +111,7 @@ class Feed:
         return [ScoredSample(sample=sample, reward=value, parts={judge or "r": value}) for sample, value in pairs]
 
 
-class Scorer:
+class Scorer(Again):
     """A reward model on the engines' GPUs: there is room for it only while they sleep."""
 
     def __init__(self, engines: list[Any]) -> None:
@@ -124,6 +132,38 @@ class Scorer:
 RemoteScorer: Any = ray.remote(num_cpus=0)(Scorer)
 RemoteEngine: Any = ray.remote(num_cpus=0)(Engine)
 RemoteFeed: Any = ray.remote(num_cpus=0)(Feed)
+
+
+class Pool:
+    """Actors that live on are made anew for the next test: to start a process costs 4 s of a core."""
+
+    def __init__(self) -> None:
+        self.free, self.lent = defaultdict[Any, list[Any]](list), list[tuple[Any, Any]]()
+
+    def made(self, kind: Any, *given: Any) -> Any:
+        while self.free[kind]:
+            actor = self.free[kind].pop()
+            with suppress(RayActorError):
+                ray.get(actor.again.remote(*given))
+                break
+        else:
+            actor = kind.remote(*given)
+        self.lent.append((kind, actor))
+        return actor
+
+    def back(self) -> None:
+        while self.lent:
+            kind, actor = self.lent.pop()
+            self.free[kind].append(actor)
+
+
+POOL = Pool()
+
+
+@pytest.fixture(autouse=True)
+def _back() -> Iterator[None]:
+    yield
+    POOL.back()
 
 
 class Fleet:
@@ -152,9 +192,9 @@ class Fleet:
 
 class Crew:
     def __init__(self, behaviours: list[str], dull: list[int], broken: bool) -> None:
-        self.fleet = Fleet([RemoteEngine.remote(behaviour) for behaviour in behaviours])
-        self.feed = RemoteFeed.remote(dull, broken)
-        self.policy = [RemoteScorer.remote(list(self.fleet.serving))]
+        self.fleet = Fleet([POOL.made(RemoteEngine, behaviour) for behaviour in behaviours])
+        self.feed = POOL.made(RemoteFeed, dull, broken)
+        self.policy = [POOL.made(RemoteScorer, list(self.fleet.serving))]
         self.ranks: dict[str, list[Any]] = {"reward:model": self.policy}
 
 
@@ -228,7 +268,7 @@ def test_when_every_engine_fails_the_run_stops_with_the_cause() -> None:
 @pytest.mark.parametrize("dead", ["die", "lose its core"])
 def test_when_every_engine_is_dead_groups_wait_for_one_that_comes_back(dead: str) -> None:
     rollouts, crew = make([dead, dead])
-    crew.fleet.spare.append(RemoteEngine.remote("well"))
+    crew.fleet.spare.append(POOL.made(RemoteEngine, "well"))
     assert sorted(rows(rollouts.take())) == [0, 1, 2, 3]
     rollouts, _ = make([dead])
     with pytest.raises(EnginesLost):
