@@ -77,8 +77,10 @@ def same(one: tuple[dict[str, float], list[torch.Tensor]], two: tuple[dict[str, 
     assert one[0].keys() == two[0].keys()
     for name in one[0].keys() - {"done/micro_batches", "done/peak", "done/memory"}:  # which differ, and no CPU has
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-4, abs=1e-6), name
+    # A tenth of an update: Adam's first moves a weight by the rate, whichever the gradient's size, unless that is near
+    # its epsilon, where the order of a sum is seen; and a gradient of the wrong sign moves it by twice the rate.
     for a, b in zip(one[1], two[1], strict=True):
-        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
 def test_packing_padding_and_empty_batches_change_nothing(tiny: Path, tmp_path: Path, group: None) -> None:
