@@ -85,6 +85,14 @@ def sockets() -> set[str]:
     return found
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _what_others_made() -> Iterator[None]:
+    """Is left out of each look at all objects: after Ray's and vLLM's tests it takes seconds."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def others() -> Iterator[set[int]]:
     """Children of other tests, such as multiprocessing's tracker. Nothing of ours is left."""
