@@ -13,6 +13,6 @@ compile operator.txt operator/pyproject.toml
 compile worker-cpu.txt worker/pyproject.toml --extra cpu
 compile dev.txt pyproject.toml api/pyproject.toml operator/pyproject.toml worker/pyproject.toml cli/pyproject.toml --group dev --extra cpu --extra files
 compile build.txt - <<< 'hatchling>=1.27'
-compile schemas.txt - <<< 'kubernetes-validate>=1.37'
+printf '%s\n' 'kubernetes-validate>=1.37' 'cyclonedx-bom>=7.5' | compile apart.txt -
 # For the image on top of vLLM's own: its Python, and the ordinary packages without the overrides of the CPU environment.
 PYTHON_VERSION=3.12 compile worker-gpu.txt worker/pyproject.toml --extra gpu --no-config

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from hack import generate
 from hack.cluster.steps import ClusterError, fail, output, say, step
 
 ROOT = generate.ROOT
+APART = Path(sys.prefix) / "apart"  # tools that hack/setup.sh keeps out of the environment's own directory
 DISTRIBUTIONS = ("api", "operator", "worker", "cli")
 # Image, what it has beside the Dockerfile's defaults, and the requirements that become its bill of materials.
 IMAGES = {
@@ -139,7 +141,8 @@ def materials(into: Path, version: str) -> None:
         name = image.format(version).replace(":", "-")
         command = [sys.executable, "-m", "cyclonedx_py", "requirements", "--no-validate", "--output-reproducible"]
         files: list[str | Path] = ["--output-file", into / f"{name}.cdx.json", ROOT / "requirements" / requirements]
-        output([*command, *files], "see the message of cyclonedx-py")
+        env = {**os.environ, "PYTHONPATH": str(APART)}
+        output([*command, *files], "see the message of cyclonedx-py", env=env)
 
 
 def checksums(into: Path) -> Path:

@@ -13,7 +13,7 @@ done
 [ -n "$python" ] || { say "no CPython 3.11 or 3.12 found: install one, or set PYTHON to its path"; exit 2; }
 python=$("$python" -c 'import sys; print(sys.executable)')
 
-key=$(cat requirements/dev.txt requirements/schemas.txt ./*/pyproject.toml <(echo "$python $PWD") | sha256sum | cut -c1-16)
+key=$(cat requirements/dev.txt requirements/apart.txt ./*/pyproject.toml <(echo "$python $PWD") | sha256sum | cut -c1-16)
 [ "$(cat .venv/.key 2>/dev/null)" = "$key" ] && { say "the environment is up to date"; exit 0; }
 
 if ! ldconfig -p | grep -q libnuma.so.1; then
@@ -35,8 +35,9 @@ say "installing the requirements (about 2 GB the first time)"
 "$uv" venv -q --clear --python "$python" .venv
 "$uv" pip install -q --python .venv/bin/python --compile-bytecode --no-deps --require-hashes -r requirements/dev.txt
 "$uv" pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e api -e operator -e worker -e cli
-# Not beside the operator: the Kubernetes client imports it where it finds it, for 2 s and 20 MiB of each process.
-"$uv" pip install -q --python .venv/bin/python --no-deps --require-hashes --target .venv/schemas -r requirements/schemas.txt
+# Tools whose parts others import where they find them: the Kubernetes client the one for 20 MiB of each operator, Ray (by
+# jsonschema) the other for 2 s of each of its processes.
+"$uv" pip install -q --python .venv/bin/python --no-deps --require-hashes --target .venv/apart -r requirements/apart.txt
 echo "$key" > .venv/.key
 say "done in $((SECONDS - start)) s"
 [ -z "$beside" ] || wait "$beside" || true  # who needs what it makes tries again, and says what is wrong

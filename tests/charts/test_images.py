@@ -5,7 +5,7 @@ import fnmatch
 import re
 import sys
 from collections.abc import Iterator
-from importlib.metadata import distribution, packages_distributions
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -90,6 +90,13 @@ def test_every_import_is_among_the_requirements(requirements: str) -> None:
     missing = {name for name in needed if not installed & {normal(one) for one in (name, *offered.get(name, ()))}}
     assert len(modules) > 10 and len(needed) >= 5
     assert missing == set()
+
+
+@pytest.mark.parametrize("name", ["kubernetes-validate", "rfc3987-syntax"])
+def test_nothing_of_the_environment_is_imported_because_it_is_there(name: str) -> None:
+    """By the Kubernetes client, and by jsonschema, which every process of Ray imports: 2 s each."""
+    with pytest.raises(PackageNotFoundError):  # hack/setup.sh keeps such tools apart
+        distribution(name)
 
 
 def test_the_operators_packages_are_few() -> None:

@@ -3,7 +3,7 @@ lets in and of the newest: without a field that the one has not yet, or the othe
 server of one version.
 """
 
-import sys
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,43 @@ import pytest
 import yaml
 
 from hack import generate
+from hack.release import APART
 from tests.charts.test_chart import VALUES, rendered
 from tests.control.golden import FOLDER
 from tests.control.test_plan import made_pods
 
-with pytest.MonkeyPatch.context() as patch:
-    patch.syspath_prepend(Path(sys.prefix) / "schemas")  # hack/setup.sh says why there
-    from kubernetes_validate.utils import ValidationError, all_versions, validate
-
 Object = dict[str, Any]
 OF_OTHERS = {"monitoring.coreos.com/v1", "ray.io/v1"}  # whose schemas come with their CRDs
+
+
+class Schemas:
+    """Of every Kubernetes, by kubernetes-validate."""
+
+    def __init__(self) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(APART)
+            self.library = importlib.import_module("kubernetes_validate.utils")
+        least = yaml.safe_load((generate.CHART / "Chart.yaml").read_text())["kubeVersion"]
+        self.versions = {"oldest": f"1.{minor(least)}", "newest": f"1.{max(map(minor, self.library.all_versions()))}"}
+
+    def wrong(self, objects: list[Object], which: str) -> list[str]:
+        """Each object that they refuse, with what is wrong with it."""
+        found = []
+        for one in objects:
+            try:
+                self.library.validate(one, self.versions[which], strict=True)
+            except self.library.ValidationError as error:
+                found.append(f"{one['kind']} {one['metadata'].get('name')}: {error.message}")
+        return found
 
 
 def minor(version: str) -> int:
     return int(version.split(".")[1])
 
 
-LEAST = yaml.safe_load((generate.CHART / "Chart.yaml").read_text())["kubeVersion"].removeprefix(">=")
-OLDEST, NEWEST = f"1.{minor(LEAST)}", f"1.{max(map(minor, all_versions()))}"
+@pytest.fixture(scope="module")
+def schemas() -> Schemas:
+    return Schemas()
 
 
 @pytest.fixture(scope="module")
@@ -45,28 +64,19 @@ def made() -> list[Object]:
     return [*plans, *(pod for one in plans if one["kind"] == "RayCluster" for pod in made_pods(one))]
 
 
-def wrong(objects: list[Object], version: str) -> list[str]:
-    """Each object that the schemas refuse, with what is wrong with it."""
-    found = []
-    for one in objects:
-        try:
-            validate(one, version, strict=True)
-        except ValidationError as error:
-            found.append(f"{one['kind']} {one['metadata'].get('name')}: {error.message}")
-    return found
-
-
-@pytest.mark.parametrize("version", [OLDEST, NEWEST])
-def test_every_object_is_valid_to_the_letter(installed: list[Object], made: list[Object], version: str) -> None:
+@pytest.mark.parametrize("which", ["oldest", "newest"])
+def test_every_object_is_valid_to_the_letter(
+    schemas: Schemas, installed: list[Object], made: list[Object], which: str,
+) -> None:
     different = {yaml.safe_dump(one): one for one in (*installed, *made)}
     theirs = [one for one in different.values() if one["apiVersion"] not in OF_OTHERS]
     kinds = {one["kind"] for one in theirs}
     assert {"CustomResourceDefinition", "Deployment", "PodDisruptionBudget", "NetworkPolicy", "Pod"} <= kinds
-    assert wrong(theirs, version) == []
+    assert schemas.wrong(theirs, which) == []
 
 
-def test_a_field_that_an_older_one_lacks_is_found(made: list[Object]) -> None:
+def test_a_field_that_an_older_one_lacks_is_found(schemas: Schemas, made: list[Object]) -> None:
     pod = next(one for one in made if one["kind"] == "Pod")
     newer = {**pod, "spec": {**pod["spec"], "hostnameOverride": "one"}}
-    assert wrong([newer], NEWEST) == []
-    assert len(wrong([newer], OLDEST)) == 1
+    assert schemas.wrong([newer], "newest") == []
+    assert len(schemas.wrong([newer], "oldest")) == 1
