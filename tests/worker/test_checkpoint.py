@@ -456,7 +456,7 @@ def test_the_real_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
     assert same(copied, life("copied", 4)), "and read by one rank"
     for made in (life("resharded", 4, world=2), copied):
         for a, b in zip(made, through, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)  # as in test_trainer.same
+            torch.testing.assert_close(a, b, atol=5e-4, rtol=1e-3)
 
 
 def _changed_life(

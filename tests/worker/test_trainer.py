@@ -33,7 +33,8 @@ def trainer(
     tiny: Path, root: Path, *, rank: int = 0, world: int = 1, dtype: str = "float32",
     options: dict[str, Any] | None = None, **changes: Any,
 ) -> Trainer:
-    given = {"steps": 1, "learningRate": 0.01, "gradientCheckpointing": False} | (options or {})
+    # An epsilon far above what the order of a sum changes, which Adam's first update would make as large as the rate.
+    given = {"steps": 1, "learningRate": 0.01, "adamEpsilon": 1e-5, "gradientCheckpointing": False} | (options or {})
     config = run_config(
         model={"path": str(tiny), "dtype": dtype} | changes.pop("model", {}), trainer=given,
         checkpoint={"path": str(root)}, **changes,
@@ -77,10 +78,8 @@ def same(one: tuple[dict[str, float], list[torch.Tensor]], two: tuple[dict[str, 
     assert one[0].keys() == two[0].keys()
     for name in one[0].keys() - {"done/micro_batches", "done/peak", "done/memory"}:  # which differ, and no CPU has
         assert two[0][name] == pytest.approx(one[0][name], rel=1e-4, abs=1e-6), name
-    # A tenth of an update: Adam's first moves a weight by the rate, whichever the gradient's size, unless that is near
-    # its epsilon, where the order of a sum is seen; and a gradient of the wrong sign moves it by twice the rate.
     for a, b in zip(one[1], two[1], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
 
 
 def test_packing_padding_and_empty_batches_change_nothing(tiny: Path, tmp_path: Path, group: None) -> None:
