@@ -156,12 +156,17 @@ class Pool:
             kind, actor = self.lent.pop()
             self.free[kind].append(actor)
 
+    def gone(self) -> None:
+        """With their Ray, whose successor knows none of them."""
+        self.free.clear()
+        self.lent.clear()
+
 
 POOL = Pool()
 
 
 @pytest.fixture(autouse=True)
-def _back() -> Iterator[None]:
+def lent() -> Iterator[None]:
     yield
     POOL.back()
 
@@ -208,6 +213,7 @@ def cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+    POOL.gone()
 
 
 def make(

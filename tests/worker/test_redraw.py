@@ -11,10 +11,10 @@ from rlhf_worker.experience import Sample, ScoredSample
 from rlhf_worker.rollout.admission import Group
 from rlhf_worker.rollout.producer import Rollouts
 from tests.worker.samples import a_prompt
-from tests.worker.test_ray_rollouts import Crew, Feed, cluster, make, rows
+from tests.worker.test_ray_rollouts import Crew, Feed, cluster, lent, make, rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
-assert cluster  # the fixture
+assert cluster and lent  # the fixtures
 
 
 class Ill(Feed):
