@@ -325,6 +325,39 @@ def test_the_error_itself_stands_in_the_message_and_not_what_leads_to_its_traceb
     assert "Traceback" not in message
 
 
+SEVERAL = """{kind}: 2 things are wrong:
+1. BadData: /data/broken.jsonl: line 3: it is no JSON
+  {{"prompt":
+2. PreflightFailed: the node has 1.0 GiB of memory left"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "reason"),
+    [
+        ("BadData", 65, "InvalidData"), ("BadSpec", 64, "InvalidSpec"), ("PreflightFailed", 1, "BackoffLimitExceeded"),
+    ],
+)
+def test_each_of_several_errors_stands_in_the_message(kind: str, code: int, reason: str) -> None:
+    world = running(runPolicy={"backoffLimit": 0})
+    world.driver_ends(code, SEVERAL.format(kind=kind))
+    world.settle()
+    failed = next(c for c in world.status["conditions"] if c["type"] == "Failed")
+    assert failed["reason"] == reason
+    assert failed["message"].endswith(
+        f"{kind}: 2 things are wrong: 1. BadData: /data/broken.jsonl: line 3: it is no JSON "
+        "2. PreflightFailed: the node has 1.0 GiB of memory left"
+    )
+
+
+def test_many_errors_share_the_room_of_a_message() -> None:
+    world = running()
+    world.driver_ends(64, "\n".join(["BadSpec: 9 things are wrong:", *(f"{n}. BadSpec: {'v' * 700}" for n in range(1, 10))]))
+    world.settle()
+    message = next(c["message"] for c in world.status["conditions"] if c["type"] == "Failed")
+    assert len(message) <= 1024
+    assert all(f" {n}. BadSpec: vvv" in message for n in range(1, 10))
+
+
 @pytest.mark.parametrize("runs_again", [True, False])
 def test_an_end_that_was_charged_is_not_the_one_of_a_pod_that_goes_right_after_it(runs_again: bool) -> None:
     w = running()

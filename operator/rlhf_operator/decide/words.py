@@ -9,6 +9,8 @@ WORDS_MAX, HEADLINE_MAX = 4096, 300
 TRACEBACK = "Traceback (most recent call last):"
 # The line of a python traceback, or of the driver's own last words, that names the error.
 ERROR_LINE = re.compile(r"(?:[a-z_]\w*\.)*[A-Z]\w*(?:: |$)")
+# What the driver says of several errors; each has a line with its number below.
+SEVERAL, NUMBERED = re.compile(r".*\b\d+ things are wrong:$"), re.compile(r"\d+\. ")
 
 
 def how_it_ended(run: Termination, who: str = "the driver") -> str:
@@ -35,12 +37,16 @@ def last_words(run: Termination) -> str | None:
 
 def headline(words: str | None, most: int = HEADLINE_MAX) -> str:
     """The line that names the error, else the last one: enough to know it again by. Where that line only leads to a
-    traceback, the error that the traceback ends with stands in its place."""
+    traceback, the error that the traceback ends with stands in its place. Where it only leads to several errors, each of
+    them stands behind it; they share the room of two lines."""
     lines = [line.strip() for line in (words or "").splitlines() if line.strip()]
     errors = [line for line in lines if ERROR_LINE.match(line)] or lines[-1:]
     if not errors:
         return ""
     first, leads, _ = errors[0].partition(TRACEBACK)
+    if SEVERAL.match(first):
+        parts = [line for line in lines[lines.index(first) :] if NUMBERED.match(line)]
+        return " ".join([first[:most], *(part[: 2 * most // len(parts)] for part in parts)])
     if not leads:
         return first[:most]
     last = errors[-1][:most]
