@@ -351,7 +351,8 @@ def test_each_of_several_errors_stands_in_the_message(kind: str, code: int, reas
 
 def test_many_errors_share_the_room_of_a_message() -> None:
     world = running()
-    world.driver_ends(64, "\n".join(["BadSpec: 9 things are wrong:", *(f"{n}. BadSpec: {'v' * 700}" for n in range(1, 10))]))
+    errors = [f"{n}. BadSpec: {'v' * 700}" for n in range(1, 10)]
+    world.driver_ends(64, "\n".join(["BadSpec: 9 things are wrong:", *errors]))
     world.settle()
     message = next(c["message"] for c in world.status["conditions"] if c["type"] == "Failed")
     assert len(message) <= 1024

@@ -37,8 +37,8 @@ def last_words(run: Termination) -> str | None:
 
 def headline(words: str | None, most: int = HEADLINE_MAX) -> str:
     """The line that names the error, else the last one: enough to know it again by. Where that line only leads to a
-    traceback, the error that the traceback ends with stands in its place. Where it only leads to several errors, each of
-    them stands behind it; they share the room of two lines."""
+    traceback, the error that the traceback ends with stands in its place. Where it leads to several errors, they stand
+    behind it, and share the room of two lines."""
     lines = [line.strip() for line in (words or "").splitlines() if line.strip()]
     errors = [line for line in lines if ERROR_LINE.match(line)] or lines[-1:]
     if not errors:
