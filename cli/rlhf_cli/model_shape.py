@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf_api import memory
 from rlhf_cli.exits import Wrong
 
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
@@ -73,6 +74,14 @@ class Shape:
         norms = 2 * self.hidden + (2 * self.head_dim if self.qk_norm else 0)
         layer = self.attention + self.mlp * self.experts + router + norms
         return self.layers * layer + self.hidden + self.head * (1 if self.tied else 2)
+
+    @property
+    def of_activations(self) -> memory.Shape:
+        """By which the run itself estimates them."""
+        return memory.Shape(
+            layers=self.layers, hidden=self.hidden, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.head_dim,
+            inner=self.intermediate * self.active, vocabulary=self.vocabulary,
+        )
 
     @property
     def kv_bytes(self) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlhf_api import API_VERSION, KIND, memory
 from rlhf_api.job import PlacementMode, RLHFJob, RLHFJobSpec
-from rlhf_api.memory import GIB, engine_share, token_budget
+from rlhf_api.memory import GIB, engine_share
 from rlhf_api.run import RunConfig, resolve
 from rlhf_cli.model_shape import Shape
 
@@ -102,17 +102,15 @@ def parameters(config: RunConfig, shape: Shape) -> dict[str, int]:
 
 
 def micro_batch(config: RunConfig, shape: Shape, gpu: Gpu) -> int:
-    """Tokens of the largest on one rank: the spec's, or those for which there is room; at least the longest sample."""
+    """Tokens of the largest on one rank: the spec's, or those that the run will find room for; at least the longest
+    sample.
+    """
     trainer, rollout = config.trainer, config.rollout
-    least = (config.data.max_prompt_tokens + rollout.max_tokens) // trainer.context_parallel
     if trainer.tokens_per_micro_batch is not None:
+        least = (config.data.max_prompt_tokens + rollout.max_tokens) // trainer.context_parallel
         return max(trainer.tokens_per_micro_batch, least)
-    held = memory.training_bytes(config, parameters(config, shape), trainer.gpus) + RESERVE_BYTES
-    samples = -(-rollout.prompts_per_step * rollout.samples_per_prompt // trainer.gpus)
-    return token_budget(
-        int(config.placement.trainer_fraction * gpu.bytes) - held,
-        shape.activation_bytes(1, trainer.gradient_checkpointing), least=least, most=samples * least,
-    )
+    counts, room = parameters(config, shape), int(config.placement.trainer_fraction * gpu.bytes)
+    return memory.room_tokens(config, counts, dict.fromkeys(counts, shape.of_activations), trainer.gpus, room)
 
 
 def longest(spec: RLHFJobSpec) -> int:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from hack.bench.weight_base import SHAPES
 from rlhf_api.job import RLHFJobSpec
-from rlhf_api.memory import GIB
+from rlhf_api.memory import GIB, room_tokens, shape_of
 from rlhf_api.parse import parse_job
 from rlhf_cli.app import app
 from rlhf_cli.exits import Exit
@@ -21,8 +21,10 @@ from rlhf_cli.predict import (
     GPUS,
     fixes,
     generation,
+    micro_batch,
     misfits,
     moments,
+    resolved,
     seconds,
 )
 from tests.api.specs import a_job
@@ -125,6 +127,17 @@ def test_what_costs_memory_and_time_does_so() -> None:
     separated = {"trainer__gpus": 4, "rollout__engines": 4, "placement__mode": "Separated"}
     assert took(**separated, rollout__staleness=1) < took(**separated)
     assert misfits(base, large, H200) == []
+
+
+@pytest.mark.parametrize("name", ["0.6B", "4B", "30B-A3B"])
+def test_the_micro_batch_of_a_run_is_the_one_that_its_ranks_find_room_for(name: str) -> None:
+    """By what transformers says of the model there, on a GPU that is free as far as the trainer may fill it."""
+    from transformers import AutoConfig
+
+    config, (family, values) = resolved(spec(trainer__gpus=8, rollout__engines=8)), SHAPES[name]
+    theirs = shape_of(AutoConfig.for_model(family.lower().replace("moe", "_moe"), **values))
+    counts, room = {"policy": shape(name).parameters}, int(config.placement.trainer_fraction * H200.bytes)
+    assert micro_batch(config, shape(name), H200) == room_tokens(config, counts, {"policy": theirs}, 8, room) > 1536
 
 
 def test_a_fix_is_a_change_after_which_it_fits() -> None:
