@@ -19,11 +19,11 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 WIDE = "/var/lib/rlhf/models/tiny-wide"
 FINAL: dict[str, tuple[dict[str, Any], list[str]]] = {
     "model": ({"model": {"path": "/var/lib/rlhf/models/nowhere"}}, ["spec.model.path", "/var/lib/rlhf/models/nowhere"]),
-    "jsonl": ({"data__jsonl": {"path": "/var/lib/rlhf/broken.jsonl"}}, ["/var/lib/rlhf/broken.jsonl", "line 3"]),
-    "code": (
-        {"rewards": [{"name": "typo", "type": "python", "code": "def rewrd(prompt, completion, **row):\n    return "
-            "1.0\n"}]},
-        ["typo", "reward"],
+    "two-things": (
+        {"data__jsonl": {"path": "/var/lib/rlhf/broken.jsonl"}, "rewards": [{
+            "name": "typo", "type": "python", "code": "def rewrd(prompt, completion, **row):\n    return 1.0\n",
+        }]},
+        ["2 things are wrong", "/var/lib/rlhf/broken.jsonl", "line 3", "rewards[typo]", "reward"],
     ),
     "checkpoint": (
         {"checkpoint__path": "/var/lib/rlhf/checkpoints/of-another", "model__path": WIDE},
