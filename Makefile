@@ -38,7 +38,7 @@ test-cluster: setup ## the real API server and kubelet, tiny jobs to Succeeded
 	$(PY) -m pytest -q tests/cluster
 
 test: setup ## everything, from nothing
-	@$(PY) -m hack.cluster.binaries >/dev/null 2>&1 & # beside what does without; who needs them waits, and says what is wrong
+	@$(PY) -m hack.cluster.binaries --give-way >/dev/null 2>&1 & # beside what does without; who needs them waits, and says what is wrong
 	@$(MAKE) --no-print-directory verify
 	$(PY) -m pytest -q tests --durations=40 --durations-min=10
 

@@ -2,8 +2,9 @@
 
     python -m hack.cluster up && python -m hack.bench.job
 
-Prints seconds from `kubectl apply` to each phase, the reward, the operator's resident memory with one job, and the API
-writes of the operator in a minute in which nothing changes.
+Prints seconds from `kubectl apply` to each phase and to what the driver was at in between, beside a start of vLLM alone
+with the same model on the idle machine; the reward, the operator's resident memory with one job, and the API writes of
+the operator in a minute in which nothing changes.
 """
 
 from __future__ import annotations
@@ -41,6 +42,20 @@ def phases(api: Api, name: str, seconds: float) -> tuple[dict[str, float], list[
             break
         time.sleep(0.25)
     return seen, reports
+
+
+ALONE = """
+import sys
+from vllm import LLM
+LLM(sys.argv[1], dtype="float32", kv_cache_memory_bytes=1 << 28, enforce_eager=True, max_model_len=64)
+"""
+
+
+def vllm_alone(model: Path) -> float:
+    """Seconds of a process that starts an engine and ends."""
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", ALONE, str(model)], check=True, capture_output=True)
+    return time.monotonic() - start
 
 
 def operator_memory_mib() -> float:
@@ -94,6 +109,8 @@ def main() -> None:
     cluster.install_operator()
     subprocess.run([sys.executable, "-m", "hack.tiny_model", str(cfg.volumes / "models" / "tiny")], check=True)
     idle = idle_writes(cluster, cfg, arguments.idle_seconds)
+    vllm_alone(cfg.volumes / "models" / "tiny")  # reads all files once
+    alone = vllm_alone(cfg.volumes / "models" / "tiny")
     name = next(d for d in yaml.safe_load_all(MANIFEST.read_text()) if d)["metadata"]["name"]
     cluster.run("delete", "rlhfjob", name, "--ignore-not-found", "--wait", "--cascade=foreground")
     subprocess.run(["rm", "-rf", str(cfg.volumes / "checkpoints" / name)], check=True)
@@ -102,6 +119,11 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
     print("| from apply to | seconds |\n|---|---|")
     print("\n".join(f"| {phase} | {at:.1f} |" for phase, at in seen.items()))
+    told = dict[str, float]()
+    for at, report in reports:
+        told.setdefault(report.get("detail", ""), at)
+    print("\n".join(f"| driver: {detail} | {at:.1f} |" for detail, at in told.items() if at <= seen["Running"]))
+    print(f"| vLLM alone, from start to end | {alone:.1f} |")
     rewards = [(at, float(p["reward"]), p["step"]) for at, p in reports if p.get("reward")]
     print(f"| reward > 0.9 (step {next((s for _, r, s in rewards if r > 0.9), None)}) | "
         f"{next((f'{at:.1f}' for at, r, _ in rewards if r > 0.9), 'never')} |")

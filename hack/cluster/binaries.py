@@ -7,6 +7,7 @@ it can run while one is installed.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import json
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ KUBERNETES_PROGRAMS = ("kube-apiserver", "kube-controller-manager", "kube-schedu
 CONTAINERD_PROGRAMS = ("containerd", "ctr", "containerd-shim-runc-v2")
 NODE_PROGRAMS = (*KUBERNETES_PROGRAMS, *CONTAINERD_PROGRAMS, "pause")
 CLIENTS = ("kubectl", "helm")
+LAST = 19  # the greatest niceness
 _HERE = Path(__file__).parent
 _OFFLINE = "check that this machine reaches its Go module and Debian package mirrors, then run it again"
 
@@ -293,7 +295,22 @@ def _atomic_directory(target: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
+def _give_way() -> None:
+    """To all else on this machine, from here on. In a session of its own, since Linux deals the processors out among
+    sessions first (sched_autogroup), and each one's niceness counts within it alone.
+    """
+    with suppress(OSError):  # a session's leader has one of its own
+        os.setsid()
+    os.nice(LAST)
+    with suppress(OSError):  # a kernel without
+        Path("/proc/self/autogroup").write_text(str(LAST))
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser(description="Fill the cache with the cluster's programs.")
+    parser.add_argument("--give-way", action="store_true", help="to all other programs of this machine")
+    if parser.parse_args().give_way:
+        _give_way()
     if os.environ.get("CLUSTER", "embedded") != "embedded" or machine.missing():
         return 0  # `hack.cluster up` tells what is missing
     try:

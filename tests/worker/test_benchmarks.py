@@ -51,6 +51,7 @@ def smokes(out: Path) -> Iterator[Smokes]:
         "weight_faults": ("weight_faults", "--modes", "cpu", "--shape", "tiny", "--syncs", "3"),
         "weight_link": ("weight_link", "--device", "cpu", "--shapes", "tiny"),
         "weight_sharded": ("weight_sharded", "--shape", "tiny-moe", "--dtype", "float32", "--syncs", "2"),
+        "shared_gpus": ("shared_gpus", "--gpus", "2", "--shape", "tiny-moe", "--steps", "1", *on_cpu),
         "generation": ("generation", "--shapes", "tiny", *few, "--rounds", "1", *on_cpu),
         "engine_step": ("engine_step", "--sequences", "4", "--tokens", "66"),
         "even": (*trained, "--tokens", "1024", "--length", "512", "--micro-batches", "2", "--lora", "4",
@@ -94,6 +95,14 @@ def test_a_sharded_models_whole_sync_is_timed_and_proven(smokes: Smokes) -> None
     told, lower = found["more"], found["lower"]
     assert told["backend"] == "shm" and len(told["seconds"]) == 4 and lower["worst"] >= lower["median"] > 0
     assert told["equal"] > 0 and told["wrong"] == []
+
+
+def test_pairs_share_their_gpus_and_engines_hold_what_the_trainer_has_zeros_too(smokes: Smokes) -> None:
+    """Two trainer ranks, an engine of two."""
+    (found,) = smokes["shared_gpus"].result()
+    seats, more = found["more"]["seats"], found["more"]
+    assert seats["engine 0"] == [*seats["trainer 0"], *seats["trainer 1"]] and len(set(seats["engine 0"])) == 2
+    assert more["equal"] == [more["of_zeros"]] != [0] and more["wrong"] == []
 
 
 def test_generation_is_timed_beside_vllm_s_own(smokes: Smokes) -> None:
