@@ -45,17 +45,18 @@ def phases(api: Api, name: str, seconds: float) -> tuple[dict[str, float], list[
 
 
 ALONE = """
-import sys
+import sys, time
+start = time.monotonic()
 from vllm import LLM
 LLM(sys.argv[1], dtype="float32", kv_cache_memory_bytes=1 << 28, enforce_eager=True, max_model_len=64)
+print("ready", time.monotonic() - start)
 """
 
 
 def vllm_alone(model: Path) -> float:
-    """Seconds of a process that starts an engine and ends."""
-    start = time.monotonic()
-    subprocess.run([sys.executable, "-c", ALONE, str(model)], check=True, capture_output=True)
-    return time.monotonic() - start
+    """Seconds from a process's first line to an engine that is ready."""
+    told = subprocess.run([sys.executable, "-c", ALONE, str(model)], check=True, capture_output=True, text=True)
+    return float(next(line for line in told.stdout.splitlines() if line.startswith("ready")).split()[1])
 
 
 def operator_memory_mib() -> float:
@@ -123,11 +124,12 @@ def main() -> None:
     for at, report in reports:
         told.setdefault(report.get("detail", ""), at)
     print("\n".join(f"| driver: {detail} | {at:.1f} |" for detail, at in told.items() if at <= seen["Running"]))
-    print(f"| vLLM alone, from start to end | {alone:.1f} |")
     rewards = [(at, float(p["reward"]), p["step"]) for at, p in reports if p.get("reward")]
     print(f"| reward > 0.9 (step {next((s for _, r, s in rewards if r > 0.9), None)}) | "
         f"{next((f'{at:.1f}' for at, r, _ in rewards if r > 0.9), 'never')} |")
-    print(f"\noperator: {operator_memory_mib():.0f} MiB resident with one job; {idle} API writes in "
+    print(f"\nvLLM alone, the same model, until it is ready: {alone:.1f} s; apply to first step "
+        f"{seen['Running'] / alone:.2f} times that")
+    print(f"operator: {operator_memory_mib():.0f} MiB resident with one job; {idle} API writes in "
         f"{arguments.idle_seconds:.0f} s without change")
 
 
