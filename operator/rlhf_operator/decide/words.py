@@ -43,10 +43,10 @@ def headline(words: str | None, most: int = HEADLINE_MAX) -> str:
     errors = [line for line in lines if ERROR_LINE.match(line)] or lines[-1:]
     if not errors:
         return ""
+    if SEVERAL.match(errors[0]):
+        parts = [line for line in lines[lines.index(errors[0]) :] if NUMBERED.match(line)]
+        return " ".join([errors[0][:most], *(part[: 2 * most // len(parts)] for part in parts)])
     first, leads, _ = errors[0].partition(TRACEBACK)
-    if SEVERAL.match(first):
-        parts = [line for line in lines[lines.index(first) :] if NUMBERED.match(line)]
-        return " ".join([first[:most], *(part[: 2 * most // len(parts)] for part in parts)])
     if not leads:
         return first[:most]
     last = errors[-1][:most]
