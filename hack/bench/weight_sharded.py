@@ -1,15 +1,16 @@
-"""Seconds of a whole weight sync of a sharded trainer into engines on its GPUs: pause, transfer and resume, the proof
-left out. By the product's own crew, but that the trainer's weights are random, made on the device, and have no
-optimizer.
+"""Seconds of a whole weight sync of a sharded trainer into engines, on its GPUs or on others: pause, transfer and
+resume, the proof left out. By the product's own crew, but that the trainer's weights are random, made on the device,
+and have no optimizer.
 
 usage: python hack/bench/weight_sharded.py [--shape 30B-A3B] [--ranks 2] [--engines 1] [--nodes 1]
-         [--sharding Full|Hybrid] [--syncs 10]
+         [--mode Colocated|Separated] [--sharding Full|Hybrid] [--syncs 10]
        python hack/bench/weight_sharded.py --shape tiny-moe --dtype float32    (does it still run?)
 
---ranks is how many GPUs there are: each holds a trainer rank and a part of an engine, which has ranks / engines
-tensor-parallel ranks. --nodes divides them over as many Ray nodes on this machine, between which nothing is read in
-memory. The weights change before each sync. After the last one checksums of every parameter are compared; the exit code
-is 1 where any differs. Prints one line of JSON: the seconds of each sync, their median and worst after two. """
+--ranks is how many GPUs each side has, the same ones where Colocated: each holds a trainer rank and a part of an
+engine, which has ranks / engines tensor-parallel ranks. --nodes divides them over as many Ray nodes on this machine,
+between which nothing is read in memory. The weights change before each sync. After the last one checksums of every
+parameter are compared; the exit code is 1 where any differs. Prints one line of JSON: the seconds of each sync, their
+median and worst after two. """
 
 import argparse
 import os
@@ -17,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,8 +94,10 @@ class RandomPolicy(Policy):
 
 
 @contextmanager
-def nodes(count: int, gpus: int) -> Iterator[None]:
-    """A Ray of so many nodes on this machine, with its GPUs, or logical ones, dealt among them."""
+def nodes(count: int, gpus: int, resources: Sequence[str]) -> Iterator[None]:
+    """A Ray of so many nodes on this machine, with its GPUs, or logical ones, dealt among them. resources: each node
+    has as many of each as GPUs.
+    """
     paths = [str(ROOT), str(ROOT / "api"), str(ROOT / "worker"), str(site()), os.environ.get("PYTHONPATH", "")]
     environment = {k: v for k, v in ENVIRONMENT.items() if not k.startswith("RAY_EXPERIMENTAL")}  # Ray deals GPUs out
     os.environ.update(environment | HOOK | {"PYTHONPATH": os.pathsep.join(filter(None, paths))})
@@ -104,7 +107,7 @@ def nodes(count: int, gpus: int) -> Iterator[None]:
         for number in range(count):
             own = ",".join(str(number * gpus // count + gpu) for gpu in range(gpus // count))
             cluster.add_node(
-                num_cpus=8, num_gpus=gpus // count, resources={"rlhf-trainer": gpus // count},
+                num_cpus=8, num_gpus=gpus // count, resources=dict.fromkeys(resources, gpus // count),
                 object_store_memory=256 << 20, include_dashboard=False,
                 env_vars={"CUDA_VISIBLE_DEVICES": own} if device_here() == "cuda" else {},
             )
@@ -119,6 +122,7 @@ def config(given: argparse.Namespace, work: Path) -> Any:
     cuda = device_here() == "cuda"
     own = {"moe_backend": "triton"} if cuda and "moe" in SHAPES[given.shape][0].lower() else {}
     engine = {"load_format": "dummy", "enforce_eager": True, "kv_cache_memory_bytes": 256 << 20, "max_num_seqs": 8}
+    shares = {"fractions": {"trainer": 0.3, "rollout": 0.6}} if given.mode == "Colocated" else {}
     return run_config(
         "sharded", model={"path": str(work), "dtype": given.dtype},
         data={"jsonl": {"path": str(work / "prompts.jsonl")}, "maxPromptTokens": 64},
@@ -128,10 +132,7 @@ def config(given: argparse.Namespace, work: Path) -> Any:
             "engineArgs": engine | own,
         },
         trainer={"gpus": given.ranks, "steps": 1, "sharding": given.sharding},
-        placement={
-            "mode": "Colocated", "gpusPerNode": given.ranks // given.nodes,
-            "fractions": {"trainer": 0.3, "rollout": 0.6},
-        },
+        placement={"mode": given.mode, "gpusPerNode": given.ranks // given.nodes, **shares},
         checkpoint={"path": str(work / "checkpoints")},
     )  # fmt: skip
 
@@ -160,7 +161,7 @@ def measure(given: argparse.Namespace, work: Path) -> dict[str, Any]:
         seconds += [] if last else [synced.seconds]
     compared = weights._compare()
     size, timed = elements(given.shape) * getattr(torch, given.dtype).itemsize, seconds[WARM:]
-    names = ("shape", "dtype", "ranks", "engines", "nodes", "sharding")
+    names = ("shape", "dtype", "ranks", "engines", "nodes", "mode", "sharding")
     return printed(
         "weight_sharded", {name: getattr(given, name) for name in names},
         lower={"median": statistics.median(timed), "worst": max(timed)}, backend=weights.backend, gigabytes=size / 1e9,
@@ -173,9 +174,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="30B-A3B", choices=list(SHAPES))
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--ranks", type=int, default=2, help="GPUs")
+    parser.add_argument("--ranks", type=int, default=2, help="GPUs of the trainer, and of the engines")
     parser.add_argument("--engines", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--mode", default="Colocated", choices=["Colocated", "Separated"])
     parser.add_argument("--sharding", default="Full", choices=["Full", "Hybrid"])
     parser.add_argument("--syncs", type=int, default=10)
     given = parser.parse_args()
@@ -185,7 +187,8 @@ def main() -> int:
     write_model(work, given.shape, given.dtype)
     tokenizer(SHAPES[given.shape][1]["vocab_size"]).save_pretrained(work)
     write_prompts(work / "prompts.jsonl")
-    with nodes(given.nodes, given.ranks):
+    groups = config(given, work).placement.groups
+    with nodes(given.nodes, sum(len(group.slots) for group in groups), [group.ray_resource for group in groups]):
         found = measure(given, work)
     return 1 if found["more"]["wrong"] else 0
 
