@@ -42,7 +42,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def smokes(out: Path) -> Iterator[Smokes]:
     """Two at a time: each is a process that starts others, and waits for them a third of its time."""
-    write(out / "model")
+    write(out / "tiny")  # not `model`: the shoot-out writes its own there
     on_cpu = ("--device", "cpu", "--dtype", "float32")
     few = ("--prompts", "2", "--samples", "2", "--tokens", "8")
     trained = ("training", "--shape", "tiny", "--updates", "3", *on_cpu)
@@ -58,7 +58,7 @@ def smokes(out: Path) -> Iterator[Smokes]:
             "--gradient-checkpointing"),
         "varied": (*trained, "--tokens", "256", "--sequences", "16", "--longest", "48", "--vocabulary", "2048",
             "--profile"),
-        "mismatch": ("mismatch", "--model", str(out / "model"), "--runs", "plain", "nucleus", "--steps", "1",
+        "mismatch": ("mismatch", "--model", str(out / "tiny"), "--runs", "plain", "nucleus", "--steps", "1",
             "--prompts", "2", *on_cpu, "--most", "1e-4"),
         "shootout": ("shootout", "--rows", "ours", "--shape", "tiny", "--vocabulary", "256", *few, "--steps", "3",
             "--micro-batch", "512", *on_cpu, "--out", str(out)),
