@@ -46,11 +46,9 @@ def run(manifest: dict[str, Any], work: Path) -> dict[str, Any]:
     return found
 
 
-def _child(path: Path, out: Path) -> int:
-    from rlhf_worker.local import configure, local_ray
+def recorder(config: Any) -> Any:
+    """A reporter for the console that keeps, as `steps`, what it was told of each."""
     from rlhf_worker.progress import ConsoleReporter
-    from rlhf_worker.run import drive, guarded
-    from rlhf_worker.stop import Stop
 
     class Recorder(ConsoleReporter):
         steps: list[dict[str, Any]]
@@ -62,10 +60,19 @@ def _child(path: Path, out: Path) -> int:
             } if synced.proof else {}
             self.steps.append({"step": step, **proof, **values})
 
+    made = Recorder(config)
+    made.steps = []
+    return made
+
+
+def _child(path: Path, out: Path) -> int:
+    from rlhf_worker.local import configure, local_ray
+    from rlhf_worker.run import drive, guarded
+    from rlhf_worker.stop import Stop
+
     def work() -> None:
         config = configure(path, {})
-        reporter = Recorder(config)
-        reporter.steps = []
+        reporter = recorder(config)
         with local_ray(config, verbose=True):
             result = drive(config, reporter, Stop())
         out.write_text(json.dumps({"seats": result.seats, "steps": reporter.steps}))

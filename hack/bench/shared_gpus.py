@@ -1,8 +1,8 @@
-"""Trainer ranks and ranks of tensor-parallel engines on the same GPUs, in one placement group: by a sample's manifest
-where every role sits, what greedy completions and the weights in the engines do as the trainer's weights change, and
-the seconds of each phase.
+"""Trainer ranks and ranks of tensor-parallel engines on the same GPUs, in one placement group: by the manifest
+manifests/samples/qwen3-4gpu.yaml where every role sits, what greedy completions and the weights in the engines do as
+the trainer's weights change, and the seconds of each phase.
 
-usage: python hack/bench/shared_gpus.py [--manifest manifests/samples/qwen3-4gpu.yaml] [--shape 0.6B] [--steps 3]
+usage: python hack/bench/shared_gpus.py [--shape 0.6B] [--steps 3]
        python hack/bench/shared_gpus.py --gpus 2 --shape tiny-moe --device cpu --dtype float32    (of logical GPUs)
 
 --gpus takes other numbers than the manifest's, with engines of as many ranks as there. A random model of the shape is
@@ -25,40 +25,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hack.bench.generation import requests
 from hack.bench.gpu_placement import REWARD, tokenizer, write_prompts
+from hack.bench.local_run import recorder
 from hack.bench.row import printed
 from hack.bench.training import write_checkpoint
 from hack.bench.weight_base import ROOT, SHAPES
 from rlhf_api.parse import parse_job
-from rlhf_api.run import RunConfig, resolve
+from rlhf_api.run import resolve
 from rlhf_worker.calls import call, call_all, gather
 from rlhf_worker.crew import Crew, close, start
 from rlhf_worker.engines.arguments import settled
 from rlhf_worker.local import local_ray
 from rlhf_worker.loop import Loop
 from rlhf_worker.placement import Patience, reserve
-from rlhf_worker.progress import ConsoleReporter
 from rlhf_worker.roll import Roll
 from rlhf_worker.stop import Stop
 
+MANIFEST = ROOT / "manifests" / "samples" / "qwen3-4gpu.yaml"
 DEADLINE_SECONDS = 600.0
 PROMPTS, SAMPLES, TOKENS = 32, 8, 64
 
 
-class Recorder(ConsoleReporter):
-    """Keeps what it was told of each step."""
-
-    def __init__(self, config: RunConfig) -> None:
-        super().__init__(config)
-        self.steps: list[dict[str, Any]] = []
-
-    def stepped(self, step: int, values: Any, speed: Any, *, eta_seconds: int, synced: Any) -> None:
-        super().stepped(step, values, speed, eta_seconds=eta_seconds, synced=synced)
-        self.steps.append({"equal": synced.proof.equal, **values})
-
-
 def manifest(given: argparse.Namespace, work: Path) -> dict[str, Any]:
     """The sample's roles, placement and engines, with a model and data that need no network."""
-    job: dict[str, Any] = yaml.safe_load(given.manifest.read_text())
+    job: dict[str, Any] = yaml.safe_load(MANIFEST.read_text())
     spec = job["spec"]
     gpus = given.gpus or spec["trainer"]["gpus"]
     spec["trainer"] |= {"gpus": gpus, "steps": given.steps, "learningRate": 1e-3, "warmupSteps": 0}
@@ -126,7 +115,7 @@ def measure(given: argparse.Namespace, work: Path) -> bool:
     """Prints the row. Whether all was as it should be."""
     config = resolve(parse_job(manifest(given, work)))
     with local_ray(config, verbose=True):
-        reporter, stop = Recorder(config), Stop()
+        reporter, stop = recorder(config), Stop()
         stage = reserve(config.placement, Patience(120.0, lambda: True), "bench")
         config = settled(config, stage.device)
         crew, seats = start(config, stage, reporter, Roll(stop))
@@ -153,7 +142,6 @@ def measure(given: argparse.Namespace, work: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--manifest", type=Path, default=ROOT / "manifests" / "samples" / "qwen3-4gpu.yaml")
     parser.add_argument("--shape", default="0.6B", choices=list(SHAPES))
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default="bfloat16")

@@ -142,8 +142,7 @@ def opened(config: Any, opening: Any, *rest: Any) -> None:
     gather([call for calls in opening.values() for call in calls], START_SECONDS, "start of the actors")
 
 
-def measure(given: argparse.Namespace, work: Path) -> dict[str, Any]:
-    made: Any = config(given, work)
+def measure(given: argparse.Namespace, made: Any) -> dict[str, Any]:
     stand_ins: Any = crews
     stand_ins.RemotePolicy, stand_ins.preflight = ray.remote(RandomPolicy), opened
     if device_here() == "cpu" and given.nodes > 1:
@@ -187,9 +186,10 @@ def main() -> int:
     write_model(work, given.shape, given.dtype)
     tokenizer(SHAPES[given.shape][1]["vocab_size"]).save_pretrained(work)
     write_prompts(work / "prompts.jsonl")
-    groups = config(given, work).placement.groups
+    made = config(given, work)
+    groups = made.placement.groups
     with nodes(given.nodes, sum(len(group.slots) for group in groups), [group.ray_resource for group in groups]):
-        found = measure(given, work)
+        found = measure(given, made)
     return 1 if found["more"]["wrong"] else 0
 
 
