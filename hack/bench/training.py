@@ -139,6 +139,7 @@ def report(
         higher={"tokens_per_second": sum(tokens[WARM:]) / took, "tflops": statistics.median(speeds) / 1e12, **known},
         micro_batches=micro_batches, seconds=seconds, worst_over_median=max(seconds[WARM:]) / median,
         loss=made[-1]["loss"], grad_norm=made[-1]["grad_norm"],
+        attention=torch.nn.attention.current_flash_attention_impl() or "FlashAttention 2",
     )  # fmt: skip
 
 

@@ -16,6 +16,8 @@ from rlhf_api.run import TRAINED, RunConfig
 from rlhf_worker.errors import BadSpec, RewardFailed
 from rlhf_worker.experience import Batching, PackedBatch, TrainSequence
 from rlhf_worker.pretrained import context_length, load_tokenizer, model_field
+from rlhf_worker.trainer import flash
+from rlhf_worker.trainer.attention import PACKED_ATTENTION
 from rlhf_worker.trainer.context import check_rope
 from rlhf_worker.trainer.flops import Flops
 from rlhf_worker.trainer.model import (
@@ -51,6 +53,8 @@ class Role:
         shard(self.module, mesh, cp_mesh, config.roles[name].dtype)
         self.module.to(device)
         self.flops = Flops.of(self.module.lm, self.module.output)
+        if self.module.attention == PACKED_ATTENTION and config.roles[name].dtype == "bfloat16":
+            flash.choose(flash.Heads.of(self.module.lm.config), device)
         self.batching = _tried(config, name, self.module, device)
         wrap_layers(self.module, config.trainer)
         # With adapters most of the weights lie in their products' type already: a second copy would gain nothing.
