@@ -76,6 +76,14 @@ def pinned(requirements: str) -> set[str]:
     return {normal(name) for name in re.findall(r"^([\w.-]+)==", text, re.MULTILINE)}
 
 
+def test_cuda_s_python_packages_are_of_one_version() -> None:
+    """The two write the same modules, and vLLM's CuTe kernels are not found with those of CUDA 12."""
+    lock = (ROOT / "requirements" / "worker-gpu.txt").read_text()
+    versions = dict(re.findall(r"^(cuda-python|cuda-bindings)==([\d.]+)", lock, re.MULTILINE))
+    assert versions["cuda-python"] == versions["cuda-bindings"]
+    assert int(versions["cuda-bindings"].split(".")[0]) >= 13
+
+
 def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 

@@ -19,6 +19,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel
 from rlhf_worker.algorithm.shape import shape
 from rlhf_worker.errors import BadSpec, Diverged, RewardFailed
 from rlhf_worker.experience import PackedBatch, TrainSequence, add_column, empty_batch, mini_batches, pack
+from rlhf_worker.trainer import flash
+from rlhf_worker.trainer.flash import Heads
 from rlhf_worker.trainer.rank import Trainer
 from rlhf_worker.trainer.roles import decayed
 from rlhf_worker.weights import mapped
@@ -303,6 +305,18 @@ def test_nothing_of_one_dimension_no_bias_and_no_norm_decays() -> None:
     free = ["experts_bias", "norm.bias", "norm.weight", "q.weight", "up.bias"]
     assert groups == [(["embed.weight", "up.weight"], 0.1), (free, 0.0)]
     assert [group["weight_decay"] for group in decayed(nn.Linear(4, 4, bias=False), 0.1)] == [0.1]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batching", "times"), [("bfloat16", "packed", 2), ("bfloat16", "padded", 0), ("float32", "packed", 0)]
+)
+def test_each_role_that_packs_bfloat16_asks_for_the_fastest_attention(
+    tiny: Path, tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch, dtype: str, batching: str, times: int
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(flash, "choose", lambda *arguments: asked.append(arguments))
+    trainer(tiny, tmp_path, dtype=dtype, options={"batching": batching}, algorithm={"kl": {"coefficient": 0.1}})
+    assert asked == [(Heads(4, 2, 32, windows=False), torch.device("cpu"))] * times
 
 
 def test_the_reference_stays_the_model_before_training(tiny: Path, tmp_path: Path, group: None) -> None:

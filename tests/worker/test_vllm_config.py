@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,28 @@ def test_a_model_class_that_vllm_does_not_know(tmp_path: Path, monkeypatch: pyte
         match=r"spec\.model\.path: .*: vLLM \S+ does not know its model class \['NopeForCausalLM'\]: use a model",
     ):
         started(monkeypatch, tmp_path)
+
+
+def test_vllm_looks_at_the_model_s_class_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its default it imports itself and torch once more, in another; only what cannot be imported is left to that.
+    """
+    from vllm.model_executor.models import ModelRegistry, registry
+
+    def another(_: Any) -> Any:
+        raise RuntimeError("another process")
+
+    write(tmp_path)
+    (name,) = json.loads((tmp_path / "config.json").read_text())["architectures"]
+    whole = registry._LazyRegisteredModel("vllm.model_executor.models.llama", name)
+    broken = registry._LazyRegisteredModel("rlhf_worker.no_such_module", name)
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    monkeypatch.setattr(registry, "_run_in_subprocess", another)
+    for entry in (whole, broken):
+        registry._try_inspect_model_cls.cache_clear()
+        monkeypatch.setitem(ModelRegistry.models, name, entry)
+        with pytest.raises(BadSpec, match="does not know its model class") if entry is broken else nullcontext():
+            started(monkeypatch, tmp_path)
+    registry._try_inspect_model_cls.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import gc
 import os
 import pickle
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -151,6 +151,7 @@ class Engine(Member):
             # The batch sizes that vLLM chooses for offline generation; without this, those for an unknown use: 128
             # sequences.
             use, args = UsageContext.LLM_CLASS, vllm.AsyncEngineArgs(**self._engine_args(backend))
+            look_here(load_config(self.config.model).architectures or ())
             made = args.create_engine_config(use)
             if captures_more(args, made):
                 made = args.create_engine_config(use)
@@ -545,6 +546,19 @@ class Engine(Member):
         if self.llm is not None:
             self.llm.shutdown(timeout=0)
             self.llm = None
+
+
+def look_here(architectures: Iterable[str]) -> None:
+    """Have vLLM look at a model's class in this process.
+
+    By itself it starts another, unless it finds what an earlier one kept: one more import of torch and vLLM, so that
+    CUDA is not initialised where it forks. In a Ray actor it does not fork. """
+    from vllm.model_executor.models import ModelRegistry
+
+    for name in architectures:
+        if known := ModelRegistry.models.get(name):
+            with suppress(Exception):  # which vLLM tells as it looks by itself
+                ModelRegistry.register_model(name, known.load_model_cls())
 
 
 def captures_more(args: "AsyncEngineArgs", made: "VllmConfig") -> bool:

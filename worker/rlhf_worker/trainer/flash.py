@@ -4,6 +4,7 @@ Blackwell), where it is as right as torch's own, the second. Fewer of a GPU's cy
 
 import math
 import sys
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,8 +78,10 @@ def _made_for(device: torch.device) -> bool:
 def _refusal(heads: Heads, wanted: list[list[Tensor]], device: torch.device) -> str | None:
     """Why the fourth, active from here on, does not serve."""
     try:
-        activate_flash_attention_impl(FOURTH)
-        made = [_passes(heads, reach, device) for reach in heads.reaches]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its compiler's, of options that it was given without need
+            activate_flash_attention_impl(FOURTH)
+            made = [_passes(heads, reach, device) for reach in heads.reaches]
     except Exception as error:  # of any kind: another vLLM, a GPU that it does not know, no compiler
         return f"fails ({said(error)})"
     pairs = (pair for results in zip(made, wanted, strict=True) for pair in zip(*results, strict=True))
