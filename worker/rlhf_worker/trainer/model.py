@@ -4,7 +4,8 @@ A batch is packed: sequences end to end in one row, attention block-diagonal by 
 transformers' own the same batch is laid out one sequence a row, padded, and the results are put end to end again.
 """
 
-from functools import partial
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
@@ -240,10 +241,18 @@ def wrap_layers(module: RoleModule, trainer: TrainerSpec) -> None:
     module.compiled = compiles(trainer, next(module.parameters()).device)
     for layer in module.layers:
         # Not the module: FSDP's hooks stay outside, and names as they are.
+        if trainer.gradient_checkpointing:
+            layer.forward = recomputed(layer.forward)
         if module.compiled:
             layer.forward = compiled(layer.forward)
-        if trainer.gradient_checkpointing:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def call(*arguments: Any, **options: Any) -> Any:
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+
+    return call
 
 
 def compiles(trainer: TrainerSpec, device: torch.device) -> bool:
