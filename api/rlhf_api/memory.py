@@ -21,6 +21,7 @@ OUTSIDE_BYTES = GIB  # of an engine, at least, beyond its share and while it sle
 GRAPH_BYTES = GIB  # of an engine's share, for CUDA graphs
 HEAD_BYTES = 3 * GIB  # of the trainer's head: chunks of float32 logits, and what is computed from them
 USABLE = 0.9  # of the memory left for a micro-batch: the allocator leaves gaps, and the estimate is one
+PAYS = 1 / 8  # of the rest of a layer's forward pass, that its attention must be for its results to be kept
 ROUND_TOKENS = 1024  # so that a run that is resumed finds the same budget in nearly as much memory
 
 
@@ -153,17 +154,19 @@ def kv_tokens(card: int, share: float, weights: int, activations: int, per_token
     return max(0, int(share * card) - weights - activations) // per_token
 
 
-def activation_bytes(shape: Shape, width: int, *, checkpointing: bool) -> int:
-    """Of one token of a micro-batch, from its forward to its backward pass. width: bytes of a number.
+def activation_bytes(shape: Shape, width: int, *, checkpointing: bool, attention: bool = False) -> int:
+    """Of one token of a micro-batch, from its forward to its backward pass. width: bytes of a number; attention:
+    whether `keeps_attention` holds.
 
     A layer keeps the inputs of its norms, products, attention and activation; checkpointed, its own input, and one
     layer at a time is computed anew and has gradients as large. By docs/benchmarks.md a layer of Qwen3-4B's shape keeps
     0.85 of this uncompiled and 0.5 compiled.
     """
-    attention = 2 * (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    layer = width * (12 * shape.hidden + attention + 5 * shape.inner)
+    results = shape.layers * shape.heads * (width * shape.head_dim + 4) if checkpointing and attention else 0
+    rotated = 2 * (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    layer = width * (12 * shape.hidden + rotated + 5 * shape.inner)
     kept = shape.layers * width * shape.hidden + 2 * layer if checkpointing else (shape.layers + 1) * layer
-    return kept + 16 * shape.hidden  # around the head, in float32
+    return kept + results + 16 * shape.hidden  # around the head, in float32
 
 
 def gathered_bytes(shape: Shape, parameters: int, width: int) -> int:
@@ -174,19 +177,64 @@ def gathered_bytes(shape: Shape, parameters: int, width: int) -> int:
     return 2 * width * around + 2 * (2 * width + 4) * max(0, parameters - around) // shape.layers
 
 
-def room_tokens(
+def keeps_attention(
     config: RunConfig, counts: Mapping[str, int], shapes: Mapping[str, Shape], world: int, room: int
+) -> bool:  # fmt: skip
+    """Whether layers that are computed anew in the backward pass find their attention's results kept from the forward
+    pass: where that is a good part of their work, and micro-batches have room for it. Arguments are `room_tokens`' own.
+    """
+    trainer = config.trainer
+    if not trainer.gradient_checkpointing or trainer.compile is False:
+        return False
+    tokens = max(trainer.tokens_per_micro_batch or 0, _longest_part(config))
+    left, per_token = _left(config, counts, shapes, world, room, attention=True)
+    pays = any(attention_share(shapes[role], _longest(config)) >= PAYS for role in counts if role in TRAINED)
+    return pays and tokens * per_token <= USABLE * left
+
+
+def attention_share(shape: Shape, length: int) -> float:
+    """Operations of a layer's causal attention over those of its weights, in a sequence of `length` tokens."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return length * queries / (shape.hidden * (2 * queries + 2 * keys + 3 * shape.inner))
+
+
+def room_tokens(
+    config: RunConfig, counts: Mapping[str, int], shapes: Mapping[str, Shape], world: int, room: int, *,
+    attention: bool,
 ) -> int:  # fmt: skip
-    """Tokens of a micro-batch on one rank, of `room` bytes that are its alone. counts, shapes: of each of its roles."""
-    rollout, trainer = config.rollout, config.trainer
+    """Tokens of a micro-batch on one rank, of `room` bytes that are its alone. counts, shapes: of each of its roles;
+    attention: what `keeps_attention` says.
+    """
+    rollout, longest = config.rollout, _longest_part(config)
+    parts = max(1, world // config.trainer.context_parallel)
+    sequences = -(-rollout.prompts_per_step * rollout.samples_per_prompt // parts)
+    left, per_token = _left(config, counts, shapes, world, room, attention=attention)
+    return token_budget(left, per_token, least=longest, most=longest * sequences)
+
+
+def _left(
+    config: RunConfig, counts: Mapping[str, int], shapes: Mapping[str, Shape], world: int, room: int, *,
+    attention: bool,
+) -> tuple[int, int]:  # fmt: skip
+    """Bytes for a micro-batch beside the roles, and those that one of its tokens takes."""
     widths = {role: DTYPE_BYTES[config.roles[role].dtype] for role in counts}
-    longest = -(-(config.data.max_prompt_tokens + rollout.max_tokens) // trainer.context_parallel)
-    sequences = -(-rollout.prompts_per_step * rollout.samples_per_prompt // max(1, world // trainer.context_parallel))
     held = training_bytes(config, counts, world) + HEAD_BYTES
     held += max(gathered_bytes(shapes[role], counts[role], widths[role]) for role in counts)
-    checkpointing = trainer.gradient_checkpointing
-    per_token = max(activation_bytes(shapes[role], widths[role], checkpointing=checkpointing) for role in counts)
-    return token_budget(room - held, per_token, least=longest, most=longest * sequences)
+    checkpointing = config.trainer.gradient_checkpointing
+    per_token = [
+        activation_bytes(shapes[role], widths[role], checkpointing=checkpointing, attention=attention)
+        for role in counts
+    ]
+    return room - held, max(per_token)
+
+
+def _longest(config: RunConfig) -> int:
+    return config.data.max_prompt_tokens + config.rollout.max_tokens
+
+
+def _longest_part(config: RunConfig) -> int:
+    """Of the ranks that share a sample, the tokens of one."""
+    return -(-_longest(config) // config.trainer.context_parallel)
 
 
 def token_budget(room: int, per_token: int, *, least: int, most: int) -> int:

@@ -96,10 +96,12 @@ class Shape:
         attention = self.layers * self.heads * self.head_dim * length
         return 2.0 * (products * tokens + self.head * headed + attention * tokens)
 
-    def activation_bytes(self, tokens: int, recomputed: bool) -> int:
+    def activation_bytes(self, tokens: int, recomputed: bool, attention: bool) -> int:
         """Kept for the backward pass, in bfloat16: of a layer its two norms' inputs and outputs, queries (projected,
-        normed, rotated), keys and values, and the MLP's three. Recomputed: each layer's input, and one layer whole.
+        normed, rotated), keys and values, and the MLP's three. Recomputed: each layer's input, with `attention` what
+        that made, and one layer whole.
         """
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         layer = 2 * (4 * self.hidden + 3 * queries + 4 * keys + 3 * self.intermediate * self.active)
-        return tokens * ((self.layers * 2 * self.hidden + layer) if recomputed else self.layers * layer)
+        kept = 2 * (self.hidden + attention * queries)
+        return tokens * ((self.layers * kept + layer) if recomputed else self.layers * layer)

@@ -84,7 +84,9 @@ def moments(spec: RLHFJobSpec, shape: Shape, gpu: Gpu) -> Iterator[Moment]:
     """Of a trainer's GPU while it trains and while engines generate; of an engine's own GPU where it has one."""
     config, colocated = resolved(spec), spec.placement.mode is PlacementMode.COLOCATED
     engine = int(engine_share(config) * gpu.bytes) if spec.rollout.engine == "vllm" else 0
-    activations = shape.activation_bytes(micro_batch(config, shape, gpu), spec.trainer.gradient_checkpointing)
+    activations = shape.activation_bytes(
+        micro_batch(config, shape, gpu), spec.trainer.gradient_checkpointing, keeps_attention(config, shape, gpu)
+    )
     counts = parameters(config, shape)
     for need in memory.moments(config, counts, spec.trainer.gpus, engine if colocated else 0):
         yield Moment(need.moment, need.roles, activations if need.moment == "training" else 0, need.engine)
@@ -109,8 +111,19 @@ def micro_batch(config: RunConfig, shape: Shape, gpu: Gpu) -> int:
     if trainer.tokens_per_micro_batch is not None:
         least = (config.data.max_prompt_tokens + rollout.max_tokens) // trainer.context_parallel
         return max(trainer.tokens_per_micro_batch, least)
-    counts, room = parameters(config, shape), int(config.placement.trainer_fraction * gpu.bytes)
-    return memory.room_tokens(config, counts, dict.fromkeys(counts, shape.of_activations), trainer.gpus, room)
+    attention = keeps_attention(config, shape, gpu)
+    return memory.room_tokens(*_rank(config, shape, gpu), attention=attention)
+
+
+def keeps_attention(config: RunConfig, shape: Shape, gpu: Gpu) -> bool:
+    return memory.keeps_attention(*_rank(config, shape, gpu))
+
+
+def _rank(config: RunConfig, shape: Shape, gpu: Gpu) -> tuple[RunConfig, dict[str, int], dict[str, Any], int, int]:
+    """What the run asks of its memory, on one rank."""
+    counts = parameters(config, shape)
+    room = int(config.placement.trainer_fraction * gpu.bytes)
+    return config, counts, dict.fromkeys(counts, shape.of_activations), config.trainer.gpus, room
 
 
 def longest(spec: RLHFJobSpec) -> int:
@@ -134,13 +147,17 @@ def seconds(spec: RLHFJobSpec, shape: Shape, gpu: Gpu, length: int) -> Seconds:
     """`length`: tokens of a mean completion. Prompts count at data.maxPromptTokens."""
     samples = spec.rollout.prompts_per_step * spec.rollout.samples_per_prompt
     prompt, ranks = spec.data.max_prompt_tokens, spec.trainer.gpus
-    forward = shape.forward_flops(samples * (prompt + length), samples * length, prompt + length) / ranks
+    kept = keeps_attention(resolved(spec), shape, gpu)
+    forward, anew = (
+        shape.forward_flops(samples * (prompt + length), samples * length, attended) / ranks
+        for attended in (prompt + length, 0 if kept else prompt + length)
+    )
     rate = gpu.flops * (EAGER if spec.trainer.compile is False else COMPILED)
-    again = 1 if spec.trainer.gradient_checkpointing else 0  # one more forward pass
+    again = anew if spec.trainer.gradient_checkpointing else 0.0  # one more forward pass
     updates = spec.trainer.epochs * (2 if spec.algorithm.name == "ppo" else 1)
     return Seconds(
         generate=generation(spec, shape, gpu, samples, length), forward=_passes(spec) * forward / rate,
-        train=updates * (3 + again) * forward / rate,
+        train=updates * (3 * forward + again) / rate,
         sync=SYNC_SECONDS + shape.parameters * HALF_BYTES / SYNC_BYTES[spec.placement.mode],
         overlapped=spec.rollout.staleness > 0,
     )  # fmt: skip

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from hack.tiny_model import LAYERS
 from rlhf_api.job import TrainerSpec
 from rlhf_worker.experience import TrainSequence, empty_batch, pack
-from rlhf_worker.trainer import attention, compiled, head
+from rlhf_worker.trainer import attention, compiled, head, rank
 from rlhf_worker.trainer.model import compiles
 from tests.worker import flash
 from tests.worker.samples import a_sequence, evenly
@@ -93,6 +94,24 @@ def test_no_batch_after_the_first_is_compiled(
     first, *later = graphs_a_batch(made, SERIES)
     assert 0 < first <= 4, "layers share one graph with a gradient and one without; the head's sums and their slopes"
     assert later == [0] * len(later)
+
+
+def test_layers_that_are_computed_anew_find_their_attention_where_it_is_kept(
+    tiny: Path, tmp_path: Path, group: None, traced: None, kernel: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank, "keeps_attention", lambda *_: True)
+    options = {"gradientCheckpointing": True}
+    made, plain = (
+        trainer(tiny, tmp_path, options=options | {"compile": each}) for each in (True, False)
+    )
+    batches, calls = pack(sequences(SERIES[0]), 1000), []
+    for each in (made, plain):
+        each.train("policy", [batches])
+        with torch.profiler.profile() as profile:
+            each.train("policy", [batches])
+        calls.append(sum(event.name == "torch_attn::_varlen_attn" for event in profile.events()))
+    assert calls == [LAYERS, 2 * LAYERS], "what is not compiled cannot keep it"
+    same(({}, weights(plain)), ({}, weights(made)))
 
 
 def test_attention_without_a_kernel_is_left_out_of_the_graphs(

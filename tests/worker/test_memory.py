@@ -9,7 +9,9 @@ from rlhf_api.memory import (
     GIB,
     Shape,
     activation_bytes,
+    attention_share,
     engine_activations,
+    keeps_attention,
     kv_bytes,
     kv_tokens,
     room_tokens,
@@ -76,7 +78,7 @@ def room(gpus: int, card: float, *, params: int = QWEN_8B, shape: Shape = SHAPE_
         rollout={"maxTokens": 3072, "engines": gpus, "promptsPerStep": 512},
         trainer={"steps": 1, "gpus": gpus, **trainer},
     )
-    return room_tokens(config, {"policy": params}, {"policy": shape}, gpus, int(0.9 * card * GIB))
+    return room_tokens(config, {"policy": params}, {"policy": shape}, gpus, int(0.9 * card * GIB), attention=False)
 
 
 def test_the_budget_of_a_rank_follows_from_its_memory() -> None:
@@ -86,3 +88,42 @@ def test_the_budget_of_a_rank_follows_from_its_memory() -> None:
     assert room(16, 79.1) > eight, "a smaller part of the weights leaves more"
     assert room(8, 40, contextParallel=2, gradientCheckpointing=False) == 2048, "which two ranks share"
     assert room(8, 79.1, offload=True) == eight, "of one role"
+
+
+def test_attention_is_a_growing_part_of_a_layer() -> None:
+    """4 x heads x head_dim operations a pair, half of the pairs, for 2 a weight (101 million of them in a layer)."""
+    assert attention_share(SHAPE_4B, 1024) == pytest.approx(4 * 4096 * 512 / (2 * 100_925_440), rel=0.001)
+    assert attention_share(SHAPE_4B, 65_536) == pytest.approx(64 * attention_share(SHAPE_4B, 1024))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "card", "changes", "kept"),
+    [
+        (512, 139.7, {}, False),  # a fiftieth of a layer: not worth its memory
+        (16_384, 139.7, {}, True),
+        (16_384, 139.7, {"gradientCheckpointing": False}, False),  # nothing is computed anew
+        (16_384, 139.7, {"compile": False}, False),
+        (16_384, 79.1, {"tokensPerMicroBatch": 16_384}, False),  # no room: 66 GiB of weights and moments
+        (16_384, 79.1, {"gpus": 8}, True),
+        (65_536, 79.1, {"gpus": 8}, False),
+        (65_536, 79.1, {"gpus": 8, "contextParallel": 2}, True),
+    ],
+)
+def test_attention_is_kept_where_it_is_long_and_has_room(
+    tokens: int, card: float, changes: dict[str, Any], kept: bool
+) -> None:
+    config = run_config(
+        model={"path": "/m"}, rollout={"maxTokens": tokens, "engines": changes.get("gpus", 1)},
+        trainer={"steps": 1, **changes},
+    )
+    asked = config, {"policy": QWEN_4B}, {"policy": SHAPE_4B}, config.trainer.gpus, int(0.9 * card * GIB)
+    assert keeps_attention(*asked) is kept
+    if kept:
+        assert room_tokens(*asked, attention=True) < room_tokens(*asked, attention=False)
+
+
+def test_what_is_kept_of_attention_is_its_output_and_a_number_a_head() -> None:
+    """docs/benchmarks.md: adapters on Qwen3-4B's shape, 16,384 tokens, 16.5 GiB, and 20.1 where attention is kept."""
+    kept, anew = (activation_bytes(SHAPE_4B, 2, checkpointing=True, attention=each) for each in (True, False))
+    assert kept - anew == 36 * 32 * (2 * 128 + 4)
+    assert 0.6 * (kept - anew) * 16_384 < (20.07 - 16.54) * GIB < (kept - anew) * 16_384

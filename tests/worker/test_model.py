@@ -35,7 +35,7 @@ def spec_of(path: Path) -> ModelSpec:
 def module(path: Path, temperature: float = 1.0, **trainer: Any) -> PolicyModule:
     spec = TrainerSpec.model_validate({"steps": 1, **trainer})
     loaded = load_policy(spec_of(path), temperature, spec)
-    wrap_layers(loaded, spec)
+    wrap_layers(loaded, spec, attention=False)
     return loaded
 
 

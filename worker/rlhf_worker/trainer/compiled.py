@@ -33,7 +33,9 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
         # the first batch (its tokens and the hidden size) must be so in every other.
         with (
             shape_config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
-            dynamo_config.patch(suppress_errors=True, recompile_limit=GRAPHS),
+            # Numbers of a layer (scales, epsilons) never change: as symbols they are found to be none at the end of a
+            # graph, which is then traced once more.
+            dynamo_config.patch(suppress_errors=True, recompile_limit=GRAPHS, specialize_float=True),
         ):
             made: R = fast(*arguments, **options)
         return made

@@ -5,7 +5,7 @@ transformers' own the same batch is laid out one sequence a row, padded, and the
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +19,12 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -233,8 +238,9 @@ def attentions(module: RoleModule, trainer: TrainerSpec) -> list[str]:
     return list(dict.fromkeys([*packed, *padded]))
 
 
-def wrap_layers(module: RoleModule, trainer: TrainerSpec) -> None:
-    """Compile and checkpoint decoder layers, in place.
+def wrap_layers(module: RoleModule, trainer: TrainerSpec, *, attention: bool) -> None:
+    """Compile and checkpoint decoder layers, in place. A checkpoint lies in the graph: its backward pass computes anew
+    what it reads, and no more. attention: that keeps what attention made.
 
     transformers' own checkpoints want layers in training mode, in which some have dropout.
     """
@@ -242,17 +248,25 @@ def wrap_layers(module: RoleModule, trainer: TrainerSpec) -> None:
     for layer in module.layers:
         # Not the module: FSDP's hooks stay outside, and names as they are.
         if trainer.gradient_checkpointing:
-            layer.forward = recomputed(layer.forward)
+            layer.forward = _recomputed(layer.forward, KEPT if attention and module.compiled else {})
         if module.compiled:
             layer.forward = compiled(layer.forward)
 
 
-def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recomputed(forward: Callable[..., Any], contexts: dict[str, Any]) -> Callable[..., Any]:
     @wraps(forward)
     def call(*arguments: Any, **options: Any) -> Any:
-        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+        return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=False, **contexts, **options)
 
     return call
+
+
+def _of_attention(_: SelectiveCheckpointContext, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    kept = operator is torch.ops.torch_attn._varlen_attn.default
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+KEPT = {"context_fn": partial(create_selective_checkpoint_contexts, _of_attention)}
 
 
 def compiles(trainer: TrainerSpec, device: torch.device) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim import Optimizer
 
-from rlhf_api.memory import GIB, room_tokens, shape_of
+from rlhf_api.memory import GIB, Shape, keeps_attention, room_tokens, shape_of
 from rlhf_api.run import TRAINED, RunConfig
 from rlhf_worker import lora
 from rlhf_worker.addresses import tcp
@@ -53,7 +53,7 @@ from rlhf_worker.rollout.episode import Request
 from rlhf_worker.storage import Store
 from rlhf_worker.trainer.checkpoint import Outcome, Restored, RunState, Saver
 from rlhf_worker.trainer.flops import device_peak
-from rlhf_worker.trainer.model import PREFIX, mesh_of, policy_pass, scores_of, values_of
+from rlhf_worker.trainer.model import PREFIX, mesh_of, policy_pass, scores_of, values_of, wrap_layers
 from rlhf_worker.trainer.roles import Role, Text
 from rlhf_worker.weights.backends import Sender
 from rlhf_worker.weights.layout import layout_of
@@ -84,6 +84,7 @@ class Trainer:
         self.peak = device_peak(self.device)
         self.store = Store(config.checkpoint.path)
         self.version = 0
+        self.attention = False  # whether checkpointed layers keep what theirs made
         self.budget = 0  # tokens of a micro-batch, where they are this rank's to find
         self.sender: Sender | None = None
         self.generator: Generator | None = None  # of rollout.engine hf
@@ -111,6 +112,9 @@ class Trainer:
         for name in self.names:
             self.roles[name] = Role(self.config, name, mesh, cp_mesh, self.device)
             self._rest()
+        self.attention = keeps_attention(self.config, *self._sizes(), self.world, self._share())
+        for role in self.roles.values():
+            wrap_layers(role.module, self.config.trainer, attention=self.attention)
         if "policy" in self.roles:
             module = self.roles["policy"].module
             sent = [
@@ -228,17 +232,26 @@ class Trainer:
         """
         if not self.budget:
             free, total = torch.cuda.mem_get_info()
-            beside = self.config.placement.trainer_fraction if "policy" in self.names else 1.0
-            room = min(int(beside * total), free + torch.cuda.memory_reserved())
-            counts = {name: sum(p.numel() for p in role.module.parameters()) for name, role in self.roles.items()}
-            shapes = {name: shape_of(role.module.lm.config) for name, role in self.roles.items()}
-            self.budget = room_tokens(self.config, counts, shapes, self.world, room)
+            room = min(self._share(), free + torch.cuda.memory_reserved())
+            self.budget = room_tokens(self.config, *self._sizes(), self.world, room, attention=self.attention)
             if LIMIT in self.store.names():
                 self.budget = min(self.budget, int(self.store.read(LIMIT)))
             if not self.rank:
                 print(f"{', '.join(self.names)}: micro-batches of up to {self.budget} tokens, in {room / GIB:.1f} of "
                     f"{total / GIB:.1f} GiB", flush=True)
         return self.budget
+
+    def _share(self) -> int:
+        """Bytes of its device that are this rank's; a host's are not counted."""
+        if self.device.type != "cuda":
+            return sys.maxsize
+        share = self.config.placement.trainer_fraction if "policy" in self.names else 1.0
+        return int(share * torch.cuda.mem_get_info()[1])
+
+    def _sizes(self) -> tuple[dict[str, int], dict[str, Shape]]:
+        """Parameters and shape of each role."""
+        counts = {name: sum(p.numel() for p in role.module.parameters()) for name, role in self.roles.items()}
+        return counts, {name: shape_of(role.module.lm.config) for name, role in self.roles.items()}
 
     def train(self, name: str, updates: list[list[PackedBatch]]) -> dict[str, float]:
         """This rank's micro-batches of each optimizer update. Returns means over the step, the same on every rank.

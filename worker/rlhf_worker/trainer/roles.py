@@ -30,7 +30,6 @@ from rlhf_worker.trainer.model import (
     load_reward,
     released,
     shard,
-    wrap_layers,
 )
 from rlhf_worker.trainer.offload import Shelf
 from rlhf_worker.trainer.selftest import choose
@@ -56,7 +55,6 @@ class Role:
         if self.module.attention == PACKED_ATTENTION and config.roles[name].dtype == "bfloat16":
             flash.choose(flash.Heads.of(self.module.lm.config), device)
         self.batching = _tried(config, name, self.module, device)
-        wrap_layers(self.module, config.trainer)
         # With adapters most of the weights lie in their products' type already: a second copy would gain nothing.
         whole = config.shards(mesh.size()) == 1
         self.alone = whole and all(parameter.requires_grad for parameter in self.module.parameters())
