@@ -58,8 +58,11 @@ def run_config(model: Path, given: argparse.Namespace) -> Any:
         "compile": COMPILE[given.compile],
     }
     adapters = {"lora": {"rank": given.lora, "alpha": 2 * given.lora}} if given.lora else {}
+    prompt = PROMPT if given.sequences else given.length // 4
     return config(
         "training", model={"path": str(model), "dtype": given.dtype} | adapters, trainer=trainer,
+        data={"jsonl": {"path": "none"}, "maxPromptTokens": prompt},
+        rollout={"maxTokens": given.longest if given.sequences else given.length - prompt},
         checkpoint={"path": str(model / "checkpoints")},
     )
 
@@ -122,9 +125,10 @@ def profiled(trainer: Any, work: list[Any]) -> None:
 
 
 def report(
-    given: argparse.Namespace, micro_batches: list[int], seconds: list[float], made: list[dict[str, float]]
-) -> None:
-    """The row. made: the metrics of each update."""
+    given: argparse.Namespace, micro_batches: list[int], seconds: list[float], made: list[dict[str, float]], *,
+    kept: bool,
+) -> None:  # fmt: skip
+    """The row. made: the metrics of each update; kept: whether layers that are computed anew find their attention."""
     median, took = statistics.median(seconds[WARM:]), sum(seconds[WARM:])
     flops, tokens = ([each[f"{DONE}{name}"] for each in made] for name in ("flops", "tokens"))
     speeds = [each / second for each, second in zip(flops[WARM:], seconds[WARM:], strict=True)]
@@ -139,7 +143,7 @@ def report(
         higher={"tokens_per_second": sum(tokens[WARM:]) / took, "tflops": statistics.median(speeds) / 1e12, **known},
         micro_batches=micro_batches, seconds=seconds, worst_over_median=max(seconds[WARM:]) / median,
         loss=made[-1]["loss"], grad_norm=made[-1]["grad_norm"],
-        attention=torch.nn.attention.current_flash_attention_impl() or "FlashAttention 2",
+        attention=torch.nn.attention.current_flash_attention_impl() or "FlashAttention 2", attention_kept=kept,
     )  # fmt: skip
 
 
@@ -184,7 +188,8 @@ def main() -> int:
     found = [update(trainer, work, number) for number, work in enumerate(packed, 1)]
     if given.profile:
         profiled(trainer, packed[-1])
-    report(given, [len(each) for each in packed], [took for took, _ in found], [made for _, made in found])
+    seconds, made = [took for took, _ in found], [metrics for _, metrics in found]
+    report(given, [len(each) for each in packed], seconds, made, kept=trainer.attention)
     trainer.close()
     return 0
 
