@@ -559,7 +559,9 @@ class TrainerSpec(Model):
     tokens_per_micro_batch: PositiveInt | None = Field(None, description="Token budget of one packed micro-batch on "
         "one rank; one sequence may take more. Default: what fits into the GPU's memory beside the models; 8192 on CPUs"
         " and for padded batches.")
-    gradient_checkpointing: bool = Field(True, description="Recompute activations in the backward pass.")
+    gradient_checkpointing: bool = Field(
+        True, description="Recompute activations in the backward pass, but for long attention where it fits."
+    )
     batching: Literal["packed", "padded"] = Field(
         "packed",
         description="packed: sequences end to end, without padding; a model that the start finds wrong on such "
