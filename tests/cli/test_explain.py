@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from hack.bench.weight_base import SHAPES
 from rlhf_api.job import RLHFJobSpec
-from rlhf_api.memory import GIB, room_tokens, shape_of
+from rlhf_api.memory import GIB, keeps_attention, room_tokens, shape_of
 from rlhf_api.parse import parse_job
 from rlhf_cli.app import app
 from rlhf_cli.exits import Exit
@@ -139,6 +139,18 @@ def test_the_micro_batch_of_a_run_is_the_one_that_its_ranks_find_room_for(name: 
     counts, room = {"policy": shape(name).parameters}, int(config.placement.trainer_fraction * H200.bytes)
     found = room_tokens(config, counts, {"policy": theirs}, 8, room, attention=False)
     assert micro_batch(config, shape(name), H200) == found > 1536
+
+
+def test_long_attention_is_predicted_as_a_run_keeps_it() -> None:
+    long = spec(trainer__gpus=8, rollout__engines=8, rollout__maxTokens=16_384)
+    config, small = resolved(long), shape("4B")
+    counts, room = {"policy": small.parameters}, int(config.placement.trainer_fraction * H200.bytes)
+    asked = config, counts, {"policy": small.of_activations}, 8, room
+    assert keeps_attention(*asked)
+    found = room_tokens(*asked, attention=True)
+    assert micro_batch(config, small, H200) == found < room_tokens(*asked, attention=False)
+    anew, kept = (small.activation_bytes(1, recomputed=True, attention=each) for each in (False, True))
+    assert kept - anew == 36 * 2 * 32 * 128
 
 
 def test_a_fix_is_a_change_after_which_it_fits() -> None:
